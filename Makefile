@@ -1,0 +1,104 @@
+# The SimpleGPT trainer. `make help` lists what can be made.
+#   PRECISION=fp32|bf16   of ./train_gpt (fp32 on a CPU, bf16 on a GPU)
+#   TEXT=path             a file or folder to train on with `make run` (the sources of Python's standard library)
+
+CUDA     ?= /usr/local/cuda
+NVCC     ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA)/bin/nvcc))
+PYTHON   ?= /usr/bin/python3
+GPU_ARCH ?= -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a
+SOURCES   = train_gpt.cu simplenorm.cuh dataloader.h tokenizer.h
+STANDIN   = $(wildcard dev/cpu/include/*.h)
+
+NVCCFLAGS = -std=c++17 -O3 -Xcompiler -fopenmp,-pthread,-Wall $(GPU_ARCH)
+# Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
+CXXFLAGS  = -std=c++17 -O3 -march=native -fopenmp -pthread -fno-strict-aliasing -fno-math-errno -fno-trapping-math \
+            -fassociative-math -fno-signed-zeros -Wall -Wextra -Wno-unknown-pragmas -Idev/cpu/include -I.
+bf16      = -DPRECISION_BF16
+
+HAVE_GPU := $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | head -n 1))
+
+.PHONY: all cpu gpu run test gpu-check bench clean help
+.DELETE_ON_ERROR:
+
+all:  ## build ./train_gpt for what is there: the GPU if there is one and nvcc, else the CPU
+ifneq ($(HAVE_GPU),)
+	@echo "building for the GPU ($(HAVE_GPU))"
+	@$(MAKE) --no-print-directory gpu
+else
+	@echo "no nvcc with a GPU here: building for the CPU (make gpu forces the GPU)"
+	@$(MAKE) --no-print-directory cpu
+endif
+
+cpu: build/train_gpt_cpu_$(or $(PRECISION),fp32)  ## build ./train_gpt for the CPU
+	ln -sf $< train_gpt
+
+gpu: build/train_gpt_gpu_$(or $(PRECISION),bf16)  ## build ./train_gpt for the GPU (sm_80 and sm_90a)
+	ln -sf $< train_gpt
+
+run:  ## the quick start: prepare real text, train for about five minutes, draw the loss
+	@dev/setup.sh run
+	@$(MAKE) --no-print-directory all
+	@PYTHON=$(PYTHON) dev/quickstart.sh $(TEXT)
+
+test:  ## all tests that need no GPU
+	@dev/setup.sh test
+	@PYTHON=$(PYTHON) dev/test/run.sh
+
+gpu-check:  ## on a machine with a GPU: build, tests, compute-sanitizer, short runs, benches
+	@NVCC=$(NVCC) PYTHON=$(PYTHON) dev/gpu_check.sh
+
+bench:  ## on the CPU: a training step against PyTorch (needs torch)
+	@$(MAKE) --no-print-directory cpu
+	$(PYTHON) dev/bench/cpu_step.py
+
+clean:  ## remove everything that make has built (not runs/ and data/)
+	rm -rf build train_gpt
+
+help:  ## this list
+	@sed -n -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n -E 's/^#   ([A-Z]+=.*)/  \1/p' Makefile
+
+# --- CPU: the stand-in's sed script turns CUDA's launches and shared memory into C++, line by line
+
+build/src/%: % dev/cpu/rewrite.sed
+	@mkdir -p $(@D)
+	@(echo '#line 1 "$<"'; sed -E -f dev/cpu/rewrite.sed $<) > $@
+
+CPU_SOURCES = build/src/train_gpt.cu build/src/simplenorm.cuh
+
+build/train_gpt_cpu_%: $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN)
+	g++ $(CXXFLAGS) $($*) -x c++ build/src/train_gpt.cu -lopenblas -o $@
+
+# tests, in both geometries and both precisions; exact ones at -O1, what they check is not speed
+build/test_serial_%: build/src/test_gpt.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN)
+	g++ $(CXXFLAGS) $($*) -x c++ build/src/test_gpt.cu -lopenblas -o $@
+
+build/test_exact_%: build/src/test_gpt.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN)
+	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY $($*) -x c++ build/src/test_gpt.cu -lopenblas -lboost_context -o $@
+
+build/test_sanitized_%: build/src/test_gpt.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN)
+	g++ $(CXXFLAGS) -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -DEXACT_GEOMETRY $($*) \
+	    -x c++ build/src/test_gpt.cu -lopenblas -lboost_context -o $@
+
+build/test_standin_serial: build/src/dev/cpu/test_standin.cu $(STANDIN)
+	g++ $(CXXFLAGS) -O2 -x c++ $< -lopenblas -o $@
+
+build/test_standin_exact: build/src/dev/cpu/test_standin.cu $(STANDIN)
+	g++ $(CXXFLAGS) -O2 -DEXACT_GEOMETRY -x c++ $< -lopenblas -lboost_context -o $@
+
+build/test_dataloader: dev/test/test_dataloader.cpp dataloader.h
+	g++ -std=c++17 -O1 -g1 -pthread -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined -I. $< -o $@
+
+build/test_tokenizer: dev/test/test_tokenizer.cpp tokenizer.h
+	g++ -std=c++17 -O1 -g1 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined -I. $< -o $@
+
+# --- GPU
+
+build/train_gpt_gpu_%: $(SOURCES)
+	@test -n "$(NVCC)" || { echo "make gpu: nvcc is missing. Install the CUDA Toolkit, or: make cpu" >&2; exit 1; }
+	@mkdir -p build
+	$(NVCC) $(NVCCFLAGS) $($*) train_gpt.cu -lcublasLt -o $@
+
+build/test_gpu_%: test_gpt.cu $(SOURCES)
+	@mkdir -p build
+	$(NVCC) $(NVCCFLAGS) $($*) test_gpt.cu -lcublasLt -o $@

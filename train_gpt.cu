@@ -1,0 +1,2294 @@
+// SimpleGPT in one file: model, kernels, optimizer, training loop. Trains on one GPU (nvcc) or, unchanged, on a CPU
+// through the stand-in in dev/cpu (g++). Read it from top to bottom; every section has a heading of its own:
+//
+//   errors            configuration     tensor table      device helpers    warp tiles
+//   SimpleNorm        embedding         matmul            attention         head and loss
+//   the model         optimizer         safetensors       checkpoint        sampling
+//   the run's log     command line      main
+//
+// Shapes: B batch, T sequence length, N = B T tokens, C width, V vocabulary, Vp padded, L layers, NH query heads, NKV
+// key/value heads, HS head size, F feed-forward width. Activations are row-major. `d` before a name is its gradient.
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <dirent.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <functional>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "dataloader.h"
+#include "tokenizer.h"
+
+// Precision, chosen at build: weights and activations are floatX; gradients, master weights and moments are float.
+#ifdef PRECISION_BF16
+typedef __nv_bfloat16 floatX;
+constexpr cudaDataType_t CUDA_FLOATX = CUDA_R_16BF;
+constexpr const char *PRECISION = "bf16", *DTYPE = "BF16";  // for people; in safetensors files
+#else
+typedef float floatX;
+constexpr cudaDataType_t CUDA_FLOATX = CUDA_R_32F;
+constexpr const char *PRECISION = "fp32", *DTYPE = "F32";
+#endif
+constexpr bool BF16 = sizeof(floatX) == 2;
+
+// =====================================================================================================================
+// Errors. Bad input throws Error with "where: what. What to do."; main prints it on one line and exits with 1.
+
+struct Error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+__attribute__((format(printf, 1, 2))) std::string format(const char* fmt, ...) {
+    va_list args, again;
+    va_start(args, fmt);
+    va_copy(again, args);
+    std::string s(vsnprintf(nullptr, 0, fmt, args), 0);
+    vsnprintf(s.data(), s.size() + 1, fmt, again);
+    va_end(args);
+    va_end(again);
+    return s;
+}
+
+// Asserts that a CUDA call went well; names the call, the file and the line.
+inline void check_cuda(cudaError_t status, const char* call, const char* file, int line) {
+    if (status != cudaSuccess) throw Error(format("%s:%d: %s: %s", file, line, call, cudaGetErrorString(status)));
+}
+inline void check_cublas(cublasStatus_t status, const char* call, const char* file, int line) {
+    if (status != CUBLAS_STATUS_SUCCESS) throw Error(format("%s:%d: %s: status %d", file, line, call, int(status)));
+}
+#define CHECK(call) check_cuda(call, #call, __FILE__, __LINE__)
+#define CHECK_CUBLAS(call) check_cublas(call, #call, __FILE__, __LINE__)
+
+// =====================================================================================================================
+// Configuration. A flavour is a preset of these numbers; every one of them is also a flag.
+
+enum class Backbone { llama, nanogpt };
+enum class Variant { simplegpt, prenorm, preqknorm };
+
+struct Config {
+    Backbone backbone = Backbone::llama;
+    Variant variant = Variant::simplegpt;
+    bool layernorm = false;  // norm: RMSNorm, or LayerNorm without bias
+    int C = 256, L = 6, NH = 4, NKV = 0;  // NKV 0: as many as NH
+    int V = 32000;
+    float ffn_mult = 1.0f;
+    int multiple_of = 256;
+    float rope_theta = 1e4f;
+    float norm_eps = 1e-5f;
+    int T = 1024;
+    int max_T = 0;  // rows of the learned positions (nanogpt); 0: T
+
+    bool simple() const { return variant == Variant::simplegpt; }
+    bool gated() const { return backbone == Backbone::llama; }
+    int HS() const { return C / NH; }
+    int QKV() const { return (NH + 2 * NKV) * HS(); }
+    int Vp() const { return (V + 63) / 64 * 64; }  // rows of embedding and head in memory; the last Vp - V stay zero
+    // hidden width: 8/3 C, times ffn_mult, rounded up to a multiple (the paper's code); GPT-2's is 4 C
+    int F() const {
+        if (!gated()) return 4 * C;
+        int hidden = int(double(ffn_mult) * int(2 * 4 * int64_t(C) / 3));
+        return (hidden + multiple_of - 1) / multiple_of * multiple_of;
+    }
+    int FF() const { return gated() ? 2 * F() : F(); }  // outputs of the linear(s) before the activation
+};
+
+struct Flavour {
+    const char* name;
+    int C, L, NH, NKV, V;
+    float ffn_mult;
+    int multiple_of;
+    float rope_theta;
+    Backbone backbone;
+};
+
+const Flavour FLAVOURS[] = {
+    {"20M", 256, 4, 4, 4, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"22M", 256, 6, 4, 4, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"35M", 384, 6, 6, 6, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"39M", 384, 8, 6, 6, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"60M", 512, 8, 8, 8, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"67M", 512, 10, 8, 8, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"102M", 640, 12, 10, 10, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"134M", 768, 12, 12, 12, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"162M", 768, 16, 12, 12, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"271M", 1024, 16, 16, 16, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"297M", 1024, 18, 16, 16, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"360M", 1152, 18, 16, 16, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"1B", 2048, 18, 16, 16, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"7B", 4096, 32, 32, 32, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"13B", 5120, 40, 40, 40, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"26B", 5120, 80, 40, 40, 32000, 1.0f, 256, 1e4f, Backbone::llama},
+    {"70B", 8192, 80, 64, 8, 32000, 1.3f, 4096, 1e4f, Backbone::llama},
+    {"llama3-8B", 4096, 32, 32, 8, 128256, 1.3f, 1024, 5e5f, Backbone::llama},
+    {"llama3-70B", 8192, 80, 64, 8, 128256, 1.3f, 4096, 5e5f, Backbone::llama},
+    {"nanogpt-1.4B", 1536, 48, 24, 24, 50257, 1.0f, 256, 1e4f, Backbone::nanogpt},
+};
+
+void apply_flavour(Config& c, const std::string& name) {
+    for (const Flavour& f : FLAVOURS) {
+        if (strcasecmp(f.name, name.c_str())) continue;
+        c.backbone = f.backbone;
+        c.C = f.C, c.L = f.L, c.NH = f.NH, c.NKV = f.NKV, c.V = f.V;
+        c.ffn_mult = f.ffn_mult, c.multiple_of = f.multiple_of, c.rope_theta = f.rope_theta;
+        return;
+    }
+    throw Error("--model: unknown flavour '" + name + "'. `train_gpt --models` lists them.");
+}
+
+// Completes the defaults that depend on other numbers, refuses what cannot be built.
+void finish(Config& c) {
+    auto positive = [](const char* flag, int64_t value, int64_t most = 1 << 28) {
+        if (value < 1 || value > most)
+            throw Error(format("%s: %lld is out of range. Give a number from 1 to %lld.", flag, (long long)value,
+                               (long long)most));
+    };
+    positive("--dim", c.C, 1 << 20);
+    positive("--layers", c.L, 1 << 16);
+    positive("--heads", c.NH, 1 << 16);
+    positive("--vocab-size", c.V);
+    positive("--seq-len", c.T, 1 << 24);
+    positive("--multiple-of", c.multiple_of, 1 << 24);
+    if (c.NKV == 0) c.NKV = c.NH;
+    positive("--kv-heads", c.NKV, 1 << 16);
+    if (c.max_T == 0) c.max_T = c.T;
+    if (c.max_T < c.T)
+        throw Error(format("--max-seq-len: %d positions are fewer than --seq-len %d. Raise it.", c.max_T, c.T));
+    if (!(c.ffn_mult > 0 && c.ffn_mult < 1000)) throw Error("--ffn-mult: must be above 0. 1 keeps the width 8/3 dim.");
+    if (!(c.norm_eps > 0)) throw Error("--norm-eps: must be above 0. The paper uses 1e-5.");
+    if (!(c.rope_theta > 0)) throw Error("--rope-theta: must be above 0. Llama 2 uses 1e4, Llama 3 5e5.");
+    if (c.C % c.NH)
+        throw Error(format("--dim: %d is not divisible by %d heads. Choose dim = heads x head size.", c.C, c.NH));
+    if (c.HS() != 16 && c.HS() != 32 && c.HS() != 64 && c.HS() != 128)
+        throw Error(format("--heads: dim %d over %d heads gives head size %d, which attention lacks. "
+                           "Choose a head size of 16, 32, 64 or 128.", c.C, c.NH, c.HS()));
+    if (c.NH % c.NKV)
+        throw Error(format("--kv-heads: %d heads cannot share %d key/value heads. Choose a divisor.", c.NH, c.NKV));
+    if (c.backbone == Backbone::nanogpt && c.NKV != c.NH)
+        throw Error("--kv-heads: the nanogpt backbone is multi-head. Leave the flag out or give as many as --heads.");
+    if (BF16 && c.F() % 8)
+        throw Error(format("--multiple-of: hidden width %d is no multiple of 8, which tensor cores need. "
+                           "Give a multiple of 8.", c.F()));
+}
+
+// =====================================================================================================================
+// Tensor table. Lists every tensor once; nobody else computes an offset. Parameters, gradients, master weights and both
+// moments are flat buffers of this one layout. File names are those of the paper's released code. The order is the
+// order in memory: neighbours that are multiplied together lie together (q, k, v; w1, w3; their gains likewise), and
+// backward finishes the tensors from the end.
+
+enum class Init { normal, truncated, ones };  // truncated: normal, drawn again beyond 3 std
+
+constexpr size_t NONE = SIZE_MAX;  // the offset of a tensor that this variant does not have
+
+struct Tensor {
+    std::string name;
+    size_t rows, cols;   // cols 0: one-dimensional (a gain)
+    size_t padded_rows;  // rows in memory
+    size_t offset;       // in elements, from the begin of the flat buffer
+    Init init;
+    float std;
+    size_t size() const { return rows * std::max<size_t>(cols, 1); }
+};
+
+struct LayerOffsets {
+    size_t qkv, o, w13, w2;  // (QKV,C), (C,C), (FF,C), (C,F); w13 and w2 are fc and proj of nanogpt
+    size_t qkv_gain, o_gain, w13_gain, w2_gain;  // simplegpt (QKV), (C), (FF), (C); preqknorm's qkv_gain is q and k only
+    size_t norm1, norm2;     // pre-norms (C)
+};
+
+struct TensorTable {
+    std::vector<Tensor> tensors;
+    size_t tok = NONE, pos = NONE, norm = NONE, head = NONE;
+    std::vector<LayerOffsets> layers;
+    size_t size = 0;        // elements of a flat buffer
+    size_t parameters = 0;  // without padding
+
+    size_t add(const std::string& name, size_t rows, size_t cols, Init init, float std, size_t padded_rows = 0) {
+        Tensor t{name, rows, cols, std::max(rows, padded_rows), size, init, std};
+        size += t.padded_rows * std::max<size_t>(cols, 1);
+        parameters += t.size();
+        tensors.push_back(t);
+        return t.offset;
+    }
+    void align() { size = (size + 63) / 64 * 64; }  // a matmul's operand begins at 16 bytes at least
+};
+
+TensorTable build_table(const Config& c) {
+    TensorTable t;
+    const bool llama = c.backbone == Backbone::llama, simple = c.simple(), qk = c.variant == Variant::preqknorm;
+    const float std = 0.02f;
+    const size_t q_width = c.C, kv_width = size_t(c.NKV) * c.HS(), F = c.F(), C = c.C;
+    t.tok = t.add(llama ? "tok_embeddings.weight" : "wte.weight", c.V, C, Init::normal, llama ? 1.0f : std, c.Vp());
+    t.align();
+    if (!llama) t.pos = t.add("wpe.weight", c.max_T, C, Init::normal, std);
+    for (int l = 0; l < c.L; l++) {
+        const std::string layer = "layers." + std::to_string(l) + ".";
+        const std::string attention = layer + (llama ? "attention." : ""), ffn = layer + (llama ? "feed_forward." : "");
+        // the name of a linear: llama simplegpt's snX, llama pre-norm's wX, nanogpt's own; its weight and its gain
+        auto linear = [&](const char* sn, const char* w, const char* nano) {
+            return std::string(!llama ? nano : simple ? sn : w);
+        };
+        const std::string q = attention + linear("snq", "wq", "q"), k = attention + linear("snk", "wk", "k"),
+                          v = attention + linear("snv", "wv", "v"), o = attention + linear("sno", "wo", "o"),
+                          w1 = ffn + linear("sn1", "w1", "fc"), w3 = ffn + linear("sn3", "w3", ""),
+                          w2 = ffn + linear("sn2", "w2", "proj");
+        const char *weight = simple ? ".lin.weight" : ".weight", *gain = ".norm.weight";
+        const float deep = std / sqrtf(2.0f * (llama ? l + 1 : c.L));  // o, w2, w3; nanogpt's o and proj
+        LayerOffsets at = {NONE, NONE, NONE, NONE, NONE, NONE, NONE, NONE, NONE, NONE};
+        auto ones = [&](const std::string& name, size_t rows) { return t.add(name, rows, 0, Init::ones, 0.0f); };
+
+        t.align();
+        at.qkv = t.add(q + weight, q_width, C, Init::normal, std);
+        t.add(k + weight, kv_width, C, Init::normal, std);
+        t.add(v + weight, kv_width, C, Init::normal, std);
+        t.align();
+        at.o = t.add(o + weight, C, C, Init::normal, deep);
+        t.align();
+        at.w13 = t.add(w1 + weight, F, C, Init::normal, std);
+        if (c.gated()) t.add(w3 + weight, F, C, Init::normal, deep);
+        t.align();
+        at.w2 = t.add(w2 + weight, C, F, Init::normal, deep);
+        t.align();
+        if (simple) {
+            at.qkv_gain = ones(q + gain, q_width);
+            ones(k + gain, kv_width);
+            ones(v + gain, kv_width);
+            at.o_gain = ones(o + gain, C);
+            at.w13_gain = ones(w1 + gain, F);
+            if (c.gated()) ones(w3 + gain, F);
+            at.w2_gain = ones(w2 + gain, C);
+        } else {
+            if (qk) {
+                at.qkv_gain = ones(attention + "q_norm.weight", q_width);
+                ones(attention + "k_norm.weight", kv_width);
+            }
+            at.norm1 = ones(layer + (llama ? "attention_norm.weight" : "norm1.weight"), C);
+            at.norm2 = ones(layer + (llama ? "ffn_norm.weight" : "norm2.weight"), C);
+        }
+        t.layers.push_back(at);
+    }
+    t.align();
+    t.norm = t.add("norm.weight", C, 0, Init::ones, 0.0f);
+    t.align();
+    t.head = llama ? t.add("output.weight", c.V, C, Init::truncated, 1.0f / sqrtf(float(C)), c.Vp()) : t.tok;
+    t.align();
+    return t;
+}
+
+// Random numbers by counter (splitmix64's finisher), so that any element's value is known without those before it:
+// the same seed gives the same bits on any machine and any number of threads.
+inline uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t i) {
+    auto mix = [](uint64_t x) {
+        x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+        x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+        return x ^ (x >> 31);
+    };
+    return mix(mix(mix(seed + 0x9e3779b97f4a7c15ull) + stream) + (i + 1) * 0x9e3779b97f4a7c15ull);
+}
+inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t i) {  // in (0, 1)
+    return ((random_bits(seed, stream, i) >> 11) + 0.5) * 0x1p-53;
+}
+inline double random_normal(uint64_t seed, uint64_t stream, uint64_t i) {  // Box and Muller
+    double u = random_uniform(seed, stream, 2 * i), v = random_uniform(seed, stream, 2 * i + 1);
+    return sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v);
+}
+
+// Initial values of a tensor, padding rows zero. out (padded_rows, cols).
+void initial_values(std::vector<float>& out, const Tensor& t, uint64_t seed, uint64_t stream) {
+    out.assign(t.padded_rows * std::max<size_t>(t.cols, 1), 0.0f);
+    #pragma omp parallel for
+    for (size_t i = 0; i < t.size(); i++) {
+        if (t.init == Init::ones) {
+            out[i] = 1.0f;
+            continue;
+        }
+        double z = random_normal(seed, stream, i);
+        for (uint64_t again = 1; t.init == Init::truncated && fabs(z) > 3.0; again++)
+            z = random_normal(seed, stream + (again << 32), i);
+        out[i] = float(t.std * z);
+    }
+}
+
+// =====================================================================================================================
+// Device helpers. Kernels are written for any block and warp size: loops stride by blockDim.x or WARP_SIZE, reductions
+// loop over halves. The serial CPU geometry is a block of one thread in a warp of one, and all of this folds away.
+
+#ifndef WARP_SIZE
+#define WARP_SIZE 32
+#endif
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+__device__ inline int lane() { return threadIdx.x % WARP_SIZE; }
+__device__ inline int warp() { return threadIdx.x / WARP_SIZE; }
+__device__ inline int num_warps() { return blockDim.x / WARP_SIZE; }
+
+template <typename F>
+__device__ inline F warp_sum(F v) {
+    for (int m = WARP_SIZE / 2; m > 0; m /= 2) v += __shfl_xor_sync(ALL_LANES, v, m);
+    return v;
+}
+__device__ inline float warp_max(float v) {
+    for (int m = WARP_SIZE / 2; m > 0; m /= 2) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, m));
+    return v;
+}
+
+// The block's sum or maximum, to all its threads. Every thread must call it; blocks of up to 32 warps.
+template <typename F>
+__device__ inline F block_sum(F v) {
+    __shared__ F part[32];
+    v = warp_sum(v);
+    if (WARP_SIZE == 1) return v;
+    __syncthreads();  // the last call's readers are done
+    if (lane() == 0) part[warp()] = v;
+    __syncthreads();
+    return warp_sum(lane() < num_warps() ? part[lane()] : F(0));
+}
+__device__ inline float block_max(float v) {
+    __shared__ float part[32];
+    v = warp_max(v);
+    if (WARP_SIZE == 1) return v;
+    __syncthreads();
+    if (lane() == 0) part[warp()] = v;
+    __syncthreads();
+    return warp_max(lane() < num_warps() ? part[lane()] : -INFINITY);
+}
+
+int device_sms = 0;  // multiprocessors, set by open_device
+
+// Threads of a block that walks rows of C elements: whole warps, at most 512.
+inline int row_threads(int C) { return std::min(512, (C + 127) / 128 * 32); }
+// Blocks of a kernel that walks N rows and keeps a partial sum a block.
+inline int row_blocks(int N) { return std::min(N, 2 * device_sms); }
+
+// =====================================================================================================================
+// Warp tiles: TILE_ROWS x N floats held by one warp, and products of them. On a GPU (and lane by lane in the exact CPU
+// geometry) the elements lie as mma.sync's accumulators do: lane l has, of each 8 columns j, rows l/4 and l/4 + 8 and
+// columns 8j + 2(l%4) and the next. In the serial geometry the one thread has it all, row by row.
+//   slot s: the s-th row of which this thread has a part; element e: the e-th of its columns
+// (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".)
+
+constexpr int TILE_ROWS = WARP_SIZE == 1 ? 64 : 16;
+constexpr int SLOTS = WARP_SIZE == 1 ? TILE_ROWS : 2;
+
+template <int N>
+struct Tile {
+    static constexpr int PER_ROW = TILE_ROWS * N / WARP_SIZE / SLOTS;
+    float v[SLOTS * PER_ROW];
+    __device__ float& at(int s, int e) { return v[WARP_SIZE == 1 ? s * N + e : e / 2 * 4 + s * 2 + e % 2]; }
+    __device__ float at(int s, int e) const { return v[WARP_SIZE == 1 ? s * N + e : e / 2 * 4 + s * 2 + e % 2]; }
+    __device__ static int row(int s) { return WARP_SIZE == 1 ? s : lane() / 4 + 8 * s; }
+    __device__ static int col(int e) { return WARP_SIZE == 1 ? e : e / 2 * 8 + lane() % 4 * 2 + e % 2; }
+    __device__ void zero() {
+        for (float& x : v) x = 0.0f;
+    }
+};
+
+// the four lanes that share a row
+__device__ inline float tile_row_sum(float v) {
+    for (int m = WARP_SIZE == 1 ? 0 : 2; m > 0; m /= 2) v += __shfl_xor_sync(ALL_LANES, v, m);
+    return v;
+}
+__device__ inline float tile_row_max(float v) {
+    for (int m = WARP_SIZE == 1 ? 0 : 2; m > 0; m /= 2) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, m));
+    return v;
+}
+
+#ifdef __CUDACC__  // else the CPU stand-in emulates them
+// c (16x8 float) += a (16x16 bf16) b (16x8 bf16)
+__device__ inline void mma_m16n8k16(float* c, const unsigned* a, const unsigned* b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// four 8x8 matrices of 16-bit values, transposed; lane l points at row l%8 of matrix l/8 in shared memory
+__device__ inline void ldmatrix_x4_trans(unsigned* r, const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(unsigned(__cvta_generic_to_shared(row))));
+}
+#endif
+
+__device__ inline unsigned pack_bf16(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    unsigned bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+
+// The serial geometry's product: c (TILE_ROWS,N) += a (TILE_ROWS,K) b, b[k][n] = b[k ldb + n], in blocks of 4 x 16 that
+// stay in registers.
+template <int N, int K, typename A>
+inline void serial_mma(float* c, const A* a, int lda, const float* b, int ldb) {
+    constexpr int R = 4, W = N % 16 == 0 ? 16 : 8;
+    for (int n0 = 0; n0 < N; n0 += W) {
+        for (int r0 = 0; r0 < TILE_ROWS; r0 += R) {
+            float sum[R][W];
+            for (int r = 0; r < R; r++)
+                for (int n = 0; n < W; n++) sum[r][n] = c[(r0 + r) * N + n0 + n];
+            for (int k = 0; k < K; k++)
+                for (int r = 0; r < R; r++)
+                    for (int n = 0; n < W; n++) sum[r][n] += float(a[(r0 + r) * lda + k]) * b[k * ldb + n0 + n];
+            for (int r = 0; r < R; r++)
+                for (int n = 0; n < W; n++) c[(r0 + r) * N + n0 + n] = sum[r][n];
+        }
+    }
+}
+
+// c[r][n] += sum_k a[r lda + k] b[n ldb + k], k < K; a, b in shared memory
+template <int K, int N>
+__device__ inline void mma_nt(Tile<N>& c, const floatX* a, int lda, const floatX* b, int ldb) {
+    if constexpr (WARP_SIZE == 1) {
+        float bt[K * N];
+        for (int k = 0; k < K; k++)
+            for (int n = 0; n < N; n++) bt[k * N + n] = float(b[n * ldb + k]);
+        serial_mma<N, K>(c.v, a, lda, bt, N);
+    } else if constexpr (BF16) {
+        const int g = lane() / 4, t2 = lane() % 4 * 2;
+        #pragma unroll
+        for (int k = 0; k < K; k += 16) {
+            unsigned fa[4];
+            for (int i = 0; i < 4; i++) memcpy(&fa[i], &a[(g + i % 2 * 8) * lda + k + i / 2 * 8 + t2], 4);
+            #pragma unroll
+            for (int j = 0; j < N / 8; j++) {
+                unsigned fb[2];
+                for (int i = 0; i < 2; i++) memcpy(&fb[i], &b[(8 * j + g) * ldb + k + i * 8 + t2], 4);
+                mma_m16n8k16(c.v + 4 * j, fa, fb);
+            }
+        }
+    } else {
+        for (int k = 0; k < K; k++) {
+            #pragma unroll
+            for (int e = 0; e < c.PER_ROW; e++)
+                for (int s = 0; s < SLOTS; s++) c.at(s, e) += float(a[c.row(s) * lda + k]) * float(b[c.col(e) * ldb + k]);
+        }
+    }
+}
+
+// c[r][n] += sum_k a[r][k] b[k ldb + n], k < K; a a tile, b in shared memory
+template <int K, int N>
+__device__ inline void mma_nn(Tile<N>& c, const Tile<K>& a, const floatX* b, int ldb) {
+    if constexpr (WARP_SIZE == 1) {
+        float bf[K * N];
+        for (int k = 0; k < K; k++)
+            for (int n = 0; n < N; n++) bf[k * N + n] = float(b[k * ldb + n]);
+        serial_mma<N, K>(c.v, a.v, K, bf, N);
+    } else if constexpr (BF16) {  // the accumulators of 16 columns are, as bf16, the fragment of a k16 operand
+        const int row = lane() % 8 + lane() / 8 % 2 * 8, col = lane() / 16 * 8;
+        #pragma unroll
+        for (int k = 0; k < K / 16; k++) {
+            unsigned fa[4];
+            #pragma unroll
+            for (int i = 0; i < 4; i++) fa[i] = pack_bf16(a.v[8 * k + 2 * i], a.v[8 * k + 2 * i + 1]);
+            #pragma unroll
+            for (int j = 0; j < N / 16; j++) {
+                unsigned fb[4];  // k 0-7 and 8-15 of columns 0-7, then of columns 8-15
+                ldmatrix_x4_trans(fb, &b[(16 * k + row) * ldb + 16 * j + col]);
+                mma_m16n8k16(c.v + 8 * j, fa, fb);
+                mma_m16n8k16(c.v + 8 * j + 4, fa, fb + 2);
+            }
+        }
+    } else {  // the four lanes of a row have its elements among them
+        #pragma unroll
+        for (int e = 0; e < a.PER_ROW; e++) {
+            for (int owner = 0; owner < 4; owner++) {
+                int k = e / 2 * 8 + owner * 2 + e % 2;
+                float row[SLOTS];
+                for (int s = 0; s < SLOTS; s++)
+                    row[s] = __shfl_sync(ALL_LANES, a.at(s, e), lane() / 4 * 4 + owner);
+                #pragma unroll
+                for (int f = 0; f < c.PER_ROW; f++)
+                    for (int s = 0; s < SLOTS; s++) c.at(s, f) += row[s] * float(b[k * ldb + c.col(f)]);
+            }
+        }
+    }
+}
+
+// dst (rows, ld) in shared memory = src (rows, HS) of row stride `stride`, rows from `valid` on zero; by the whole block
+template <int HS>
+__device__ inline void load_tile(floatX* dst, int ld, const floatX* src, size_t stride, int rows, int valid) {
+    constexpr int VEC = 16 / sizeof(floatX);  // 16 bytes a thread
+    for (int i = threadIdx.x; i < rows * (HS / VEC); i += blockDim.x) {
+        int row = i / (HS / VEC), col = i % (HS / VEC) * VEC;
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (row < valid) x = *reinterpret_cast<const uint4*>(src + row * stride + col);
+        *reinterpret_cast<uint4*>(dst + row * ld + col) = x;
+    }
+}
+
+// =====================================================================================================================
+// SimpleNorm: the paper's operator and its fused consumers
+
+#include "simplenorm.cuh"
+
+// =====================================================================================================================
+// Embedding: x[n,c] = tok[token[n],c] + pos[t,c]; pos only with learned positions, t = n mod T. One block a token.
+// x (N,C) floatX; tok (Vp,C), pos (max_T,C) floatX, pos null for none; tokens (N) int.
+
+__global__ void embedding_forward_kernel(floatX* x, const int* tokens, const floatX* tok, const floatX* pos, int T,
+                                         int C) {
+    size_t n = blockIdx.x, token = tokens[n], t = n % T;
+    for (int c = threadIdx.x; c < C; c += blockDim.x)
+        x[n * C + c] = float(tok[token * C + c]) + (pos ? float(pos[t * C + c]) : 0.0f);
+}
+
+void embedding_forward(floatX* x, const int* tokens, const floatX* tok, const floatX* pos, int N, int T, int C,
+                       cudaStream_t stream) {
+    embedding_forward_kernel<<<N, row_threads(C), 0, stream>>>(x, tokens, tok, pos, T, C);
+    CHECK(cudaGetLastError());
+}
+
+// The places of each token that occurs, made on the host, where the tokens come from: with it a block sums all rows of
+// one token in order, and no atomics are needed.
+struct TokenPlaces {
+    std::vector<int> places;  // (N) positions n, sorted by token, then by n
+    std::vector<int> begin;   // (U+1) where the u-th token's places begin
+};
+
+TokenPlaces token_places(const int* tokens, int N) {
+    TokenPlaces p;
+    p.places.resize(N);
+    for (int n = 0; n < N; n++) p.places[n] = n;
+    std::stable_sort(p.places.begin(), p.places.end(), [&](int a, int b) { return tokens[a] < tokens[b]; });
+    for (int i = 0; i < N; i++)
+        if (i == 0 || tokens[p.places[i]] != tokens[p.places[i - 1]]) p.begin.push_back(i);
+    p.begin.push_back(N);
+    return p;
+}
+
+// dtok[token,c] += sum over its places n of dx[n,c]. One block a token. dtok (Vp,C) float; dx (N,C) floatX.
+__global__ void embedding_backward_kernel(float* dtok, const floatX* dx, const int* tokens, const int* places,
+                                          const int* begin, int C) {
+    int first = begin[blockIdx.x], last = begin[blockIdx.x + 1];
+    float* out = dtok + size_t(tokens[places[first]]) * C;
+    for (int i = first; i < last; i++) {
+        const floatX* row = dx + size_t(places[i]) * C;
+        for (int c = threadIdx.x; c < C; c += blockDim.x) out[c] += float(row[c]);
+    }
+}
+
+// dpos[t,c] += sum_b dx[b,t,c]. One block a position. dpos (max_T,C) float; dx (B,T,C) floatX.
+__global__ void position_backward_kernel(float* dpos, const floatX* dx, int B, int T, int C) {
+    size_t t = blockIdx.x;
+    for (int b = 0; b < B; b++)
+        for (int c = threadIdx.x; c < C; c += blockDim.x) dpos[t * C + c] += float(dx[(b * size_t(T) + t) * C + c]);
+}
+
+// places (N), begin (unique+1): TokenPlaces on the device
+void embedding_backward(float* dtok, float* dpos, const floatX* dx, const int* tokens, const int* places,
+                        const int* begin, int unique, int B, int T, int C, cudaStream_t stream) {
+    embedding_backward_kernel<<<unique, row_threads(C), 0, stream>>>(dtok, dx, tokens, places, begin, C);
+    CHECK(cudaGetLastError());
+    if (dpos) position_backward_kernel<<<T, row_threads(C), 0, stream>>>(dpos, dx, B, T, C);
+    CHECK(cudaGetLastError());
+}
+
+// =====================================================================================================================
+// Matmul through cuBLASLt (the CPU stand-in's is OpenBLAS): D (m,n) = op(A) op(B) + beta D, all row-major, accumulated
+// in float. op(A) is (m,k): A is stored (m,k), or (k,m) if transA; op(B) is (k,n): B is stored (k,n), or (n,k) if transB.
+
+constexpr size_t MATMUL_WORKSPACE = size_t(32) << 20;
+
+struct Matmul {  // handle, workspace, and one plan a shape, made at the first use
+    struct Plan {
+        cublasLtMatmulDesc_t desc;
+        cublasLtMatrixLayout_t first, second, out;
+        cublasLtMatmulAlgo_t algo;
+    };
+    cublasLtHandle_t handle = nullptr;
+    void* workspace = nullptr;
+    std::map<std::tuple<bool, bool, int, int, int, cudaDataType_t>, Plan> plans;
+
+    const Plan& plan(bool transA, bool transB, int m, int n, int k, cudaDataType_t type) {
+        auto key = std::make_tuple(transA, transB, m, n, k, type);
+        auto found = plans.find(key);
+        if (found != plans.end()) return found->second;
+        // cuBLAS is column-major: it sees every row-major matrix transposed, so it is asked for D^T = op(B)^T op(A)^T
+        Plan p;
+        CHECK_CUBLAS(cublasLtMatmulDescCreate(&p.desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+        cublasOperation_t first = transB ? CUBLAS_OP_T : CUBLAS_OP_N, second = transA ? CUBLAS_OP_T : CUBLAS_OP_N;
+        CHECK_CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof(first)));
+        CHECK_CUBLAS(cublasLtMatmulDescSetAttribute(p.desc, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof(second)));
+        auto layout = [](cublasLtMatrixLayout_t* l, cudaDataType_t t, int rows, int cols) {
+            CHECK_CUBLAS(cublasLtMatrixLayoutCreate(l, t, rows, cols, rows));
+        };
+        transB ? layout(&p.first, CUDA_FLOATX, k, n) : layout(&p.first, CUDA_FLOATX, n, k);
+        transA ? layout(&p.second, CUDA_FLOATX, m, k) : layout(&p.second, CUDA_FLOATX, k, m);
+        layout(&p.out, type, n, m);
+        cublasLtMatmulPreference_t preference;
+        CHECK_CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
+        CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                          &MATMUL_WORKSPACE, sizeof(MATMUL_WORKSPACE)));
+        cublasLtMatmulHeuristicResult_t best;
+        int found_algos = 0;
+        CHECK_CUBLAS(cublasLtMatmulAlgoGetHeuristic(handle, p.desc, p.first, p.second, p.out, p.out, preference, 1,
+                                                    &best, &found_algos));
+        if (!found_algos) throw Error(format("matmul: cuBLASLt has no algorithm for %d x %d x %d.", m, n, k));
+        CHECK_CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
+        p.algo = best.algo;
+        return plans.emplace(key, p).first->second;
+    }
+
+    void operator()(void* D, const floatX* A, const floatX* B, bool transA, bool transB, int m, int n, int k,
+                    cudaDataType_t type, float beta, cudaStream_t stream) {
+        const Plan& p = plan(transA, transB, m, n, k, type);
+        const float alpha = 1.0f;
+        CHECK_CUBLAS(cublasLtMatmul(handle, p.desc, &alpha, B, p.first, A, p.second, &beta, D, p.out, D, p.out,
+                                    &p.algo, workspace, MATMUL_WORKSPACE, stream));
+    }
+} matmul;
+
+// out (N,M) = inp (N,K) w^T, w (M,K) as a linear layer stores it
+void linear_forward(floatX* out, const floatX* inp, const floatX* w, int N, int K, int M, cudaStream_t stream) {
+    matmul(out, inp, w, false, true, N, M, K, CUDA_FLOATX, 0.0f, stream);
+}
+// dinp (N,K) = dout (N,M) w; dw (M,K) float += dout^T inp
+void linear_backward(floatX* dinp, float* dw, const floatX* dout, const floatX* inp, const floatX* w, int N, int K,
+                     int M, cudaStream_t stream) {
+    matmul(dinp, dout, w, false, false, N, K, M, CUDA_FLOATX, 0.0f, stream);
+    matmul(dw, dout, inp, true, false, M, K, N, CUDA_R_32F, 1.0f, stream);
+}
+
+// =====================================================================================================================
+// Causal attention, FlashAttention's way (Dao 2023): tiles of the scores live in registers, never in memory.
+//   out_i = sum_{j <= i} p_ij v_j,   p_ij = exp(s_ij - lse_i),   s_ij = scale q_i . k_j,   scale = 1 / sqrt(HS)
+//   lse_i = log sum_{j <= i} exp(s_ij)
+// q (B,NH,T,HS); k, v (B,NKV,T,HS), query head h reads k/v head h NKV / NH; out (B,T,NH HS); all floatX. lse (B,NH,T)
+// float, kept for the backward.
+
+constexpr int ATTENTION_ROWS = 64;     // rows of a block: 4 warps of 16 on the GPU, one of 64 in the serial geometry
+constexpr int ATTENTION_THREADS = 128;
+
+// shared memory's row stride: 16 bytes more than a row, so that the 8 rows of a fragment fall into different banks
+template <int HS>
+constexpr int TILE_LD = HS + 16 / int(sizeof(floatX));
+// columns of the score tile, narrower where registers and shared memory are short
+template <int HS>
+constexpr int FORWARD_COLS = HS == 128 && !BF16 ? 32 : 64;
+template <int HS>
+constexpr int BACKWARD_COLS = HS == 128 ? 32 : 64;
+
+template <int HS>
+__global__ void __launch_bounds__(ATTENTION_THREADS, 1)
+    attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, int T, int NH,
+                             int NKV, float scale) {
+    constexpr int LD = TILE_LD<HS>, COLS = FORWARD_COLS<HS>;
+    extern __shared__ __align__(16) floatX attention_smem[];
+    floatX *sq = attention_smem, *sk = sq + ATTENTION_ROWS * LD, *sv = sk + COLS * LD;
+    const int b = blockIdx.z, head = blockIdx.y;
+    const int row0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS;  // the longest rows first
+    const size_t q_head = size_t(b) * NH + head, kv_head = size_t(b) * NKV + head / (NH / NKV);
+    q += (q_head * T + row0) * HS;
+    k += kv_head * T * HS;
+    v += kv_head * T * HS;
+    const int first = warp() * TILE_ROWS;  // this warp's rows in the block
+
+    load_tile<HS>(sq, LD, q, HS, ATTENTION_ROWS, T - row0);
+    Tile<HS> acc;
+    acc.zero();
+    float max[SLOTS], sum[SLOTS];
+    for (int s = 0; s < SLOTS; s++) max[s] = -INFINITY, sum[s] = 0.0f;
+    for (int col0 = 0; col0 < min(row0 + ATTENTION_ROWS, T); col0 += COLS) {
+        __syncthreads();
+        load_tile<HS>(sk, LD, k + size_t(col0) * HS, HS, COLS, T - col0);
+        load_tile<HS>(sv, LD, v + size_t(col0) * HS, HS, COLS, T - col0);
+        __syncthreads();
+        Tile<COLS> p;
+        p.zero();
+        mma_nt<HS>(p, sq + first * LD, LD, sk, LD);
+        for (int s = 0; s < SLOTS; s++) {
+            // online softmax: what was summed so far is rescaled to the new maximum. Column 0 is in everyone's first
+            // tile, so the maximum is finite from there on
+            const int visible = row0 + first + p.row(s) - col0;  // columns 0 .. visible of this tile
+            float top = max[s];
+            for (int e = 0; e < p.PER_ROW; e++) {
+                float score = p.col(e) <= visible ? scale * p.at(s, e) : -INFINITY;
+                p.at(s, e) = score;
+                top = fmaxf(top, score);
+            }
+            top = tile_row_max(top);
+            const float keep = __expf(max[s] - top);
+            max[s] = top;
+            float part = 0.0f;
+            for (int e = 0; e < p.PER_ROW; e++) {
+                float x = __expf(p.at(s, e) - top);
+                p.at(s, e) = x;
+                part += x;
+            }
+            sum[s] = sum[s] * keep + part;
+            for (int e = 0; e < acc.PER_ROW; e++) acc.at(s, e) *= keep;
+        }
+        mma_nn<COLS>(acc, p, sv, LD);
+    }
+    for (int s = 0; s < SLOTS; s++) {
+        const float total = tile_row_sum(sum[s]), inverse = 1.0f / total;
+        const int t = row0 + first + acc.row(s);
+        if (t >= T) continue;
+        floatX* o = out + ((size_t(b) * T + t) * NH + head) * HS;
+        for (int e = 0; e < acc.PER_ROW; e++) o[acc.col(e)] = acc.at(s, e) * inverse;
+        if (acc.col(0) == 0) lse[q_head * T + t] = max[s] + logf(total);
+    }
+}
+
+// delta[b,h,t] = sum_d dout[b,t,h,d] out[b,t,h,d]: the softmax backward's row sum. One warp a head of one token.
+__global__ void attention_delta_kernel(float* delta, const floatX* dout, const floatX* out, int T, int NH, int HS) {
+    size_t n = blockIdx.x, b = n / T, t = n % T;
+    for (int head = warp(); head < NH; head += num_warps()) {
+        const size_t at = (n * NH + head) * HS;
+        float sum = 0.0f;
+        for (int i = lane(); i < HS; i += WARP_SIZE) sum += float(dout[at + i]) * float(out[at + i]);
+        sum = warp_sum(sum);
+        if (lane() == 0) delta[(b * NH + head) * T + t] = sum;
+    }
+}
+
+// dk_j = sum_i ds_ij q_i, dv_j = sum_i p_ij dout_i, over the queries i >= j of all heads that share k and v;
+//   ds_ij = scale p_ij (dout_i . v_j - delta_i)
+// One block 64 keys of a k/v head; its tiles are transposed: rows are keys, columns queries.
+template <int HS>
+__global__ void __launch_bounds__(ATTENTION_THREADS, 1)
+    attention_backward_kv_kernel(floatX* dk, floatX* dv, const floatX* dout, const floatX* q, const floatX* k,
+                                 const floatX* v, const float* lse, const float* delta, int T, int NH, int NKV,
+                                 float scale) {
+    constexpr int LD = TILE_LD<HS>, COLS = BACKWARD_COLS<HS>;
+    extern __shared__ __align__(16) floatX attention_smem[];
+    floatX *sk = attention_smem, *sv = sk + ATTENTION_ROWS * LD, *sq = sv + ATTENTION_ROWS * LD, *sdo = sq + COLS * LD;
+    __shared__ float slse[COLS];
+    __shared__ float sdelta[COLS];
+    const int b = blockIdx.z, row0 = blockIdx.x * ATTENTION_ROWS, first = warp() * TILE_ROWS;
+    const size_t kv_at = ((size_t(b) * NKV + blockIdx.y) * T + row0) * HS;
+
+    load_tile<HS>(sk, LD, k + kv_at, HS, ATTENTION_ROWS, T - row0);
+    load_tile<HS>(sv, LD, v + kv_at, HS, ATTENTION_ROWS, T - row0);
+    Tile<HS> acc_k, acc_v;
+    acc_k.zero();
+    acc_v.zero();
+    const int group = NH / NKV;
+    for (int head = blockIdx.y * group; head < int(blockIdx.y + 1) * group; head++) {
+        const size_t q_at = (size_t(b) * NH + head) * T;
+        for (int col0 = row0 / COLS * COLS; col0 < T; col0 += COLS) {
+            __syncthreads();
+            load_tile<HS>(sq, LD, q + (q_at + col0) * HS, HS, COLS, T - col0);
+            load_tile<HS>(sdo, LD, dout + ((size_t(b) * T + col0) * NH + head) * HS, size_t(NH) * HS, COLS, T - col0);
+            for (int i = threadIdx.x; i < COLS; i += blockDim.x) {
+                slse[i] = col0 + i < T ? lse[q_at + col0 + i] : 0.0f;
+                sdelta[i] = col0 + i < T ? delta[q_at + col0 + i] : 0.0f;
+            }
+            __syncthreads();
+            Tile<COLS> p;
+            p.zero();
+            mma_nt<HS>(p, sk + first * LD, LD, sq, LD);
+            for (int s = 0; s < SLOTS; s++) {
+                const int from = row0 + first + p.row(s) - col0, to = T - col0;  // queries of this tile that see the key
+                for (int e = 0; e < p.PER_ROW; e++) {
+                    const int i = p.col(e);
+                    p.at(s, e) = i >= from && i < to ? __expf(scale * p.at(s, e) - slse[i]) : 0.0f;
+                }
+            }
+            mma_nn<COLS>(acc_v, p, sdo, LD);
+            Tile<COLS> ds;
+            ds.zero();
+            mma_nt<HS>(ds, sv + first * LD, LD, sdo, LD);
+            for (int s = 0; s < SLOTS; s++)
+                for (int e = 0; e < ds.PER_ROW; e++)
+                    ds.at(s, e) = scale * p.at(s, e) * (ds.at(s, e) - sdelta[ds.col(e)]);
+            mma_nn<COLS>(acc_k, ds, sq, LD);
+        }
+    }
+    for (int s = 0; s < SLOTS; s++) {
+        const int row = first + acc_k.row(s);
+        if (row0 + row >= T) continue;
+        for (int e = 0; e < acc_k.PER_ROW; e++) {
+            dk[kv_at + size_t(row) * HS + acc_k.col(e)] = acc_k.at(s, e);
+            dv[kv_at + size_t(row) * HS + acc_v.col(e)] = acc_v.at(s, e);
+        }
+    }
+}
+
+// dq_i = sum_{j <= i} ds_ij k_j. One block 64 queries of a head. The scores are computed a second time, so that dq needs
+// no atomics: 7 products instead of 5.
+template <int HS>
+__global__ void __launch_bounds__(ATTENTION_THREADS, 1)
+    attention_backward_q_kernel(floatX* dq, const floatX* dout, const floatX* q, const floatX* k, const floatX* v,
+                                const float* lse, const float* delta, int T, int NH, int NKV, float scale) {
+    constexpr int LD = TILE_LD<HS>, COLS = BACKWARD_COLS<HS>;
+    extern __shared__ __align__(16) floatX attention_smem[];
+    floatX *sq = attention_smem, *sdo = sq + ATTENTION_ROWS * LD, *sk = sdo + ATTENTION_ROWS * LD, *sv = sk + COLS * LD;
+    const int b = blockIdx.z, head = blockIdx.y, first = warp() * TILE_ROWS;
+    const int row0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS;
+    const size_t q_at = (size_t(b) * NH + head) * T + row0, kv_at = (size_t(b) * NKV + head / (NH / NKV)) * T;
+
+    load_tile<HS>(sq, LD, q + q_at * HS, HS, ATTENTION_ROWS, T - row0);
+    load_tile<HS>(sdo, LD, dout + ((size_t(b) * T + row0) * NH + head) * HS, size_t(NH) * HS, ATTENTION_ROWS, T - row0);
+    Tile<HS> acc;
+    acc.zero();
+    float row_lse[SLOTS], row_delta[SLOTS];
+    for (int s = 0; s < SLOTS; s++) {
+        const int row = first + acc.row(s);
+        row_lse[s] = row0 + row < T ? lse[q_at + row] : 0.0f;
+        row_delta[s] = row0 + row < T ? delta[q_at + row] : 0.0f;
+    }
+    for (int col0 = 0; col0 < min(row0 + ATTENTION_ROWS, T); col0 += COLS) {
+        __syncthreads();
+        load_tile<HS>(sk, LD, k + (kv_at + col0) * HS, HS, COLS, T - col0);
+        load_tile<HS>(sv, LD, v + (kv_at + col0) * HS, HS, COLS, T - col0);
+        __syncthreads();
+        Tile<COLS> p, ds;
+        p.zero();
+        ds.zero();
+        mma_nt<HS>(p, sq + first * LD, LD, sk, LD);
+        mma_nt<HS>(ds, sdo + first * LD, LD, sv, LD);
+        for (int s = 0; s < SLOTS; s++) {
+            const int visible = row0 + first + p.row(s) - col0;
+            for (int e = 0; e < p.PER_ROW; e++) {
+                float x = p.col(e) <= visible ? __expf(scale * p.at(s, e) - row_lse[s]) : 0.0f;
+                ds.at(s, e) = scale * x * (ds.at(s, e) - row_delta[s]);
+            }
+        }
+        mma_nn<COLS>(acc, ds, sk, LD);
+    }
+    for (int s = 0; s < SLOTS; s++) {
+        const int row = first + acc.row(s);
+        if (row0 + row >= T) continue;
+        for (int e = 0; e < acc.PER_ROW; e++) dq[(q_at + row) * HS + acc.col(e)] = acc.at(s, e);
+    }
+}
+
+// launches kernel<HS> with `tiles` rows of dynamic shared memory
+template <int HS, typename Kernel>
+size_t attention_smem_bytes(Kernel kernel, int rows) {
+    size_t bytes = size_t(rows) * TILE_LD<HS> * sizeof(floatX);
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+    return bytes;
+}
+
+template <int HS>
+void attention_forward_hs(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
+                          cudaStream_t stream) {
+    size_t smem = attention_smem_bytes<HS>(attention_forward_kernel<HS>, ATTENTION_ROWS + 2 * FORWARD_COLS<HS>);
+    dim3 grid((h.T + ATTENTION_ROWS - 1) / ATTENTION_ROWS, h.NH, h.B);
+    attention_forward_kernel<HS><<<grid, ATTENTION_THREADS, smem, stream>>>(out, lse, q, k, v, h.T, h.NH, h.NKV, 1.0f / sqrtf(float(HS)));
+    CHECK(cudaGetLastError());
+}
+
+template <int HS>
+void attention_backward_hs(floatX* dq, floatX* dk, floatX* dv, const floatX* dout, const floatX* q, const floatX* k,
+                           const floatX* v, const float* lse, const float* delta, Heads h, cudaStream_t stream) {
+    const int rows = 2 * ATTENTION_ROWS + 2 * BACKWARD_COLS<HS>, tiles = (h.T + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
+    const float scale = 1.0f / sqrtf(float(HS));
+    size_t smem = attention_smem_bytes<HS>(attention_backward_kv_kernel<HS>, rows);
+    attention_backward_kv_kernel<HS><<<dim3(tiles, h.NKV, h.B), ATTENTION_THREADS, smem, stream>>>(
+        dk, dv, dout, q, k, v, lse, delta, h.T, h.NH, h.NKV, scale);
+    CHECK(cudaGetLastError());
+    smem = attention_smem_bytes<HS>(attention_backward_q_kernel<HS>, rows);
+    attention_backward_q_kernel<HS><<<dim3(tiles, h.NH, h.B), ATTENTION_THREADS, smem, stream>>>(
+        dq, dout, q, k, v, lse, delta, h.T, h.NH, h.NKV, scale);
+    CHECK(cudaGetLastError());
+}
+
+void attention_forward(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
+                       cudaStream_t stream) {
+    switch (h.HS) {
+        case 16: return attention_forward_hs<16>(out, lse, q, k, v, h, stream);
+        case 32: return attention_forward_hs<32>(out, lse, q, k, v, h, stream);
+        case 64: return attention_forward_hs<64>(out, lse, q, k, v, h, stream);
+        default: return attention_forward_hs<128>(out, lse, q, k, v, h, stream);
+    }
+}
+
+// delta (B,NH,T) float scratch; dq, dk, dv in the layouts of q, k, v, dout in that of out
+void attention_backward(floatX* dq, floatX* dk, floatX* dv, float* delta, const floatX* dout, const floatX* out,
+                        const floatX* q, const floatX* k, const floatX* v, const float* lse, Heads h,
+                        cudaStream_t stream) {
+    attention_delta_kernel<<<h.B * h.T, 128, 0, stream>>>(delta, dout, out, h.T, h.NH, h.HS);
+    CHECK(cudaGetLastError());
+    switch (h.HS) {
+        case 16: return attention_backward_hs<16>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+        case 32: return attention_backward_hs<32>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+        case 64: return attention_backward_hs<64>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+        default: return attention_backward_hs<128>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+    }
+}
+
+// =====================================================================================================================
+// Head and loss. The logits exist for a chunk of rows at a time, in floatX, and turn into their gradient in place:
+//   loss[n] = lse - logit[target],   lse = log sum_v exp(logit[v]),   dlogit[v] = (exp(logit[v] - lse) - [v = target]) w
+// logits (rows,Vp) floatX, columns from V on are padding: not in the sum, gradient 0. losses (rows) float. One block a row.
+
+__global__ void cross_entropy_kernel(float* losses, floatX* logits, const int* targets, int V, int Vp, float weight,
+                                     bool backward) {
+    size_t n = blockIdx.x;
+    floatX* x = logits + n * Vp;
+    const int target = targets[n];
+    float top = -INFINITY;
+    for (int v = threadIdx.x; v < V; v += blockDim.x) top = fmaxf(top, float(x[v]));
+    top = block_max(top);
+    float sum = 0.0f;
+    for (int v = threadIdx.x; v < V; v += blockDim.x) sum += __expf(float(x[v]) - top);
+    const float lse = top + logf(block_sum(sum));
+    const float target_logit = float(x[target]);
+    if (threadIdx.x == 0) losses[n] = lse - target_logit;
+    if (!backward) return;
+    __syncthreads();  // everyone has read the target's logit
+    for (int v = threadIdx.x; v < V; v += blockDim.x) x[v] = weight * __expf(float(x[v]) - lse);
+    for (int v = V + threadIdx.x; v < Vp; v += blockDim.x) x[v] = 0.0f;
+    __syncthreads();
+    if (threadIdx.x == 0) x[target] = weight * (__expf(target_logit - lse) - 1.0f);
+}
+
+void cross_entropy(float* losses, floatX* logits, const int* targets, int rows, int V, int Vp, float weight,
+                   bool backward, cudaStream_t stream) {
+    cross_entropy_kernel<<<rows, 512, 0, stream>>>(losses, logits, targets, V, Vp, weight, backward);
+    CHECK(cudaGetLastError());
+}
+
+// mean[0] += weight sum_n losses[n]; one block, in double, so that a long batch loses nothing
+__global__ void loss_sum_kernel(float* mean, const float* losses, int N, float weight) {
+    double sum = 0.0;
+    for (int n = threadIdx.x; n < N; n += blockDim.x) sum += losses[n];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) mean[0] += float(sum * weight);
+}
+
+// =====================================================================================================================
+// The model: parameters, gradients, activations, and the way through a block, forward and backward.
+
+// What a layer leaves for its backward. N = B T rows each; x is the block's input, h its middle.
+struct LayerActivations {
+    floatX *x, *h;                        // (N,C) residual stream
+    floatX *n1, *n2;                      // (N,C) outputs of the pre-norms; simplegpt has none, there they are x and h
+    floatX *qkv_raw, *o_raw, *w13_raw, *w2_raw;  // (N,QKV) (N,C) (N,FF) (N,C) outputs of the linears
+    floatX *q, *k, *v, *att, *act;        // (B,NH,T,HS) (B,NKV,T,HS) twice, (N,C), (N,F)
+    float* lse;                           // (B,NH,T)
+    float2 *qkv_stats, *o_stats, *w13_stats, *w2_stats, *n1_stats, *n2_stats;  // (N,3) (N) (N,2) (N) (N) (N)
+};
+
+// Hands out pieces of one allocation. The first walk (base null) only adds up, by kind of use, for the memory plan.
+struct Arena {
+    char* base = nullptr;
+    size_t used = 0;
+    std::vector<std::pair<std::string, size_t>> plan;  // what, bytes
+
+    void section(const std::string& what) { plan.push_back({what, 0}); }
+    template <typename F>
+    void take(F*& p, size_t count) {
+        size_t bytes = (count * sizeof(F) + 255) / 256 * 256;
+        if (base) p = reinterpret_cast<F*>(base + used);
+        used += bytes;
+        plan.back().second += bytes;
+    }
+};
+
+struct Model {
+    Config c;
+    TensorTable table;
+    int B = 0;  // sequences a micro-batch
+    bool training = false;
+    cudaStream_t stream = nullptr;
+
+    // flat buffers of the table's layout; master is null in fp32, where the parameters are their own masters;
+    // grads, m, v and master only exist for training
+    floatX* params = nullptr;
+    float *grads = nullptr, *master = nullptr, *m = nullptr, *v = nullptr;
+
+    std::vector<LayerActivations> acts;
+    floatX *out = nullptr, *normed = nullptr;  // (N,C) last residual, final norm
+    float2* norm_stats = nullptr;              // (N)
+    floatX* logits = nullptr;                  // (logit_rows,Vp)
+    int logit_rows = 0;
+    float *losses = nullptr, *loss = nullptr, *grad_norm = nullptr;  // (N), (1), (1)
+    float *partial = nullptr, *square_sums = nullptr;
+    float2* rope = nullptr;  // (T,HS/2) cos, sin
+    int *tokens = nullptr, *targets = nullptr, *places = nullptr, *begin = nullptr;  // (N) (N) (N) (N+1)
+
+    // gradients of activations, shared by all layers
+    floatX *dres = nullptr, *dbranch = nullptr, *dmid = nullptr, *dnormed = nullptr;  // (N,C)
+    floatX *dqkv_raw = nullptr, *dq = nullptr, *dk = nullptr, *dv = nullptr;  // (N,QKV), attention's layouts
+    floatX *dw13_raw = nullptr, *dact = nullptr;  // (N,FF) (N,F)
+    float* delta = nullptr;                       // (B,NH,T)
+
+    void* memory = nullptr;
+    Arena arena;
+    std::vector<int> host;  // the batch on its way to the device
+
+    size_t N() const { return size_t(B) * c.T; }
+    Norm norm() const { return {c.norm_eps, c.layernorm}; }
+    floatX* w(size_t offset) const { return offset == NONE ? nullptr : params + offset; }
+    float* g(size_t offset) const { return offset == NONE ? nullptr : grads + offset; }
+};
+
+constexpr size_t CHUNK = 16384;  // elements a block of the flat kernels (norm, AdamW)
+inline int chunks(size_t elements) { return int((elements + CHUNK - 1) / CHUNK); }
+
+// One walk over everything on the device. Called twice: to add up, and to hand out.
+void lay_out(Model& m, bool training) {
+    const Config& c = m.c;
+    const size_t N = m.N(), C = c.C, QKV = c.QKV(), F = c.F(), FF = c.FF(), Vp = c.Vp(), P = m.table.size;
+    const size_t kv = size_t(c.NKV) * c.HS();
+    Arena& a = m.arena;
+    a.used = 0;
+    a.plan.clear();
+    a.section(format("weights (%s)", PRECISION));
+    a.take(m.params, P);
+    if (training) {
+        a.section("gradients (fp32)");
+        a.take(m.grads, P);
+        if (BF16) {
+            a.section("master weights (fp32)");
+            a.take(m.master, P);
+        }
+        a.section("AdamW moments (fp32)");
+        a.take(m.m, P);
+        a.take(m.v, P);
+    }
+    a.section("activations");
+    m.acts.resize(c.L);
+    for (int l = 0; l < c.L; l++) {
+        LayerActivations& t = m.acts[l];
+        a.take(t.x, N * C);
+        a.take(t.h, N * C);
+        t.n1 = t.x, t.n2 = t.h;
+        if (!c.simple()) {
+            a.take(t.n1, N * C);
+            a.take(t.n2, N * C);
+        }
+        a.take(t.qkv_raw, N * QKV);
+        a.take(t.q, N * C);
+        a.take(t.k, N * kv);
+        a.take(t.v, N * kv);
+        a.take(t.att, N * C);
+        a.take(t.o_raw, N * C);
+        a.take(t.w13_raw, N * FF);
+        a.take(t.act, N * F);
+        a.take(t.w2_raw, N * C);
+        a.take(t.lse, N * c.NH);
+        a.take(t.qkv_stats, 3 * N);
+        a.take(t.o_stats, N);
+        a.take(t.w13_stats, 2 * N);
+        a.take(t.w2_stats, N);
+        a.take(t.n1_stats, N);
+        a.take(t.n2_stats, N);
+    }
+    a.take(m.out, N * C);
+    a.take(m.normed, N * C);
+    a.take(m.norm_stats, N);
+    a.section("logits, a chunk of rows");
+    m.logit_rows = int(std::min(N, std::max<size_t>(16, (size_t(1) << (BF16 ? 29 : 26)) / (Vp * sizeof(floatX)))));
+    a.take(m.logits, m.logit_rows * Vp);
+    a.section("batch, tables, scratch");
+    a.take(m.losses, N);
+    a.take(m.loss, 1);
+    a.take(m.tokens, N);
+    a.take(m.targets, N);
+    a.take(m.places, N);
+    a.take(m.begin, N + 1);
+    if (!c.gated()) m.rope = nullptr;
+    else a.take(m.rope, size_t(c.T) * c.HS() / 2);
+    char* workspace = nullptr;
+    a.take(workspace, MATMUL_WORKSPACE);
+    matmul.workspace = workspace;
+    if (training) {
+        a.take(m.grad_norm, 1);
+        a.take(m.square_sums, chunks(P));
+        a.take(m.partial, size_t(row_blocks(int(N))) * std::max({C, QKV, FF}));
+        a.section("gradients of activations");
+        for (floatX** p : {&m.dres, &m.dbranch, &m.dmid, &m.dnormed}) a.take(*p, N * C);
+        a.take(m.dqkv_raw, N * QKV);
+        a.take(m.dq, N * C);
+        a.take(m.dk, N * kv);
+        a.take(m.dv, N * kv);
+        a.take(m.dw13_raw, N * FF);
+        a.take(m.dact, N * F);
+        a.take(m.delta, N * c.NH);
+    }
+}
+
+std::string memory_plan(const Model& m) {
+    std::string s = "memory plan\n";
+    for (auto& [what, bytes] : m.arena.plan) s += format("  %-28s %10.1f MiB\n", what.c_str(), bytes / 1048576.0);
+    return s + format("  %-28s %10.1f MiB\n", "total", m.arena.used / 1048576.0);
+}
+
+void open_device() {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0)
+        throw Error("device: no CUDA device is visible. Check nvidia-smi, or build for the CPU: make cpu.");
+    cudaDeviceProp device;
+    CHECK(cudaSetDevice(0));
+    CHECK(cudaGetDeviceProperties(&device, 0));
+    device_sms = device.multiProcessorCount;
+    if (!matmul.handle) CHECK_CUBLAS(cublasLtCreate(&matmul.handle));
+}
+
+// Plans the memory of B sequences of c.T tokens; nothing is allocated yet.
+void plan(Model& m, const Config& config, int B, bool training) {
+    m.c = config;
+    m.B = B;
+    m.training = training;
+    m.table = build_table(m.c);
+    if (double(B) * m.c.T > double(1 << 30))
+        throw Error(format("--batch-size: %d sequences of %d tokens are too many. Use --grad-accum.", B, m.c.T));
+    lay_out(m, training);
+}
+
+// Allocates what was planned, or refuses with advice.
+void create(Model& m) {
+    const bool training = m.training;
+    size_t free = 0, total = 0;
+    CHECK(cudaMemGetInfo(&free, &total));
+    if (m.arena.used > free || cudaMalloc(&m.memory, m.arena.used) != cudaSuccess)
+        throw Error(format("memory: the plan needs %.1f GiB, the device has %.1f GiB free. Lower --batch-size or "
+                           "--seq-len (and raise --grad-accum), or choose a smaller model.",
+                           m.arena.used / 1073741824.0, free / 1073741824.0));
+    m.arena.base = static_cast<char*>(m.memory);
+    lay_out(m, training);
+    CHECK(cudaStreamCreate(&m.stream));
+    // padding between tensors and rows beyond V stay zero for good
+    CHECK(cudaMemsetAsync(m.params, 0, m.table.size * sizeof(floatX), m.stream));
+    if (training)
+        for (float* p : {m.grads, m.master, m.m, m.v})
+            if (p) CHECK(cudaMemsetAsync(p, 0, m.table.size * sizeof(float), m.stream));
+    if (m.rope) {  // (cos, sin) of t theta^(-2i/HS), as the paper's code: float32 frequencies
+        const int half = m.c.HS() / 2;
+        std::vector<float2> rope(size_t(m.c.T) * half);
+        for (int i = 0; i < half; i++) {
+            float frequency = 1.0f / powf(m.c.rope_theta, float(2 * i) / m.c.HS());
+            for (int t = 0; t < m.c.T; t++) {
+                double angle = float(t * frequency);
+                rope[size_t(t) * half + i] = make_float2(float(cos(angle)), float(sin(angle)));
+            }
+        }
+        CHECK(cudaMemcpy(m.rope, rope.data(), rope.size() * sizeof(float2), cudaMemcpyHostToDevice));
+    }
+    CHECK(cudaStreamSynchronize(m.stream));
+}
+
+void destroy(Model& m) {
+    if (m.stream) CHECK(cudaStreamDestroy(m.stream));
+    if (m.memory) CHECK(cudaFree(m.memory));
+    m = Model();
+}
+
+// Sets a tensor's parameters (and masters) from float values (padded_rows, cols).
+void set_tensor(Model& m, const Tensor& t, const std::vector<float>& values) {
+    std::vector<floatX> rounded(values.begin(), values.end());
+    CHECK(cudaMemcpy(m.params + t.offset, rounded.data(), rounded.size() * sizeof(floatX), cudaMemcpyHostToDevice));
+    if (m.master)
+        CHECK(cudaMemcpy(m.master + t.offset, values.data(), values.size() * sizeof(float), cudaMemcpyHostToDevice));
+}
+
+// A tensor's parameters as float, from the masters where there are some, or the same place of another flat buffer.
+std::vector<float> get_tensor(const Model& m, const Tensor& t, const float* buffer = nullptr) {
+    if (!buffer) buffer = m.master;
+    std::vector<float> values(t.size());
+    if (buffer) {
+        CHECK(cudaMemcpy(values.data(), buffer + t.offset, t.size() * sizeof(float), cudaMemcpyDeviceToHost));
+    } else {
+        std::vector<floatX> raw(t.size());
+        CHECK(cudaMemcpy(raw.data(), m.params + t.offset, t.size() * sizeof(floatX), cudaMemcpyDeviceToHost));
+        std::copy(raw.begin(), raw.end(), values.begin());
+    }
+    return values;
+}
+
+void initialize(Model& m, uint64_t seed) {
+    std::vector<float> values;
+    for (size_t i = 0; i < m.table.tensors.size(); i++) {
+        initial_values(values, m.table.tensors[i], seed, i);
+        set_tensor(m, m.table.tensors[i], values);
+    }
+}
+
+// B sequences of T tokens; the model may run fewer and shorter ones than it has memory for
+Heads heads(const Model& m, int B, int T) { return {B, T, m.c.NH, m.c.NKV, m.c.HS()}; }
+
+QkvGains qkv_gains(const Model& m, const LayerOffsets& at) {
+    const floatX* q = m.w(at.qkv_gain);
+    if (!q) return {nullptr, nullptr, nullptr};
+    const floatX *k = q + m.c.C, *v = k + size_t(m.c.NKV) * m.c.HS();
+    return {q, k, m.c.simple() ? v : nullptr};
+}
+
+// next = block l of its input a.x. N.. are norms, those of the variant that do not exist pass through:
+//   simplegpt  h = x + No Wo A(Nq Wq x, Nk Wk x, Nv Wv x)         y = h + N2 W2( silu(N1 W1 h) * (N3 W3 h) )
+//   prenorm    h = x + Wo A(Wq n, Wk n, Wv n),  n = N(x)          y = h + W2( silu(W1 n) * (W3 n) ),  n = N'(h)
+//   preqknorm  prenorm with Nq, Nk as in simplegpt
+void block_forward(Model& m, int l, floatX* next, int B, int T) {
+    const LayerOffsets& at = m.table.layers[l];
+    LayerActivations& a = m.acts[l];
+    const Norm norm = m.norm();
+    const int N = B * T, C = m.c.C, F = m.c.F(), FF = m.c.FF();
+    const Heads h = heads(m, B, T);
+
+    if (at.norm1 != NONE) norm_residual_forward(a.n1, a.n1_stats, a.x, nullptr, m.w(at.norm1), N, C, norm, m.stream);
+    linear_forward(a.qkv_raw, a.n1, m.w(at.qkv), N, C, m.c.QKV(), m.stream);
+    qkv_norm_rope_forward(a.q, a.k, a.v, a.qkv_stats, a.qkv_raw, qkv_gains(m, at), m.rope, h, norm, m.stream);
+    attention_forward(a.att, a.lse, a.q, a.k, a.v, h, m.stream);
+    linear_forward(a.o_raw, a.att, m.w(at.o), N, C, C, m.stream);
+    norm_residual_forward(a.h, a.o_stats, a.o_raw, a.x, m.w(at.o_gain), N, C, norm, m.stream);
+
+    if (at.norm2 != NONE) norm_residual_forward(a.n2, a.n2_stats, a.h, nullptr, m.w(at.norm2), N, C, norm, m.stream);
+    linear_forward(a.w13_raw, a.n2, m.w(at.w13), N, C, FF, m.stream);
+    ffn_norm_act_forward(a.act, a.w13_stats, a.w13_raw, m.w(at.w13_gain), N, F, m.c.gated(), norm, m.stream);
+    linear_forward(a.w2_raw, a.act, m.w(at.w2), N, F, C, m.stream);
+    norm_residual_forward(next, a.w2_stats, a.w2_raw, a.h, m.w(at.w2_gain), N, C, norm, m.stream);
+}
+
+// m.dres: on entry the gradient of the block's output, on return that of its input. Gradients of weights are added.
+void block_backward(Model& m, int l, int B, int T) {
+    const LayerOffsets& at = m.table.layers[l];
+    LayerActivations& a = m.acts[l];
+    const Norm norm = m.norm();
+    const int N = B * T, C = m.c.C, F = m.c.F(), FF = m.c.FF();
+    const Heads h = heads(m, B, T);
+    cudaStream_t stream = m.stream;
+
+    // The two ends of a half, y = x + No(branch(N(x))): the gradient goes through the branch and around it.
+    auto into_branch = [&](size_t gain, const floatX* raw, const float2* stats) -> const floatX* {
+        if (gain == NONE) return m.dres;
+        norm_backward(m.dbranch, m.g(gain), m.partial, nullptr, m.dres, raw, m.w(gain), stats, N, C, norm, stream);
+        return m.dbranch;
+    };
+    auto join = [&](size_t gain, const floatX* x, const float2* stats) {  // m.dres += what came out of the branch
+        if (gain == NONE)
+            norm_residual_forward(m.dres, nullptr, m.dnormed, m.dres, nullptr, N, C, norm, stream);
+        else
+            norm_backward(m.dres, m.g(gain), m.partial, m.dres, m.dnormed, x, m.w(gain), stats, N, C, norm, stream);
+    };
+
+    // y = h + N2 W2 act
+    const floatX* dw2 = into_branch(at.w2_gain, a.w2_raw, a.w2_stats);
+    linear_backward(m.dact, m.g(at.w2), dw2, a.act, m.w(at.w2), N, F, C, stream);
+    ffn_norm_act_backward(m.dw13_raw, m.g(at.w13_gain), m.partial, m.dact, a.w13_raw, m.w(at.w13_gain), a.w13_stats,
+                          N, F, m.c.gated(), norm, stream);
+    linear_backward(m.dnormed, m.g(at.w13), m.dw13_raw, a.n2, m.w(at.w13), N, C, FF, stream);
+    join(at.norm2, a.h, a.n2_stats);
+
+    // h = x + No Wo att
+    const floatX* dwo = into_branch(at.o_gain, a.o_raw, a.o_stats);
+    linear_backward(m.dmid, m.g(at.o), dwo, a.att, m.w(at.o), N, C, C, stream);
+    attention_backward(m.dq, m.dk, m.dv, m.delta, m.dmid, a.att, a.q, a.k, a.v, a.lse, h, stream);
+    qkv_norm_rope_backward(m.dqkv_raw, m.g(at.qkv_gain), m.partial, m.dq, m.dk, m.dv, a.qkv_raw, qkv_gains(m, at),
+                           a.qkv_stats, m.rope, h, norm, stream);
+    linear_backward(m.dnormed, m.g(at.qkv), m.dqkv_raw, a.n1, m.w(at.qkv), N, C, m.c.QKV(), stream);
+    join(at.norm1, a.x, a.n1_stats);
+}
+
+// Takes B windows of T+1 tokens to the device: the first T of each are inputs, the last T targets.
+void set_batch(Model& m, const int32_t* windows, int B, int T, TokenPlaces* places = nullptr) {
+    const int N = B * T;
+    m.host.resize(2 * size_t(N));
+    int *tokens = m.host.data(), *targets = tokens + N;
+    for (int b = 0; b < B; b++) {
+        std::copy_n(windows + b * size_t(T + 1), T, tokens + b * size_t(T));
+        std::copy_n(windows + b * size_t(T + 1) + 1, T, targets + b * size_t(T));
+    }
+    CHECK(cudaMemcpyAsync(m.tokens, tokens, N * sizeof(int), cudaMemcpyHostToDevice, m.stream));
+    CHECK(cudaMemcpyAsync(m.targets, targets, N * sizeof(int), cudaMemcpyHostToDevice, m.stream));
+    if (places) {
+        *places = token_places(tokens, N);
+        CHECK(cudaMemcpyAsync(m.places, places->places.data(), N * sizeof(int), cudaMemcpyHostToDevice, m.stream));
+        CHECK(cudaMemcpyAsync(m.begin, places->begin.data(), places->begin.size() * sizeof(int),
+                              cudaMemcpyHostToDevice, m.stream));
+    }
+}
+
+// Tokens to m.normed, the final norm's output: all but the head.
+void forward(Model& m, int B, int T) {
+    const int N = B * T, C = m.c.C, L = m.c.L;
+    embedding_forward(m.acts[0].x, m.tokens, m.w(m.table.tok), m.w(m.table.pos), N, T, C, m.stream);
+    for (int l = 0; l < L; l++) block_forward(m, l, l + 1 < L ? m.acts[l + 1].x : m.out, B, T);
+    norm_residual_forward(m.normed, m.norm_stats, m.out, nullptr, m.w(m.table.norm), N, C, m.norm(), m.stream);
+}
+
+// Logits of `rows` rows of m.normed from row0 on, to m.logits; at most m.logit_rows at a time.
+void head_forward(Model& m, size_t row0, int rows) {
+    linear_forward(m.logits, m.normed + row0 * m.c.C, m.w(m.table.head), rows, m.c.C, m.c.Vp(), m.stream);
+}
+
+// Head and loss in chunks of rows; m.loss += weight times the mean loss. With `backward` each chunk's gradient goes
+// straight on to m.dnormed and to the head's weights.
+void loss_forward(Model& m, int B, int T, float weight, bool backward) {
+    const size_t N = size_t(B) * T, C = m.c.C;
+    for (size_t row = 0; row < N; row += m.logit_rows) {
+        const int rows = int(std::min(N - row, size_t(m.logit_rows)));
+        head_forward(m, row, rows);
+        cross_entropy(m.losses + row, m.logits, m.targets + row, rows, m.c.V, m.c.Vp(), weight / N, backward, m.stream);
+        if (backward)
+            linear_backward(m.dnormed + row * C, m.g(m.table.head), m.logits, m.normed + row * C, m.w(m.table.head),
+                            rows, C, m.c.Vp(), m.stream);
+    }
+    loss_sum_kernel<<<1, 512, 0, m.stream>>>(m.loss, m.losses, int(N), weight / N);
+    CHECK(cudaGetLastError());
+}
+
+// One micro-batch, weight 1 / their number: adds to m.loss and to the gradients.
+void forward_backward(Model& m, const int32_t* windows, int B, int T, float weight) {
+    TokenPlaces places;
+    set_batch(m, windows, B, T, &places);
+    forward(m, B, T);
+    loss_forward(m, B, T, weight, true);
+    norm_backward(m.dres, m.g(m.table.norm), m.partial, nullptr, m.dnormed, m.out, m.w(m.table.norm), m.norm_stats,
+                  B * T, m.c.C, m.norm(), m.stream);
+    for (int l = m.c.L - 1; l >= 0; l--) block_backward(m, l, B, T);
+    embedding_backward(m.g(m.table.tok), m.g(m.table.pos), m.dres, m.tokens, m.places, m.begin,
+                       int(places.begin.size()) - 1, B, T, m.c.C, m.stream);
+    CHECK(cudaStreamSynchronize(m.stream));  // the batch's host buffers are free again
+}
+
+float read_float(const Model& m, const float* p) {
+    float x;
+    CHECK(cudaMemcpyAsync(&x, p, sizeof(x), cudaMemcpyDeviceToHost, m.stream));
+    CHECK(cudaStreamSynchronize(m.stream));
+    return x;
+}
+
+// Mean loss of one batch, no gradients.
+float evaluate(Model& m, const int32_t* windows, int B, int T) {
+    CHECK(cudaMemsetAsync(m.loss, 0, sizeof(float), m.stream));
+    set_batch(m, windows, B, T);
+    forward(m, B, T);
+    loss_forward(m, B, T, 1.0f, false);
+    return read_float(m, m.loss);
+}
+
+// =====================================================================================================================
+// Optimizer: AdamW with decoupled decay (Loshchilov, Hutter 2019) and torch's clipping of the global gradient norm.
+//   g = grad min(1, clip / (norm + 1e-6)),   m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
+//   w = w (1 - lr decay) - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps),   t = 1, 2, ...
+// All over the flat buffers, CHUNK elements a block.
+
+struct AdamW {
+    float lr = 1e-3f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, clip = 1.0f;  // clip 0: none
+    bool decay_1d = true;
+};
+
+__global__ void square_sum_kernel(float* sums, const float* grads, size_t size) {
+    size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
+    float sum = 0.0f;
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) sum += grads[i] * grads[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+__global__ void grad_norm_kernel(float* norm, const float* sums, int count) {
+    double sum = 0.0;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) sum += sums[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) norm[0] = float(sqrt(sum));
+}
+
+// master null: params are float and their own masters
+__global__ void adamw_kernel(floatX* params, float* master, float* m, float* v, const float* grads,
+                             const float* grad_norm, size_t first, size_t last, AdamW o, float correction1,
+                             float correction2) {
+    const float scale = o.clip > 0.0f ? fminf(1.0f, o.clip / (*grad_norm + 1e-6f)) : 1.0f;
+    const float step = o.lr / correction1, root2 = rsqrtf(correction2), keep = 1.0f - o.lr * o.weight_decay;
+    size_t begin = first + blockIdx.x * CHUNK, end = min(begin + CHUNK, last);
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+        float g = grads[i] * scale;
+        float mi = o.beta1 * m[i] + (1.0f - o.beta1) * g, vi = o.beta2 * v[i] + (1.0f - o.beta2) * g * g;
+        float w = (master ? master[i] : float(params[i])) * keep - step * mi / (sqrtf(vi) * root2 + o.eps);
+        m[i] = mi;
+        v[i] = vi;
+        if (master) master[i] = w;
+        params[i] = w;
+    }
+}
+
+// t: updates done so far, with this one
+void update(Model& m, AdamW o, int64_t t) {
+    const size_t size = m.table.size;
+    square_sum_kernel<<<chunks(size), 256, 0, m.stream>>>(m.square_sums, m.grads, size);
+    CHECK(cudaGetLastError());
+    grad_norm_kernel<<<1, 512, 0, m.stream>>>(m.grad_norm, m.square_sums, chunks(size));
+    CHECK(cudaGetLastError());
+    const float correction1 = float(1.0 - pow(o.beta1, double(t))), correction2 = float(1.0 - pow(o.beta2, double(t)));
+    auto walk = [&](size_t first, size_t last, float weight_decay) {
+        AdamW part = o;
+        part.weight_decay = weight_decay;
+        adamw_kernel<<<chunks(last - first), 256, 0, m.stream>>>(m.params, m.master, m.m, m.v, m.grads, m.grad_norm,
+                                                                 first, last, part, correction1, correction2);
+        CHECK(cudaGetLastError());
+    };
+    if (o.decay_1d) return walk(0, size, o.weight_decay);
+    auto decay = [&](size_t i) { return m.table.tensors[i].cols ? o.weight_decay : 0.0f; };
+    for (size_t i = 0, j; i < m.table.tensors.size(); i = j) {  // runs of neighbours of one decay
+        for (j = i + 1; j < m.table.tensors.size() && decay(j) == decay(i); j++) {}
+        walk(m.table.tensors[i].offset, j < m.table.tensors.size() ? m.table.tensors[j].offset : size, decay(i));
+    }
+}
+
+// Learning rate of 0-based step s of S: (s+1)/(W+1) of the peak while s < W, then linear to 0 over the other S-W steps.
+double learning_rate(double peak, int64_t s, int64_t W, int64_t S) {
+    if (s < W) return peak * double(s + 1) / double(W + 1);
+    return peak * (1.0 - double(s - W) / double(S - W));
+}
+
+// =====================================================================================================================
+// Files. JSON as far as safetensors headers and our own state need it, safetensors in and out, writing without loss.
+
+struct Json {
+    enum Kind { null, boolean, number, text, list, object } kind = null;
+    double value = 0;
+    std::string string;
+    std::vector<Json> items;
+    std::vector<std::pair<std::string, Json>> fields;
+
+    const Json* find(const std::string& key) const {
+        for (auto& f : fields)
+            if (f.first == key) return &f.second;
+        return nullptr;
+    }
+};
+
+struct JsonParser {
+    const char *p, *end;
+    int depth = 0;
+
+    [[noreturn]] void fail() { throw Error("not valid JSON"); }
+    void space() {
+        while (p < end && (*p == ' ' || *p == '\n' || *p == '\r' || *p == '\t')) p++;
+    }
+    bool take(char c) {
+        space();
+        if (p < end && *p == c) return p++, true;
+        return false;
+    }
+    std::string text() {
+        std::string s;
+        if (!take('"')) fail();
+        while (p < end && *p != '"') {
+            if (*p != '\\') {
+                s += *p++;
+                continue;
+            }
+            if (++p >= end) fail();
+            char c = *p++;
+            if (c == 'u') {  // names and metadata are ASCII in practice; others become '?'
+                if (end - p < 4) fail();
+                long code = strtol(std::string(p, 4).c_str(), nullptr, 16);
+                s += code > 0 && code < 128 ? char(code) : '?';
+                p += 4;
+            } else {
+                s += c == 'n' ? '\n' : c == 't' ? '\t' : c == 'r' ? '\r' : c == 'b' ? '\b' : c == 'f' ? '\f' : c;
+            }
+        }
+        if (p++ >= end) fail();
+        return s;
+    }
+    Json parse() {
+        Json j;
+        if (++depth > 64) fail();
+        space();
+        if (p >= end) fail();
+        if (*p == '{') {
+            p++, j.kind = Json::object;
+            if (!take('}')) {
+                do {
+                    std::string key = text();
+                    if (!take(':')) fail();
+                    j.fields.emplace_back(key, parse());
+                } while (take(','));
+                if (!take('}')) fail();
+            }
+        } else if (*p == '[') {
+            p++, j.kind = Json::list;
+            if (!take(']')) {
+                do j.items.push_back(parse());
+                while (take(','));
+                if (!take(']')) fail();
+            }
+        } else if (*p == '"') {
+            j.kind = Json::text, j.string = text();
+        } else {
+            std::string word;
+            while (p < end && (isalnum((unsigned char)*p) || strchr("+-.", *p))) word += *p++;
+            char* stop = nullptr;
+            if (word == "true" || word == "false") j.kind = Json::boolean, j.value = word == "true";
+            else if (word != "null") {
+                j.kind = Json::number, j.value = strtod(word.c_str(), &stop), j.string = word;
+                if (word.empty() || *stop) fail();
+            }
+        }
+        depth--;
+        return j;
+    }
+};
+
+Json parse_json(const std::string& s) {
+    JsonParser parser{s.data(), s.data() + s.size()};
+    Json j = parser.parse();
+    parser.space();
+    if (parser.p != parser.end) parser.fail();
+    return j;
+}
+
+// A file being written: to PATH.tmp, fsynced and renamed by commit(); gone if commit is never reached.
+struct OutFile {
+    std::string path, tmp;
+    FILE* f;
+    explicit OutFile(const std::string& path) : path(path), tmp(path + ".tmp"), f(fopen(tmp.c_str(), "wb")) {
+        if (!f) fail();
+    }
+    ~OutFile() {
+        if (f) fclose(f), unlink(tmp.c_str());
+    }
+    OutFile(const OutFile&) = delete;
+    [[noreturn]] void fail() {
+        throw Error(path + ": cannot be written: " + strerror(errno) + ". Give a place with room and rights.");
+    }
+    void write(const void* data, size_t bytes) {
+        if (fwrite(data, 1, bytes, f) != bytes) fail();
+    }
+    void commit() {
+        if (fflush(f) || fsync(fileno(f))) fail();
+        FILE* done = f;
+        f = nullptr;
+        if (fclose(done) || rename(tmp.c_str(), path.c_str())) unlink(tmp.c_str()), fail();
+    }
+};
+
+std::string read_file(const std::string& path) {
+    FILE* f = fopen(path.c_str(), "rb");
+    if (!f) throw Error(path + ": cannot be read: " + strerror(errno) + ".");
+    std::string s;
+    char buffer[65536];
+    for (size_t n; (n = fread(buffer, 1, sizeof(buffer), f)) > 0;) s.append(buffer, n);
+    bool bad = ferror(f);
+    fclose(f);
+    if (bad) throw Error(path + ": cannot be read to its end: " + strerror(EIO) + ".");
+    return s;
+}
+
+void fsync_dir(const std::string& path) {
+    int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY);
+    if (fd >= 0) fsync(fd), close(fd);
+}
+
+// safetensors: uint64 length of a JSON header, the header (name: dtype, shape, data_offsets), then the data.
+struct SaveTensor {
+    std::string name, dtype;
+    std::vector<size_t> shape;
+    size_t bytes;
+    std::function<void(std::vector<char>&)> fill;  // gives the data, `bytes` of them
+};
+
+void save_safetensors(const std::string& path, const std::vector<SaveTensor>& tensors) {
+    std::string header = "{";
+    size_t at = 0;
+    for (const SaveTensor& t : tensors) {
+        header += header.size() > 1 ? "," : "";
+        header += format("\"%s\":{\"dtype\":\"%s\",\"shape\":[", t.name.c_str(), t.dtype.c_str());
+        for (size_t i = 0; i < t.shape.size(); i++) header += format(i ? ",%zu" : "%zu", t.shape[i]);
+        header += format("],\"data_offsets\":[%zu,%zu]}", at, at + t.bytes);
+        at += t.bytes;
+    }
+    header += "}";
+    header.resize((header.size() + 7) / 8 * 8, ' ');
+    OutFile out(path);
+    uint64_t length = header.size();
+    out.write(&length, sizeof(length));
+    out.write(header.data(), header.size());
+    std::vector<char> data;
+    for (const SaveTensor& t : tensors) {
+        data.resize(t.bytes);
+        t.fill(data);
+        out.write(data.data(), t.bytes);
+    }
+    out.commit();
+}
+
+struct Safetensors {
+    struct Entry {
+        std::string dtype;
+        std::vector<size_t> shape;
+        size_t begin, bytes, elements;
+    };
+    std::string path;
+    FILE* f = nullptr;
+    std::map<std::string, Entry> entries;
+    Json metadata;
+
+    explicit Safetensors(const std::string& path) : path(path), f(fopen(path.c_str(), "rb")) {
+        if (!f) throw Error(path + ": cannot be read: " + strerror(errno) + ".");
+        try {
+            read_header();
+        } catch (const Error& e) {
+            fclose(f);
+            throw Error(path + ": no safetensors file: " + e.what() + ". Give a file that --export wrote.");
+        }
+    }
+    ~Safetensors() { fclose(f); }
+    Safetensors(const Safetensors&) = delete;
+
+    void read_header() {
+        struct stat info;
+        if (fstat(fileno(f), &info) || !S_ISREG(info.st_mode)) throw Error("not a regular file");
+        const uint64_t size = info.st_size;
+        uint64_t length = 0;
+        if (size < 8 || fread(&length, 8, 1, f) != 1) throw Error("shorter than its header");
+        if (length > size - 8 || length > (100u << 20)) throw Error("its header's length is wrong");
+        std::string header(length, 0);
+        if (length && fread(&header[0], length, 1, f) != 1) throw Error("shorter than its header");
+        const uint64_t room = size - 8 - length;
+        for (auto& [name, j] : parse_json(header).fields) {
+            if (name == "__metadata__") {
+                metadata = j;
+                continue;
+            }
+            const Json *dtype = j.find("dtype"), *shape = j.find("shape"), *offsets = j.find("data_offsets");
+            if (!dtype || !shape || !offsets || offsets->items.size() != 2)
+                throw Error("its header lacks dtype, shape or data_offsets of " + name);
+            Entry e;
+            e.dtype = dtype->string;
+            e.elements = 1;
+            const int width = e.dtype == "F64" || e.dtype == "I64" ? 8 : e.dtype == "BF16" || e.dtype == "F16" ? 2 : 4;
+            for (const Json& n : shape->items) {
+                if (!(n.value >= 0 && n.value <= 1e12)) throw Error("a shape of " + name + " is wrong");
+                e.shape.push_back(size_t(n.value));
+                if (n.value > 0 && e.elements > room / size_t(n.value)) throw Error(name + " is larger than the file");
+                e.elements *= size_t(n.value);
+            }
+            const double begin = offsets->items[0].value, end = offsets->items[1].value;
+            if (!(begin >= 0 && begin <= end && end <= double(room)))
+                throw Error("the data of " + name + " lies outside the file; it was cut short");
+            e.begin = 8 + length + size_t(begin);
+            e.bytes = size_t(end) - size_t(begin);
+            if (e.bytes != e.elements * width) throw Error("the data of " + name + " does not have the size of its shape");
+            entries[name] = e;
+        }
+    }
+
+    void read(const Entry& e, void* data) {
+        if (fseeko(f, e.begin, SEEK_SET) || fread(data, 1, e.bytes, f) != e.bytes)
+            throw Error(path + ": cannot be read to its end: it was cut short.");
+    }
+    // F32 or BF16 as float
+    std::vector<float> floats(const std::string& name) {
+        const Entry& e = entries.at(name);
+        std::vector<float> values(e.elements);
+        if (e.dtype == "F32") {
+            read(e, values.data());
+        } else if (e.dtype == "BF16") {
+            std::vector<uint16_t> raw(e.elements);
+            read(e, raw.data());
+            for (size_t i = 0; i < raw.size(); i++) {
+                uint32_t bits = uint32_t(raw[i]) << 16;
+                memcpy(&values[i], &bits, 4);
+            }
+        } else {
+            throw Error(path + ": " + name + " is " + e.dtype + ". Only F32 and BF16 weights can be read.");
+        }
+        return values;
+    }
+};
+
+std::string shape_text(const std::vector<size_t>& shape) {
+    std::string s = "(";
+    for (size_t i = 0; i < shape.size(); i++) s += format(i ? ", %zu" : "%zu", shape[i]);
+    return s + ")";
+}
+std::vector<size_t> shape_of(const Tensor& t) {
+    return t.cols ? std::vector<size_t>{t.rows, t.cols} : std::vector<size_t>{t.rows};
+}
+
+// Weights from a safetensors file with the paper's names (after `prefix`). All must be there, in the model's shapes;
+// all are looked at before the first is taken.
+void import_weights(Model& m, const std::string& path, const std::string& prefix = "") {
+    Safetensors file(path);
+    for (const Tensor& t : m.table.tensors) {
+        auto found = file.entries.find(prefix + t.name);
+        if (found == file.entries.end())
+            throw Error(path + ": lacks the tensor " + t.name + ". Check --backbone, --variant and --layers.");
+        if (found->second.shape != shape_of(t))
+            throw Error(path + ": " + t.name + " is " + shape_text(found->second.shape) + " there, " +
+                        shape_text(shape_of(t)) + " in this model. Check the model's flags.");
+        if (found->second.dtype != "F32" && found->second.dtype != "BF16")
+            throw Error(path + ": " + t.name + " is " + found->second.dtype + ". Only F32 and BF16 can be read.");
+    }
+    for (auto& [name, entry] : file.entries) {
+        bool known = prefix.size() > 0;
+        for (const Tensor& t : m.table.tensors) known |= t.name == name;
+        if (!known) throw Error(path + ": holds " + name + ", which this model lacks. Check --variant and --layers.");
+    }
+    for (const Tensor& t : m.table.tensors) {
+        std::vector<float> values = file.floats(prefix + t.name);
+        values.resize(t.padded_rows * std::max<size_t>(t.cols, 1), 0.0f);
+        set_tensor(m, t, values);
+    }
+}
+
+// Float32 weights (the masters), with the paper's names.
+void export_weights(const Model& m, const std::string& path) {
+    std::vector<SaveTensor> tensors;
+    for (const Tensor& t : m.table.tensors)
+        tensors.push_back({t.name, "F32", shape_of(t), t.size() * sizeof(float), [&m, &t](std::vector<char>& data) {
+                               memcpy(data.data(), get_tensor(m, t).data(), data.size());
+                           }});
+    save_safetensors(path, tensors);
+}
+
+// =====================================================================================================================
+// Checkpoint: a directory OUT/step_NNNNNNNN with model.safetensors (weights as trained, the paper's names),
+// optimizer_rank0.safetensors (flat moments, and masters in bf16) and state.json (step, seed, configuration, the
+// loader's position; random numbers are functions of seed and step, so there is no other state). It is written as
+// OUT/.step_NNNNNNNN and renamed when all of it is on the disk: what has the name is complete.
+
+// The numbers that a checkpoint and a run must share.
+std::vector<std::pair<std::string, std::string>> config_fields(const Config& c) {
+    const char* variants[] = {"simplegpt", "prenorm", "preqknorm"};
+    return {{"backbone", c.gated() ? "llama" : "nanogpt"},
+            {"variant", variants[int(c.variant)]},
+            {"norm", c.layernorm ? "layernorm" : "rmsnorm"},
+            {"dim", std::to_string(c.C)},
+            {"layers", std::to_string(c.L)},
+            {"heads", std::to_string(c.NH)},
+            {"kv_heads", std::to_string(c.NKV)},
+            {"hidden", std::to_string(c.F())},
+            {"vocab_size", std::to_string(c.V)},
+            {"rope_theta", format("%.9g", c.rope_theta)},
+            {"norm_eps", format("%.9g", c.norm_eps)},
+            {"seq_len", std::to_string(c.T)},
+            {"max_seq_len", std::to_string(c.max_T)},
+            {"precision", PRECISION}};
+}
+
+struct TrainState {
+    int64_t step = 0;  // updates done
+    uint64_t seed = 0;
+    LoaderState loader = {0, 0};
+};
+
+std::string checkpoint_name(int64_t step) { return format("step_%08lld", (long long)step); }
+
+// Steps of the complete checkpoints in a directory, ascending.
+std::vector<int64_t> list_checkpoints(const std::string& out) {
+    std::vector<int64_t> steps;
+    DIR* d = opendir(out.c_str());
+    if (!d) return steps;
+    while (dirent* e = readdir(d)) {
+        char* end;
+        if (strncmp(e->d_name, "step_", 5)) continue;
+        long long step = strtoll(e->d_name + 5, &end, 10);
+        if (!*end && checkpoint_name(step) == e->d_name) steps.push_back(step);
+    }
+    closedir(d);
+    std::sort(steps.begin(), steps.end());
+    return steps;
+}
+
+void remove_dir(const std::string& path) {  // a checkpoint's: files only
+    if (DIR* d = opendir(path.c_str())) {
+        while (dirent* e = readdir(d))
+            if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink((path + "/" + e->d_name).c_str());
+        closedir(d);
+        rmdir(path.c_str());
+    }
+}
+
+void save_checkpoint(const Model& m, const std::string& out, const TrainState& s, int keep) {
+    const std::string name = checkpoint_name(s.step), final_dir = out + "/" + name, dir = out + "/." + name;
+    remove_dir(dir);
+    if (mkdir(dir.c_str(), 0777)) throw Error(dir + ": cannot be made: " + strerror(errno) + ". Check --out.");
+    try {
+        std::vector<SaveTensor> tensors;
+        for (const Tensor& t : m.table.tensors)
+            tensors.push_back({t.name, DTYPE, shape_of(t), t.size() * sizeof(floatX), [&m, &t](std::vector<char>& data) {
+                                   CHECK(cudaMemcpy(data.data(), m.params + t.offset, data.size(),
+                                                    cudaMemcpyDeviceToHost));
+                               }});
+        save_safetensors(dir + "/model.safetensors", tensors);
+        tensors.clear();
+        for (auto [part, buffer] : {std::make_pair("m", m.m), {"v", m.v}, {"master", m.master}})
+            if (buffer)
+                tensors.push_back({part, "F32", {m.table.size}, m.table.size * sizeof(float),
+                                   [buffer = buffer](std::vector<char>& data) {
+                                       CHECK(cudaMemcpy(data.data(), buffer, data.size(), cudaMemcpyDeviceToHost));
+                                   }});
+        save_safetensors(dir + "/optimizer_rank0.safetensors", tensors);
+        std::string json = format("{\n  \"step\": %lld,\n  \"seed\": %llu,\n", (long long)s.step, (unsigned long long)s.seed);
+        json += format("  \"loader\": {\"epoch\": %llu, \"window\": %llu},\n", (unsigned long long)s.loader.epoch,
+                       (unsigned long long)s.loader.window);
+        json += "  \"config\": {";
+        for (auto& [key, value] : config_fields(m.c))
+            json += (json.back() == '{' ? "" : ", ") + ("\"" + key + "\": \"" + value + "\"");
+        json += "}\n}\n";
+        OutFile state(dir + "/state.json");
+        state.write(json.data(), json.size());
+        state.commit();
+        fsync_dir(dir);
+        if (rename(dir.c_str(), final_dir.c_str()))
+            throw Error(final_dir + ": cannot be made: " + strerror(errno) + ". Check --out.");
+    } catch (...) {
+        remove_dir(dir);
+        throw;
+    }
+    fsync_dir(out);
+    std::vector<int64_t> steps = list_checkpoints(out);
+    for (size_t i = 0; keep > 0 && i + keep < steps.size(); i++) remove_dir(out + "/" + checkpoint_name(steps[i]));
+}
+
+TrainState load_checkpoint(Model& m, const std::string& dir) {
+    const std::string path = dir + "/state.json";
+    TrainState s;
+    try {
+        Json j = parse_json(read_file(path));
+        auto number = [](const Json* in, const char* key) {
+            const Json* n = in ? in->find(key) : nullptr;
+            if (!n || n->kind != Json::number) throw Error(std::string("lacks the number ") + key);
+            return strtoull(n->string.c_str(), nullptr, 10);
+        };
+        s.step = int64_t(number(&j, "step"));
+        s.seed = number(&j, "seed");
+        s.loader = {number(j.find("loader"), "epoch"), number(j.find("loader"), "window")};
+        const Json* config = j.find("config");
+        for (auto& [key, value] : config_fields(m.c)) {
+            const Json* there = config ? config->find(key) : nullptr;
+            if (!there || there->string != value)
+                throw Error("the checkpoint has " + key + " " + (there ? there->string : "unknown") + ", this run " +
+                            value + ". Resume with the flags of the first run");
+        }
+    } catch (const Error& e) {
+        throw Error(path + ": " + e.what() + ".");
+    }
+    import_weights(m, dir + "/model.safetensors");
+    Safetensors file(dir + "/optimizer_rank0.safetensors");
+    std::vector<float> values;
+    for (auto [part, buffer] : {std::make_pair("m", m.m), {"v", m.v}, {"master", m.master}}) {
+        if (!buffer) continue;
+        auto found = file.entries.find(part);
+        if (found == file.entries.end() || found->second.elements != m.table.size)
+            throw Error(file.path + ": lacks the tensor " + part + " or has it in another shape. Delete this checkpoint "
+                        "to resume from the one before.");
+        values = file.floats(part);
+        CHECK(cudaMemcpy(buffer, values.data(), values.size() * sizeof(float), cudaMemcpyHostToDevice));
+    }
+    return s;
+}
+
+// =====================================================================================================================
+// Sampling: the text that the model writes on. Every token runs the whole context again; short samples while training.
+
+// Draws n tokens after the prompt's, each from the top_k likeliest at the given temperature. Deterministic in seed.
+std::vector<int> sample(Model& m, std::vector<int> tokens, int n, float temperature, int top_k, uint64_t seed) {
+    const size_t prompt = tokens.size(), Vp = m.c.Vp();
+    std::vector<floatX> row(Vp);
+    for (int i = 0; i < n; i++) {
+        const int T = int(std::min<size_t>(tokens.size(), m.c.T));
+        CHECK(cudaMemcpy(m.tokens, tokens.data() + tokens.size() - T, T * sizeof(int), cudaMemcpyHostToDevice));
+        forward(m, 1, T);
+        head_forward(m, T - 1, 1);
+        CHECK(cudaStreamSynchronize(m.stream));
+        CHECK(cudaMemcpy(row.data(), m.logits, Vp * sizeof(floatX), cudaMemcpyDeviceToHost));
+        std::vector<std::pair<float, int>> top(m.c.V);
+        for (int v = 0; v < m.c.V; v++) top[v] = {float(row[v]), v};
+        const int k = std::min(top_k, m.c.V);
+        std::partial_sort(top.begin(), top.begin() + k, top.end(), std::greater<>());
+        double sum = 0.0;
+        for (int j = 0; j < k; j++) sum += exp((top[j].first - top[0].first) / temperature);
+        double left = random_uniform(seed, 1, i) * sum;
+        int pick = 0;
+        for (; pick < k - 1; pick++)
+            if ((left -= exp((top[pick].first - top[0].first) / temperature)) <= 0) break;
+        tokens.push_back(top[pick].second);
+    }
+    return std::vector<int>(tokens.begin() + prompt, tokens.end());
+}
+
+// =====================================================================================================================
+// The run's log, OUT/log.csv: a row a step, losses at nine significant digits (exact for float32). Step 1 is the first
+// update; its loss is that before the update. val_loss is empty where nothing was validated.
+
+const char LOG_HEADER[] = "step,loss,lr,grad_norm,tokens_per_s,val_loss";
+
+struct Log {
+    FILE* f = nullptr;
+
+    // Begins anew, or after a resume at `step` goes on behind that step's row: later rows will be made again.
+    void open(const std::string& path, int64_t step) {
+        std::string kept = std::string(LOG_HEADER) + "\n";
+        if (step > 0) {
+            const std::string old = read_file(path);
+            if (old.compare(0, kept.size(), kept)) throw Error(path + ": not a log of this program. Move it away.");
+            size_t at = kept.size(), end;
+            while ((end = old.find('\n', at)) != std::string::npos && strtoll(old.c_str() + at, nullptr, 10) <= step) {
+                kept.append(old, at, end + 1 - at);
+                at = end + 1;
+            }
+        }
+        OutFile out(path);
+        out.write(kept.data(), kept.size());
+        out.commit();
+        f = fopen(path.c_str(), "a");
+        if (!f) throw Error(path + ": cannot be written: " + strerror(errno) + ". Check --out.");
+    }
+    void row(int64_t step, float loss, double lr, float grad_norm, double tokens_per_s, const float* val_loss) {
+        fprintf(f, "%lld,%.9g,%.9g,%.9g,%.6g,", (long long)step, loss, lr, grad_norm, tokens_per_s);
+        if (val_loss) fprintf(f, "%.9g", *val_loss);
+        fputc('\n', f);
+        if (fflush(f)) throw Error(std::string("log.csv: cannot be written: ") + strerror(errno) + ". Make room.");
+    }
+    ~Log() {
+        if (f) fclose(f);
+    }
+};
+
+std::string duration(double seconds) {
+    int s = int(seconds + 0.5);
+    return s >= 3600 ? format("%dh%02dm", s / 3600, s / 60 % 60) : s >= 60 ? format("%dm%02ds", s / 60, s % 60) : format("%ds", s);
+}
+
+// =====================================================================================================================
+// Command line
+
+struct Options {
+    Config config;
+    AdamW adamw;
+    double lr = 1e-3;  // the peak; adamw.lr is that of a step
+    std::string train_data, val_data, tokenizer, prompt, init_from, export_to, out = "run";
+    bool shuffle = false, resume = false;
+    int batch_size = 4, grad_accum = 1, log_every = 10, val_every = 0, val_batches = 20, sample_every = 0;
+    int sample_tokens = 200, keep = 2;
+    int64_t steps = 1000, warmup = -1, save_every = 0;
+    uint64_t seed = 1;
+    bool vocab_given = false, positions_given = false;
+};
+
+struct Flag {
+    const char *name, *arg, *help;  // arg null: a switch; name null: `help` is a heading
+    std::function<void(const char*)> set;
+};
+
+double parse_number(const char* flag, const char* text, double least, double most) {
+    char* end;
+    errno = 0;
+    double x = strtod(text, &end);
+    if (end == text || *end || errno || !(x >= least && x <= most))
+        throw Error(format("--%s: '%s' is not a number from %g to %g.", flag, text, least, most));
+    return x;
+}
+int64_t parse_integer(const char* flag, const char* text, int64_t least, int64_t most) {
+    char* end;
+    errno = 0;
+    long long x = strtoll(text, &end, 10);
+    if (end == text || *end || errno || x < least || x > most)
+        throw Error(format("--%s: '%s' is not a whole number from %lld to %lld.", flag, text, (long long)least,
+                           (long long)most));
+    return x;
+}
+
+std::vector<Flag> flags(Options& o) {
+    std::vector<Flag> all;
+    auto heading = [&](const char* text) { all.push_back({nullptr, nullptr, text, nullptr}); };
+    auto toggle = [&](const char* name, const char* help, bool* out, bool value) {
+        all.push_back({name, nullptr, help, [=](const char*) { *out = value; }});
+    };
+    auto text = [&](const char* name, const char* arg, const char* help, std::string* out) {
+        all.push_back({name, arg, help, [=](const char* s) { *out = s; }});
+    };
+    auto integer = [&](const char* name, auto* out, int64_t least, int64_t most, const char* help) {
+        all.push_back({name, "N", help, [=](const char* s) {
+                           *out = std::decay_t<decltype(*out)>(parse_integer(name, s, least, most));
+                       }});
+    };
+    auto number = [&](const char* name, float* out, double least, double most, const char* help) {
+        all.push_back({name, "X", help, [=](const char* s) { *out = float(parse_number(name, s, least, most)); }});
+    };
+    auto choice = [&](const char* name, const char* arg, const char* help, std::vector<std::string> words, auto pick) {
+        all.push_back({name, arg, help, [=](const char* s) {
+                           auto found = std::find(words.begin(), words.end(), s);
+                           if (found == words.end()) throw Error(format("--%s: '%s' is none of %s.", name, s, arg));
+                           pick(int(found - words.begin()));
+                       }});
+    };
+    const int64_t big = int64_t(1) << 30;
+    Config& c = o.config;
+
+    heading("Model (a flavour's numbers; flags behind it change them)");
+    all.push_back({"model", "FLAVOUR", "preset of dim, layers, heads, ... ; --models lists them (default: 256 wide, 6 layers)",
+                   [](const char*) {}});  // applied before all others
+    all.push_back({"models", nullptr, "list the flavours with their parameters, then exit", nullptr});
+    choice("backbone", "llama|nanogpt", "llama: RoPE, SwiGLU, own head; nanogpt: learned positions, GELU, tied head (llama)",
+           {"llama", "nanogpt"}, [&c](int i) { c.backbone = Backbone(i); });
+    choice("variant", "simplegpt|prenorm|preqknorm", "norms behind every linear, before each half, or that with QK norm (simplegpt)",
+           {"simplegpt", "prenorm", "preqknorm"}, [&c](int i) { c.variant = Variant(i); });
+    choice("norm", "rmsnorm|layernorm", "layernorm has no bias (rmsnorm)", {"rmsnorm", "layernorm"},
+           [&c](int i) { c.layernorm = i; });
+    integer("dim", &c.C, 1, 1 << 20, "width of the residual stream (256)");
+    integer("layers", &c.L, 1, 1 << 16, "blocks (6)");
+    integer("heads", &c.NH, 1, 1 << 16, "query heads of dim / heads = 16, 32, 64 or 128 (4)");
+    integer("kv-heads", &c.NKV, 1, 1 << 16, "key/value heads, a divisor of --heads (as many)");
+    number("ffn-mult", &c.ffn_mult, 0, 1000, "factor on the feed-forward width 8/3 dim, llama only (1)");
+    integer("multiple-of", &c.multiple_of, 1, 1 << 24, "the feed-forward width is rounded up to it, llama only (256)");
+    all.push_back({"vocab-size", "N", "tokens (the tokenizer's if --tokenizer is given, else the flavour's, 32000)",
+                   [&o](const char* s) {
+                       o.config.V = int(parse_integer("vocab-size", s, 1, 1 << 28));
+                       o.vocab_given = true;
+                   }});
+    number("rope-theta", &c.rope_theta, 0, 1e12, "base of RoPE's wavelengths (1e4)");
+    number("norm-eps", &c.norm_eps, 0, 1, "added to the mean square in norms (1e-5)");
+    integer("seq-len", &c.T, 1, 1 << 24, "tokens of a sequence (1024)");
+    all.push_back({"max-seq-len", "N", "learned positions, nanogpt only (those of --init-from, else --seq-len)",
+                   [&o](const char* s) {
+                       o.config.max_T = int(parse_integer("max-seq-len", s, 1, 1 << 24));
+                       o.positions_given = true;
+                   }});
+
+    heading("Data");
+    text("train-data", "GLOB", "token shards (llm.c's format; dev/data/prepare.py makes them); quote a pattern", &o.train_data);
+    text("val-data", "GLOB", "token shards to validate on", &o.val_data);
+    toggle("shuffle", "windows in an order drawn from --seed, anew each epoch (in order)", &o.shuffle, true);
+    text("tokenizer", "bytes|FILE", "for --prompt and samples (dev/data/convert_tokenizer.py makes files)", &o.tokenizer);
+
+    heading("Training");
+    integer("batch-size", &o.batch_size, 1, big, "sequences of a micro-batch (4)");
+    integer("grad-accum", &o.grad_accum, 1, big, "micro-batches of a step (1)");
+    integer("steps", &o.steps, 0, int64_t(1) << 50, "updates; 0 only imports and exports (1000)");
+    integer("warmup", &o.warmup, 0, int64_t(1) << 50, "steps of rising learning rate (1% of --steps)");
+    all.push_back({"lr", "X", "peak learning rate, falling linearly to 0 after the warm-up (1e-3)",
+                   [&o](const char* s) { o.lr = parse_number("lr", s, 0, 1e6); }});
+    number("weight-decay", &o.adamw.weight_decay, 0, 1e6, "decoupled, on every parameter (0.1)");
+    toggle("no-decay-1d", "spare gains from the decay", &o.adamw.decay_1d, false);
+    number("beta1", &o.adamw.beta1, 0, 0.999999, "AdamW's first moment (0.9)");
+    number("beta2", &o.adamw.beta2, 0, 0.999999, "AdamW's second moment (0.95)");
+    number("adam-eps", &o.adamw.eps, 0, 1, "AdamW's epsilon (1e-8)");
+    number("clip", &o.adamw.clip, 0, 1e30, "largest gradient norm, 0 for no clipping (1)");
+    integer("seed", &o.seed, 0, INT64_MAX, "of weights, shuffling and samples (1)");
+
+    heading("Files");
+    text("init-from", "FILE", "begin with these weights: safetensors with the paper's names", &o.init_from);
+    text("export", "FILE", "write the final weights there: float32 safetensors with the paper's names", &o.export_to);
+    text("out", "DIR", "the run's directory: log.csv and checkpoints (run)", &o.out);
+    integer("save-every", &o.save_every, 0, int64_t(1) << 50, "steps between checkpoints, one at the end too; 0 for none (0)");
+    integer("keep", &o.keep, 0, big, "checkpoints that stay, the newest; 0 for all (2)");
+    toggle("resume", "go on from the newest checkpoint in --out, or begin if there is none", &o.resume, true);
+
+    heading("Watching");
+    integer("log-every", &o.log_every, 1, big, "steps between lines on the terminal (10)");
+    integer("val-every", &o.val_every, 0, big, "steps between validations, one at the end too; 0 for none (0)");
+    integer("val-batches", &o.val_batches, 1, big, "batches of a validation, always the same (20)");
+    integer("sample-every", &o.sample_every, 0, big, "steps between samples of text; 0 for none (0)");
+    integer("sample-tokens", &o.sample_tokens, 1, 1 << 20, "tokens of a sample (200)");
+    text("prompt", "TEXT", "what samples begin with (the tokenizer's BOS alone)", &o.prompt);
+    all.push_back({"help", nullptr, "this", nullptr});
+    return all;
+}
+
+void print_help(const std::vector<Flag>& all) {
+    printf("train_gpt: trains SimpleGPT and its pre-norm relatives (%s build).\n"
+           "usage: ./train_gpt --train-data 'data/*_train_*.bin' [options]\n", PRECISION);
+    for (const Flag& f : all) {
+        if (!f.name) {
+            printf("\n%s\n", f.help);
+            continue;
+        }
+        std::string left = format("  --%s %s", f.name, f.arg ? f.arg : "");
+        printf("%-40s %s\n", left.c_str(), f.help);
+    }
+    printf("\nDefaults in parentheses. Errors: one line on stderr, exit status 1.\n");
+}
+
+void print_flavours() {
+    printf("%-14s %6s %7s %6s %9s %7s %7s %15s\n", "flavour", "dim", "layers", "heads", "kv-heads", "hidden", "vocab", "parameters");
+    for (const Flavour& f : FLAVOURS) {
+        Config c;
+        apply_flavour(c, f.name);
+        finish(c);
+        printf("%-14s %6d %7d %6d %9d %7d %7d %15zu\n", f.name, c.C, c.L, c.NH, c.NKV, c.F(), c.V, build_table(c).parameters);
+    }
+    printf("parameters: of the simplegpt variant%s\n", "; nanogpt's with 1024 positions");
+}
+
+// Reads the command line. False: it asked only for information, which has been printed.
+bool parse_options(Options& o, int argc, char** argv) {
+    std::vector<Flag> all = flags(o);
+    std::vector<option> longs;
+    for (size_t i = 0; i < all.size(); i++)
+        if (all[i].name) longs.push_back({all[i].name, all[i].arg ? required_argument : no_argument, nullptr, int(i) + 256});
+    longs.push_back({nullptr, 0, nullptr, 0});
+    // the flavour first, wherever it stands, then what changes it
+    for (int walk = 0; walk < 2; walk++) {
+        optind = 0;
+        opterr = 0;
+        for (int found; (found = getopt_long(argc, argv, ":", longs.data(), nullptr)) != -1;) {
+            if (found == ':') throw Error(format("%s: needs a value. See --help.", argv[optind - 1]));
+            if (found == '?') throw Error(format("%s: unknown option. See --help.", argv[optind - 1]));
+            const Flag& f = all[found - 256];
+            if (!strcmp(f.name, "help")) return print_help(all), false;
+            if (!strcmp(f.name, "models")) return print_flavours(), false;
+            if (!strcmp(f.name, "model") && walk == 0) apply_flavour(o.config, optarg);
+            if (walk == 1) f.set(optarg);
+        }
+    }
+    if (optind < argc) throw Error(format("%s: is not an option. See --help.", argv[optind]));
+    return true;
+}
+
+// =====================================================================================================================
+// main: options, data, model, the loop.
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Mean loss over the first `batches` batches, always the same ones.
+float validate(Model& m, DataLoader& data, int batches) {
+    double sum = 0.0;
+    data.seek({0, 0});
+    for (int i = 0; i < batches; i++) sum += evaluate(m, data.next(), m.B, m.c.T);
+    return float(sum / batches);
+}
+
+void print_sample(Model& m, const Tokenizer& tokenizer, const Options& o, int64_t step) {
+    std::vector<int> prompt = tokenizer.encode(o.prompt);
+    prompt.insert(prompt.begin(), tokenizer.bos());
+    std::vector<int> drawn = sample(m, prompt, o.sample_tokens, 0.8f, 50, o.seed + uint64_t(step));
+    auto end = std::find(drawn.begin(), drawn.end(), tokenizer.eos());
+    prompt.insert(prompt.end(), drawn.begin(), end);
+    prompt.erase(prompt.begin());
+    printf("--- sample at step %lld\n%s\n---\n", (long long)step, tokenizer.decode(prompt).c_str());
+}
+
+// One step: the micro-batches, then the update. Returns loss and gradient norm.
+std::pair<float, float> train_step(Model& m, DataLoader& data, const Options& o, double lr, int64_t step) {
+    CHECK(cudaMemsetAsync(m.grads, 0, m.table.size * sizeof(float), m.stream));
+    CHECK(cudaMemsetAsync(m.loss, 0, sizeof(float), m.stream));
+    for (int i = 0; i < o.grad_accum; i++) forward_backward(m, data.next(), m.B, m.c.T, 1.0f / o.grad_accum);
+    AdamW adamw = o.adamw;
+    adamw.lr = float(lr);
+    update(m, adamw, step);
+    float loss = read_float(m, m.loss);
+    return {loss, read_float(m, m.grad_norm)};
+}
+
+void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const Tokenizer* tokenizer, TrainState state) {
+    const int64_t S = o.steps, W = o.warmup >= 0 ? o.warmup : S / 100;
+    const double tokens = double(m.N()) * o.grad_accum;
+    Log log;
+    log.open(o.out + "/log.csv", state.step);
+    int64_t marked = state.step;  // step and time since which the line on the terminal counts
+    double mark = now();
+    double paused = 0.0;          // seconds of validation, samples and checkpoints among them
+    for (int64_t s = state.step; s < S; s++) {
+        const double begin = now(), lr = learning_rate(o.lr, s, W, S);
+        auto [loss, grad_norm] = train_step(m, data, o, lr, s + 1);
+        const double end = now();
+        state.step = s + 1;
+        state.loader = data.state();
+        auto due = [&](int64_t every) { return every > 0 && (state.step % every == 0 || state.step == S); };
+        const bool finite = std::isfinite(loss) && std::isfinite(grad_norm);
+        const bool validated = val && finite && due(o.val_every);
+        float val_loss = validated ? validate(m, *val, o.val_batches) : 0.0f;
+        log.row(state.step, loss, lr, grad_norm, tokens / (end - begin), validated ? &val_loss : nullptr);
+        if (state.step % o.log_every == 0 || state.step == S || s == 0 || !finite || validated) {
+            const double seconds = (end - mark - paused) / double(state.step - marked);
+            printf("step %6lld/%lld %5.1f%% | loss %.4f | lr %.2e | norm %.3f | %.0f tokens/s | ETA %s%s\n",
+                   (long long)state.step, (long long)S, 100.0 * state.step / S, loss, lr, grad_norm, tokens / seconds,
+                   duration(seconds * double(S - state.step)).c_str(),
+                   validated ? format(" | val %.4f", val_loss).c_str() : "");
+            marked = state.step, mark = end, paused = 0.0;
+        }
+        if (!finite)
+            throw Error(format("training: the loss or the gradient norm is not finite at step %lld. Lower --lr, or "
+                               "raise --warmup.", (long long)state.step));
+        if (tokenizer && due(o.sample_every)) print_sample(m, *tokenizer, o, state.step);
+        if (due(o.save_every)) save_checkpoint(m, o.out, state, o.keep);
+        paused += now() - end;
+        fflush(stdout);
+    }
+}
+
+void run(int argc, char** argv) {
+    Options o;
+    if (!parse_options(o, argc, argv)) return;
+    Config& c = o.config;
+    std::unique_ptr<Tokenizer> tokenizer;
+    if (!o.tokenizer.empty()) {
+        tokenizer.reset(new Tokenizer(o.tokenizer == "bytes" ? Tokenizer::bytes() : Tokenizer::load(o.tokenizer)));
+        if (!o.vocab_given) c.V = tokenizer->vocab_size();
+        if (tokenizer->vocab_size() > c.V)
+            throw Error(format("--tokenizer: has %d tokens, --vocab-size is %d. Raise it.", tokenizer->vocab_size(), c.V));
+    } else if (o.sample_every) {
+        throw Error("--sample-every: needs a tokenizer. Add --tokenizer bytes or the file of the data's tokenizer.");
+    }
+    if (c.backbone == Backbone::nanogpt && !o.init_from.empty() && !o.positions_given) {
+        Safetensors file(o.init_from);
+        auto found = file.entries.find("wpe.weight");
+        if (found != file.entries.end() && found->second.shape.size() == 2) c.max_T = int(found->second.shape[0]);
+    }
+    finish(c);
+    if (o.steps > 0 && o.train_data.empty())
+        throw Error("--train-data: is missing. Give token shards, made by dev/data/prepare.py (README, Data).");
+    if (o.warmup > o.steps) throw Error("--warmup: is longer than --steps. Shorten it.");
+
+    std::unique_ptr<DataLoader> data, val;
+    if (o.steps > 0) data.reset(new DataLoader(o.train_data, o.batch_size, c.T, c.V, o.shuffle, o.seed));
+    if (o.steps > 0 && !o.val_data.empty()) val.reset(new DataLoader(o.val_data, o.batch_size, c.T, c.V));
+    if (val && !o.val_every) o.val_every = int(std::max<int64_t>(1, o.steps / 10));
+    if (mkdir(o.out.c_str(), 0777) && errno != EEXIST)
+        throw Error(o.out + ": cannot be made: " + strerror(errno) + ". Choose another --out.");
+    { OutFile probe(o.out + "/log.csv"); }  // tells now, not after an hour
+    if (!o.export_to.empty()) OutFile probe(o.export_to);
+    std::vector<int64_t> checkpoints = list_checkpoints(o.out);
+    if (!checkpoints.empty() && !o.resume)
+        throw Error(o.out + ": holds the checkpoints of an earlier run. Add --resume to continue it, or choose another "
+                    "--out.");
+
+    open_device();
+    Model m;
+    m.c = c;
+    printf("%s %s, %s: dim %d, %d layers, %d heads of %d (%d key/value), hidden %d, vocabulary %d, T %d; %s\n",
+           c.gated() ? "llama" : "nanogpt", config_fields(c)[1].second.c_str(), config_fields(c)[2].second.c_str(), c.C,
+           c.L, c.NH, c.HS(), c.NKV, c.F(), c.V, c.T, PRECISION);
+    plan(m, c, o.batch_size, true);
+    printf("%zu parameters; %lld steps of %d x %d sequences\n%s", m.table.parameters, (long long)o.steps, o.grad_accum,
+           o.batch_size, memory_plan(m).c_str());
+    fflush(stdout);
+    create(m);
+    TrainState state;
+    state.seed = o.seed;
+    if (!checkpoints.empty()) {
+        const std::string dir = o.out + "/" + checkpoint_name(checkpoints.back());
+        state = load_checkpoint(m, dir);
+        if (state.seed != o.seed) throw Error(format("%s: was begun with --seed %llu. Give the same.", dir.c_str(), (unsigned long long)state.seed));
+        if (data) data->seek(state.loader);
+        printf("resumed from %s\n", dir.c_str());
+    } else if (!o.init_from.empty()) {
+        import_weights(m, o.init_from);
+    } else {
+        initialize(m, o.seed);
+    }
+    if (data) train(m, o, *data, val.get(), tokenizer.get(), state);
+    if (!o.export_to.empty()) export_weights(m, o.export_to);
+    destroy(m);
+}
+
+#ifndef TESTING  // test_gpt.cu has its own
+int main(int argc, char** argv) {
+    try {
+        run(argc, argv);
+    } catch (const std::exception& e) {
+        fflush(stdout);
+        fprintf(stderr, "train_gpt: %s\n", e.what());
+        return 1;
+    }
+    return 0;
+}
+#endif
