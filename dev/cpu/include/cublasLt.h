@@ -1,0 +1,160 @@
+// The part of cuBLASLt that the trainer uses, over OpenBLAS: D = alpha op(A) op(B) + beta C, column-major, C == D.
+// A and B both float or both bfloat16, D either. bfloat16 passes through float copies: products are exact, sums float.
+#pragma once
+#include <cblas.h>
+#include <limits.h>
+#include <memory>
+#include "cuda_bf16.h"
+
+enum cublasStatus_t {
+    CUBLAS_STATUS_SUCCESS = 0,
+    CUBLAS_STATUS_NOT_INITIALIZED = 1,
+    CUBLAS_STATUS_ALLOC_FAILED = 3,
+    CUBLAS_STATUS_INVALID_VALUE = 7,
+    CUBLAS_STATUS_EXECUTION_FAILED = 13,
+    CUBLAS_STATUS_NOT_SUPPORTED = 15,
+};
+enum cublasOperation_t { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1 };
+enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68 };
+enum cudaDataType_t { CUDA_R_32F = 0, CUDA_R_16BF = 14 };
+typedef cudaDataType_t cudaDataType;
+enum cublasLtMatmulDescAttributes_t { CUBLASLT_MATMUL_DESC_TRANSA = 3, CUBLASLT_MATMUL_DESC_TRANSB = 4 };
+enum cublasLtMatmulPreferenceAttributes_t { CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1 };
+
+struct cublasLtMatmulDescOpaque_t { cublasOperation_t transa, transb; };
+struct cublasLtMatrixLayoutOpaque_t { cudaDataType_t type; uint64_t rows, cols; int64_t ld; };
+struct cublasLtMatmulPreferenceOpaque_t { uint64_t max_workspace; };
+struct cublasLtMatmulAlgo_t { uint64_t data[8]; };
+struct cublasLtMatmulHeuristicResult_t {
+    cublasLtMatmulAlgo_t algo;
+    size_t workspaceSize;
+    cublasStatus_t state;
+    float wavesCount;
+    int reserved[4];
+};
+typedef struct cublasLtContext* cublasLtHandle_t;
+typedef cublasLtMatmulDescOpaque_t* cublasLtMatmulDesc_t;
+typedef cublasLtMatrixLayoutOpaque_t* cublasLtMatrixLayout_t;
+typedef cublasLtMatmulPreferenceOpaque_t* cublasLtMatmulPreference_t;
+
+inline const char* cublasLtGetStatusName(cublasStatus_t status) {
+    switch (status) {
+        case CUBLAS_STATUS_SUCCESS: return "CUBLAS_STATUS_SUCCESS";
+        case CUBLAS_STATUS_NOT_INITIALIZED: return "CUBLAS_STATUS_NOT_INITIALIZED";
+        case CUBLAS_STATUS_ALLOC_FAILED: return "CUBLAS_STATUS_ALLOC_FAILED";
+        case CUBLAS_STATUS_INVALID_VALUE: return "CUBLAS_STATUS_INVALID_VALUE";
+        case CUBLAS_STATUS_EXECUTION_FAILED: return "CUBLAS_STATUS_EXECUTION_FAILED";
+        case CUBLAS_STATUS_NOT_SUPPORTED: return "CUBLAS_STATUS_NOT_SUPPORTED";
+    }
+    return "unknown cublasStatus_t";
+}
+inline const char* cublasLtGetStatusString(cublasStatus_t status) { return cublasLtGetStatusName(status); }
+
+inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) { return *handle = nullptr, CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t) { return CUBLAS_STATUS_SUCCESS; }
+
+inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute,
+                                               cudaDataType_t scale) {
+    if (compute != CUBLAS_COMPUTE_32F || scale != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
+    *desc = new cublasLtMatmulDescOpaque_t{CUBLAS_OP_N, CUBLAS_OP_N};
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc) {
+    return delete desc, CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
+                                                     cublasLtMatmulDescAttributes_t attribute, const void* value,
+                                                     size_t bytes) {
+    if (value == nullptr || bytes != sizeof(cublasOperation_t)) return CUBLAS_STATUS_INVALID_VALUE;
+    memcpy(attribute == CUBLASLT_MATMUL_DESC_TRANSA ? &desc->transa : &desc->transb, value, bytes);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType type, uint64_t rows,
+                                                 uint64_t cols, int64_t ld) {
+    *layout = new cublasLtMatrixLayoutOpaque_t{type, rows, cols, ld};
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
+    return delete layout, CUBLAS_STATUS_SUCCESS;
+}
+
+inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference) {
+    *preference = new cublasLtMatmulPreferenceOpaque_t{0};
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
+    return delete preference, CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
+                                                           cublasLtMatmulPreferenceAttributes_t, const void* value,
+                                                           size_t bytes) {
+    if (value == nullptr || bytes != sizeof preference->max_workspace) return CUBLAS_STATUS_INVALID_VALUE;
+    memcpy(&preference->max_workspace, value, bytes);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+// The shapes fit: op(A) (M,K), op(B) (K,N), C and D (M,N), and each leading dimension holds its column.
+inline cublasStatus_t cublasLt_check(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t A, cublasLtMatrixLayout_t B,
+                                     cublasLtMatrixLayout_t C, cublasLtMatrixLayout_t D) {
+    bool ta = desc->transa != CUBLAS_OP_N, tb = desc->transb != CUBLAS_OP_N;
+    if ((ta ? A->cols : A->rows) != D->rows || (tb ? B->rows : B->cols) != D->cols ||
+        (ta ? A->rows : A->cols) != (tb ? B->cols : B->rows) || C->rows != D->rows || C->cols != D->cols)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    for (auto x : {A, B, C, D})
+        if (x->rows == 0 || x->cols == 0 || x->cols > INT_MAX || x->ld > INT_MAX || x->ld < (int64_t)x->rows)
+            return CUBLAS_STATUS_INVALID_VALUE;
+    return A->type == B->type && C->type == D->type && C->ld == D->ld ? CUBLAS_STATUS_SUCCESS
+                                                                       : CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
+                                                     cublasLtMatrixLayout_t A, cublasLtMatrixLayout_t B,
+                                                     cublasLtMatrixLayout_t C, cublasLtMatrixLayout_t D,
+                                                     cublasLtMatmulPreference_t, int requested,
+                                                     cublasLtMatmulHeuristicResult_t* results, int* returned) {
+    if (requested < 1) return CUBLAS_STATUS_INVALID_VALUE;
+    results[0] = {};
+    results[0].state = cublasLt_check(desc, A, B, C, D);
+    *returned = results[0].state == CUBLAS_STATUS_SUCCESS;
+    return results[0].state;
+}
+
+// A float view of a matrix: itself, or a copy of its bfloat16 with the same leading dimension.
+inline const float* cublasLt_float(std::unique_ptr<float[]>& copy, const void* data, cublasLtMatrixLayout_t x,
+                                   bool filled = true) {
+    if (x->type == CUDA_R_32F) return (const float*)data;
+    copy.reset(new (std::nothrow) float[x->cols * x->ld]);
+    const __nv_bfloat16* from = (const __nv_bfloat16*)data;
+    float* to = copy.get();
+    if (to == nullptr || !filled) return to;
+    #pragma omp parallel for
+    for (uint64_t col = 0; col < x->cols; col++)
+        for (uint64_t row = 0; row < x->rows; row++) to[col * x->ld + row] = from[col * x->ld + row];
+    return to;
+}
+
+inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void* alpha, const void* A,
+                                     cublasLtMatrixLayout_t Adesc, const void* B, cublasLtMatrixLayout_t Bdesc,
+                                     const void* beta, const void* C, cublasLtMatrixLayout_t Cdesc, void* D,
+                                     cublasLtMatrixLayout_t Ddesc, const cublasLtMatmulAlgo_t*, void*, size_t,
+                                     cudaStream_t) {
+    cublasStatus_t status = cublasLt_check(desc, Adesc, Bdesc, Cdesc, Ddesc);
+    if (status != CUBLAS_STATUS_SUCCESS) return status;
+    if (C != D) return CUBLAS_STATUS_NOT_SUPPORTED;
+    bool ta = desc->transa != CUBLAS_OP_N, tb = desc->transb != CUBLAS_OP_N;
+    float scale = *(const float*)beta;
+    std::unique_ptr<float[]> a_copy, b_copy, d_copy;
+    const float* a = cublasLt_float(a_copy, A, Adesc);
+    const float* b = cublasLt_float(b_copy, B, Bdesc);
+    float* d = (float*)cublasLt_float(d_copy, D, Ddesc, scale != 0.0f);  // beta 0: D is not read
+    if (!a || !b || !d) return CUBLAS_STATUS_ALLOC_FAILED;
+    cblas_sgemm(CblasColMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, Ddesc->rows, Ddesc->cols,
+                ta ? Adesc->rows : Adesc->cols, *(const float*)alpha, a, Adesc->ld, b, Bdesc->ld, scale, d, Ddesc->ld);
+    if (Ddesc->type == CUDA_R_32F) return CUBLAS_STATUS_SUCCESS;
+    __nv_bfloat16* out = (__nv_bfloat16*)D;
+    #pragma omp parallel for
+    for (uint64_t col = 0; col < Ddesc->cols; col++)
+        for (uint64_t row = 0; row < Ddesc->rows; row++) out[col * Ddesc->ld + row] = d[col * Ddesc->ld + row];
+    return CUBLAS_STATUS_SUCCESS;
+}

@@ -1,0 +1,373 @@
+// The part of the CUDA runtime that the trainer uses, for g++ and no GPU. Device memory is host memory, streams run in
+// order at once, kernels are functions. Two geometries run them, chosen at compile time:
+//   geometry_serial.h  one thread a block, warp size 1, blocks over OpenMP: fast, the default
+//   geometry_exact.h   real blocks and warps, each CUDA thread a fiber, everything checked: -DEXACT_GEOMETRY
+// Sources pass through ../rewrite.sed first. Template arguments of a kernel are given at its launch, not deduced.
+#pragma once
+#include <math.h>
+#include <malloc.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <map>
+#include <string>
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __forceinline__ inline __attribute__((always_inline))
+#define __align__(n) __attribute__((aligned(n)))
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Vector types
+
+struct uint3 { unsigned x, y, z; };
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct __align__(8) float2 { float x, y; };
+struct __align__(8) int2 { int x, y; };
+struct __align__(8) uint2 { unsigned x, y; };
+struct __align__(16) float4 { float x, y, z, w; };
+struct __align__(16) int4 { int x, y, z, w; };
+struct __align__(16) uint4 { unsigned x, y, z, w; };
+constexpr uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return {x, y, z}; }
+constexpr float2 make_float2(float x, float y) { return {x, y}; }
+constexpr int2 make_int2(int x, int y) { return {x, y}; }
+constexpr uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+constexpr float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+constexpr int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+constexpr uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Device functions. Those a kernel calls for every element are inline, without branches, so that gcc vectorises them.
+
+using std::max;
+using std::min;
+
+inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
+inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
+inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
+inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
+template <class T> T __ldg(const T* p) { return *p; }
+template <class T> T __ldcs(const T* p) { return *p; }
+template <class T> void __stcs(T* p, T value) { *p = value; }
+
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __fdividef(float x, float y) { return x / y; }
+
+// Of a NaN and a number, the number. (libm's, which gcc calls, do not vectorise.)
+inline float cuda_cpu_fmaxf(float a, float b) { return b > a || a != a ? b : a; }
+inline float cuda_cpu_fminf(float a, float b) { return b < a || a != a ? b : a; }
+
+// e^x to 2 ulp: x = n ln2 + f, |f| <= ln2/2, e^f by a polynomial, n added to the exponent's bits.
+// Results below the smallest normal number are 0.
+inline float cuda_cpu_expf(float x) {
+    float y = x > -88.0f ? x : -88.0f;  // also where x is NaN
+    y = y < 89.0f ? y : 89.0f;
+    float n = rintf(y * 1.44269504f);
+    float f = __builtin_assoc_barrier(y - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts, not to be joined
+    float p = 1.9875691e-4f;
+    p = p * f + 1.3981999e-3f;
+    p = p * f + 8.3334519e-3f;
+    p = p * f + 4.1665796e-2f;
+    p = p * f + 1.6666665e-1f;
+    p = p * f + 0.5f;
+    p = p * f * f + f + 1.0f;
+    float e = __int_as_float(__float_as_int(p) + (int)n * (1 << 23));
+    e = x < -87.3365448f ? 0.0f : e;
+    e = x > 88.7228391f ? INFINITY : e;
+    return x != x ? x : e;
+}
+
+// erf, absolute error below 2e-7: x P(x^2) up to 1, then 1 - e^Q(|x|), the polynomials fitted by minimax.
+inline float cuda_cpu_erff(float x) {
+    float t = fabsf(x) < 4.0f ? fabsf(x) : 4.0f, s = t * t;
+    float p = 7.8891151e-5f;
+    p = p * s - 8.0208400e-4f;
+    p = p * s + 5.1895352e-3f;
+    p = p * s - 2.6854445e-2f;
+    p = p * s + 1.1283600e-1f;
+    p = p * s - 3.7612627e-1f;
+    p = p * s + 1.1283792f;
+    float q = 1.3316268e-4f;
+    q = q * t - 2.4018248e-3f;
+    q = q * t + 1.9578741e-2f;
+    q = q * t - 9.8264091e-2f;
+    q = q * t - 6.4382650e-1f;
+    q = q * t - 1.1236224f;
+    q = q * t - 1.2026743e-3f;
+    float tail = 1.0f - cuda_cpu_expf(q);
+    float e = t < 1.0f ? t * p : tail;
+    e = x < 0.0f ? -e : e;
+    return x != x ? x : e;
+}
+
+#define erff cuda_cpu_erff
+#define fmaxf cuda_cpu_fmaxf
+#define fminf cuda_cpu_fminf
+#define __expf cuda_cpu_expf  // macros: libm declares these names too
+#define __logf logf
+#define __powf powf
+#define __sinf sinf
+#define __cosf cosf
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Errors
+
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorInvalidDevice = 101,
+    cudaErrorNotReady = 600,
+};
+
+inline cudaError_t cuda_last_error = cudaSuccess;
+
+inline cudaError_t cuda_fail(cudaError_t error) { return cuda_last_error = error; }
+inline cudaError_t cudaPeekAtLastError() { return cuda_last_error; }
+inline cudaError_t cudaGetLastError() {
+    cudaError_t error = cuda_last_error;
+    cuda_last_error = cudaSuccess;
+    return error;
+}
+inline const char* cudaGetErrorName(cudaError_t error) {
+    switch (error) {
+        case cudaSuccess: return "cudaSuccess";
+        case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
+        case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
+        case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
+        case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+        case cudaErrorNotReady: return "cudaErrorNotReady";
+    }
+    return "unrecognized error code";
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+    switch (error) {
+        case cudaSuccess: return "no error";
+        case cudaErrorInvalidValue: return "invalid argument";
+        case cudaErrorMemoryAllocation: return "out of memory";
+        case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+        case cudaErrorInvalidDevice: return "invalid device ordinal";
+        case cudaErrorNotReady: return "device not ready";
+    }
+    return "unrecognized error code";
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launches: the geometry runs the blocks, here are the limits that hold for any
+
+typedef struct CUstream_st* cudaStream_t;
+
+constexpr size_t CUDA_SHARED_DEFAULT = 48 << 10;   // bytes a block may have without asking
+constexpr size_t CUDA_SHARED_OPTIN = 227 << 10;    // and after cudaFuncSetAttribute
+
+#ifdef EXACT_GEOMETRY
+#include "geometry_exact.h"
+#else
+#include "geometry_serial.h"
+#endif
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+inline std::map<const void*, size_t> cuda_shared_limit;  // kernels that asked for more than the default
+
+template <class T> cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute, int bytes) {
+    if (bytes < 0 || (size_t)bytes > CUDA_SHARED_OPTIN) return cuda_fail(cudaErrorInvalidValue);
+    cuda_shared_limit[(const void*)kernel] = bytes;
+    return cudaSuccess;
+}
+
+inline cudaError_t cuda_check_launch(const void* kernel, dim3 grid, dim3 block, size_t shared) {
+    uint64_t threads = (uint64_t)block.x * block.y * block.z;
+    if (threads == 0 || block.x > 1024 || block.y > 1024 || block.z > 64 || threads > 1024 || grid.x == 0 ||
+        grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+        return cudaErrorInvalidConfiguration;
+    if (shared <= CUDA_SHARED_DEFAULT) return cudaSuccess;
+    auto limit = cuda_shared_limit.find(kernel);
+    return limit != cuda_shared_limit.end() && shared <= limit->second ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// A kernel with its parameters' types, to which a launch converts its arguments, and a way to call it that inlines.
+template <class F, class... P> struct CudaKernel {
+    const char* name;
+    void (*address)(P...);
+    F call;
+};
+template <class F, class... P> CudaKernel<F, P...> cuda_kernel(const char* name, void (*address)(P...), F call) {
+    return {name, address, call};
+}
+#define CUDA_KERNEL(...) \
+    cuda_kernel(#__VA_ARGS__, __VA_ARGS__, [&](auto&... args) { __VA_ARGS__(args...); })
+
+template <class F, class... P>
+auto cuda_launch(CudaKernel<F, P...> kernel, dim3 grid, dim3 block, size_t shared = 0, cudaStream_t = 0) {
+    return [=](P... args) {
+        cudaError_t error = cuda_check_launch((const void*)kernel.address, grid, block, shared);
+        if (error != cudaSuccess) {
+            cuda_fail(error);
+            return;
+        }
+        cuda_run_blocks(kernel.name, grid, block, shared, [&] { kernel.call(args...); });
+    };
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory
+
+// The number after `key` in a file of the kernel's, or 0; the file's first number when key is "".
+inline size_t cuda_proc_number(const std::string& path, const char* key) {
+    size_t number = 0;
+    char line[512];
+    FILE* file = fopen(path.c_str(), "r");
+    if (file == nullptr) return 0;
+    while (fgets(line, sizeof line, file) && !(strncmp(line, key, strlen(key)) == 0 &&
+                                               sscanf(line + strlen(key), "%zu", &number) == 1)) {}
+    fclose(file);
+    return number;
+}
+
+inline size_t cuda_allocated = 0;  // bytes of cudaMalloc and cudaMallocHost now held
+
+// Bytes that can still be had: what the machine, the cgroup and the address space limit (ulimit -v) leave, less
+// what has been allocated here and not touched yet.
+inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
+    size_t free = cuda_proc_number("/proc/meminfo", "MemAvailable:") << 10;
+    size_t total = cuda_proc_number("/proc/meminfo", "MemTotal:") << 10;
+    auto limit = [&](size_t most, size_t used) {
+        total = std::min(total, most);
+        free = std::min(free, most > used ? most - used : 0);
+    };
+    std::string cgroup = "/sys/fs/cgroup";
+    char line[512];
+    if (FILE* file = fopen("/proc/self/cgroup", "r")) {
+        while (fgets(line, sizeof line, file))
+            if (strncmp(line, "0::/", 4) == 0 && line[4] != '\n') cgroup.append(line + 3, strcspn(line, "\n") - 3);
+        fclose(file);
+    }
+    if (size_t most = cuda_proc_number(cgroup + "/memory.max", "")) {  // "max" is no number: no limit
+        size_t used = cuda_proc_number(cgroup + "/memory.current", "");
+        limit(most, used - std::min(used, cuda_proc_number(cgroup + "/memory.stat", "inactive_file ")));
+    }
+    size_t untouched = cuda_allocated - std::min(cuda_allocated, cuda_proc_number("/proc/self/status", "VmRSS:") << 10);
+    free -= std::min(free, untouched);
+    rlimit space;
+    if (getrlimit(RLIMIT_AS, &space) == 0 && space.rlim_cur != RLIM_INFINITY)
+        limit(space.rlim_cur, cuda_proc_number("/proc/self/status", "VmSize:") << 10);
+    *free_bytes = free;
+    *total_bytes = total;
+    return cudaSuccess;
+}
+
+template <class T> cudaError_t cudaMalloc(T** pointer, size_t bytes) {
+    size_t free, total;
+    void* memory = nullptr;
+    cudaMemGetInfo(&free, &total);
+    if (bytes > free || (bytes > 0 && posix_memalign(&memory, 64, bytes) != 0))
+        return cuda_fail(cudaErrorMemoryAllocation);
+    if (memory) cuda_allocated += malloc_usable_size(memory);
+#ifdef EXACT_GEOMETRY
+    if (memory) memset(memory, 0xFF, bytes);  // NaN in any type
+#endif
+    *pointer = (T*)memory;
+    return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* pointer) {
+    if (pointer) cuda_allocated -= malloc_usable_size(pointer);
+    free(pointer);
+    return cudaSuccess;
+}
+template <class T> cudaError_t cudaMallocHost(T** pointer, size_t bytes) { return cudaMalloc(pointer, bytes); }
+inline cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
+
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost,
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault,
+};
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+    if (bytes > 0) memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t = 0) {
+    return cudaMemcpy(to, from, bytes, kind);
+}
+inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+    if (bytes > 0) memset(to, value, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = 0) {
+    return cudaMemset(to, value, bytes);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Streams and events: all work is done when its call returns
+
+typedef std::chrono::steady_clock::time_point* cudaEvent_t;
+enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
+
+inline cudaError_t cudaStreamCreate(cudaStream_t* stream) { return *stream = nullptr, cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
+inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = 0) {
+    *event = std::chrono::steady_clock::now();
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventCreate(cudaEvent_t* event) {
+    *event = new std::chrono::steady_clock::time_point;
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return cudaEventCreate(event); }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) {
+    *ms = std::chrono::duration<float, std::milli>(*end - *start).count();
+    return cudaSuccess;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The device: one, the CPU
+
+struct cudaDeviceProp {
+    char name[256];
+    size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin;
+    int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock;
+};
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cuda_fail(cudaErrorInvalidDevice); }
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* prop, int device) {
+    if (device != 0) return cuda_fail(cudaErrorInvalidDevice);
+    size_t free;
+    *prop = {"CPU", 0, CUDA_SHARED_DEFAULT, CUDA_SHARED_OPTIN, 0, 0, 0, WARP_SIZE, 1024};
+    prop->multiProcessorCount = 16;  // any machine's, so that grids, and with them results, are the same on all
+    cudaMemGetInfo(&free, &prop->totalGlobalMem);
+    char line[512];
+    if (FILE* file = fopen("/proc/cpuinfo", "r")) {
+        while (fgets(line, sizeof line, file) && sscanf(line, "model name : %255[^\n]", prop->name) != 1) {}
+        fclose(file);
+    }
+    return cudaSuccess;
+}

@@ -1,0 +1,356 @@
+// The exact geometry: real grids, blocks and warps of 32, for tests. Each CUDA thread of a block is a fiber with its
+// own stack; blocks run one after another. A thread runs until it waits at a barrier, a shuffle or another warp
+// instruction, then a runnable one is picked at random (seed: environment CUDA_CPU_SEED, default 1), so a result that
+// changes with the seed is a race. All lanes of a warp instruction must meet on the same line with the same mask, all
+// threads of the block at each __syncthreads; when nobody can run, a report says who waits where, and the program
+// exits with 1. Shared memory is one heap chunk an array, all NaN at the start of a block, so that AddressSanitizer
+// sees overruns. One host thread launches.
+#pragma once
+#include <boost/context/detail/fcontext.hpp>
+#include <sys/mman.h>
+#include <vector>
+
+#define WARP_SIZE 32
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Fibers
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#define CUDA_NO_ASAN __attribute__((no_sanitize_address))
+constexpr size_t CUDA_STACK = 512 << 10;
+#else
+#define CUDA_NO_ASAN
+constexpr size_t CUDA_STACK = 128 << 10;
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+#endif
+
+// A thread of the block. While it waits: for which instruction, where, with which operands. The last lane to arrive
+// calls complete(first lane of the warp, mask), which reads all operands and writes all results.
+struct CudaThread {
+    boost::context::detail::fcontext_t context;
+    char* stack;  // lowest byte
+    void* asan_stack;
+    uint3 index;
+    enum { RUNS, WAITS, LEFT } state;
+    const char *op, *file;
+    int line;
+    unsigned mask;  // 0: the whole block
+    const void *in, *in2;
+    void* out;
+    int arg;
+    void (*complete)(CudaThread*, unsigned);
+
+    bool meets(const CudaThread& other) const {
+        auto same = [](const char* a, const char* b) { return a == b || strcmp(a, b) == 0; };
+        return state == WAITS && line == other.line && mask == other.mask && same(op, other.op) &&
+               same(file, other.file);
+    }
+};
+
+struct CudaBlock {
+    const char* kernel;
+    std::vector<CudaThread> threads;
+    std::vector<int> ready;
+    int current, at_barrier, left;
+    void (*body)(void*);
+    void* body_arg;
+    struct Chunk { const void* key; void* data; };
+    std::vector<Chunk> shared;
+    void* dynamic;
+    boost::context::detail::fcontext_t scheduler;
+    const void* scheduler_stack;
+    size_t scheduler_stack_size;
+    void* scheduler_asan;
+};
+inline CudaBlock cuda_block;
+
+inline uint64_t cuda_random() {  // xorshift64*
+    static uint64_t state = [] {
+        const char* seed = getenv("CUDA_CPU_SEED");
+        return (seed ? strtoull(seed, nullptr, 10) : 1) * 0x9E3779B97F4A7C15u | 1;
+    }();
+    state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
+    return state * 0x2545F4914F6CDD1Du >> 32;
+}
+
+// Back from the current thread to the scheduler.
+inline void cuda_yield(bool leaves) {
+    CudaBlock& b = cuda_block;
+    CudaThread& me = b.threads[b.current];
+    __sanitizer_start_switch_fiber(leaves ? nullptr : &me.asan_stack, b.scheduler_stack, b.scheduler_stack_size);
+    b.scheduler = boost::context::detail::jump_fcontext(b.scheduler, nullptr).fctx;
+    __sanitizer_finish_switch_fiber(me.asan_stack, &b.scheduler_stack, &b.scheduler_stack_size);
+}
+
+CUDA_NO_ASAN inline void cuda_thread_main(boost::context::detail::transfer_t from) {
+    CudaBlock& b = cuda_block;
+    b.scheduler = from.fctx;
+    __sanitizer_finish_switch_fiber(nullptr, &b.scheduler_stack, &b.scheduler_stack_size);
+    b.body(b.body_arg);
+    b.threads[b.current].state = CudaThread::LEFT;
+    b.left++;
+    cuda_yield(true);
+}
+
+inline void cuda_resume(int i) {
+    CudaBlock& b = cuda_block;
+    CudaThread& t = b.threads[i];
+    b.current = i;
+    threadIdx = t.index;
+    __sanitizer_start_switch_fiber(&b.scheduler_asan, t.stack, CUDA_STACK);
+    t.context = boost::context::detail::jump_fcontext(t.context, nullptr).fctx;
+    __sanitizer_finish_switch_fiber(b.scheduler_asan, nullptr, nullptr);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Reports
+
+[[noreturn]] inline void cuda_die(const std::string& what) {
+    fprintf(stderr, "cuda: kernel %s, block (%u,%u,%u) of %zu threads: %s\n", cuda_block.kernel, blockIdx.x, blockIdx.y,
+            blockIdx.z, cuda_block.threads.size(), what.c_str());
+    fflush(nullptr);
+    _exit(1);  // not exit: this may be a fiber's stack
+}
+
+inline std::string cuda_where(const char* op, const char* file, int line) {
+    return std::string(op) + " " + file + ":" + std::to_string(line);
+}
+
+// "96 threads (32-127) wait at __syncthreads train_gpt.cu:123, but 32 threads (0-31) have left the kernel"
+[[noreturn]] inline void cuda_report_stuck() {
+    std::vector<CudaThread>& threads = cuda_block.threads;
+    std::string waiting, left;
+    std::vector<bool> told(threads.size());
+    for (size_t i = 0; i < threads.size(); i++) {
+        if (told[i]) continue;
+        const CudaThread& t = threads[i];
+        std::string ranges;
+        int count = 0;
+        size_t first = 0;
+        bool in = false;
+        for (size_t j = i; j <= threads.size(); j++) {
+            bool same = j < threads.size() && (t.state == CudaThread::LEFT ? threads[j].state == CudaThread::LEFT
+                                                                           : threads[j].meets(t));
+            if (same) told[j] = true, count++;
+            if (same && !in) first = j;
+            if (!same && in)
+                ranges += (ranges.empty() ? "" : ",") + std::to_string(first) +
+                          (j - 1 > first ? "-" + std::to_string(j - 1) : "");
+            in = same;
+        }
+        bool one = count == 1;
+        std::string who = std::to_string(count) + (one ? " thread (" : " threads (") + ranges + ") ";
+        if (t.state == CudaThread::LEFT) {
+            left = who + (one ? "has" : "have") + " left the kernel";
+            continue;
+        }
+        char mask[32] = "";
+        if (t.mask) snprintf(mask, sizeof mask, " with mask %08x", t.mask);
+        waiting += (waiting.empty() ? "" : ", ") + who + (one ? "waits" : "wait") + " at " +
+                   cuda_where(t.op, t.file, t.line) + mask;
+    }
+    cuda_die(waiting + (left.empty() ? "" : ", but " + left));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Meeting points
+
+// The current thread waits until the lanes of mask (0: all threads of the block) are here.
+inline void cuda_meet(const char* op, unsigned mask, const char* file, int line, const void* in = nullptr,
+                      const void* in2 = nullptr, void* out = nullptr, int arg = 0,
+                      void (*complete)(CudaThread*, unsigned) = nullptr) {
+    CudaBlock& b = cuda_block;
+    int n = b.threads.size(), me = b.current, warp = mask ? me / 32 * 32 : 0, end = mask ? warp + 32 : n;
+    CudaThread& t = b.threads[me];
+    t.op = op, t.file = file, t.line = line, t.mask = mask;
+    t.in = in, t.in2 = in2, t.out = out, t.arg = arg, t.complete = complete;
+    t.state = CudaThread::WAITS;
+    auto member = [&](int i) { return mask == 0 || mask >> (i - warp) & 1; };
+    if (mask && !member(me))
+        cuda_die("thread " + std::to_string(me) + " is at " + cuda_where(op, file, line) + ", but not in its mask");
+
+    bool all = mask || ++b.at_barrier == n;
+    for (int i = warp; i < end && all; i++)
+        if (member(i)) all = i < n && b.threads[i].meets(t);
+    if (all) {
+        if (complete) complete(&b.threads[warp], mask);
+        for (int i = warp; i < end; i++)
+            if (member(i)) b.threads[i].state = CudaThread::RUNS, b.ready.push_back(i);
+        if (!mask) b.at_barrier = 0;
+    }
+    cuda_yield(false);
+}
+
+#define CUDA_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(CUDA_HERE) { cuda_meet("__syncthreads", 0, file, line); }
+inline void __syncwarp(unsigned mask = ~0u, CUDA_HERE) { cuda_meet("__syncwarp", mask, file, line); }
+
+// Lane l gets the value of lane arg; NaN bytes if that one takes no part.
+template <class T> T cuda_shuffle(const char* op, unsigned mask, T value, int source, const char* file, int line) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+    T result;
+    cuda_meet(op, mask, file, line, &value, nullptr, &result, source, [](CudaThread* warp, unsigned mask) {
+        for (int l = 0; l < 32; l++) {
+            if (!(mask >> l & 1)) continue;
+            int from = warp[l].arg;
+            if (mask >> from & 1) memcpy(warp[l].out, warp[from].in, sizeof(T));
+            else memset(warp[l].out, 0xFF, sizeof(T));
+        }
+    });
+    return result;
+}
+// As PTX's shfl: within the lane's segment of `width` lanes; who would leave it gets its own value.
+template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = 32, CUDA_HERE) {
+    int lane = cuda_block.current % 32, first = lane & -width;
+    return cuda_shuffle("__shfl_sync", mask, value, first + (source & (width - 1)), file, line);
+}
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, CUDA_HERE) {
+    int lane = cuda_block.current % 32, from = lane ^ bits;
+    return cuda_shuffle("__shfl_xor_sync", mask, value, from < (lane & -width) + width ? from : lane, file, line);
+}
+template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_HERE) {
+    int lane = cuda_block.current % 32, from = lane - (int)delta;
+    return cuda_shuffle("__shfl_up_sync", mask, value, from >= (lane & -width) ? from : lane, file, line);
+}
+template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_HERE) {
+    int lane = cuda_block.current % 32, from = lane + (int)delta;
+    return cuda_shuffle("__shfl_down_sync", mask, value, from < (lane & -width) + width ? from : lane, file, line);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Warp instructions of the tensor cores
+
+inline float cuda_half_word(const unsigned* registers, int i) {  // bfloat16 number i of a fragment, two a register
+    return __builtin_bit_cast(float, (registers[i / 2] >> (i % 2 * 16) & 0xFFFF) << 16);
+}
+
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32, c += a b, a (16,16), b (16,8), c (16,8). A lane holds, with
+// g = lane / 4 and t = lane % 4 (PTX manual, "Matrix Fragments for mma.m16n8k16 with floating point type"):
+//   a0..a7, two a register: row g for i in {0,1,4,5}, else g + 8; column 2t + i%2, + 8 for i >= 4
+//   b0..b3, two a register: row 2t + i%2, + 8 for i >= 2; column g
+//   c0..c3:                 row g for i < 2, else g + 8; column 2t + i%2
+inline void mma_m16n8k16(float* c, const unsigned* a, const unsigned* b, CUDA_HERE) {
+    cuda_meet("mma_m16n8k16", ~0u, file, line, a, b, c, 0, [](CudaThread* warp, unsigned) {
+        float A[16][16], B[16][8];
+        for (int l = 0; l < 32; l++) {
+            int g = l / 4, t = l % 4;
+            for (int i = 0; i < 8; i++)
+                A[g + i / 2 % 2 * 8][2 * t + i % 2 + i / 4 * 8] = cuda_half_word((const unsigned*)warp[l].in, i);
+            for (int i = 0; i < 4; i++)
+                B[2 * t + i % 2 + i / 2 * 8][g] = cuda_half_word((const unsigned*)warp[l].in2, i);
+        }
+        for (int l = 0; l < 32; l++)
+            for (int i = 0; i < 4; i++) {
+                float sum = 0.0f;
+                for (int k = 0; k < 16; k++) sum += A[l / 4 + i / 2 * 8][k] * B[k][2 * (l % 4) + i % 2];
+                ((float*)warp[l].out)[i] += sum;
+            }
+    });
+}
+
+// ldmatrix.sync.aligned.m8n8.x4[.trans].shared.b16: four 8 x 8 matrices of 16-bit elements. Lane l gives the address of
+// row l%8 of matrix l/8. Register m of lane l gets of matrix m, in its lower and upper half, the elements
+// (l/4, 2(l%4)) and (l/4, 2(l%4)+1); with .trans those of the transposed matrix.
+template <bool trans> void cuda_ldmatrix(const char* op, unsigned* r, const void* row, const char* file, int line) {
+    if ((uintptr_t)row % 16)
+        cuda_die("thread " + std::to_string(cuda_block.current) + " is at " + cuda_where(op, file, line) +
+                 " with an address that is not 16-byte aligned");
+    cuda_meet(op, ~0u, file, line, row, nullptr, r, 0, [](CudaThread* warp, unsigned) {
+        auto element = [&](int m, int i, int j) -> unsigned {
+            return ((const unsigned short*)warp[8 * m + (trans ? j : i)].in)[trans ? i : j];
+        };
+        for (int l = 0; l < 32; l++)
+            for (int m = 0; m < 4; m++)
+                ((unsigned*)warp[l].out)[m] = element(m, l / 4, l % 4 * 2) | element(m, l / 4, l % 4 * 2 + 1) << 16;
+    });
+}
+inline void ldmatrix_x4(unsigned* r, const void* row, CUDA_HERE) {
+    cuda_ldmatrix<false>("ldmatrix_x4", r, row, file, line);
+}
+inline void ldmatrix_x4_trans(unsigned* r, const void* row, CUDA_HERE) {
+    cuda_ldmatrix<true>("ldmatrix_x4_trans", r, row, file, line);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Shared memory
+
+inline void* cuda_shared_chunk(size_t bytes) {
+    if (bytes == 0) return nullptr;
+    void* data = memalign(1024, bytes);
+    if (data == nullptr) cuda_die("no memory for shared arrays");
+    return memset(data, 0xFF, bytes);
+}
+inline void* cuda_dynamic_shared() { return cuda_block.dynamic; }
+
+// The block's array for this declaration (of this instance of a template): made by the first thread that passes.
+inline void* cuda_static_shared(const void* key, size_t bytes) {
+    for (auto& chunk : cuda_block.shared)
+        if (chunk.key == key) return chunk.data;
+    cuda_block.shared.push_back({key, cuda_shared_chunk(bytes)});
+    return cuda_block.shared.back().data;
+}
+#define CUDA_SHARED(name, dims, ...)               \
+    using name##_shared_type = __VA_ARGS__ dims;   \
+    static char name##_shared_key;                 \
+    name##_shared_type& name =                     \
+        *(name##_shared_type*)cuda_static_shared(&name##_shared_key, sizeof(name##_shared_type))
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The grid
+
+inline char* cuda_new_stack() {  // below it a page that may not be touched
+    size_t page = 4096;
+    char* p = (char*)mmap(nullptr, CUDA_STACK + page, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED || mprotect(p, page, PROT_NONE) != 0) cuda_die("no memory for the threads' stacks");
+    return p + page;
+}
+
+inline void cuda_run_block() {
+    CudaBlock& b = cuda_block;
+    static std::vector<char*> stacks;
+    int n = b.threads.size();
+    while ((int)stacks.size() < n) stacks.push_back(cuda_new_stack());
+    b.at_barrier = b.left = 0;
+    for (int i = 0; i < n; i++) {
+        CudaThread& t = b.threads[i];
+        t = {};
+        t.stack = stacks[i];
+        t.context = boost::context::detail::make_fcontext(t.stack + CUDA_STACK, CUDA_STACK, cuda_thread_main);
+        t.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+        b.ready.push_back(i);
+    }
+    while (!b.ready.empty()) {
+        std::swap(b.ready[cuda_random() % b.ready.size()], b.ready.back());
+        int i = b.ready.back();
+        b.ready.pop_back();
+        cuda_resume(i);
+    }
+    if (b.left != n) cuda_report_stuck();
+}
+
+template <class F> void cuda_run_blocks(const char* kernel, dim3 grid, dim3 block, size_t shared, F body) {
+    CudaBlock& b = cuda_block;
+    b.kernel = kernel;
+    b.threads.resize(block.x * block.y * block.z);
+    b.body = [](void* f) { (*(F*)f)(); };
+    b.body_arg = &body;
+    gridDim = grid;
+    blockDim = block;
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) {
+                blockIdx = {x, y, z};
+                b.dynamic = cuda_shared_chunk(shared);
+                cuda_run_block();
+                free(b.dynamic);
+                for (auto& chunk : b.shared) free(chunk.data);
+                b.shared.clear();
+            }
+}

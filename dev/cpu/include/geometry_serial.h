@@ -1,0 +1,57 @@
+// The serial geometry: a block is one thread, a warp one lane, and both are compile-time constants. Loops that stride
+// by blockDim.x or by the warp size become plain loops over the row, which gcc vectorises; reductions over lanes fold
+// away. The launch's block size is not used. Blocks run over OpenMP.
+#pragma once
+#include <omp.h>
+
+#define WARP_SIZE 1
+
+static constexpr uint3 threadIdx{0, 0, 0};
+static constexpr dim3 blockDim{1, 1, 1};
+static thread_local uint3 blockIdx;
+static thread_local dim3 gridDim;
+
+// Shared memory belongs to the OpenMP thread that runs the block.
+#define CUDA_SHARED(name, dims, ...) alignas(64) static thread_local __VA_ARGS__ name dims
+
+static thread_local struct { void* data; size_t bytes; } cuda_dynamic;
+inline void* cuda_dynamic_shared() { return cuda_dynamic.data; }
+
+inline void __syncthreads() {}
+inline void __syncwarp(unsigned = ~0u) {}
+template <class T> T __shfl_sync(unsigned, T value, int, int = WARP_SIZE) { return value; }
+template <class T> T __shfl_xor_sync(unsigned, T value, int, int = WARP_SIZE) { return value; }
+template <class T> T __shfl_up_sync(unsigned, T value, unsigned, int = WARP_SIZE) { return value; }
+template <class T> T __shfl_down_sync(unsigned, T value, unsigned, int = WARP_SIZE) { return value; }
+
+// Whole-warp instructions need a warp; kernels that use them have a plain loop for this geometry.
+inline void mma_m16n8k16(float*, const unsigned*, const unsigned*) { abort(); }
+inline void ldmatrix_x4(unsigned*, const void*) { abort(); }
+inline void ldmatrix_x4_trans(unsigned*, const void*) { abort(); }
+
+template <class F> void cuda_run_blocks(const char*, dim3 grid, dim3, size_t shared, F body) {
+    int64_t blocks = (int64_t)grid.x * grid.y * grid.z;
+    auto enter = [&] {
+        gridDim = grid;
+        if (cuda_dynamic.bytes >= shared) return;
+        free(cuda_dynamic.data);
+        if (posix_memalign(&cuda_dynamic.data, 64, shared) != 0) abort();
+        cuda_dynamic.bytes = shared;
+    };
+    auto run = [&](int64_t i) {
+        blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
+        body();
+    };
+    if (blocks == 1) {
+        enter();
+        run(0);
+        return;
+    }
+    int64_t chunk = std::max<int64_t>(1, blocks / (64 * omp_get_max_threads()));  // small: causal rows differ in work
+    #pragma omp parallel
+    {
+        enter();
+        #pragma omp for schedule(dynamic, chunk)
+        for (int64_t i = 0; i < blocks; i++) run(i);
+    }
+}
