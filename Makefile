@@ -11,14 +11,15 @@ STANDIN   = $(wildcard dev/cpu/include/*.h)
 
 NVCCFLAGS = -std=c++17 -O3 -Xcompiler -fopenmp,-pthread,-Wall $(GPU_ARCH)
 # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
-CXXFLAGS  = -std=c++17 -O3 -march=native -fopenmp -pthread -fno-strict-aliasing -fno-math-errno -fno-trapping-math \
-            -fassociative-math -fno-signed-zeros -Wall -Wextra -Wno-unknown-pragmas -Idev/cpu/include -I.
+CXXFLAGS  = -std=c++17 -O3 -march=native -mprefer-vector-width=512 -fopenmp -pthread -fno-strict-aliasing \
+            -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -Wall -Wextra -Wno-unknown-pragmas -Idev/cpu/include -I.
 bf16      = -DPRECISION_BF16
 
 HAVE_GPU := $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | head -n 1))
 
 .PHONY: all cpu gpu run test gpu-check bench clean help
 .DELETE_ON_ERROR:
+.SECONDARY:
 
 all:  ## build ./train_gpt for what is there: the GPU if there is one and nvcc, else the CPU
 ifneq ($(HAVE_GPU),)
@@ -42,7 +43,7 @@ run:  ## the quick start: prepare real text, train for about five minutes, draw 
 
 test:  ## all tests that need no GPU
 	@dev/setup.sh test
-	@PYTHON=$(PYTHON) dev/test/run.sh
+	@$(PYTHON) dev/test/run.py
 
 gpu-check:  ## on a machine with a GPU: build, tests, compute-sanitizer, short runs, benches
 	@NVCC=$(NVCC) PYTHON=$(PYTHON) dev/gpu_check.sh

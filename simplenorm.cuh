@@ -203,9 +203,11 @@ __device__ inline float2 unrotate(const floatX* dy, int i, const float2* angle) 
 }
 
 // draw (B,T,QKV) floatX from dq (B,NH,T,HS), dk, dv (B,NKV,T,HS); partial (blocks, QKV) float.
-__global__ void qkv_norm_rope_backward_kernel(floatX* draw, float* partial, const floatX* dq, const floatX* dk,
-                                              const floatX* dv, const floatX* raw, QkvGains gains,
-                                              const float2* stats, const float2* rope, Heads h, Norm norm) {
+__global__ void qkv_norm_rope_backward_kernel(floatX* __restrict__ draw, float* __restrict__ partial,
+                                              const floatX* __restrict__ dq, const floatX* __restrict__ dk,
+                                              const floatX* __restrict__ dv, const floatX* __restrict__ raw,
+                                              QkvGains gains, const float2* __restrict__ stats,
+                                              const float2* __restrict__ rope, Heads h, Norm norm) {
     const size_t QKV = h.qkv();
     partial += blockIdx.x * QKV;
     for (size_t n = blockIdx.x; n < size_t(h.B) * h.T; n += gridDim.x) {
@@ -304,8 +306,8 @@ __device__ inline float2 ffn_inputs(const floatX* x, const floatX* gain, int f, 
 }
 
 template <bool GATED>
-__global__ void ffn_norm_act_forward_kernel(floatX* out, float2* stats, const floatX* raw, const floatX* gain, int F,
-                                            Norm norm) {
+__global__ void ffn_norm_act_forward_kernel(floatX* __restrict__ out, float2* stats, const floatX* __restrict__ raw,
+                                            const floatX* __restrict__ gain, int F, Norm norm) {
     constexpr int PARTS = GATED ? 2 : 1;
     size_t n = blockIdx.x;
     const floatX* x = raw + n * PARTS * F;
@@ -335,8 +337,10 @@ void ffn_norm_act_forward(floatX* out, float2* stats, const floatX* raw, const f
 
 // draw like raw, from dout (N,F); partial (blocks, 2F) or (blocks, F) float.
 template <bool GATED>
-__global__ void ffn_norm_act_backward_kernel(floatX* draw, float* partial, const floatX* dout, const floatX* raw,
-                                             const floatX* gain, const float2* stats, int N, int F, Norm norm) {
+__global__ void ffn_norm_act_backward_kernel(floatX* __restrict__ draw, float* __restrict__ partial,
+                                             const floatX* __restrict__ dout, const floatX* __restrict__ raw,
+                                             const floatX* __restrict__ gain, const float2* __restrict__ stats, int N,
+                                             int F, Norm norm) {
     constexpr int PARTS = GATED ? 2 : 1;
     partial += size_t(blockIdx.x) * PARTS * F;
     if (gain)

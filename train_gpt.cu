@@ -176,9 +176,9 @@ void finish(Config& c) {
     if (!(c.rope_theta > 0)) throw Error("--rope-theta: must be above 0. Llama 2 uses 1e4, Llama 3 5e5.");
     if (c.C % c.NH)
         throw Error(format("--dim: %d is not divisible by %d heads. Choose dim = heads x head size.", c.C, c.NH));
-    if (c.HS() != 16 && c.HS() != 32 && c.HS() != 64 && c.HS() != 128)
+    if (c.HS() != 16 && c.HS() != 32 && c.HS() != 64 && c.HS() != 72 && c.HS() != 128)  // 72: the 360M flavour's
         throw Error(format("--heads: dim %d over %d heads gives head size %d, which attention lacks. "
-                           "Choose a head size of 16, 32, 64 or 128.", c.C, c.NH, c.HS()));
+                           "Choose a head size of 16, 32, 64, 72 or 128.", c.C, c.NH, c.HS()));
     if (c.NH % c.NKV)
         throw Error(format("--kv-heads: %d heads cannot share %d key/value heads. Choose a divisor.", c.NH, c.NKV));
     if (c.backbone == Backbone::nanogpt && c.NKV != c.NH)
@@ -434,11 +434,16 @@ __device__ inline unsigned pack_bf16(float low, float high) {
     return bits;
 }
 
-// The serial geometry's product: c (TILE_ROWS,N) += a (TILE_ROWS,K) b, b[k][n] = b[k ldb + n], in blocks of 4 x 16 that
-// stay in registers.
+// The serial geometry's product: c (TILE_ROWS,N) += a (TILE_ROWS,K) b, b[k][n] = b[k ldb + n], in blocks of R x W that
+// stay in registers: 16 accumulators of 16 floats with AVX-512, of 8 floats without.
 template <int N, int K, typename A>
-inline void serial_mma(float* c, const A* a, int lda, const float* b, int ldb) {
-    constexpr int R = 4, W = N % 16 == 0 ? 16 : 8;
+__attribute__((noinline))  // inlined, gcc 12 moves the accumulators to memory
+void serial_mma(float* __restrict__ c, const A* __restrict__ a, int lda, const float* __restrict__ b, int ldb) {
+#ifdef __AVX512F__
+    constexpr int R = 8, W = N % 32 == 0 ? 32 : 16;
+#else
+    constexpr int R = 8, W = 16;
+#endif
     for (int n0 = 0; n0 < N; n0 += W) {
         for (int r0 = 0; r0 < TILE_ROWS; r0 += R) {
             float sum[R][W];
@@ -522,14 +527,15 @@ __device__ inline void mma_nn(Tile<N>& c, const Tile<K>& a, const floatX* b, int
     }
 }
 
-// dst (rows, ld) in shared memory = src (rows, HS) of row stride `stride`, rows from `valid` on zero; by the whole block
+// dst (rows, ld) in shared memory = src (rows, HS) of row stride `stride`; zero in rows from `valid` on and in columns from
+// HS on up to the next multiple of 16; by the whole block
 template <int HS>
 __device__ inline void load_tile(floatX* dst, int ld, const floatX* src, size_t stride, int rows, int valid) {
-    constexpr int VEC = 16 / sizeof(floatX);  // 16 bytes a thread
-    for (int i = threadIdx.x; i < rows * (HS / VEC); i += blockDim.x) {
-        int row = i / (HS / VEC), col = i % (HS / VEC) * VEC;
+    constexpr int VEC = 16 / sizeof(floatX), PER_ROW = (HS + 15) / 16 * 16 / VEC;  // 16 bytes a thread
+    for (int i = threadIdx.x; i < rows * PER_ROW; i += blockDim.x) {
+        int row = i / PER_ROW, col = i % PER_ROW * VEC;
         uint4 x = make_uint4(0, 0, 0, 0);
-        if (row < valid) x = *reinterpret_cast<const uint4*>(src + row * stride + col);
+        if (row < valid && col < HS) x = *reinterpret_cast<const uint4*>(src + row * stride + col);
         *reinterpret_cast<uint4*>(dst + row * ld + col) = x;
     }
 }
@@ -677,14 +683,17 @@ void linear_backward(floatX* dinp, float* dw, const floatX* dout, const floatX* 
 constexpr int ATTENTION_ROWS = 64;     // rows of a block: 4 warps of 16 on the GPU, one of 64 in the serial geometry
 constexpr int ATTENTION_THREADS = 128;
 
+// a head in a tile: mma takes 16 columns at a time, those beyond HS are zero
+template <int HS>
+constexpr int WIDTH = (HS + 15) / 16 * 16;
 // shared memory's row stride: 16 bytes more than a row, so that the 8 rows of a fragment fall into different banks
 template <int HS>
-constexpr int TILE_LD = HS + 16 / int(sizeof(floatX));
+constexpr int TILE_LD = WIDTH<HS> + 16 / int(sizeof(floatX));
 // columns of the score tile, narrower where registers and shared memory are short
 template <int HS>
-constexpr int FORWARD_COLS = HS == 128 && !BF16 ? 32 : 64;
+constexpr int FORWARD_COLS = HS > 64 && !BF16 ? 32 : 64;
 template <int HS>
-constexpr int BACKWARD_COLS = HS == 128 ? 32 : 64;
+constexpr int BACKWARD_COLS = HS > 64 ? 32 : 64;
 
 template <int HS>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
@@ -702,7 +711,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     const int first = warp() * TILE_ROWS;  // this warp's rows in the block
 
     load_tile<HS>(sq, LD, q, HS, ATTENTION_ROWS, T - row0);
-    Tile<HS> acc;
+    Tile<WIDTH<HS>> acc;
     acc.zero();
     float max[SLOTS], sum[SLOTS];
     for (int s = 0; s < SLOTS; s++) max[s] = -INFINITY, sum[s] = 0.0f;
@@ -713,7 +722,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
         __syncthreads();
         Tile<COLS> p;
         p.zero();
-        mma_nt<HS>(p, sq + first * LD, LD, sk, LD);
+        mma_nt<WIDTH<HS>>(p, sq + first * LD, LD, sk, LD);
         for (int s = 0; s < SLOTS; s++) {
             // online softmax: what was summed so far is rescaled to the new maximum. Column 0 is in everyone's first
             // tile, so the maximum is finite from there on
@@ -743,7 +752,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
         const int t = row0 + first + acc.row(s);
         if (t >= T) continue;
         floatX* o = out + ((size_t(b) * T + t) * NH + head) * HS;
-        for (int e = 0; e < acc.PER_ROW; e++) o[acc.col(e)] = acc.at(s, e) * inverse;
+        for (int e = 0; e < acc.PER_ROW; e++)
+            if (acc.col(e) < HS) o[acc.col(e)] = acc.at(s, e) * inverse;
         if (acc.col(0) == 0) lse[q_head * T + t] = max[s] + logf(total);
     }
 }
@@ -778,7 +788,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
 
     load_tile<HS>(sk, LD, k + kv_at, HS, ATTENTION_ROWS, T - row0);
     load_tile<HS>(sv, LD, v + kv_at, HS, ATTENTION_ROWS, T - row0);
-    Tile<HS> acc_k, acc_v;
+    Tile<WIDTH<HS>> acc_k, acc_v;
     acc_k.zero();
     acc_v.zero();
     const int group = NH / NKV;
@@ -795,7 +805,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
             __syncthreads();
             Tile<COLS> p;
             p.zero();
-            mma_nt<HS>(p, sk + first * LD, LD, sq, LD);
+            mma_nt<WIDTH<HS>>(p, sk + first * LD, LD, sq, LD);
             for (int s = 0; s < SLOTS; s++) {
                 const int from = row0 + first + p.row(s) - col0, to = T - col0;  // queries of this tile that see the key
                 for (int e = 0; e < p.PER_ROW; e++) {
@@ -806,7 +816,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
             mma_nn<COLS>(acc_v, p, sdo, LD);
             Tile<COLS> ds;
             ds.zero();
-            mma_nt<HS>(ds, sv + first * LD, LD, sdo, LD);
+            mma_nt<WIDTH<HS>>(ds, sv + first * LD, LD, sdo, LD);
             for (int s = 0; s < SLOTS; s++)
                 for (int e = 0; e < ds.PER_ROW; e++)
                     ds.at(s, e) = scale * p.at(s, e) * (ds.at(s, e) - sdelta[ds.col(e)]);
@@ -817,6 +827,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
         const int row = first + acc_k.row(s);
         if (row0 + row >= T) continue;
         for (int e = 0; e < acc_k.PER_ROW; e++) {
+            if (acc_k.col(e) >= HS) continue;
             dk[kv_at + size_t(row) * HS + acc_k.col(e)] = acc_k.at(s, e);
             dv[kv_at + size_t(row) * HS + acc_v.col(e)] = acc_v.at(s, e);
         }
@@ -838,7 +849,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
 
     load_tile<HS>(sq, LD, q + q_at * HS, HS, ATTENTION_ROWS, T - row0);
     load_tile<HS>(sdo, LD, dout + ((size_t(b) * T + row0) * NH + head) * HS, size_t(NH) * HS, ATTENTION_ROWS, T - row0);
-    Tile<HS> acc;
+    Tile<WIDTH<HS>> acc;
     acc.zero();
     float row_lse[SLOTS], row_delta[SLOTS];
     for (int s = 0; s < SLOTS; s++) {
@@ -854,8 +865,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
         Tile<COLS> p, ds;
         p.zero();
         ds.zero();
-        mma_nt<HS>(p, sq + first * LD, LD, sk, LD);
-        mma_nt<HS>(ds, sdo + first * LD, LD, sv, LD);
+        mma_nt<WIDTH<HS>>(p, sq + first * LD, LD, sk, LD);
+        mma_nt<WIDTH<HS>>(ds, sdo + first * LD, LD, sv, LD);
         for (int s = 0; s < SLOTS; s++) {
             const int visible = row0 + first + p.row(s) - col0;
             for (int e = 0; e < p.PER_ROW; e++) {
@@ -868,11 +879,12 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     for (int s = 0; s < SLOTS; s++) {
         const int row = first + acc.row(s);
         if (row0 + row >= T) continue;
-        for (int e = 0; e < acc.PER_ROW; e++) dq[(q_at + row) * HS + acc.col(e)] = acc.at(s, e);
+        for (int e = 0; e < acc.PER_ROW; e++)
+            if (acc.col(e) < HS) dq[(q_at + row) * HS + acc.col(e)] = acc.at(s, e);
     }
 }
 
-// launches kernel<HS> with `tiles` rows of dynamic shared memory
+// bytes of `rows` rows of dynamic shared memory, which the kernel is allowed from here on
 template <int HS, typename Kernel>
 size_t attention_smem_bytes(Kernel kernel, int rows) {
     size_t bytes = size_t(rows) * TILE_LD<HS> * sizeof(floatX);
@@ -910,6 +922,7 @@ void attention_forward(floatX* out, float* lse, const floatX* q, const floatX* k
         case 16: return attention_forward_hs<16>(out, lse, q, k, v, h, stream);
         case 32: return attention_forward_hs<32>(out, lse, q, k, v, h, stream);
         case 64: return attention_forward_hs<64>(out, lse, q, k, v, h, stream);
+        case 72: return attention_forward_hs<72>(out, lse, q, k, v, h, stream);
         default: return attention_forward_hs<128>(out, lse, q, k, v, h, stream);
     }
 }
@@ -924,6 +937,7 @@ void attention_backward(floatX* dq, floatX* dk, floatX* dv, float* delta, const 
         case 16: return attention_backward_hs<16>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
         case 32: return attention_backward_hs<32>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
         case 64: return attention_backward_hs<64>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+        case 72: return attention_backward_hs<72>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
         default: return attention_backward_hs<128>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
     }
 }
@@ -2035,7 +2049,7 @@ std::vector<Flag> flags(Options& o) {
            [&c](int i) { c.layernorm = i; });
     integer("dim", &c.C, 1, 1 << 20, "width of the residual stream (256)");
     integer("layers", &c.L, 1, 1 << 16, "blocks (6)");
-    integer("heads", &c.NH, 1, 1 << 16, "query heads of dim / heads = 16, 32, 64 or 128 (4)");
+    integer("heads", &c.NH, 1, 1 << 16, "query heads of dim / heads = 16, 32, 64, 72 or 128 (4)");
     integer("kv-heads", &c.NKV, 1, 1 << 16, "key/value heads, a divisor of --heads (as many)");
     number("ffn-mult", &c.ffn_mult, 0, 1000, "factor on the feed-forward width 8/3 dim, llama only (1)");
     integer("multiple-of", &c.multiple_of, 1, 1 << 24, "the feed-forward width is rounded up to it, llama only (256)");
