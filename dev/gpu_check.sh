@@ -1,0 +1,68 @@
+#!/bin/sh
+# Everything that needs a GPU, in one go; `make gpu-check` calls it.
+#   dev/gpu_check.sh [STAGE ...]     build tests sanitize train bench; each takes under nine minutes
+# Environment: NVCC, PYTHON, RESULTS (default dev/bench/results: where reports land, with date and device in them).
+# Exit status 1 if a stage failed; the others run all the same.
+set -u
+cd "$(dirname "$0")/.."
+NVCC=${NVCC:-nvcc} PYTHON=${PYTHON:-python3} RESULTS=${RESULTS:-dev/bench/results}
+stages=${*:-build tests sanitize train bench}
+device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
+[ -n "$device" ] || { echo "gpu_check: no GPU is visible to nvidia-smi. Run it on a machine that has one." >&2; exit 1; }
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+[ "$capability" = 90 ] && capability=90a
+mkdir -p "$RESULTS" build/log
+report=$RESULTS/$(date +%Y-%m-%d)-gpu-check.txt
+echo "$(date -u +%Y-%m-%dT%H:%MZ) $device, sm_$capability, $(git describe --always --dirty 2>/dev/null)" | tee -a "$report"
+failed=0
+
+check() {  # check NAME COMMAND...: runs it, keeps its log, writes one line
+    name=$1
+    shift
+    begin=$(date +%s)
+    if "$@" >"build/log/gpu_$name.txt" 2>&1; then verdict=ok; else verdict=FAILED failed=1; fi
+    echo "$verdict $name ($(($(date +%s) - begin)) s): $(tail -n 1 "build/log/gpu_$name.txt")" | tee -a "$report"
+}
+
+train() {  # train NAME SECONDS FLAGS...: a short run on the sources of Python's library; its last step's line
+    name=$1 limit=$2
+    shift 2
+    rm -rf "build/gpu_run_$name"
+    timeout "$limit" ./build/train_gpt_gpu_bf16 --train-data 'data/gpu/text_train_*.bin' --vocab-size 32000 \
+        --out "build/gpu_run_$name" "$@" && tail -n 1 "build/gpu_run_$name/log.csv"
+}
+
+for stage in $stages; do
+    case $stage in
+    build)
+        check build make -j4 NVCC="$NVCC" GPU_ARCH="-gencode=arch=compute_$capability,code=sm_$capability" \
+            build/train_gpt_gpu_bf16 build/train_gpt_gpu_fp32 build/test_gpu_bf16 build/test_gpu_fp32
+        ;;
+    tests)
+        check test_fp32 build/test_gpu_fp32
+        check test_bf16 build/test_gpu_bf16
+        check cli_fp32 "$PYTHON" dev/test/test_cli.py build/train_gpt_gpu_fp32 dev/test/golden
+        check cli_bf16 "$PYTHON" dev/test/test_cli.py build/train_gpt_gpu_bf16 dev/test/golden --bf16
+        ;;
+    sanitize)
+        for tool in memcheck racecheck synccheck; do
+            check $tool timeout 170 compute-sanitizer --tool $tool --error-exitcode 1 build/test_gpu_bf16 --quick
+        done
+        ;;
+    train)
+        [ -f data/gpu/text_manifest.json ] || "$PYTHON" dev/data/prepare.py --stdlib --out data/gpu --prefix text
+        check train_162M train 162M 160 --model 162M --seq-len 1024 --batch-size 16 --steps 40
+        check train_1B train 1B 160 --model 1B --seq-len 512 --batch-size 16 --steps 20
+        check train_1.4B train 1.4B 160 --model nanogpt-1.4B --seq-len 1024 --batch-size 4 --steps 20
+        ;;
+    bench)
+        check bench "$PYTHON" dev/bench/step.py --trainer build/train_gpt_gpu_bf16 --device cuda --model 162M \
+            --batch-size 16 --seq-len 1024 --results "$RESULTS"
+        ;;
+    *)
+        echo "gpu_check: '$stage' is no stage. Choose of: build tests sanitize train bench." >&2
+        exit 1
+        ;;
+    esac
+done
+exit $failed

@@ -1,0 +1,288 @@
+// Tests of tokenizer.h:  g++ -std=c++17 -O2 -o test_tokenizer dev/test/test_tokenizer.cpp && ./test_tokenizer
+//
+//   test_tokenizer [DIR]              the tests; DIR: where the fixtures are (dev/test)
+//   test_tokenizer encode FILE        ids of stdin, separated by spaces; FILE: tokenizer file or "bytes"
+//   test_tokenizer decode FILE        text of such ids
+//   test_tokenizer many FILE          stdin: texts, each uint32 size, bytes. stdout for each: uint32 count, int32 ids;
+//                                     uint32 size, the ids decoded; uint32 size, the ids decoded backwards between BOS
+//                                     and EOS. stderr: seconds spent encoding
+//
+// tokenizer_*.expected are lines "text|ids|decoded|backwards", texts in hex, of the sentencepiece library:
+// tokenizer_vs_sentencepiece.py --fixtures wrote them.
+#include "../../tokenizer.h"
+#include <chrono>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <sstream>
+#include <unistd.h>
+
+static int passed = 0, failed = 0;
+
+static void report(const std::string& name, const std::string& why) {
+    why.empty() ? passed++ : failed++;
+    if (why.empty()) printf("ok %s\n", name.c_str());
+    else printf("FAIL %s: %s\n", name.c_str(), why.c_str());
+}
+
+static std::string read_file(const std::string& path) {
+    std::ifstream f(path, std::ios::binary);
+    if (!f) throw std::runtime_error(path + ": cannot be read. Run from the repository's root, or give dev/test.");
+    return {std::istreambuf_iterator<char>(f), {}};
+}
+
+static std::string to_hex(const std::string& s) {
+    std::string out;
+    char digits[3];
+    for (unsigned char c : s) snprintf(digits, sizeof digits, "%02x", c), out += digits;
+    return out;
+}
+
+static std::string from_hex(const std::string& s) {
+    std::string out;
+    for (size_t i = 0; i + 1 < s.size(); i += 2) out += (char)std::stoi(s.substr(i, 2), nullptr, 16);
+    return out;
+}
+
+static std::string join(const std::vector<int>& ids) {
+    std::string out;
+    for (int id : ids) out += (out.empty() ? "" : " ") + std::to_string(id);
+    return out;
+}
+
+// ids backwards between BOS and EOS: bytes out of order, spaces at unusual places
+static std::vector<int> backwards(const Tokenizer& t, std::vector<int> ids) {
+    ids.push_back(t.bos());
+    std::reverse(ids.begin(), ids.end());
+    ids.push_back(t.eos());
+    return ids;
+}
+
+static std::string scratch_path() {
+    static std::string path = [] {
+        char name[] = "/tmp/test_tokenizer.XXXXXX";
+        int fd = mkstemp(name);
+        if (fd < 0) throw std::runtime_error("/tmp: no scratch file can be made there.");
+        close(fd);
+        return std::string(name);
+    }();
+    return path;
+}
+
+// what load says of a file with these contents; "" if it takes it
+static std::string load_error(const std::string& contents) {
+    unlink(scratch_path().c_str());  // a new file is written much faster than an old one over again
+    std::ofstream(scratch_path(), std::ios::binary) << contents;
+    try {
+        Tokenizer t = Tokenizer::load(scratch_path());
+        // whatever was taken must work
+        t.decode(t.encode("A text, \xe2\x96\x81 \xf0\x9f\x98\x80 \xff <uds> \xef\xac\x81"));
+    } catch (const std::runtime_error& e) {
+        return e.what();
+    }
+    return "";
+}
+
+static std::string test_bytes() {
+    Tokenizer t = Tokenizer::bytes();
+    std::string all;
+    for (int i = 0; i < 256; i++) all += (char)i;
+    std::vector<int> ids = t.encode(all);
+    for (int i = 0; i < 256; i++)
+        if (ids.at(i) != i) return "byte " + std::to_string(i) + " has id " + std::to_string(ids[i]);
+    if (ids.size() != 256 || t.decode(ids) != all) return "no round trip";
+    if (t.vocab_size() != 258 || t.bos() != 256 || t.eos() != 257) return "wrong vocabulary";
+    if (t.decode({256, 65, 257}) != "A" || t.decode_piece(65) != "A" || t.decode_piece(256) != "") return "BOS or EOS";
+    if (Tokenizer::load("bytes").encode("ab") != std::vector<int>{97, 98}) return "load(\"bytes\")";
+    for (int id : {-1, 258}) {
+        try {
+            t.decode({id});
+            return "decode takes id " + std::to_string(id);
+        } catch (const std::runtime_error&) {}
+    }
+    return "";
+}
+
+static std::string test_expected(const std::string& dir, const std::string& name) {
+    Tokenizer t = Tokenizer::load(dir + "/" + name + ".bin");
+    std::istringstream lines(read_file(dir + "/" + name + ".expected"));
+    int n = 0;
+    for (std::string line; std::getline(lines, line); n++) {
+        std::istringstream parts(line);
+        std::string text, want_ids, want_text, want_backwards, where = "line " + std::to_string(n + 1) + ": ";
+        for (std::string* part : {&text, &want_ids, &want_text, &want_backwards}) std::getline(parts, *part, '|');
+        std::vector<int> ids = t.encode(from_hex(text));
+        if (join(ids) != want_ids) return where + "ids " + join(ids) + ", expected " + want_ids;
+        std::string got = to_hex(t.decode(ids)), got_backwards = to_hex(t.decode(backwards(t, ids)));
+        if (got != want_text) return where + "decodes to " + got + ", expected " + want_text;
+        if (got_backwards != want_backwards)
+            return where + "backwards it is " + got_backwards + ", expected " + want_backwards;
+    }
+    return n < 100 ? "only " + std::to_string(n) + " lines" : "";
+}
+
+// decode_piece is decode without dropping spaces and checking UTF-8
+static std::string test_stream(const std::string& dir) {
+    Tokenizer t = Tokenizer::load(dir + "/tokenizer_llama.bin");
+    std::string text = "First Citizen:  caf\xc3\xa9 \xf0\x9f\x98\x80\n", streamed;
+    for (int id : t.encode(text)) streamed += t.decode_piece(id);
+    return streamed == " " + text ? "" : "streamed '" + streamed + "'";
+}
+
+// A quadratic encoder takes minutes for these.
+static std::string test_linear(const std::string& dir) {
+    Tokenizer t = Tokenizer::load(dir + "/tokenizer_llama.bin");
+    std::string words;
+    while (words.size() < 1000000) words += "the king and " + std::to_string(words.size()) + "\n";
+    for (const std::string& text : {words, std::string(1000000, 'e'), std::string(1000000, ' ')}) {
+        auto start = std::chrono::steady_clock::now();
+        size_t n = t.encode(text).size();
+        double s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        if (s > 20) return std::to_string(s) + " s for 1 MB";
+        if (n < 1000) return "too few ids";
+    }
+    return "";
+}
+
+static std::string test_cut_short(const std::string& dir) {
+    for (const char* name : {"/tokenizer_handmade.bin", "/tokenizer_rules.bin"}) {
+        std::string whole = read_file(dir + name);
+        if (!load_error(whole).empty()) return "the whole file is refused";
+        for (size_t n = 0; n < whole.size(); n++) {
+            std::string error = load_error(whole.substr(0, n));
+            if (error.empty()) return "accepted with " + std::to_string(n) + " bytes";
+            if (error.find(scratch_path() + ": ") != 0 || error.find('\n') != error.npos) return "unclear: " + error;
+        }
+        if (load_error(whole + "x").empty()) return "accepted with a byte too many";
+    }
+    return "";
+}
+
+// Any byte changed to anything: an error or a tokenizer that works; the sanitizers watch.
+static std::string test_changed_bytes(const std::string& dir) {
+    for (const char* name : {"/tokenizer_handmade.bin", "/tokenizer_rules.bin"}) {
+        std::string whole = read_file(dir + name);
+        uint32_t random = 1;
+        for (size_t i = 0; i < whole.size(); i++) {
+            std::string changed = whole;
+            random = random * 1664525 + 1013904223;
+            changed[i] ^= (char)(1 + (random >> 24) % 255);
+            load_error(changed);
+        }
+    }
+    return "";
+}
+
+static std::string le(uint32_t x) { return std::string((char*)&x, 4); }
+
+static std::string piece(const std::string& text, int type, float score = 0) {
+    uint16_t size = (uint16_t)text.size();
+    return std::string((char*)&score, 4) + (char)type + std::string((char*)&size, 2) + text;
+}
+
+static std::string test_malformed() {
+    std::string magic = "SGPTTOK1", unk = piece("<unk>", 2), s = piece("<s>", 3), end = piece("</s>", 3);
+    auto header = [&](uint32_t flags, uint32_t V, uint32_t bos, uint32_t eos) {
+        return magic + le(flags) + le(V) + le(bos) + le(eos);
+    };
+    std::string none = le(0) + le(0) + le(0), three = unk + s + end, good = header(7, 4, 1, 2) + none + three;
+    if (!load_error(good + piece("a", 1)).empty()) return "a good file is refused: " + load_error(good + piece("a", 1));
+    struct { const char* why; std::string contents; } cases[] = {
+        {"not a tokenizer", "SGPTTOK2" + good.substr(8) + piece("a", 1)},
+        {"cut short", header(7, 0xffffffff, 1, 2) + none + three},
+        {"cut short", header(7, 3, 1, 2) + le(0xffffffff) + le(0) + le(0) + three},
+        {"cut short", header(7, 3, 1, 2) + le(0) + le(0xfffffffc) + le(0) + three},
+        {"cut short", header(7, 3, 1, 2) + le(0) + le(0) + le(0xffffffff) + three},
+        {"multiple of 4", header(7, 3, 1, 2) + le(0) + le(2) + "ab" + le(1) + std::string(1, 0) + three},
+        {"do not fit", header(7, 3, 1, 2) + le(0) + le(4) + "abcd" + le(0) + three},
+        {"do not fit", header(7, 3, 1, 2) + le(0) + le(4) + "abcd" + le(1) + "x" + three},
+        {"is empty", good + piece("", 1)},
+        {"no known type", good + piece("a", 0)},
+        {"no known type", good + piece("a", 7)},
+        {"no number", good + piece("a", 1, std::stof("nan"))},
+        {"there twice", good + piece("<s>", 3)},
+        {"there twice", good + piece("<s>", 1)},
+        {"second unknown", good + piece("a", 2)},
+        {"cannot be a byte", good + piece("<0x41>", 6)},
+        {"cannot be a byte", header(23, 4, 1, 2) + none + three + piece("<0x4g>", 6)},
+        {"some byte", header(23, 4, 1, 2) + none + three + piece("<0x00>", 6)},
+        {"no unknown", header(7, 2, 0, 1) + none + s + end},
+        {"BOS or EOS", header(7, 3, 0, 2) + none + three},
+        {"BOS or EOS", header(7, 3, 1, 3) + none + three},
+        {"behind the last", header(7, 3, 1, 2) + none + three + "x"},
+    };
+    for (auto& c : cases) {
+        std::string error = load_error(c.contents);
+        if (error.find(c.why) == error.npos) return std::string("expected '") + c.why + "', got '" + error + "'";
+    }
+    for (std::string path : {"/", "/nowhere/tokenizer.bin", "/dev/zero"}) {
+        try {
+            Tokenizer::load(path);
+            return path + " is taken";
+        } catch (const std::runtime_error& e) {
+            if (std::string(e.what()).find("no such file") == std::string::npos) return e.what();
+        }
+    }
+    return "";
+}
+
+static std::string all_of_stdin() { return {std::istreambuf_iterator<char>(std::cin), {}}; }
+
+static void many(const Tokenizer& t) {
+    auto write_sized = [](const void* p, size_t count, size_t width) {
+        uint32_t n = (uint32_t)count;
+        fwrite(&n, 4, 1, stdout);
+        fwrite(p, width, count, stdout);
+    };
+    double seconds = 0;
+    uint32_t n;
+    while (fread(&n, 4, 1, stdin) == 1) {
+        std::string text(n, 0);
+        if (fread(&text[0], 1, n, stdin) != n) throw std::runtime_error("stdin: a text is cut short.");
+        auto start = std::chrono::steady_clock::now();
+        std::vector<int> ids = t.encode(text);
+        seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        write_sized(ids.data(), ids.size(), 4);
+        for (const std::string& decoded : {t.decode(ids), t.decode(backwards(t, ids))})
+            write_sized(decoded.data(), decoded.size(), 1);
+    }
+    fprintf(stderr, "%.6f\n", seconds);
+}
+
+int main(int argc, char** argv) try {
+    std::string command = argc > 2 ? argv[1] : "";
+    if (command == "encode") {
+        puts(join(Tokenizer::load(argv[2]).encode(all_of_stdin())).c_str());
+    } else if (command == "decode") {
+        std::istringstream words(all_of_stdin());
+        std::vector<int> ids{std::istream_iterator<int>(words), {}};
+        std::cout << Tokenizer::load(argv[2]).decode(ids);
+    } else if (command == "many") {
+        many(Tokenizer::load(argv[2]));
+    } else {
+        std::string dir = argc > 1 ? argv[1] : "dev/test";
+        auto test = [](const char* name, auto body) {
+            std::string why;
+            try {
+                why = body();
+            } catch (const std::exception& e) {
+                why = e.what();
+            }
+            report(name, why);
+        };
+        test("bytes", [] { return test_bytes(); });
+        for (std::string name : {"llama", "rules", "handmade"})
+            test(("expected_" + name).c_str(), [&] { return test_expected(dir, "tokenizer_" + name); });
+        test("stream", [&] { return test_stream(dir); });
+        test("linear_time", [&] { return test_linear(dir); });
+        test("malformed", [] { return test_malformed(); });
+        test("cut_short", [&] { return test_cut_short(dir); });
+        test("changed_bytes", [&] { return test_changed_bytes(dir); });
+        unlink(scratch_path().c_str());
+        printf("test_tokenizer: %d passed, %d failed\n", passed, failed);
+        return failed > 0;
+    }
+} catch (const std::exception& e) {
+    fprintf(stderr, "test_tokenizer: %s\n", e.what());
+    return 1;
+}
