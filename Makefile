@@ -50,7 +50,7 @@ gpu-check:  ## on a machine with a GPU: build, tests, compute-sanitizer, short r
 
 bench:  ## on the CPU: a training step against PyTorch (needs torch)
 	@$(MAKE) --no-print-directory cpu
-	$(PYTHON) dev/bench/cpu_step.py
+	$(PYTHON) dev/bench/step.py
 
 clean:  ## remove everything that make has built (not runs/ and data/)
 	rm -rf build train_gpt

@@ -168,7 +168,7 @@ void finish(Config& c) {
     positive("--multiple-of", c.multiple_of, 1 << 24);
     if (c.NKV == 0) c.NKV = c.NH;
     positive("--kv-heads", c.NKV, 1 << 16);
-    if (c.max_T == 0) c.max_T = c.T;
+    if (c.max_T == 0 || c.gated()) c.max_T = c.T;  // RoPE has no table to run out of
     if (c.max_T < c.T)
         throw Error(format("--max-seq-len: %d positions are fewer than --seq-len %d. Raise it.", c.max_T, c.T));
     if (!(c.ffn_mult > 0 && c.ffn_mult < 1000)) throw Error("--ffn-mult: must be above 0. 1 keeps the width 8/3 dim.");

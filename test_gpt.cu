@@ -1,0 +1,853 @@
+// Tests of the trainer: every kernel against float64 loops written from its formula, the model against golden files, the
+// formats. Ordinary CUDA C++: runs on a GPU, and on the CPU stand-in in both geometries.
+//   test_gpt [--filter TEXT] [--golden DIR] [--quick] [--list]
+// Outputs are poisoned with NaN before a kernel runs. An error is max |got - want| / max |want|.
+#define TESTING
+#include "train_gpt.cu"
+
+#include <set>
+
+#ifdef EXACT_GEOMETRY
+constexpr bool EXACT = true;  // a fiber a thread: smaller shapes, or it takes minutes
+#else
+constexpr bool EXACT = false;
+#endif
+
+bool quick = false;
+std::string golden_dir = "dev/test/golden";
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The frame
+
+struct Test {
+    const char* name;
+    void (*body)();
+};
+std::vector<Test>& tests() {
+    static std::vector<Test> all;
+    return all;
+}
+struct Register {
+    Register(const char* name, void (*body)()) { tests().push_back({name, body}); }
+};
+#define TEST(name)                                 \
+    void test_##name();                            \
+    Register register_##name(#name, test_##name); \
+    void test_##name()
+
+std::string why;  // the first failed expectation of the running test
+double worst = 0;  // the largest error over tolerance in it
+
+void fail(const std::string& message) {
+    if (why.empty()) why = message;
+}
+#define EXPECT(condition) \
+    if (!(condition)) fail(format("line %d: %s", __LINE__, #condition))
+
+typedef std::vector<double> Vec;
+
+// floor: the least scale, where the wanted values may all be 0
+void expect_close(const Vec& got, const Vec& want, double tolerance, const std::string& what, double floor = 1e-30) {
+    double error = 0, scale = floor;
+    if (got.size() != want.size()) return fail(what + ": sizes differ");
+    for (double w : want) scale = std::max(scale, fabs(w));
+    for (size_t i = 0; i < got.size(); i++) {
+        double e = fabs(got[i] - want[i]) / scale;
+        error = e == e ? std::max(error, e) : INFINITY;
+    }
+    worst = std::max(worst, error / tolerance);
+    if (!(error <= tolerance)) fail(format("%s: error %.2e, tolerance %.0e", what.c_str(), error, tolerance));
+}
+
+// Measured over all shapes here, serial and exact, the largest error of results rounded once to floatX: fp32 2.7e-7, bf16
+// 3.8e-3 (half a unit in the last place is 3.9e-3 where a number is just above a power of two).
+constexpr double TOL = BF16 ? 4e-3 : 5e-7;
+constexpr double TOL_FLOAT = 8e-7;  // sums that stay float; measured 4.6e-7
+// products of products: out and dv (fp32 2.4e-6, bf16 3.7e-3), dk and dq (2.3e-6, 8.9e-3), dlogits (1.1e-6, 1.8e-3)
+constexpr double TOL_ATTENTION = BF16 ? 5e-3 : 4e-6, TOL_SCORES = BF16 ? 1.2e-2 : 4e-6, TOL_LOGITS = BF16 ? 3e-3 : 2e-6;
+
+struct Random {
+    uint64_t seed, i = 0;
+    double normal() { return random_normal(seed, 7, i++); }
+    int below(int n) { return int(random_bits(seed, 8, i++) % n); }
+};
+
+// Device memory of F; set() rounds and keeps the rounded values in v; what is not set is NaN.
+template <typename F>
+struct Dev {
+    size_t n;
+    F* p = nullptr;
+    Vec v;
+    explicit Dev(size_t n) : n(n) {
+        CHECK(cudaMalloc((void**)&p, std::max<size_t>(n, 1) * sizeof(F)));
+        CHECK(cudaMemset(p, 0xFF, std::max<size_t>(n, 1) * sizeof(F)));
+    }
+    Dev(const Vec& values) : Dev(values.size()) { set(values); }
+    Dev(const Dev&) = delete;
+    ~Dev() { cudaFree(p); }
+    void set(const Vec& values) {
+        std::vector<F> raw(n);
+        v.resize(n);
+        for (size_t i = 0; i < n; i++) raw[i] = F(float(values[i])), v[i] = double(float(raw[i]));
+        CHECK(cudaMemcpy(p, raw.data(), n * sizeof(F), cudaMemcpyHostToDevice));
+    }
+    Vec get() const {
+        std::vector<F> raw(n);
+        CHECK(cudaDeviceSynchronize());
+        CHECK(cudaMemcpy(raw.data(), p, n * sizeof(F), cudaMemcpyDeviceToHost));
+        Vec out(n);
+        for (size_t i = 0; i < n; i++) out[i] = double(float(raw[i]));
+        return out;
+    }
+};
+typedef Dev<floatX> DevX;
+typedef Dev<float> DevF;
+
+Vec normals(size_t n, Random& r, double scale = 1.0, double shift = 0.0) {
+    Vec v(n);
+    for (double& x : v) x = shift + scale * r.normal();
+    return v;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SimpleNorm
+
+// y = g xh of one row, and the row's mean and rstd
+Vec norm_f64(const double* x, const double* g, int C, Norm norm, double* mean = nullptr, double* rstd = nullptr) {
+    double m = 0, s = 0;
+    for (int c = 0; c < C; c++) m += norm.center ? x[c] / C : 0;
+    for (int c = 0; c < C; c++) s += (x[c] - m) * (x[c] - m) / C;
+    double r = 1 / sqrt(s + norm.eps);
+    Vec y(C);
+    for (int c = 0; c < C; c++) y[c] = g[c] * (x[c] - m) * r;
+    if (mean) *mean = m, *rstd = r;
+    return y;
+}
+// dx of one row; adds to dg
+Vec norm_backward_f64(const double* dy, const double* x, const double* g, int C, Norm norm, double* dg) {
+    double m, r, c1 = 0, c2 = 0;
+    norm_f64(x, g, C, norm, &m, &r);
+    Vec dx(C);
+    for (int c = 0; c < C; c++) {
+        double xh = (x[c] - m) * r;
+        c1 += norm.center ? g[c] * dy[c] / C : 0;
+        c2 += g[c] * dy[c] * xh / C;
+        dg[c] += dy[c] * xh;
+    }
+    for (int c = 0; c < C; c++) dx[c] = r * (g[c] * dy[c] - c1 - (x[c] - m) * r * c2);
+    return dx;
+}
+
+const Norm NORMS[] = {{1e-5f, false}, {1e-5f, true}};
+
+TEST(norm_residual) {
+    for (auto [N, C] : {std::pair{1, 64}, {7, 96}, {33, 130}, {5, 2048}, {2, EXACT ? 1000 : 11008}, {70, 1}})
+        for (Norm norm : NORMS)
+            for (int option = 0; option < 4; option++) {
+                Random r{uint64_t(N * 31 + C)};
+                const bool gain = option & 1, res = option & 2;
+                DevX x(normals(size_t(N) * C, r, 2, 0.5)), y(normals(size_t(N) * C, r)), g(normals(C, r, 0.3, 1)), out(size_t(N) * C);
+                DevF stats(2 * N);
+                norm_residual_forward(out.p, (float2*)stats.p, x.p, res ? y.p : nullptr, gain ? g.p : nullptr, N, C, norm, 0);
+                Vec want, want_stats;
+                for (int n = 0; n < N; n++) {
+                    double m, s;
+                    Vec row = norm_f64(&x.v[n * C], g.v.data(), C, norm, &m, &s);
+                    want_stats.insert(want_stats.end(), {m, s});
+                    for (int c = 0; c < C; c++)
+                        want.push_back((gain ? row[c] : x.v[n * C + c]) + (res ? y.v[n * C + c] : 0));
+                }
+                expect_close(out.get(), want, TOL, format("out N %d C %d option %d", N, C, option));
+                if (gain) expect_close(stats.get(), want_stats, TOL_FLOAT, "stats");
+            }
+}
+
+TEST(norm_backward) {
+    for (auto [N, C] : {std::pair{1, 64}, {7, 96}, {67, 130}, {5, 2048}, {2, EXACT ? 1000 : 11008}})
+        for (Norm norm : NORMS)
+            for (int add = 0; add < 3; add++) {  // nothing, another buffer, dx itself
+                Random r{uint64_t(N * 37 + C)};
+                DevX x(normals(size_t(N) * C, r, 2, 0.5)), dy(normals(size_t(N) * C, r)), g(normals(C, r, 0.3, 1));
+                DevX other(normals(size_t(N) * C, r)), dx(size_t(N) * C), out(size_t(N) * C);
+                DevF stats(2 * N), dg(normals(C, r)), partial(size_t(row_blocks(N)) * C);
+                if (add == 2) dx.set(other.v);
+                norm_residual_forward(out.p, (float2*)stats.p, x.p, nullptr, g.p, N, C, norm, 0);
+                norm_backward(dx.p, dg.p, partial.p, add == 0 ? nullptr : add == 1 ? other.p : dx.p, dy.p, x.p, g.p,
+                              (float2*)stats.p, N, C, norm, 0);
+                Vec want, want_dg = dg.v;
+                for (int n = 0; n < N; n++) {
+                    Vec row = norm_backward_f64(&dy.v[n * C], &x.v[n * C], g.v.data(), C, norm, want_dg.data());
+                    for (int c = 0; c < C; c++) want.push_back(row[c] + (add ? other.v[n * C + c] : 0));
+                }
+                expect_close(dx.get(), want, TOL, format("dx N %d C %d add %d", N, C, add));
+                expect_close(dg.get(), want_dg, TOL_FLOAT, "dgain");
+            }
+}
+
+// rows of q, k, v side by side, normed and rotated, in attention's layouts one after another
+Vec qkv_f64(const Vec& raw, const Vec& g, int gains, const Vec* rope, Heads h, Norm norm) {
+    Vec out[3];
+    for (int part = 0; part < 3; part++) {
+        int W = h.width(part), H = W / h.HS, begin = part == 0 ? 0 : part == 1 ? h.width(0) : h.width(0) + h.width(1);
+        out[part].resize(size_t(h.B) * h.T * W);
+        for (int b = 0; b < h.B; b++)
+            for (int t = 0; t < h.T; t++) {
+                const double* x = &raw[(size_t(b) * h.T + t) * h.qkv() + begin];
+                Vec y = part < gains ? norm_f64(x, &g[begin], W, norm) : Vec(x, x + W);
+                for (int c = 0; c < W; c += 2) {
+                    int head = c / h.HS, i = c % h.HS;
+                    double a = y[c], d = y[c + 1], cs = 1, sn = 0;
+                    if (rope && part < 2) cs = (*rope)[t * h.HS + i], sn = (*rope)[t * h.HS + i + 1];
+                    size_t at = ((size_t(b) * H + head) * h.T + t) * h.HS + i;
+                    out[part][at] = a * cs - d * sn;
+                    out[part][at + 1] = a * sn + d * cs;
+                }
+            }
+    }
+    Vec all = out[0];
+    for (int part = 1; part < 3; part++) all.insert(all.end(), out[part].begin(), out[part].end());
+    return all;
+}
+
+// its backward: dq, dk, dv one after another -> draw; adds to dg
+Vec qkv_backward_f64(const Vec& dout, const Vec& raw, const Vec& g, int gains, const Vec* rope, Heads h, Norm norm, Vec& dg) {
+    Vec draw(raw.size());
+    size_t from = 0;
+    for (int part = 0, begin = 0; part < 3; part++) {
+        int W = h.width(part), H = W / h.HS;
+        for (int b = 0; b < h.B; b++)
+            for (int t = 0; t < h.T; t++) {
+                size_t row = (size_t(b) * h.T + t) * h.qkv() + begin;
+                Vec dy(W);
+                for (int c = 0; c < W; c += 2) {
+                    int head = c / h.HS, i = c % h.HS;
+                    size_t at = from + ((size_t(b) * H + head) * h.T + t) * h.HS + i;
+                    double cs = 1, sn = 0;
+                    if (rope && part < 2) cs = (*rope)[t * h.HS + i], sn = (*rope)[t * h.HS + i + 1];
+                    dy[c] = dout[at] * cs + dout[at + 1] * sn;
+                    dy[c + 1] = -dout[at] * sn + dout[at + 1] * cs;
+                }
+                if (part < gains) dy = norm_backward_f64(dy.data(), &raw[row], &g[begin], W, norm, &dg[begin]);
+                std::copy(dy.begin(), dy.end(), draw.begin() + row);
+            }
+        from += size_t(h.B) * h.T * W;
+        begin += W;
+    }
+    return draw;
+}
+
+TEST(qkv_norm_rope) {
+    for (Heads h : {Heads{2, 5, 4, 4, 16}, {1, 7, 6, 2, 32}, {2, 3, 2, 1, 64}, {1, 3, 2, 2, 72}, {1, 35, 4, 1, 128}})
+        for (Norm norm : NORMS)
+            for (int gains : {0, 2, 3})
+                for (bool turned : {false, true}) {
+                    Random r{uint64_t(h.T * 41 + h.HS)};
+                    const size_t N = size_t(h.B) * h.T, QKV = h.qkv(), q = N * h.width(0), kv = N * h.width(1);
+                    DevX raw(normals(N * QKV, r, 2, 0.3)), g(normals(QKV, r, 0.3, 1)), out(q + 2 * kv), dout(normals(q + 2 * kv, r)), draw(N * QKV);
+                    Vec angles;
+                    for (size_t i = 0; i < size_t(h.T) * h.HS / 2; i++) {
+                        double a = 3 * r.normal();
+                        angles.push_back(cos(a)), angles.push_back(sin(a));
+                    }
+                    DevF rope(angles), stats(6 * N), dg(normals(QKV, r)), partial(row_blocks(int(N)) * QKV);
+                    QkvGains gain = {gains > 0 ? g.p : nullptr, gains > 1 ? g.p + h.width(0) : nullptr,
+                                     gains > 2 ? g.p + h.width(0) + h.width(1) : nullptr};
+                    const float2* turn = turned ? (float2*)rope.p : nullptr;
+                    qkv_norm_rope_forward(out.p, out.p + q, out.p + q + kv, (float2*)stats.p, raw.p, gain, turn, h, norm, 0);
+                    qkv_norm_rope_backward(draw.p, gains ? dg.p : nullptr, partial.p, dout.p, dout.p + q, dout.p + q + kv,
+                                           raw.p, gain, (float2*)stats.p, turn, h, norm, 0);
+                    Vec want_dg = dg.v;
+                    const Vec* a = turned ? &rope.v : nullptr;
+                    std::string what = format("HS %d T %d gains %d rope %d", h.HS, h.T, gains, turned);
+                    expect_close(out.get(), qkv_f64(raw.v, g.v, gains, a, h, norm), TOL, "forward " + what);
+                    expect_close(draw.get(), qkv_backward_f64(dout.v, raw.v, g.v, gains, a, h, norm, want_dg), TOL, "backward " + what);
+                    expect_close(dg.get(), want_dg, TOL_FLOAT, "dgain " + what);
+                }
+}
+
+TEST(ffn_norm_act) {
+    for (auto [N, F] : {std::pair{1, 8}, {67, 40}, {9, 172}, {3, 1001}, {2, EXACT ? 600 : 11008}})
+        for (Norm norm : NORMS)
+            for (int option = 0; option < 4; option++) {
+                const bool gated = option & 1, gain = option & 2;
+                const int P = gated ? 2 : 1, W = P * F;
+                Random r{uint64_t(N * 43 + F)};
+                DevX raw(normals(size_t(N) * W, r, 2, 0.3)), g(normals(W, r, 0.3, 1)), out(size_t(N) * F), dout(normals(size_t(N) * F, r)), draw(size_t(N) * W);
+                DevF stats(2 * N * P), dg(normals(W, r)), partial(size_t(row_blocks(N)) * W);
+                ffn_norm_act_forward(out.p, (float2*)stats.p, raw.p, gain ? g.p : nullptr, N, F, gated, norm, 0);
+                ffn_norm_act_backward(draw.p, dg.p, partial.p, dout.p, raw.p, gain ? g.p : nullptr, (float2*)stats.p, N, F, gated, norm, 0);
+                Vec want, want_d, want_dg = dg.v;
+                for (int n = 0; n < N; n++) {
+                    Vec in[2], d[2];
+                    for (int p = 0; p < P; p++) {
+                        const double* x = &raw.v[size_t(n) * W + p * F];
+                        in[p] = gain ? norm_f64(x, &g.v[p * F], F, norm) : Vec(x, x + F);
+                        d[p].resize(F);
+                    }
+                    for (int f = 0; f < F; f++) {
+                        double u = in[0][f], dy = dout.v[size_t(n) * F + f], s = 1 / (1 + exp(-u)), cdf = 0.5 * (1 + erf(u / sqrt(2.0)));
+                        want.push_back(gated ? u * s * in[1][f] : u * cdf);
+                        d[0][f] = dy * (gated ? in[1][f] * s * (1 + u * (1 - s)) : cdf + u * exp(-u * u / 2) / sqrt(2 * M_PI));
+                        if (gated) d[1][f] = dy * u * s;
+                    }
+                    for (int p = 0; p < P; p++) {
+                        if (gain) d[p] = norm_backward_f64(d[p].data(), &raw.v[size_t(n) * W + p * F], &g.v[p * F], F, norm, &want_dg[p * F]);
+                        want_d.insert(want_d.end(), d[p].begin(), d[p].end());
+                    }
+                }
+                std::string what = format("N %d F %d gated %d gain %d", N, F, gated, gain);
+                expect_close(out.get(), want, TOL, "forward " + what);
+                expect_close(draw.get(), want_d, TOL, "backward " + what);
+                expect_close(dg.get(), want_dg, TOL_FLOAT, "dgain " + what);
+            }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Embedding, matmul, attention, loss
+
+TEST(embedding) {
+    for (auto [B, T, C, V] : {std::tuple{1, 1, 16, 3}, {2, 13, 48, 7}, {3, 5, 200, 1000}})
+        for (bool learned : {false, true}) {
+            Random r{uint64_t(T)};
+            const int N = B * T;
+            DevX tok(normals(size_t(V) * C, r)), pos(normals(size_t(T + 2) * C, r)), x(size_t(N) * C), dx(normals(size_t(N) * C, r));
+            DevF dtok(normals(size_t(V) * C, r)), dpos(normals(size_t(T + 2) * C, r));
+            std::vector<int> tokens(N);
+            for (int& t : tokens) t = r.below(V);
+            TokenPlaces p = token_places(tokens.data(), N);
+            Dev<int> dev_tokens(N), places(N), begin(p.begin.size());
+            CHECK(cudaMemcpy(dev_tokens.p, tokens.data(), N * 4, cudaMemcpyHostToDevice));
+            CHECK(cudaMemcpy(places.p, p.places.data(), N * 4, cudaMemcpyHostToDevice));
+            CHECK(cudaMemcpy(begin.p, p.begin.data(), p.begin.size() * 4, cudaMemcpyHostToDevice));
+            embedding_forward(x.p, dev_tokens.p, tok.p, learned ? pos.p : nullptr, N, T, C, 0);
+            embedding_backward(dtok.p, learned ? dpos.p : nullptr, dx.p, dev_tokens.p, places.p, begin.p, int(p.begin.size()) - 1, B, T, C, 0);
+            Vec want, want_tok = dtok.v, want_pos = dpos.v;
+            for (int n = 0; n < N; n++)
+                for (int c = 0; c < C; c++) {
+                    want.push_back(tok.v[tokens[n] * C + c] + (learned ? pos.v[n % T * C + c] : 0));
+                    want_tok[tokens[n] * C + c] += dx.v[n * C + c];
+                    if (learned) want_pos[n % T * C + c] += dx.v[n * C + c];
+                }
+            expect_close(x.get(), want, TOL, "x");
+            expect_close(dtok.get(), want_tok, TOL_FLOAT, "dtok");
+            expect_close(dpos.get(), want_pos, TOL_FLOAT, "dpos");
+        }
+}
+
+TEST(linear) {
+    for (auto [N, K, M] : {std::tuple{8, 16, 24}, {40, 64, 8}, {17 * 8, 48, 72}}) {
+        Random r{uint64_t(N)};
+        DevX inp(normals(N * K, r)), w(normals(M * K, r)), out(N * M), dout(normals(N * M, r)), dinp(N * K);
+        DevF dw(normals(M * K, r));
+        linear_forward(out.p, inp.p, w.p, N, K, M, 0);
+        linear_backward(dinp.p, dw.p, dout.p, inp.p, w.p, N, K, M, 0);
+        Vec want(N * M), want_dinp(N * K), want_dw = dw.v;
+        for (int n = 0; n < N; n++)
+            for (int m = 0; m < M; m++)
+                for (int k = 0; k < K; k++) {
+                    want[n * M + m] += inp.v[n * K + k] * w.v[m * K + k];
+                    want_dinp[n * K + k] += dout.v[n * M + m] * w.v[m * K + k];
+                    want_dw[m * K + k] += dout.v[n * M + m] * inp.v[n * K + k];
+                }
+        expect_close(out.get(), want, TOL, "out");
+        expect_close(dinp.get(), want_dinp, TOL, "dinp");
+        expect_close(dw.get(), want_dw, TOL_FLOAT, "dw");
+    }
+}
+
+TEST(attention) {
+    struct Shape {
+        Heads h;
+        double scale;  // of q: large scores try the online softmax
+    };
+    std::vector<Shape> shapes = {{{2, 1, 2, 1, 16}, 1}, {{1, 5, 4, 4, 32}, 1}, {{1, 64, 2, 1, 64}, 1}, {{1, 65, 2, 2, 16}, 30},
+                                 {{1, 66, 1, 1, 72}, 1}, {{2, 63, 4, 1, 16}, 1}, {{1, 70, 2, 2, 128}, 3}};
+    if (!quick) shapes.insert(shapes.end(), {{{2, 130, 4, 2, 32}, 5}, {{1, 200, 3, 3, 64}, 1}, {{1, 129, 2, 1, 128}, 1}});
+    for (auto [h, q_scale] : shapes) {
+        Random r{uint64_t(h.T * h.HS)};
+        const size_t q_size = size_t(h.B) * h.T * h.width(0), kv_size = size_t(h.B) * h.T * h.width(1), rows = size_t(h.B) * h.NH * h.T;
+        DevX q(normals(q_size, r, q_scale)), k(normals(kv_size, r)), v(normals(kv_size, r)), out(q_size), dout(normals(q_size, r));
+        DevX dq(q_size), dk(kv_size), dv(kv_size);
+        DevF lse(rows), delta(rows);
+        attention_forward(out.p, lse.p, q.p, k.p, v.p, h, 0);
+        Vec want(q_size), want_lse(rows), want_dq(q_size), want_dk(kv_size), want_dv(kv_size);
+        const double scale = 1 / sqrt(double(h.HS));
+        const int HS = h.HS;
+        for (int b = 0; b < h.B; b++)
+            for (int head = 0; head < h.NH; head++)
+                for (int i = 0; i < h.T; i++) {
+                    const size_t row = (size_t(b) * h.NH + head) * h.T + i, kv = (size_t(b) * h.NKV + head / (h.NH / h.NKV)) * h.T;
+                    const size_t o = ((size_t(b) * h.T + i) * h.NH + head) * HS;
+                    Vec p(i + 1);
+                    double top = -INFINITY, sum = 0, d = 0;
+                    for (int j = 0; j <= i; j++) {
+                        for (int c = 0; c < HS; c++) p[j] += scale * q.v[row * HS + c] * k.v[(kv + j) * HS + c];
+                        top = std::max(top, p[j]);
+                    }
+                    for (double& x : p) sum += x = exp(x - top);
+                    want_lse[row] = top + log(sum);
+                    for (int j = 0; j <= i; j++)
+                        for (int c = 0; c < HS; c++) want[o + c] += (p[j] /= c ? 1 : sum) * v.v[(kv + j) * HS + c];
+                    for (int c = 0; c < HS; c++) d += dout.v[o + c] * want[o + c];
+                    for (int j = 0; j <= i; j++) {
+                        double dp = 0;
+                        for (int c = 0; c < HS; c++) dp += dout.v[o + c] * v.v[(kv + j) * HS + c];
+                        const double ds = scale * p[j] * (dp - d);
+                        for (int c = 0; c < HS; c++) {
+                            want_dq[row * HS + c] += ds * k.v[(kv + j) * HS + c];
+                            want_dk[(kv + j) * HS + c] += ds * q.v[row * HS + c];
+                            want_dv[(kv + j) * HS + c] += p[j] * dout.v[o + c];
+                        }
+                    }
+                }
+        std::string what = format(" T %d HS %d NH %d NKV %d", h.T, h.HS, h.NH, h.NKV);
+        expect_close(out.get(), want, TOL_ATTENTION, "out" + what);
+        expect_close(lse.get(), want_lse, TOL_FLOAT, "lse" + what);
+        attention_backward(dq.p, dk.p, dv.p, delta.p, dout.p, out.p, q.p, k.p, v.p, lse.p, h, 0);
+        expect_close(dv.get(), want_dv, TOL_ATTENTION, "dv" + what);
+        expect_close(dk.get(), want_dk, TOL_SCORES, "dk" + what, 1.0);
+        expect_close(dq.get(), want_dq, TOL_SCORES, "dq" + what, 1.0);
+    }
+}
+
+TEST(cross_entropy) {
+    for (auto [N, V, scale] : {std::tuple{3, 61, 1.0}, {5, 257, 20.0}, {2, 1000, 3.0}, {1, 64, 80.0}})
+        for (bool backward : {false, true}) {
+            const int Vp = (V + 63) / 64 * 64;
+            Random r{uint64_t(V)};
+            DevX logits(normals(size_t(N) * Vp, r, scale));
+            DevF losses(N), mean(Vec{0.5});
+            Dev<int> targets(N);
+            std::vector<int> t(N);
+            for (int n = 0; n < N; n++) t[n] = n == 0 ? V - 1 : r.below(V);
+            CHECK(cudaMemcpy(targets.p, t.data(), N * 4, cudaMemcpyHostToDevice));
+            cross_entropy(losses.p, logits.p, targets.p, N, V, Vp, 0.25f, backward, 0);
+            loss_sum_kernel<<<1, 512, 0, 0>>>(mean.p, losses.p, N, 1.0f / N);
+            Vec want, want_d = logits.v;
+            double want_mean = 0.5;
+            for (int n = 0; n < N; n++) {
+                const double* x = &logits.v[size_t(n) * Vp];
+                double top = *std::max_element(x, x + V), sum = 0;
+                for (int v = 0; v < V; v++) sum += exp(x[v] - top);
+                want.push_back(top + log(sum) - x[t[n]]);
+                want_mean += want.back() / N;
+                for (int v = 0; backward && v < Vp; v++)
+                    want_d[size_t(n) * Vp + v] = v < V ? 0.25 * (exp(x[v] - top) / sum - (v == t[n])) : 0;
+            }
+            expect_close(losses.get(), want, TOL_FLOAT, "losses");
+            expect_close(mean.get(), {want_mean}, TOL_FLOAT, "mean");
+            expect_close(logits.get(), want_d, TOL_LOGITS, "dlogits");
+        }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tables, optimizer
+
+Config small_config(Backbone backbone, Variant variant) {
+    Config c;
+    c.backbone = backbone, c.variant = variant;
+    c.C = 32, c.L = 2, c.NH = 2, c.V = 70, c.multiple_of = 8, c.T = 24;
+    if (backbone == Backbone::llama) c.NKV = 1;
+    finish(c);
+    return c;
+}
+
+TEST(tensor_table) {
+    for (Backbone backbone : {Backbone::llama, Backbone::nanogpt})
+        for (Variant variant : {Variant::simplegpt, Variant::prenorm, Variant::preqknorm}) {
+            Config c = small_config(backbone, variant);
+            TensorTable t = build_table(c);
+            std::set<std::string> names;
+            size_t end = 0, sum = 0;
+            for (const Tensor& x : t.tensors) {
+                EXPECT(x.offset >= end && names.insert(x.name).second);
+                end = x.offset + x.padded_rows * std::max<size_t>(x.cols, 1);
+                sum += x.size();
+            }
+            EXPECT(end <= t.size && sum == t.parameters);
+            auto at = [&](const std::string& name) {
+                for (const Tensor& x : t.tensors)
+                    if (x.name == name) return x.offset;
+                fail("no tensor " + name);
+                return NONE;
+            };
+            if (backbone == Backbone::llama && variant == Variant::simplegpt) {  // one matmul each, one gain each
+                EXPECT(at("layers.1.attention.snk.lin.weight") == t.layers[1].qkv + 32 * 32);
+                EXPECT(at("layers.1.attention.snv.lin.weight") == t.layers[1].qkv + 48 * 32);
+                EXPECT(at("layers.1.feed_forward.sn3.lin.weight") == t.layers[1].w13 + size_t(c.F()) * 32);
+                EXPECT(at("layers.1.attention.snv.norm.weight") == t.layers[1].qkv_gain + 48);
+                EXPECT(at("layers.1.feed_forward.sn3.norm.weight") == t.layers[1].w13_gain + c.F());
+            }
+        }
+    for (const Flavour& f : FLAVOURS) {
+        Config c;
+        apply_flavour(c, f.name);
+        finish(c);
+        const size_t C = c.C, F = c.F(), q = c.QKV(), gains = q + C + (c.gated() ? 2 : 1) * F + C;
+        const size_t want = c.V * C * (c.gated() ? 2 : 1) + (c.gated() ? 0 : c.T * C) + C +
+                            c.L * (q * C + C * C + (c.gated() ? 3 : 2) * F * C + gains);
+        EXPECT(build_table(c).parameters == want);
+    }
+}
+
+TEST(initial_values) {
+    std::vector<float> a, b;
+    Tensor t{"t", 300, 200, 320, 0, Init::normal, 0.02f};
+    initial_values(a, t, 1, 5);
+    initial_values(b, t, 1, 5);
+    EXPECT(a == b && a.size() == 320 * 200 && a[300 * 200] == 0);
+    initial_values(b, t, 2, 5);
+    EXPECT(a != b);
+    t.init = Init::truncated;
+    initial_values(b, t, 1, 5);
+    double sum = 0, square = 0, top = 0, cut = 0;
+    for (int i = 0; i < 300 * 200; i++) {
+        sum += a[i] / 6e4, square += double(a[i]) * a[i] / 6e4;
+        top = std::max<double>(top, fabs(a[i])), cut = std::max<double>(cut, fabs(b[i]));
+    }
+    EXPECT(fabs(sum) < 4 * 0.02 / sqrt(6e4) && fabs(sqrt(square) / 0.02 - 1) < 0.015);
+    EXPECT(top > 0.07 && cut <= 0.06 && cut > 0.058);
+}
+
+TEST(adamw) {
+    for (bool decay_1d : {true, false}) {
+        Model m;
+        Config c = small_config(Backbone::llama, Variant::simplegpt);
+        c.V = 600;  // more than one CHUNK
+        plan(m, c, 1, true);
+        create(m);
+        initialize(m, 3);
+        const size_t P = m.table.size;
+        Random r{9};
+        AdamW o;
+        o.lr = 0.01f, o.decay_1d = decay_1d, o.clip = 0.7f;
+        std::vector<Vec> w, m1, m2;
+        for (const Tensor& t : m.table.tensors) {
+            std::vector<float> x = get_tensor(m, t);
+            w.emplace_back(x.begin(), x.end()), m1.emplace_back(x.size()), m2.emplace_back(x.size());
+        }
+        for (int step = 1; step <= 3; step++) {
+            std::vector<float> g(P, 0.0f);
+            double norm = 0;
+            for (const Tensor& t : m.table.tensors)
+                for (size_t i = 0; i < t.size(); i++) {
+                    g[t.offset + i] = float(r.normal() * (step == 2 ? 1e-4 : 0.1));  // step 2 is not clipped
+                    norm += double(g[t.offset + i]) * g[t.offset + i];
+                }
+            norm = sqrt(norm);
+            CHECK(cudaMemcpy(m.grads, g.data(), P * 4, cudaMemcpyHostToDevice));
+            update(m, o, step);
+            expect_close({read_float(m, m.grad_norm)}, {norm}, TOL_FLOAT, "norm");
+            for (size_t k = 0; k < w.size(); k++) {
+                const Tensor& t = m.table.tensors[k];
+                for (size_t i = 0; i < w[k].size(); i++) {
+                    double x = g[t.offset + i] * std::min(1.0, o.clip / (norm + 1e-6));
+                    m1[k][i] = o.beta1 * m1[k][i] + (1 - o.beta1) * x;
+                    m2[k][i] = o.beta2 * m2[k][i] + (1 - o.beta2) * x * x;
+                    w[k][i] *= 1 - double(o.lr) * (t.cols || decay_1d ? o.weight_decay : 0);
+                    w[k][i] -= o.lr * (m1[k][i] / (1 - pow(o.beta1, step))) / (sqrt(m2[k][i] / (1 - pow(o.beta2, step))) + o.eps);
+                }
+            }
+        }
+        for (size_t k = 0; k < w.size(); k++) {
+            std::vector<float> x = get_tensor(m, m.table.tensors[k]);
+            expect_close(Vec(x.begin(), x.end()), w[k], TOL_FLOAT, m.table.tensors[k].name);
+        }
+        std::vector<floatX> padding(m.c.C);  // rows beyond V stay zero
+        CHECK(cudaMemcpy(padding.data(), m.params + m.table.tok + size_t(c.V) * c.C, c.C * sizeof(floatX), cudaMemcpyDeviceToHost));
+        for (floatX x : padding) EXPECT(float(x) == 0.0f);
+        destroy(m);
+    }
+}
+
+TEST(learning_rate) {
+    EXPECT(fabs(learning_rate(1, 0, 4, 20) - 0.2) < 1e-15 && fabs(learning_rate(1, 3, 4, 20) - 0.8) < 1e-15);
+    EXPECT(learning_rate(1, 4, 4, 20) == 1 && fabs(learning_rate(1, 12, 4, 20) - 0.5) < 1e-15);
+    EXPECT(fabs(learning_rate(3, 19, 4, 20) - 3.0 / 16) < 1e-15 && learning_rate(1, 0, 0, 1) == 1);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Formats
+
+std::string temporary(const char* name) { return format("/tmp/test_gpt_%d_%s", int(getpid()), name); }
+void write_bytes(const std::string& path, const std::string& bytes) {
+    FILE* f = fopen(path.c_str(), "wb");
+    fwrite(bytes.data(), 1, bytes.size(), f);
+    fclose(f);
+}
+template <typename F>
+std::string error_of(F body) {
+    try {
+        body();
+    } catch (const Error& e) {
+        return e.what();
+    }
+    return "";
+}
+
+TEST(json) {
+    Json j = parse_json(" {\"a\": [1, -2.5e3, true, null], \"b\": {\"c\": \"x\\n\\\"\\u0041\"}} ");
+    EXPECT(j.find("a")->items.size() == 4 && j.find("a")->items[1].value == -2500 && j.find("a")->items[2].value == 1);
+    EXPECT(j.find("b")->find("c")->string == "x\n\"A" && !j.find("d"));
+    for (const char* bad : {"", "{", "[1,", "{\"a\"}", "{\"a\":1,}", "[1 2]", "\"x", "nul", "1x", "{} {}", "\"\\", "\"\\u12"})
+        EXPECT(!error_of([&] { parse_json(bad); }).empty());
+    EXPECT(!error_of([&] { parse_json(std::string(100000, '[')); }).empty());
+}
+
+TEST(safetensors) {
+    const std::string path = temporary("file.st");
+    auto fill = [](std::vector<char>& d) {
+        for (size_t i = 0; i < d.size() / 4; i++) {
+            float x = float(i) + 0.5f;
+            memcpy(&d[4 * i], &x, 4);
+        }
+    };
+    save_safetensors(path, {{"a", "F32", {2, 3}, 24, fill}, {"b", "F32", {4}, 16, fill}});
+    {
+        Safetensors f(path);
+        EXPECT(f.entries.size() == 2 && f.entries["a"].shape == (std::vector<size_t>{2, 3}));
+        EXPECT(f.floats("b") == (std::vector<float>{0.5f, 1.5f, 2.5f, 3.5f}));
+    }
+    const std::string whole = read_file(path);
+    for (size_t n = 0; n < whole.size(); n++) {  // cut anywhere
+        write_bytes(path, whole.substr(0, n));
+        EXPECT(error_of([&] { Safetensors f(path); }).find(path) == 0);
+    }
+    auto with_header = [&](std::string header) {
+        uint64_t n = header.size();
+        write_bytes(path, std::string((char*)&n, 8) + header + std::string(24, 'x'));
+        return error_of([&] { Safetensors f(path); });
+    };
+    EXPECT(with_header("{\"a\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,24]}}").empty());
+    for (const char* bad : {"[]x", "{\"a\":{}}", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2,4],\"data_offsets\":[0,24]}}",
+                            "{\"a\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[8,32]}}",
+                            "{\"a\":{\"dtype\":\"F32\",\"shape\":[-2,-3],\"data_offsets\":[0,24]}}",
+                            "{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296],\"data_offsets\":[0,0]}}",
+                            "{\"a\":{\"dtype\":\"F32\",\"shape\":[6],\"data_offsets\":[24,0]}}"})
+        EXPECT(!with_header(bad).empty());
+    unlink(path.c_str());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The model
+
+std::vector<float> device_floats(const float* p, size_t n) {
+    std::vector<float> v(n);
+    CHECK(cudaMemcpy(v.data(), p, n * sizeof(float), cudaMemcpyDeviceToHost));
+    return v;
+}
+
+std::vector<int32_t> some_windows(const Config& c, int B, uint64_t seed) {
+    Random r{seed};
+    std::vector<int32_t> w(size_t(B) * (c.T + 1));
+    for (int32_t& x : w) x = r.below(c.V);
+    return w;
+}
+
+void two_steps(Model& m, int from) {
+    for (int s = from; s < from + 2; s++) {
+        CHECK(cudaMemset(m.grads, 0, m.table.size * sizeof(float)));
+        CHECK(cudaMemset(m.loss, 0, sizeof(float)));
+        for (int i = 0; i < 2; i++) forward_backward(m, some_windows(m.c, m.B, 10 * s + i).data(), m.B, m.c.T, 0.5f);
+        update(m, AdamW(), s + 1);
+    }
+}
+
+TEST(same_bits_and_checkpoint) {
+    for (Variant variant : {Variant::simplegpt, Variant::prenorm}) {
+        const std::string dir = temporary("run");
+        mkdir(dir.c_str(), 0777);
+        std::vector<float> last[3];  // whole run, whole run again, saved and resumed
+        for (int way = 0; way < 3; way++) {
+            Model m;
+            plan(m, small_config(Backbone::llama, variant), 2, true);
+            create(m);
+            initialize(m, 4);
+            two_steps(m, 0);
+            if (way == 2) {
+                save_checkpoint(m, dir, {2, 4, {1, 7}}, 0);
+                destroy(m);
+                plan(m, small_config(Backbone::llama, variant), 2, true);
+                create(m);
+                TrainState s = load_checkpoint(m, dir + "/step_00000002");
+                EXPECT(s.step == 2 && s.seed == 4 && s.loader.epoch == 1 && s.loader.window == 7);
+                Model other;
+                Config wrong = m.c;
+                wrong.L = 3;
+                plan(other, wrong, 2, true);
+                create(other);
+                EXPECT(error_of([&] { load_checkpoint(other, dir + "/step_00000002"); }).find("layers 2") != std::string::npos);
+                destroy(other);
+            }
+            two_steps(m, 2);
+            last[way] = device_floats(m.m, m.table.size);
+            std::vector<float> w = BF16 ? device_floats(m.master, m.table.size) : device_floats((float*)m.params, m.table.size);
+            last[way].insert(last[way].end(), w.begin(), w.end());
+            destroy(m);
+        }
+        EXPECT(last[0] == last[1]);
+        EXPECT(last[0] == last[2]);
+        remove_dir(dir + "/step_00000002");
+        rmdir(dir.c_str());
+    }
+}
+
+// A model may run fewer sequences and shorter ones than it has memory for; later tokens do not change earlier logits.
+TEST(causal) {
+    Model m;
+    plan(m, small_config(Backbone::llama, Variant::simplegpt), 2, false);
+    create(m);
+    initialize(m, 5);
+    std::vector<int32_t> w = some_windows(m.c, 2, 1);
+    std::vector<floatX> logits[2];
+    for (int i = 0; i < 2; i++) {
+        set_batch(m, w.data(), 1, i == 0 ? 24 : 11);
+        forward(m, 1, i == 0 ? 24 : 11);
+        head_forward(m, 10, 1);
+        logits[i].resize(m.c.V);
+        CHECK(cudaDeviceSynchronize());
+        CHECK(cudaMemcpy(logits[i].data(), m.logits, m.c.V * sizeof(floatX), cudaMemcpyDeviceToHost));
+    }
+    expect_close(Vec(logits[0].begin(), logits[0].end()), Vec(logits[1].begin(), logits[1].end()), TOL, "row 10");
+    destroy(m);
+}
+
+// One golden file: the recipe from its weights over its tokens (format: dev/reference/golden.py).
+void golden(const std::string& path) {
+    Safetensors f(path);
+    const std::string name = path.substr(path.rfind('/') + 1);
+    const Json config = parse_json(f.metadata.find("config")->string), o = parse_json(f.metadata.find("optimizer")->string);
+    auto number = [](const Json& j, const char* key, double absent) {
+        const Json* n = j.find(key);
+        return n && n->kind == Json::number ? n->value : absent;
+    };
+    auto raw = [&](const char* key, auto type) {
+        std::vector<decltype(type)> v(f.entries.at(key).elements);
+        f.read(f.entries.at(key), v.data());
+        return v;
+    };
+    Config c;
+    c.backbone = config.find("backbone")->string == "llama" ? Backbone::llama : Backbone::nanogpt;
+    const std::string variant = config.find("variant")->string;
+    c.variant = variant == "simplegpt" ? Variant::simplegpt : variant == "prenorm" ? Variant::prenorm : Variant::preqknorm;
+    c.layernorm = config.find("norm_type")->string == "layernorm";
+    c.C = int(number(config, "dim", 0)), c.L = int(number(config, "n_layers", 0)), c.NH = int(number(config, "n_heads", 0));
+    c.NKV = int(number(config, "n_kv_heads", 0)), c.V = int(number(config, "vocab_size", 0));
+    c.ffn_mult = float(number(config, "ffn_dim_multiplier", 1)), c.multiple_of = int(number(config, "multiple_of", 0));
+    c.rope_theta = float(number(config, "rope_theta", 0)), c.norm_eps = float(number(config, "norm_eps", 0));
+    c.T = int(number(o, "T", 0)), c.max_T = int(number(config, "max_seq_len", 0));
+    finish(c);
+    const int steps = int(number(o, "steps", 0)), accum = int(number(o, "accum", 1)), B = int(number(o, "B", 0));
+    AdamW adamw;
+    adamw.beta1 = float(number(o, "beta1", 0)), adamw.beta2 = float(number(o, "beta2", 0)), adamw.eps = float(number(o, "eps", 0));
+    adamw.weight_decay = float(number(o, "wd", 0)), adamw.clip = float(number(o, "clip", 0));
+
+    Model m;
+    plan(m, c, B, true);
+    create(m);
+    import_weights(m, path, "param/");
+    const std::vector<int32_t> tokens = raw("tokens", int32_t());
+    const std::vector<double> losses = raw("loss", double()), lrs = raw("lr", double()), norms = raw("grad_norm", double());
+    auto relative = [&](const std::vector<float>& got, const std::string& key) {
+        const std::vector<float> want = f.floats(key);
+        double difference = 0, size = 0;
+        for (size_t i = 0; i < want.size(); i++)
+            difference += pow(double(got[i]) - want[i], 2), size += double(want[i]) * want[i];
+        return sqrt(difference / std::max(size, 1e-30));
+    };
+    for (int s = 0; s < steps; s++) {
+        CHECK(cudaMemset(m.grads, 0, m.table.size * sizeof(float)));
+        CHECK(cudaMemset(m.loss, 0, sizeof(float)));
+        for (int i = 0; i < accum; i++) {
+            const int32_t* windows = &tokens[(size_t(s) * accum + i) * B * (c.T + 1)];
+            if (s == 0 && i == 0) {
+                set_batch(m, windows, B, c.T);
+                forward(m, B, c.T);
+                const std::vector<float> want = f.floats("logits");
+                double error = 0;
+                std::vector<floatX> row(c.V);
+                for (int n = 0; n < B * c.T; n++) {
+                    head_forward(m, n, 1);
+                    CHECK(cudaDeviceSynchronize());
+                    CHECK(cudaMemcpy(row.data(), m.logits, c.V * sizeof(floatX), cudaMemcpyDeviceToHost));
+                    for (int v = 0; v < c.V; v++) error = std::max(error, fabs(double(float(row[v])) - want[size_t(n) * c.V + v]));
+                }
+                if (!BF16 && !(error <= 1e-4)) fail(format("%s: logits off by %.1e", name.c_str(), error));
+            }
+            forward_backward(m, windows, B, c.T, 1.0f / accum);
+        }
+        for (const Tensor& t : m.table.tensors) {
+            if (s > 0 || BF16) break;
+            double error = relative(get_tensor(m, t, m.grads), "grad/" + t.name);
+            if (!(error <= 1e-4)) fail(format("%s: gradient of %s off by %.1e", name.c_str(), t.name.c_str(), error));
+        }
+        adamw.lr = float(learning_rate(number(o, "lr", 0), s, int64_t(number(o, "warmup", 0)), int64_t(number(o, "total", 0))));
+        if (!(fabs(adamw.lr - lrs[s]) <= 1e-6 * lrs[s])) fail(format("%s: lr of step %d", name.c_str(), s));
+        update(m, adamw, s + 1);
+        const double loss = read_float(m, m.loss), norm = read_float(m, m.grad_norm);
+        if (!(fabs(loss - losses[s]) <= (BF16 ? 0.02 * losses[s] : 5e-5)))
+            fail(format("%s: loss of step %d is %.6f, not %.6f", name.c_str(), s, loss, losses[s]));
+        if (!BF16 && !(fabs(norm - norms[s]) <= 1e-4 * norms[s]))
+            fail(format("%s: gradient norm of step %d is %.6f, not %.6f", name.c_str(), s, norm, norms[s]));
+        if (quick && s == 1) break;
+    }
+    for (const Tensor& t : m.table.tensors) {
+        if (BF16 || quick) break;
+        double error = relative(get_tensor(m, t), "after/" + t.name);
+        if (!(error <= 1e-4)) fail(format("%s: %s ends off by %.1e", name.c_str(), t.name.c_str(), error));
+    }
+    destroy(m);
+}
+
+TEST(golden) {
+    std::vector<std::string> files;
+    if (DIR* d = opendir(golden_dir.c_str())) {
+        while (dirent* e = readdir(d))
+            if (strstr(e->d_name, ".safetensors")) files.push_back(golden_dir + "/" + e->d_name);
+        closedir(d);
+    }
+    std::sort(files.begin(), files.end());
+    EXPECT(!files.empty());
+    for (const std::string& path : files) golden(path);
+}
+
+int main(int argc, char** argv) {
+    std::string filter;
+    for (int i = 1; i < argc; i++) {
+        const std::string arg = argv[i];
+        if (arg == "--filter" && i + 1 < argc) filter = argv[++i];
+        else if (arg == "--golden" && i + 1 < argc) golden_dir = argv[++i];
+        else if (arg == "--quick") quick = true;
+        else if (arg != "--list") return fprintf(stderr, "test_gpt: unknown option %s\n", argv[i]), 1;
+        else {
+            for (const Test& t : tests()) puts(t.name);
+            return 0;
+        }
+    }
+    int passed = 0, failed = 0;
+    try {
+        open_device();
+        void* workspace = nullptr;
+        CHECK(cudaMalloc(&workspace, MATMUL_WORKSPACE));
+        for (const Test& t : tests()) {
+            if (!strstr(t.name, filter.c_str())) continue;
+            why.clear(), worst = 0;
+            matmul.workspace = workspace;
+            const double begin = now();
+            try {
+                t.body();
+            } catch (const std::exception& e) {
+                fail(e.what());
+            }
+            why.empty() ? passed++ : failed++;
+            if (why.empty()) printf("ok %s (%.1f s, %.2f of the tolerance)\n", t.name, now() - begin, worst);
+            else printf("FAIL %s: %s\n", t.name, why.c_str());
+            fflush(stdout);
+        }
+        CHECK(cudaFree(workspace));
+    } catch (const std::exception& e) {
+        printf("FAIL start: %s\n", e.what()), failed++;
+    }
+    printf("test_gpt: %d passed, %d failed\n", passed, failed);
+    return failed ? 1 : 0;
+}
