@@ -58,7 +58,7 @@ public:
         if (windows_ < B_ * world_) {
             char needed[64];  // this product alone can pass 2^64
             snprintf(needed, sizeof needed, "%.0Lf", (long double)(B_ * world_) * width_);
-            fail(glob, std::to_string(tokens_) + " tokens, but one step needs " + needed + " (" +
+            fail(glob, std::to_string(tokens_) + " tokens, but one batch needs " + needed + " (" +
                            std::to_string(B_ * world_) + " windows of T+1 = " + std::to_string(width_) +
                            "). Give more data, a smaller batch or a smaller T.");
         }

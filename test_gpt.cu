@@ -845,6 +845,7 @@ int main(int argc, char** argv) {
             fflush(stdout);
         }
         CHECK(cudaFree(workspace));
+        matmul.close();
     } catch (const std::exception& e) {
         printf("FAIL start: %s\n", e.what()), failed++;
     }

@@ -23,6 +23,7 @@
 #include <string_view>
 #include <sys/stat.h>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -134,9 +135,9 @@ private:
     std::vector<std::string_view> pieces_;
     std::vector<float> score_;
     std::vector<uint8_t> type_;
-    std::unordered_map<std::string_view, int> normal_, reserved_;  // reserved: unknown, control, byte
+    std::unordered_map<std::string_view, int> normal_;  // what text can be: not the unknown, control and byte pieces
     size_t longest_ = 0;                 // bytes of the longest piece in normal_
-    bool words_ = true;                  // no piece has a space behind another character, and none is unused
+    bool words_ = true;                  // no piece has a space behind another character
     std::vector<size_t> user_lengths_;   // sizes of the user-defined pieces, longest first
     bool user_first_[256] = {};          // their first bytes
     int byte_id_[256] = {};              // byte_id_[0] < 0: no byte fallback
@@ -339,11 +340,8 @@ private:
     };
 
     int id(std::string_view piece) const {
-        for (auto* map : {&reserved_, &normal_}) {
-            auto it = map->find(piece);
-            if (it != map->end()) return it->second;
-        }
-        return unknown_;
+        auto it = normal_.find(piece);
+        return it == normal_.end() ? unknown_ : it->second;
     }
 
     // Every size in the file is checked against what is left of it before it is used.
@@ -386,6 +384,7 @@ private:
         if (V > rest.size() / 8) fail("the file is cut short");  // a piece takes 7 bytes and its text
 
         pieces_.reserve(V);
+        std::unordered_set<std::string_view> all;
         std::fill(byte_id_, byte_id_ + 256, -1);
         for (int i = 0; i < (int)V; i++) {
             std::string name = "piece " + std::to_string(i);
@@ -397,12 +396,13 @@ private:
             if (piece.empty()) fail(name + " is empty");
             if (type < NORMAL || type > BYTE) fail(name + " is of no known type");
             if (score_.back() != score_.back()) fail(name + " has no number as its score");
-            bool reserved = type == UNKNOWN || type == CONTROL || type == BYTE;
-            if (!(reserved ? reserved_ : normal_).emplace(piece, i).second) fail(name + " is there twice");
-            if (!reserved) longest_ = std::max(longest_, piece.size());
-            for (size_t at = 1; !reserved && (at = piece.find(SPACE, at)) != piece.npos; at += SPACE.size())
-                words_ = words_ && ends(piece.substr(0, at), SPACE);
-            words_ = words_ && type != UNUSED;
+            if (!all.insert(piece).second) fail(name + " is there twice");
+            if (type == NORMAL || type == USER_DEFINED || type == UNUSED) {
+                normal_[piece] = i;
+                longest_ = std::max(longest_, piece.size());
+                for (size_t at = 1; (at = piece.find(SPACE, at)) != piece.npos; at += SPACE.size())
+                    words_ = words_ && ends(piece.substr(0, at), SPACE);
+            }
             if (type == UNKNOWN) {
                 if (unknown_ >= 0) fail(name + " is a second unknown piece");
                 unknown_ = i;

@@ -146,7 +146,8 @@ void apply_flavour(Config& c, const std::string& name) {
     for (const Flavour& f : FLAVOURS) {
         if (strcasecmp(f.name, name.c_str())) continue;
         c.backbone = f.backbone;
-        c.C = f.C, c.L = f.L, c.NH = f.NH, c.NKV = f.NKV, c.V = f.V;
+        c.C = f.C, c.L = f.L, c.NH = f.NH, c.V = f.V;
+        c.NKV = f.NKV == f.NH ? 0 : f.NKV;  // 0: as many as --heads may say
         c.ffn_mult = f.ffn_mult, c.multiple_of = f.multiple_of, c.rope_theta = f.rope_theta;
         return;
     }
@@ -651,6 +652,16 @@ struct Matmul {  // handle, workspace, and one plan a shape, made at the first u
         CHECK_CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
         p.algo = best.algo;
         return plans.emplace(key, p).first->second;
+    }
+
+    void close() {
+        for (auto& [key, p] : plans) {
+            for (cublasLtMatrixLayout_t l : {p.first, p.second, p.out}) CHECK_CUBLAS(cublasLtMatrixLayoutDestroy(l));
+            CHECK_CUBLAS(cublasLtMatmulDescDestroy(p.desc));
+        }
+        plans.clear();
+        if (handle) CHECK_CUBLAS(cublasLtDestroy(handle));
+        handle = nullptr;
     }
 
     void operator()(void* D, const floatX* A, const floatX* B, bool transA, bool transB, int m, int n, int k,
@@ -1902,8 +1913,10 @@ TrainState load_checkpoint(Model& m, const std::string& dir) {
 // =====================================================================================================================
 // Sampling: the text that the model writes on. Every token runs the whole context again; short samples while training.
 
-// Draws n tokens after the prompt's, each from the top_k likeliest at the given temperature. Deterministic in seed.
-std::vector<int> sample(Model& m, std::vector<int> tokens, int n, float temperature, int top_k, uint64_t seed) {
+// Draws n tokens below `vocabulary` after the prompt's, each from the top_k likeliest at the given temperature.
+// Deterministic in seed.
+std::vector<int> sample(Model& m, std::vector<int> tokens, int n, int vocabulary, float temperature, int top_k,
+                        uint64_t seed) {
     const size_t prompt = tokens.size(), Vp = m.c.Vp();
     std::vector<floatX> row(Vp);
     for (int i = 0; i < n; i++) {
@@ -1913,9 +1926,9 @@ std::vector<int> sample(Model& m, std::vector<int> tokens, int n, float temperat
         head_forward(m, T - 1, 1);
         CHECK(cudaStreamSynchronize(m.stream));
         CHECK(cudaMemcpy(row.data(), m.logits, Vp * sizeof(floatX), cudaMemcpyDeviceToHost));
-        std::vector<std::pair<float, int>> top(m.c.V);
-        for (int v = 0; v < m.c.V; v++) top[v] = {float(row[v]), v};
-        const int k = std::min(top_k, m.c.V);
+        std::vector<std::pair<float, int>> top(vocabulary);
+        for (int v = 0; v < vocabulary; v++) top[v] = {float(row[v]), v};
+        const int k = std::min(top_k, vocabulary);
         std::partial_sort(top.begin(), top.begin() + k, top.end(), std::greater<>());
         double sum = 0.0;
         for (int j = 0; j < k; j++) sum += exp((top[j].first - top[0].first) / temperature);
@@ -2037,10 +2050,10 @@ std::vector<Flag> flags(Options& o) {
     const int64_t big = int64_t(1) << 30;
     Config& c = o.config;
 
-    heading("Model (a flavour's numbers; flags behind it change them)");
+    heading("Model (a flavour's numbers, each of which its own flag changes)");
     all.push_back({"model", "FLAVOUR", "preset of dim, layers, heads, ... ; --models lists them (default: 256 wide, 6 layers)",
                    [](const char*) {}});  // applied before all others
-    all.push_back({"models", nullptr, "list the flavours with their parameters, then exit", nullptr});
+    all.push_back({"models", nullptr, "list the flavours and their parameter counts, then exit", nullptr});
     choice("backbone", "llama|nanogpt", "llama: RoPE, SwiGLU, own head; nanogpt: learned positions, GELU, tied head (llama)",
            {"llama", "nanogpt"}, [&c](int i) { c.backbone = Backbone(i); });
     choice("variant", "simplegpt|prenorm|preqknorm", "norms behind every linear, before each half, or that with QK norm (simplegpt)",
@@ -2129,7 +2142,7 @@ void print_flavours() {
         finish(c);
         printf("%-14s %6d %7d %6d %9d %7d %7d %15zu\n", f.name, c.C, c.L, c.NH, c.NKV, c.F(), c.V, build_table(c).parameters);
     }
-    printf("parameters: of the simplegpt variant%s\n", "; nanogpt's with 1024 positions");
+    printf("parameters: of the simplegpt variant; nanogpt's with 1024 positions\n");
 }
 
 // Reads the command line. False: it asked only for information, which has been printed.
@@ -2173,7 +2186,7 @@ float validate(Model& m, DataLoader& data, int batches) {
 void print_sample(Model& m, const Tokenizer& tokenizer, const Options& o, int64_t step) {
     std::vector<int> prompt = tokenizer.encode(o.prompt);
     prompt.insert(prompt.begin(), tokenizer.bos());
-    std::vector<int> drawn = sample(m, prompt, o.sample_tokens, 0.8f, 50, o.seed + uint64_t(step));
+    std::vector<int> drawn = sample(m, prompt, o.sample_tokens, tokenizer.vocab_size(), 0.8f, 50, o.seed + uint64_t(step));
     auto end = std::find(drawn.begin(), drawn.end(), tokenizer.eos());
     prompt.insert(prompt.end(), drawn.begin(), end);
     prompt.erase(prompt.begin());
@@ -2292,6 +2305,7 @@ void run(int argc, char** argv) {
     if (data) train(m, o, *data, val.get(), tokenizer.get(), state);
     if (!o.export_to.empty()) export_weights(m, o.export_to);
     destroy(m);
+    matmul.close();
 }
 
 #ifndef TESTING  // test_gpt.cu has its own

@@ -156,6 +156,7 @@ def main():
     parser.add_argument("--title", metavar="TEXT", help="the heading (the run's name)")
     parser.add_argument("--baseline", metavar="NAME=VALUE", action="append", default=[],
                         help="a horizontal line at a loss; may be given again")
+    parser.error = lambda message: fail(f"{message}. See plot.py --help.")
     options = parser.parse_args()
     baselines = []
     for text in options.baseline:
@@ -176,6 +177,8 @@ def main():
         draw(names, logs, baselines, options.title or (names[0] if len(names) == 1 else ""), part)
         os.replace(part, out)
     except OSError as e:
+        if os.path.exists(part):
+            os.remove(part)
         fail(f"{out}: cannot be written: {e.strerror}. Choose another --out.")
     print(out)
 

@@ -71,7 +71,7 @@ def convert(model):
     if denormalizer.get(2):
         raise Refused("the model has a denormalizer, which tokenizer.h does not know")
     for i, (piece, score, kind) in enumerate(pieces):
-        if not 0 < len(piece) < 65536 or math.isnan(score) or kind not in range(NORMAL, BYTE + 1):
+        if not 0 < len(piece) < 65536 or b"\0" in piece or math.isnan(score) or kind not in range(NORMAL, BYTE + 1):
             raise Refused(f"piece {i} is broken")
 
     def control(name):
@@ -88,7 +88,7 @@ def convert(model):
     if charsmap:
         size = int.from_bytes(charsmap[:4], "little")
         trie, strings = charsmap[4:4 + size], charsmap[4 + size:]
-        if len(trie) != size or size % 4 or not strings.endswith(b"\0"):
+        if size % 4 or not strings.endswith(b"\0"):
             raise Refused("the model's normalisation table is broken")
 
     def sized(data):

@@ -24,7 +24,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError:
+    sys.exit("prepare: the package numpy is missing. apt-get install python3-numpy, or pip install numpy.")
 
 CHUNK = 1 << 22  # tokens handled at a time
 
@@ -62,7 +65,7 @@ def find_sources(inputs, pattern):
             if not found:
                 raise Refused(f"{name}: no file in it matches {pattern!r}. Give another --glob.")
             sources += found
-        elif path.exists():
+        elif path.is_file():
             sources.append(path)
         else:
             raise Refused(f"{name}: there is no such file. Check the path.")

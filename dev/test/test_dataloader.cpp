@@ -299,12 +299,12 @@ static void test_errors_of_arguments() {
     for (int rank : {-1, 2})
         expect_error("data: rank " + std::to_string(rank) + " of 2. Ranks count from 0.",
                      [&] { DataLoader(path, 1, 1, 9, false, 0, rank, 2); });
-    expect_open_error(path, "a.bin: 8 tokens, but one step needs 12 (3 windows of T+1 = 4). Give more data, a smaller "
+    expect_open_error(path, "a.bin: 8 tokens, but one batch needs 12 (3 windows of T+1 = 4). Give more data, a smaller "
                             "batch or a smaller T.", 3, 3);
-    expect_error("a.bin: 8 tokens, but one step needs 12 (6 windows of T+1 = 2). Give more data, a smaller batch or a "
+    expect_error("a.bin: 8 tokens, but one batch needs 12 (6 windows of T+1 = 2). Give more data, a smaller batch or a "
                  "smaller T.", [&] { DataLoader(path, 2, 1, 100, false, 0, 0, 3); });
     const std::string huge = message([&] { DataLoader(path, INT32_MAX, INT32_MAX, 100, false, 0, 0, INT32_MAX); });
-    expect(huge.find("a.bin: 8 tokens, but one step needs 9903520305059670") == 0, huge);  // about 2^93
+    expect(huge.find("a.bin: 8 tokens, but one batch needs 9903520305059670") == 0, huge);  // about 2^93
     DataLoader d(path, 1, 3, 100);
     expect_error("a.bin: has 2 windows of T+1 = 4 tokens, the position to go to is window 2. Give the data and T that "
                  "the run was begun with.", [&] { d.seek({0, 2}); });
@@ -358,7 +358,7 @@ static void test_errors_of_headers() {
                       "a: header promises 4 tokens, but 1 bytes follow them" + again);
     expect_open_error(write("a", header(20240801, 7, 0) + none),
                       "a: header promises 0 tokens, but 8 bytes follow them" + again);
-    expect_open_error(write("a", header(20240520, 1, 0)), "a: 0 tokens, but one step needs 8 (2 windows of T+1 = 4). "
+    expect_open_error(write("a", header(20240520, 1, 0)), "a: 0 tokens, but one batch needs 8 (2 windows of T+1 = 4). "
                                                           "Give more data, a smaller batch or a smaller T.");
     // the second of several files
     shard("b1", numbered(20, 0, 100)), write("b2", header(20240520, 3, 0));
@@ -395,7 +395,7 @@ static void test_errors_of_tokens() {
                                "vocabulary.";
     Tokens tokens = numbered(40, 0, 100);
     shard("a1.bin", tokens);
-    tokens[26] = 99, tokens[27] = 100, tokens[28] = 101;
+    tokens[26] = 99, tokens[27] = 100;
     shard("a2.bin", tokens);
     DataLoader d(dir + "/a?.bin", 2, 4, 100);  // the bad token is in the window that is the 14th, step 6
     for (int i = 0; i < 6; i++) d.next();

@@ -51,22 +51,25 @@ class Case(unittest.TestCase):
         path.write_bytes(contents.encode() if isinstance(contents, str) else contents)
         return path
 
-    def run_program(self, program, *args, module=None, status=0):
-        """what it printed"""
+    def run_program(self, program, *args, module=None, chunk=None, status=0):
+        """what it printed; chunk: prepare.CHUNK"""
         env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
         if module:
             self.file("modules/sentencepiece.py", MODULES[module])
             env["PYTHONPATH"] = str(self.dir / "modules")
-        done = subprocess.run([sys.executable, DATA / f"{program}.py", *map(str, args)], env=env, text=True,
-                              capture_output=True)
+        script = [DATA / f"{program}.py"]
+        if chunk:
+            script = ["-c", f"import sys; sys.path.append({str(DATA)!r}); import prepare; prepare.CHUNK = {chunk}; "
+                            "prepare.main()"]
+        done = subprocess.run([sys.executable, *script, *map(str, args)], env=env, text=True, capture_output=True)
         self.assertEqual(done.returncode, status, done.stderr)
         if status == 0:
             self.assertEqual(done.stderr, "")
         return done.stdout if status == 0 else done.stderr
 
-    def refused(self, program, *args, words, module=None):
+    def refused(self, program, *args, words, **options):
         """one line `program: ... words ... .`, nothing written"""
-        error = self.run_program(program, *args, module=module, status=1)
+        error = self.run_program(program, *args, status=1, **options)
         self.assertRegex(error, rf"^{program}: [^\n]+\n$")
         self.assertIn(words, error)
         self.assertEqual([p for p in self.dir.rglob("*") if p.suffix in (".bin", ".tmp")], [])
@@ -143,7 +146,8 @@ class Prepare(Case):
             self.assertEqual(part["bytes"], sum(t < 256 for t in self.stream(split)))
 
     def test_bigram_loss(self):
-        said = self.prepare(self.file("a.txt", "the cat sat on the mat. " * 50 + "a dog ate it " * 10))
+        path = self.file("a.txt", "the cat sat on the mat. " * 50 + "a dog ate it " * 10)
+        said = self.prepare(path)
         train, val, V, n = self.stream("train"), self.stream("val"), 258, {}
         for a, b in zip(train, train[1:]):
             n[a, b] = n.get((a, b), 0) + 1
@@ -152,6 +156,9 @@ class Prepare(Case):
         mean = sum(loss) / len(loss)
         self.assertAlmostEqual(self.manifest()["bigram_val_loss"], mean, delta=1e-6)  # rounded to six digits
         self.assertIn(f"{mean:.4f}", said)
+        whole = {p.name: p.read_bytes() for p in self.out.iterdir()}
+        self.prepare(path, chunk=7)
+        self.assertEqual({p.name: p.read_bytes() for p in self.out.iterdir()}, whole)
 
     def test_stdlib(self):
         self.run_program("prepare", "--stdlib", "--out", self.out, "--prefix", "x")
@@ -196,7 +203,7 @@ class Prepare(Case):
                             ('{"body": "b"}', "no text under 'text'"), ('{"text": 1}', "no text under 'text'"),
                             ("[1]", "no text under 'text'")):
             line = line if isinstance(line, bytes) else line.encode()
-            refused(self.file("a.jsonl", b'{"text": "a"}\n' * 20 + line + b"\n"), words="a.jsonl:21: " + words)
+            refused(self.file("a.jsonl", b'{"text": "a"}\n' * 20 + line + b"\n"), words="a.jsonl:21: " + words, chunk=7)
         self.file("out_is_file", "")
         self.refused("prepare", good, "--out", self.dir / "out_is_file", words="out_is_file")
 
@@ -235,6 +242,7 @@ class Convert(Case):
         broken = self.message((3, self.message((2, struct.pack("<I", 400) + b"trie"))))
         for model, words in (
             (b"", "not a sentencepiece model"), (b"\xff" * 40, "not a sentencepiece model"),
+            (self.model(trainer=((3, 2), (44, b"surface")))[:-5], "not a sentencepiece model"),
             (self.model()[:-3], "not a sentencepiece model"), (self.model(trainer=()), "not of type BPE"),
             (self.model(trainer=((3, 1),)), "not of type BPE"), (self.model(more=broken), "table is broken"),
             (self.model(more=self.message((5, self.message((2, b"abcd"))))), "denormalizer"),
@@ -248,7 +256,8 @@ class Convert(Case):
             with self.subTest(words):
                 self.refused("convert_tokenizer", self.file("m.model", model), self.dir / "m.bin", words=words)
         self.refused("convert_tokenizer", self.dir / "none.model", self.dir / "m.bin", words="none.model: No such file")
-        self.refused("convert_tokenizer", self.file("m.model", self.model()), self.dir, words="directory")
+        (self.dir / "folder").mkdir()
+        self.refused("convert_tokenizer", self.file("m.model", self.model()), self.dir / "folder", words="directory")
         self.refused("convert_tokenizer", words="required")
 
 

@@ -232,7 +232,7 @@ static void many(const Tokenizer& t) {
     auto write_sized = [](const void* p, size_t count, size_t width) {
         uint32_t n = (uint32_t)count;
         fwrite(&n, 4, 1, stdout);
-        fwrite(p, width, count, stdout);
+        if (count) fwrite(p, width, count, stdout);  // p of an empty vector may be null
     };
     double seconds = 0;
     uint32_t n;

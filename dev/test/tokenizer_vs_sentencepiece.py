@@ -40,10 +40,10 @@ def hard_strings(text, count, seed=0):
              "\u2581\u2581a\u2581", "<uds>a", "a b a b ab ab", "a\u00e9!", "     a", "<s>", "</s>", "<unk>", "<0x41>",
              "<0x0A>", "[INST] hi [/INST]", "\ufffd", "\ufeffa", "e\u0301", "\ufb01", "\u2460\u2461", "\u3000",
              "\u3000a\u3000", "A\u030aA", "\u200b", "a\u200b b", " \u200b a", "Qu Quee", "\U0001f600",
-             "\u0645\u0631\u062d", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u4f60\u597d", "\uac00\u1100\u1161", "\U0010ffff",
-             "\ud7ff\ue000", "a" * 3000, " " * 3000, "ab" * 1000, "\n" * 1000, "\U0001f600" * 300, "<uds>", "x<uds>y",
-             "<uds><uds>2", "<uds", " <uds> ", "<<uds>", "two words", "atwo wordsb", "two\u2581words", "the", "them",
-             "then the", "0123456789", "1e-5", "http://a.b/c?d=e&f", "  \n  \n"]
+             "\u0645\u0631\u062d", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u4f60\u597d", "\uac00\u1100\u1161",
+             "\U0010ffff", "\ud7ff\ue000", "a" * 3000, " " * 3000, "ab" * 1000, "\n" * 1000, "\U0001f600" * 300,
+             "<uds>", "x<uds>y", "<uds><uds>2", "<uds", " <uds> ", "<<uds>", "two words", "atwo wordsb",
+             "two\u2581words", "the", "them", "then the", "0123456789", "1e-5", "http://a.b/c?d=e&f", "  \n  \n"]
     out = [s.encode() for s in fixed]
     out += [b"\x80", b"\xff", b"\xc3", b"\xc3(", b"\xe2\x96", b"\xe2\x96\x81\x81", b"\xf0\x9f\x98", b"\xf0\x9f\x98a",
             b"\xc0\x80", b"\xe0\x80\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xf8\x88\x80\x80\x80", b"\xff" * 100,
@@ -135,8 +135,8 @@ def small_models(text, directory):
     rules.write_text("".join("\t".join(" ".join(f"{ord(c):X}" for c in part) for part in rule) + "\n"
                              for rule in RULES))
     uds = ["<uds>", "<uds>2", "two words"]
-    yield "llama", train(text, vocab_size=450, user_defined_symbols=uds, allow_whitespace_only_pieces=True,
-                         split_digits=True)
+    yield "llama", train(text + b"\n    a  b" * 9999, vocab_size=450, user_defined_symbols=uds, split_digits=True,
+                         allow_whitespace_only_pieces=True)
     yield "rules", with_unused(train(text, vocab_size=200, byte_fallback=False, normalization_rule_name="",
                                      normalization_rule_tsv=str(rules), remove_extra_whitespaces=True,
                                      treat_whitespace_as_suffix=True, user_defined_symbols=uds), 7)
