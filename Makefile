@@ -83,10 +83,10 @@ build/test_sanitized_%: build/src/test_gpt.cu $(CPU_SOURCES) dataloader.h tokeni
 	    -x c++ build/src/test_gpt.cu -lopenblas -lboost_context -o $@
 
 build/test_standin_serial: build/src/dev/cpu/test_standin.cu $(STANDIN)
-	g++ $(CXXFLAGS) -O2 -x c++ $< -lopenblas -o $@
+	g++ $(CXXFLAGS) -x c++ $< -lopenblas -o $@
 
 build/test_standin_exact: build/src/dev/cpu/test_standin.cu $(STANDIN)
-	g++ $(CXXFLAGS) -O2 -DEXACT_GEOMETRY -x c++ $< -lopenblas -lboost_context -o $@
+	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY -x c++ $< -lopenblas -lboost_context -o $@
 
 build/test_dataloader: dev/test/test_dataloader.cpp dataloader.h
 	g++ -std=c++17 -O1 -g1 -pthread -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined -I. $< -o $@

@@ -1,5 +1,6 @@
-// SimpleNorm: Psi(x) = Norm(W x), a norm right behind a linear layer, gain and all; the pre-norms go (arXiv 2602.01212).
-// W x is a plain matmul. This file is the rest: the norm of each row of W x, fused with what must read that row anyway,
+// SimpleNorm: Psi(x) = Norm(W x), a norm right behind a linear layer, gain and all; the pre-norms go (arXiv
+// 2602.01212). W x is a plain matmul. This file is the rest: the norm of each row of W x, fused with what must read
+// that row anyway,
 //
 //   linear     forward                                             backward, one pass
 //   q, k, v    norm, RoPE on q and k, split into heads             un-rotate, norm backward, merge the heads
@@ -15,8 +16,8 @@
 // A gain that is null means: no such norm in this variant (y = x), so all variants of the model share these kernels.
 //
 // Layout of the work: forward one block a row. Backward a few blocks, each walks rows blockIdx.x, + gridDim.x, ... and
-// adds dy xh into its own line of `partial` (gridDim.x, width); gain_grad sums the lines in order: no atomics, same bits.
-// From train_gpt.cu: floatX, load/store through float, lane(), warp(), num_warps(), block_sum().
+// adds dy xh into its own line of `partial` (gridDim.x, width); gain_grad sums the lines in order: no atomics, same
+// bits. From train_gpt.cu: floatX, load/store through float, lane(), warp(), num_warps(), block_sum().
 #pragma once
 
 struct Norm {
@@ -50,7 +51,8 @@ __device__ inline float2 row_means(float sum_gdy, float sum_gdy_xh, int C, Norm 
 __device__ inline float normalize(floatX x, float2 stats) { return (float(x) - stats.x) * stats.y; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Gain gradient, second stage: dgain[c] += sum_b partial[b, c] for c < W. dgain (W) float; partial (blocks, stride) float.
+// Gain gradient, second stage: dgain[c] += sum_b partial[b, c] for c < W. dgain (W) float; partial (blocks, stride)
+// float.
 
 __global__ void gain_grad_kernel(float* dgain, const float* partial, int blocks, int W, int stride) {
     constexpr int COLUMNS = 256;  // a block's share, so that the serial geometry has a loop to vectorise
@@ -83,8 +85,7 @@ __global__ void norm_residual_forward_kernel(floatX* out, float2* stats, const f
     float2 s = row_stats(x, C, norm);
     if (threadIdx.x == 0) stats[n] = s;
     if (res) {
-        for (int c = threadIdx.x; c < C; c += blockDim.x)
-            out[c] = float(res[c]) + float(gain[c]) * normalize(x[c], s);
+        for (int c = threadIdx.x; c < C; c += blockDim.x) out[c] = float(res[c]) + float(gain[c]) * normalize(x[c], s);
     } else {
         for (int c = threadIdx.x; c < C; c += blockDim.x) out[c] = float(gain[c]) * normalize(x[c], s);
     }
@@ -96,8 +97,8 @@ void norm_residual_forward(floatX* out, float2* stats, const floatX* x, const fl
     CHECK(cudaGetLastError());
 }
 
-// Norm backward: dx[n,c] = sum_to[n,c] + (dx of the formula at the top). dx, dy, x, sum_to (N,C) floatX, sum_to null for
-// nothing, may be dx itself; dgain (C) float, added to; partial (row_blocks(N), C) float scratch.
+// Norm backward: dx[n,c] = sum_to[n,c] + (dx of the formula at the top). dx, dy, x, sum_to (N,C) floatX, sum_to null
+// for nothing, may be dx itself; dgain (C) float, added to; partial (row_blocks(N), C) float scratch.
 __global__ void norm_backward_kernel(floatX* dx, float* partial, const floatX* sum_to, const floatX* dy,
                                      const floatX* x, const floatX* gain, const float2* stats, int N, int C,
                                      Norm norm) {
@@ -118,8 +119,7 @@ __global__ void norm_backward_kernel(floatX* dx, float* partial, const floatX* s
         if (sum_to) {
             const floatX* add = sum_to + n * C;
             for (int c = threadIdx.x; c < C; c += blockDim.x)
-                out[c] = float(add[c]) +
-                         s.y * (float(gain[c]) * float(dyn[c]) - m.x - normalize(xn[c], s) * m.y);
+                out[c] = float(add[c]) + s.y * (float(gain[c]) * float(dyn[c]) - m.x - normalize(xn[c], s) * m.y);
         } else {
             for (int c = threadIdx.x; c < C; c += blockDim.x)
                 out[c] = s.y * (float(gain[c]) * float(dyn[c]) - m.x - normalize(xn[c], s) * m.y);
@@ -191,8 +191,8 @@ __global__ void qkv_norm_rope_forward_kernel(floatX* q, floatX* k, floatX* v, fl
 
 void qkv_norm_rope_forward(floatX* q, floatX* k, floatX* v, float2* stats, const floatX* raw, QkvGains gains,
                            const float2* rope, Heads h, Norm norm, cudaStream_t stream) {
-    qkv_norm_rope_forward_kernel<<<h.B * h.T, row_threads(h.width(0)), 0, stream>>>(q, k, v, stats, raw, gains, rope,
-                                                                                    h, norm);
+    qkv_norm_rope_forward_kernel<<<h.B * h.T, row_threads(h.width(0)), 0, stream>>>(q, k, v, stats, raw, gains, rope, h,
+                                                                                    norm);
     CHECK(cudaGetLastError());
 }
 
@@ -265,8 +265,8 @@ void qkv_norm_rope_backward(floatX* draw, float* dgain, float* partial, const fl
                             const floatX* dv, const floatX* raw, QkvGains gains, const float2* stats,
                             const float2* rope, Heads h, Norm norm, cudaStream_t stream) {
     int blocks = row_blocks(h.B * h.T);
-    qkv_norm_rope_backward_kernel<<<blocks, row_threads(h.width(0)), 0, stream>>>(draw, partial, dq, dk, dv, raw,
-                                                                                  gains, stats, rope, h, norm);
+    qkv_norm_rope_backward_kernel<<<blocks, row_threads(h.width(0)), 0, stream>>>(draw, partial, dq, dk, dv, raw, gains,
+                                                                                  stats, rope, h, norm);
     CHECK(cudaGetLastError());
     if (!dgain) return;
     int W = h.width(0) + h.width(1) + (gains.v ? h.width(2) : 0);
@@ -384,8 +384,7 @@ __global__ void ffn_norm_act_backward_kernel(floatX* __restrict__ draw, float* _
             Activation a = GATED ? swiglu(uv.x, uv.y) : gelu(uv.x);
             float d = float(dy[f]);
             dx[f] = s1.y * (float(gain[f]) * d * a.du - m1.x - normalize(x[f], s1) * m1.y);
-            if (GATED)
-                dx[F + f] = s3.y * (float(gain[F + f]) * d * a.dv - m3.x - normalize(x[F + f], s3) * m3.y);
+            if (GATED) dx[F + f] = s3.y * (float(gain[F + f]) * d * a.dv - m3.x - normalize(x[F + f], s3) * m3.y);
         }
     }
 }
@@ -396,9 +395,11 @@ void ffn_norm_act_backward(floatX* draw, float* dgain, float* partial, const flo
                            cudaStream_t stream) {
     int blocks = row_blocks(N), W = gated ? 2 * F : F;
     if (gated)
-        ffn_norm_act_backward_kernel<true><<<blocks, row_threads(F), 0, stream>>>(draw, partial, dout, raw, gain, stats, N, F, norm);
+        ffn_norm_act_backward_kernel<true>
+            <<<blocks, row_threads(F), 0, stream>>>(draw, partial, dout, raw, gain, stats, N, F, norm);
     else
-        ffn_norm_act_backward_kernel<false><<<blocks, row_threads(F), 0, stream>>>(draw, partial, dout, raw, gain, stats, N, F, norm);
+        ffn_norm_act_backward_kernel<false>
+            <<<blocks, row_threads(F), 0, stream>>>(draw, partial, dout, raw, gain, stats, N, F, norm);
     CHECK(cudaGetLastError());
     if (gain) gain_grad(dgain, partial, blocks, W, W, stream);
 }

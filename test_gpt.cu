@@ -1,5 +1,5 @@
-// Tests of the trainer: every kernel against float64 loops written from its formula, the model against golden files, the
-// formats. Ordinary CUDA C++: runs on a GPU, and on the CPU stand-in in both geometries.
+// Tests of the trainer: every kernel against float64 loops written from its formula, the model against golden files,
+// the formats. Ordinary CUDA C++: runs on a GPU, and on the CPU stand-in in both geometries.
 //   test_gpt [--filter TEXT] [--golden DIR] [--quick] [--list]
 // Outputs are poisoned with NaN before a kernel runs. An error is max |got - want| / max |want|.
 #define TESTING
@@ -30,12 +30,12 @@ std::vector<Test>& tests() {
 struct Register {
     Register(const char* name, void (*body)()) { tests().push_back({name, body}); }
 };
-#define TEST(name)                                 \
-    void test_##name();                            \
+#define TEST(name)                                \
+    void test_##name();                           \
     Register register_##name(#name, test_##name); \
     void test_##name()
 
-std::string why;  // the first failed expectation of the running test
+std::string why;   // the first failed expectation of the running test
 double worst = 0;  // the largest error over tolerance in it
 
 void fail(const std::string& message) {
@@ -59,8 +59,8 @@ void expect_close(const Vec& got, const Vec& want, double tolerance, const std::
     if (!(error <= tolerance)) fail(format("%s: error %.2e, tolerance %.0e", what.c_str(), error, tolerance));
 }
 
-// Measured over all shapes here, serial and exact, the largest error of results rounded once to floatX: fp32 2.7e-7, bf16
-// 3.8e-3 (half a unit in the last place is 3.9e-3 where a number is just above a power of two).
+// Measured over all shapes here, serial and exact, the largest error of results rounded once to floatX: fp32 2.7e-7,
+// bf16 3.8e-3 (half a unit in the last place is 3.9e-3 where a number is just above a power of two).
 constexpr double TOL = BF16 ? 4e-3 : 5e-7;
 constexpr double TOL_FLOAT = 8e-7;  // sums that stay float; measured 4.6e-7
 // products of products: out and dv (fp32 2.4e-6, bf16 3.7e-3), dk and dq (2.3e-6, 8.9e-3), dlogits (1.1e-6, 1.8e-3)
@@ -146,9 +146,11 @@ TEST(norm_residual) {
             for (int option = 0; option < 4; option++) {
                 Random r{uint64_t(N * 31 + C)};
                 const bool gain = option & 1, res = option & 2;
-                DevX x(normals(size_t(N) * C, r, 2, 0.5)), y(normals(size_t(N) * C, r)), g(normals(C, r, 0.3, 1)), out(size_t(N) * C);
+                DevX x(normals(size_t(N) * C, r, 2, 0.5)), y(normals(size_t(N) * C, r)), g(normals(C, r, 0.3, 1)),
+                    out(size_t(N) * C);
                 DevF stats(2 * N);
-                norm_residual_forward(out.p, (float2*)stats.p, x.p, res ? y.p : nullptr, gain ? g.p : nullptr, N, C, norm, 0);
+                norm_residual_forward(out.p, (float2*)stats.p, x.p, res ? y.p : nullptr, gain ? g.p : nullptr, N, C,
+                                      norm, 0);
                 Vec want, want_stats;
                 for (int n = 0; n < N; n++) {
                     double m, s;
@@ -172,8 +174,11 @@ TEST(norm_backward) {
                 DevF stats(2 * N), dg(normals(C, r)), partial(size_t(row_blocks(N)) * C);
                 if (add == 2) dx.set(other.v);
                 norm_residual_forward(out.p, (float2*)stats.p, x.p, nullptr, g.p, N, C, norm, 0);
-                norm_backward(dx.p, dg.p, partial.p, add == 0 ? nullptr : add == 1 ? other.p : dx.p, dy.p, x.p, g.p,
-                              (float2*)stats.p, N, C, norm, 0);
+                norm_backward(dx.p, dg.p, partial.p,
+                              add == 0   ? nullptr
+                              : add == 1 ? other.p
+                                         : dx.p,
+                              dy.p, x.p, g.p, (float2*)stats.p, N, C, norm, 0);
                 Vec want, want_dg = dg.v;
                 for (int n = 0; n < N; n++) {
                     Vec row = norm_backward_f64(&dy.v[n * C], &x.v[n * C], g.v.data(), C, norm, want_dg.data());
@@ -210,7 +215,8 @@ Vec qkv_f64(const Vec& raw, const Vec& g, int gains, const Vec* rope, Heads h, N
 }
 
 // its backward: dq, dk, dv one after another -> draw; adds to dg
-Vec qkv_backward_f64(const Vec& dout, const Vec& raw, const Vec& g, int gains, const Vec* rope, Heads h, Norm norm, Vec& dg) {
+Vec qkv_backward_f64(const Vec& dout, const Vec& raw, const Vec& g, int gains, const Vec* rope, Heads h, Norm norm,
+                     Vec& dg) {
     Vec draw(raw.size());
     size_t from = 0;
     for (int part = 0, begin = 0; part < 3; part++) {
@@ -243,7 +249,8 @@ TEST(qkv_norm_rope) {
                 for (bool turned : {false, true}) {
                     Random r{uint64_t(h.T * 41 + h.HS)};
                     const size_t N = size_t(h.B) * h.T, QKV = h.qkv(), q = N * h.width(0), kv = N * h.width(1);
-                    DevX raw(normals(N * QKV, r, 2, 0.3)), g(normals(QKV, r, 0.3, 1)), out(q + 2 * kv), dout(normals(q + 2 * kv, r)), draw(N * QKV);
+                    DevX raw(normals(N * QKV, r, 2, 0.3)), g(normals(QKV, r, 0.3, 1)), out(q + 2 * kv),
+                        dout(normals(q + 2 * kv, r)), draw(N * QKV);
                     Vec angles;
                     for (size_t i = 0; i < size_t(h.T) * h.HS / 2; i++) {
                         double a = 3 * r.normal();
@@ -253,14 +260,16 @@ TEST(qkv_norm_rope) {
                     QkvGains gain = {gains > 0 ? g.p : nullptr, gains > 1 ? g.p + h.width(0) : nullptr,
                                      gains > 2 ? g.p + h.width(0) + h.width(1) : nullptr};
                     const float2* turn = turned ? (float2*)rope.p : nullptr;
-                    qkv_norm_rope_forward(out.p, out.p + q, out.p + q + kv, (float2*)stats.p, raw.p, gain, turn, h, norm, 0);
-                    qkv_norm_rope_backward(draw.p, gains ? dg.p : nullptr, partial.p, dout.p, dout.p + q, dout.p + q + kv,
-                                           raw.p, gain, (float2*)stats.p, turn, h, norm, 0);
+                    qkv_norm_rope_forward(out.p, out.p + q, out.p + q + kv, (float2*)stats.p, raw.p, gain, turn, h,
+                                          norm, 0);
+                    qkv_norm_rope_backward(draw.p, gains ? dg.p : nullptr, partial.p, dout.p, dout.p + q,
+                                           dout.p + q + kv, raw.p, gain, (float2*)stats.p, turn, h, norm, 0);
                     Vec want_dg = dg.v;
                     const Vec* a = turned ? &rope.v : nullptr;
                     std::string what = format("HS %d T %d gains %d rope %d", h.HS, h.T, gains, turned);
                     expect_close(out.get(), qkv_f64(raw.v, g.v, gains, a, h, norm), TOL, "forward " + what);
-                    expect_close(draw.get(), qkv_backward_f64(dout.v, raw.v, g.v, gains, a, h, norm, want_dg), TOL, "backward " + what);
+                    expect_close(draw.get(), qkv_backward_f64(dout.v, raw.v, g.v, gains, a, h, norm, want_dg), TOL,
+                                 "backward " + what);
                     expect_close(dg.get(), want_dg, TOL_FLOAT, "dgain " + what);
                 }
 }
@@ -272,10 +281,12 @@ TEST(ffn_norm_act) {
                 const bool gated = option & 1, gain = option & 2;
                 const int P = gated ? 2 : 1, W = P * F;
                 Random r{uint64_t(N * 43 + F)};
-                DevX raw(normals(size_t(N) * W, r, 2, 0.3)), g(normals(W, r, 0.3, 1)), out(size_t(N) * F), dout(normals(size_t(N) * F, r)), draw(size_t(N) * W);
+                DevX raw(normals(size_t(N) * W, r, 2, 0.3)), g(normals(W, r, 0.3, 1)), out(size_t(N) * F),
+                    dout(normals(size_t(N) * F, r)), draw(size_t(N) * W);
                 DevF stats(2 * N * P), dg(normals(W, r)), partial(size_t(row_blocks(N)) * W);
                 ffn_norm_act_forward(out.p, (float2*)stats.p, raw.p, gain ? g.p : nullptr, N, F, gated, norm, 0);
-                ffn_norm_act_backward(draw.p, dg.p, partial.p, dout.p, raw.p, gain ? g.p : nullptr, (float2*)stats.p, N, F, gated, norm, 0);
+                ffn_norm_act_backward(draw.p, dg.p, partial.p, dout.p, raw.p, gain ? g.p : nullptr, (float2*)stats.p, N,
+                                      F, gated, norm, 0);
                 Vec want, want_d, want_dg = dg.v;
                 for (int n = 0; n < N; n++) {
                     Vec in[2], d[2];
@@ -285,13 +296,17 @@ TEST(ffn_norm_act) {
                         d[p].resize(F);
                     }
                     for (int f = 0; f < F; f++) {
-                        double u = in[0][f], dy = dout.v[size_t(n) * F + f], s = 1 / (1 + exp(-u)), cdf = 0.5 * (1 + erf(u / sqrt(2.0)));
+                        double u = in[0][f], dy = dout.v[size_t(n) * F + f], s = 1 / (1 + exp(-u)),
+                               cdf = 0.5 * (1 + erf(u / sqrt(2.0)));
                         want.push_back(gated ? u * s * in[1][f] : u * cdf);
-                        d[0][f] = dy * (gated ? in[1][f] * s * (1 + u * (1 - s)) : cdf + u * exp(-u * u / 2) / sqrt(2 * M_PI));
+                        d[0][f] = dy * (gated ? in[1][f] * s * (1 + u * (1 - s))
+                                              : cdf + u * exp(-u * u / 2) / sqrt(2 * M_PI));
                         if (gated) d[1][f] = dy * u * s;
                     }
                     for (int p = 0; p < P; p++) {
-                        if (gain) d[p] = norm_backward_f64(d[p].data(), &raw.v[size_t(n) * W + p * F], &g.v[p * F], F, norm, &want_dg[p * F]);
+                        if (gain)
+                            d[p] = norm_backward_f64(d[p].data(), &raw.v[size_t(n) * W + p * F], &g.v[p * F], F, norm,
+                                                     &want_dg[p * F]);
                         want_d.insert(want_d.end(), d[p].begin(), d[p].end());
                     }
                 }
@@ -310,7 +325,8 @@ TEST(embedding) {
         for (bool learned : {false, true}) {
             Random r{uint64_t(T)};
             const int N = B * T;
-            DevX tok(normals(size_t(V) * C, r)), pos(normals(size_t(T + 2) * C, r)), x(size_t(N) * C), dx(normals(size_t(N) * C, r));
+            DevX tok(normals(size_t(V) * C, r)), pos(normals(size_t(T + 2) * C, r)), x(size_t(N) * C),
+                dx(normals(size_t(N) * C, r));
             DevF dtok(normals(size_t(V) * C, r)), dpos(normals(size_t(T + 2) * C, r));
             std::vector<int> tokens(N);
             for (int& t : tokens) t = r.below(V);
@@ -320,7 +336,8 @@ TEST(embedding) {
             CHECK(cudaMemcpy(places.p, p.places.data(), N * 4, cudaMemcpyHostToDevice));
             CHECK(cudaMemcpy(begin.p, p.begin.data(), p.begin.size() * 4, cudaMemcpyHostToDevice));
             embedding_forward(x.p, dev_tokens.p, tok.p, learned ? pos.p : nullptr, N, T, C, 0);
-            embedding_backward(dtok.p, learned ? dpos.p : nullptr, dx.p, dev_tokens.p, places.p, begin.p, int(p.begin.size()) - 1, B, T, C, 0);
+            embedding_backward(dtok.p, learned ? dpos.p : nullptr, dx.p, dev_tokens.p, places.p, begin.p,
+                               int(p.begin.size()) - 1, B, T, C, 0);
             Vec want, want_tok = dtok.v, want_pos = dpos.v;
             for (int n = 0; n < N; n++)
                 for (int c = 0; c < C; c++) {
@@ -360,13 +377,17 @@ TEST(attention) {
         Heads h;
         double scale;  // of q: large scores try the online softmax
     };
-    std::vector<Shape> shapes = {{{2, 1, 2, 1, 16}, 1}, {{1, 5, 4, 4, 32}, 1}, {{1, 64, 2, 1, 64}, 1}, {{1, 65, 2, 2, 16}, 30},
-                                 {{1, 66, 1, 1, 72}, 1}, {{2, 63, 4, 1, 16}, 1}, {{1, 70, 2, 2, 128}, 3}};
-    if (!quick) shapes.insert(shapes.end(), {{{2, 130, 4, 2, 32}, 5}, {{1, 200, 3, 3, 64}, 1}, {{1, 129, 2, 1, 128}, 1}});
+    std::vector<Shape> shapes = {{{2, 1, 2, 1, 16}, 1},   {{1, 5, 4, 4, 32}, 1},  {{1, 64, 2, 1, 64}, 1},
+                                 {{1, 65, 2, 2, 16}, 30}, {{1, 66, 1, 1, 72}, 1}, {{2, 63, 4, 1, 16}, 1},
+                                 {{1, 70, 2, 2, 128}, 3}};
+    if (!quick)
+        shapes.insert(shapes.end(), {{{2, 130, 4, 2, 32}, 5}, {{1, 200, 3, 3, 64}, 1}, {{1, 129, 2, 1, 128}, 1}});
     for (auto [h, q_scale] : shapes) {
         Random r{uint64_t(h.T * h.HS)};
-        const size_t q_size = size_t(h.B) * h.T * h.width(0), kv_size = size_t(h.B) * h.T * h.width(1), rows = size_t(h.B) * h.NH * h.T;
-        DevX q(normals(q_size, r, q_scale)), k(normals(kv_size, r)), v(normals(kv_size, r)), out(q_size), dout(normals(q_size, r));
+        const size_t q_size = size_t(h.B) * h.T * h.width(0), kv_size = size_t(h.B) * h.T * h.width(1),
+                     rows = size_t(h.B) * h.NH * h.T;
+        DevX q(normals(q_size, r, q_scale)), k(normals(kv_size, r)), v(normals(kv_size, r)), out(q_size),
+            dout(normals(q_size, r));
         DevX dq(q_size), dk(kv_size), dv(kv_size);
         DevF lse(rows), delta(rows);
         attention_forward(out.p, lse.p, q.p, k.p, v.p, h, 0);
@@ -376,7 +397,8 @@ TEST(attention) {
         for (int b = 0; b < h.B; b++)
             for (int head = 0; head < h.NH; head++)
                 for (int i = 0; i < h.T; i++) {
-                    const size_t row = (size_t(b) * h.NH + head) * h.T + i, kv = (size_t(b) * h.NKV + head / (h.NH / h.NKV)) * h.T;
+                    const size_t row = (size_t(b) * h.NH + head) * h.T + i,
+                                 kv = (size_t(b) * h.NKV + head / (h.NH / h.NKV)) * h.T;
                     const size_t o = ((size_t(b) * h.T + i) * h.NH + head) * HS;
                     Vec p(i + 1);
                     double top = -INFINITY, sum = 0, d = 0;
@@ -545,7 +567,8 @@ TEST(adamw) {
                     m1[k][i] = o.beta1 * m1[k][i] + (1 - o.beta1) * x;
                     m2[k][i] = o.beta2 * m2[k][i] + (1 - o.beta2) * x * x;
                     w[k][i] *= 1 - double(o.lr) * (t.cols || decay_1d ? o.weight_decay : 0);
-                    w[k][i] -= o.lr * (m1[k][i] / (1 - pow(o.beta1, step))) / (sqrt(m2[k][i] / (1 - pow(o.beta2, step))) + o.eps);
+                    w[k][i] -= o.lr * (m1[k][i] / (1 - pow(o.beta1, step))) /
+                               (sqrt(m2[k][i] / (1 - pow(o.beta2, step))) + o.eps);
                 }
             }
         }
@@ -554,7 +577,8 @@ TEST(adamw) {
             expect_close(Vec(x.begin(), x.end()), w[k], TOL_FLOAT, m.table.tensors[k].name);
         }
         std::vector<floatX> padding(m.c.C);  // rows beyond V stay zero
-        CHECK(cudaMemcpy(padding.data(), m.params + m.table.tok + size_t(c.V) * c.C, c.C * sizeof(floatX), cudaMemcpyDeviceToHost));
+        CHECK(cudaMemcpy(padding.data(), m.params + m.table.tok + size_t(c.V) * c.C, c.C * sizeof(floatX),
+                         cudaMemcpyDeviceToHost));
         for (floatX x : padding) EXPECT(float(x) == 0.0f);
         destroy(m);
     }
@@ -589,7 +613,8 @@ TEST(json) {
     Json j = parse_json(" {\"a\": [1, -2.5e3, true, null], \"b\": {\"c\": \"x\\n\\\"\\u0041\"}} ");
     EXPECT(j.find("a")->items.size() == 4 && j.find("a")->items[1].value == -2500 && j.find("a")->items[2].value == 1);
     EXPECT(j.find("b")->find("c")->string == "x\n\"A" && !j.find("d"));
-    for (const char* bad : {"", "{", "[1,", "{\"a\"}", "{\"a\":1,}", "[1 2]", "\"x", "nul", "1x", "{} {}", "\"\\", "\"\\u12"})
+    for (const char* bad :
+         {"", "{", "[1,", "{\"a\"}", "{\"a\":1,}", "[1 2]", "\"x", "nul", "1x", "{} {}", "\"\\", "\"\\u12"})
         EXPECT(!error_of([&] { parse_json(bad); }).empty());
     EXPECT(!error_of([&] { parse_json(std::string(100000, '[')); }).empty());
 }
@@ -676,12 +701,14 @@ TEST(same_bits_and_checkpoint) {
                 wrong.L = 3;
                 plan(other, wrong, 2, true);
                 create(other);
-                EXPECT(error_of([&] { load_checkpoint(other, dir + "/step_00000002"); }).find("layers 2") != std::string::npos);
+                EXPECT(error_of([&] { load_checkpoint(other, dir + "/step_00000002"); }).find("layers 2") !=
+                       std::string::npos);
                 destroy(other);
             }
             two_steps(m, 2);
             last[way] = device_floats(m.m, m.table.size);
-            std::vector<float> w = BF16 ? device_floats(m.master, m.table.size) : device_floats((float*)m.params, m.table.size);
+            std::vector<float> w =
+                BF16 ? device_floats(m.master, m.table.size) : device_floats((float*)m.params, m.table.size);
             last[way].insert(last[way].end(), w.begin(), w.end());
             destroy(m);
         }
@@ -716,7 +743,8 @@ TEST(causal) {
 void golden(const std::string& path) {
     Safetensors f(path);
     const std::string name = path.substr(path.rfind('/') + 1);
-    const Json config = parse_json(f.metadata.find("config")->string), o = parse_json(f.metadata.find("optimizer")->string);
+    const Json config = parse_json(f.metadata.find("config")->string),
+               o = parse_json(f.metadata.find("optimizer")->string);
     auto number = [](const Json& j, const char* key, double absent) {
         const Json* n = j.find(key);
         return n && n->kind == Json::number ? n->value : absent;
@@ -729,9 +757,12 @@ void golden(const std::string& path) {
     Config c;
     c.backbone = config.find("backbone")->string == "llama" ? Backbone::llama : Backbone::nanogpt;
     const std::string variant = config.find("variant")->string;
-    c.variant = variant == "simplegpt" ? Variant::simplegpt : variant == "prenorm" ? Variant::prenorm : Variant::preqknorm;
+    c.variant = variant == "simplegpt" ? Variant::simplegpt
+                : variant == "prenorm" ? Variant::prenorm
+                                       : Variant::preqknorm;
     c.layernorm = config.find("norm_type")->string == "layernorm";
-    c.C = int(number(config, "dim", 0)), c.L = int(number(config, "n_layers", 0)), c.NH = int(number(config, "n_heads", 0));
+    c.C = int(number(config, "dim", 0)), c.L = int(number(config, "n_layers", 0)),
+    c.NH = int(number(config, "n_heads", 0));
     c.NKV = int(number(config, "n_kv_heads", 0)), c.V = int(number(config, "vocab_size", 0));
     c.ffn_mult = float(number(config, "ffn_dim_multiplier", 1)), c.multiple_of = int(number(config, "multiple_of", 0));
     c.rope_theta = float(number(config, "rope_theta", 0)), c.norm_eps = float(number(config, "norm_eps", 0));
@@ -739,7 +770,8 @@ void golden(const std::string& path) {
     finish(c);
     const int steps = int(number(o, "steps", 0)), accum = int(number(o, "accum", 1)), B = int(number(o, "B", 0));
     AdamW adamw;
-    adamw.beta1 = float(number(o, "beta1", 0)), adamw.beta2 = float(number(o, "beta2", 0)), adamw.eps = float(number(o, "eps", 0));
+    adamw.beta1 = float(number(o, "beta1", 0)), adamw.beta2 = float(number(o, "beta2", 0)),
+    adamw.eps = float(number(o, "eps", 0));
     adamw.weight_decay = float(number(o, "wd", 0)), adamw.clip = float(number(o, "clip", 0));
 
     Model m;
@@ -747,7 +779,8 @@ void golden(const std::string& path) {
     create(m);
     import_weights(m, path, "param/");
     const std::vector<int32_t> tokens = raw("tokens", int32_t());
-    const std::vector<double> losses = raw("loss", double()), lrs = raw("lr", double()), norms = raw("grad_norm", double());
+    const std::vector<double> losses = raw("loss", double()), lrs = raw("lr", double()),
+                              norms = raw("grad_norm", double());
     auto relative = [&](const std::vector<float>& got, const std::string& key) {
         const std::vector<float> want = f.floats(key);
         double difference = 0, size = 0;
@@ -770,7 +803,8 @@ void golden(const std::string& path) {
                     head_forward(m, n, 1);
                     CHECK(cudaDeviceSynchronize());
                     CHECK(cudaMemcpy(row.data(), m.logits, c.V * sizeof(floatX), cudaMemcpyDeviceToHost));
-                    for (int v = 0; v < c.V; v++) error = std::max(error, fabs(double(float(row[v])) - want[size_t(n) * c.V + v]));
+                    for (int v = 0; v < c.V; v++)
+                        error = std::max(error, fabs(double(float(row[v])) - want[size_t(n) * c.V + v]));
                 }
                 if (!BF16 && !(error <= 1e-4)) fail(format("%s: logits off by %.1e", name.c_str(), error));
             }
@@ -781,7 +815,8 @@ void golden(const std::string& path) {
             double error = relative(get_tensor(m, t, m.grads), "grad/" + t.name);
             if (!(error <= 1e-4)) fail(format("%s: gradient of %s off by %.1e", name.c_str(), t.name.c_str(), error));
         }
-        adamw.lr = float(learning_rate(number(o, "lr", 0), s, int64_t(number(o, "warmup", 0)), int64_t(number(o, "total", 0))));
+        adamw.lr = float(
+            learning_rate(number(o, "lr", 0), s, int64_t(number(o, "warmup", 0)), int64_t(number(o, "total", 0))));
         if (!(fabs(adamw.lr - lrs[s]) <= 1e-6 * lrs[s])) fail(format("%s: lr of step %d", name.c_str(), s));
         update(m, adamw, s + 1);
         const double loss = read_float(m, m.loss), norm = read_float(m, m.grad_norm);
@@ -815,10 +850,14 @@ int main(int argc, char** argv) {
     std::string filter;
     for (int i = 1; i < argc; i++) {
         const std::string arg = argv[i];
-        if (arg == "--filter" && i + 1 < argc) filter = argv[++i];
-        else if (arg == "--golden" && i + 1 < argc) golden_dir = argv[++i];
-        else if (arg == "--quick") quick = true;
-        else if (arg != "--list") return fprintf(stderr, "test_gpt: unknown option %s\n", argv[i]), 1;
+        if (arg == "--filter" && i + 1 < argc)
+            filter = argv[++i];
+        else if (arg == "--golden" && i + 1 < argc)
+            golden_dir = argv[++i];
+        else if (arg == "--quick")
+            quick = true;
+        else if (arg != "--list")
+            return fprintf(stderr, "test_gpt: unknown option %s\n", argv[i]), 1;
         else {
             for (const Test& t : tests()) puts(t.name);
             return 0;
@@ -840,8 +879,10 @@ int main(int argc, char** argv) {
                 fail(e.what());
             }
             why.empty() ? passed++ : failed++;
-            if (why.empty()) printf("ok %s (%.1f s, %.2f of the tolerance)\n", t.name, now() - begin, worst);
-            else printf("FAIL %s: %s\n", t.name, why.c_str());
+            if (why.empty())
+                printf("ok %s (%.1f s, %.2f of the tolerance)\n", t.name, now() - begin, worst);
+            else
+                printf("FAIL %s: %s\n", t.name, why.c_str());
             fflush(stdout);
         }
         CHECK(cudaFree(workspace));

@@ -86,7 +86,7 @@ enum class Variant { simplegpt, prenorm, preqknorm };
 struct Config {
     Backbone backbone = Backbone::llama;
     Variant variant = Variant::simplegpt;
-    bool layernorm = false;  // norm: RMSNorm, or LayerNorm without bias
+    bool layernorm = false;               // norm: RMSNorm, or LayerNorm without bias
     int C = 256, L = 6, NH = 4, NKV = 0;  // NKV 0: as many as NH
     int V = 32000;
     float ffn_mult = 1.0f;
@@ -178,15 +178,19 @@ void finish(Config& c) {
     if (c.C % c.NH)
         throw Error(format("--dim: %d is not divisible by %d heads. Choose dim = heads x head size.", c.C, c.NH));
     if (c.HS() != 16 && c.HS() != 32 && c.HS() != 64 && c.HS() != 72 && c.HS() != 128)  // 72: the 360M flavour's
-        throw Error(format("--heads: dim %d over %d heads gives head size %d, which attention lacks. "
-                           "Choose a head size of 16, 32, 64, 72 or 128.", c.C, c.NH, c.HS()));
+        throw Error(
+            format("--heads: dim %d over %d heads gives head size %d, which attention lacks. "
+                   "Choose a head size of 16, 32, 64, 72 or 128.",
+                   c.C, c.NH, c.HS()));
     if (c.NH % c.NKV)
         throw Error(format("--kv-heads: %d heads cannot share %d key/value heads. Choose a divisor.", c.NH, c.NKV));
     if (c.backbone == Backbone::nanogpt && c.NKV != c.NH)
         throw Error("--kv-heads: the nanogpt backbone is multi-head. Leave the flag out or give as many as --heads.");
     if (BF16 && c.F() % 8)
-        throw Error(format("--multiple-of: hidden width %d is no multiple of 8, which tensor cores need. "
-                           "Give a multiple of 8.", c.F()));
+        throw Error(
+            format("--multiple-of: hidden width %d is no multiple of 8, which tensor cores need. "
+                   "Give a multiple of 8.",
+                   c.F()));
 }
 
 // =====================================================================================================================
@@ -211,8 +215,8 @@ struct Tensor {
 
 struct LayerOffsets {
     size_t qkv, o, w13, w2;  // (QKV,C), (C,C), (FF,C), (C,F); w13 and w2 are fc and proj of nanogpt
-    size_t qkv_gain, o_gain, w13_gain, w2_gain;  // simplegpt (QKV), (C), (FF), (C); preqknorm's qkv_gain is q and k only
-    size_t norm1, norm2;     // pre-norms (C)
+    size_t qkv_gain, o_gain, w13_gain, w2_gain;  // (QKV), (C), (FF), (C); of preqknorm only q and k
+    size_t norm1, norm2;                         // pre-norms (C)
 };
 
 struct TensorTable {
@@ -484,7 +488,8 @@ __device__ inline void mma_nt(Tile<N>& c, const floatX* a, int lda, const floatX
         for (int k = 0; k < K; k++) {
             #pragma unroll
             for (int e = 0; e < c.PER_ROW; e++)
-                for (int s = 0; s < SLOTS; s++) c.at(s, e) += float(a[c.row(s) * lda + k]) * float(b[c.col(e) * ldb + k]);
+                for (int s = 0; s < SLOTS; s++)
+                    c.at(s, e) += float(a[c.row(s) * lda + k]) * float(b[c.col(e) * ldb + k]);
         }
     }
 }
@@ -518,8 +523,7 @@ __device__ inline void mma_nn(Tile<N>& c, const Tile<K>& a, const floatX* b, int
             for (int owner = 0; owner < 4; owner++) {
                 int k = e / 2 * 8 + owner * 2 + e % 2;
                 float row[SLOTS];
-                for (int s = 0; s < SLOTS; s++)
-                    row[s] = __shfl_sync(ALL_LANES, a.at(s, e), lane() / 4 * 4 + owner);
+                for (int s = 0; s < SLOTS; s++) row[s] = __shfl_sync(ALL_LANES, a.at(s, e), lane() / 4 * 4 + owner);
                 #pragma unroll
                 for (int f = 0; f < c.PER_ROW; f++)
                     for (int s = 0; s < SLOTS; s++) c.at(s, f) += row[s] * float(b[k * ldb + c.col(f)]);
@@ -528,8 +532,8 @@ __device__ inline void mma_nn(Tile<N>& c, const Tile<K>& a, const floatX* b, int
     }
 }
 
-// dst (rows, ld) in shared memory = src (rows, HS) of row stride `stride`; zero in rows from `valid` on and in columns from
-// HS on up to the next multiple of 16; by the whole block
+// dst (rows, ld) in shared memory = src (rows, HS) of row stride `stride`; zero in rows from `valid` on and in columns
+// from HS on up to the next multiple of 16; by the whole block
 template <int HS>
 __device__ inline void load_tile(floatX* dst, int ld, const floatX* src, size_t stride, int rows, int valid) {
     constexpr int VEC = 16 / sizeof(floatX), PER_ROW = (HS + 15) / 16 * 16 / VEC;  // 16 bytes a thread
@@ -610,7 +614,8 @@ void embedding_backward(float* dtok, float* dpos, const floatX* dx, const int* t
 
 // =====================================================================================================================
 // Matmul through cuBLASLt (the CPU stand-in's is OpenBLAS): D (m,n) = op(A) op(B) + beta D, all row-major, accumulated
-// in float. op(A) is (m,k): A is stored (m,k), or (k,m) if transA; op(B) is (k,n): B is stored (k,n), or (n,k) if transB.
+// in float. op(A) is (m,k): A is stored (m,k), or (k,m) if transA;
+// op(B) is (k,n): B is stored (k,n), or (n,k) if transB.
 
 constexpr size_t MATMUL_WORKSPACE = size_t(32) << 20;
 
@@ -668,8 +673,8 @@ struct Matmul {  // handle, workspace, and one plan a shape, made at the first u
                     cudaDataType_t type, float beta, cudaStream_t stream) {
         const Plan& p = plan(transA, transB, m, n, k, type);
         const float alpha = 1.0f;
-        CHECK_CUBLAS(cublasLtMatmul(handle, p.desc, &alpha, B, p.first, A, p.second, &beta, D, p.out, D, p.out,
-                                    &p.algo, workspace, MATMUL_WORKSPACE, stream));
+        CHECK_CUBLAS(cublasLtMatmul(handle, p.desc, &alpha, B, p.first, A, p.second, &beta, D, p.out, D, p.out, &p.algo,
+                                    workspace, MATMUL_WORKSPACE, stream));
     }
 } matmul;
 
@@ -691,7 +696,7 @@ void linear_backward(floatX* dinp, float* dw, const floatX* dout, const floatX* 
 // q (B,NH,T,HS); k, v (B,NKV,T,HS), query head h reads k/v head h NKV / NH; out (B,T,NH HS); all floatX. lse (B,NH,T)
 // float, kept for the backward.
 
-constexpr int ATTENTION_ROWS = 64;     // rows of a block: 4 warps of 16 on the GPU, one of 64 in the serial geometry
+constexpr int ATTENTION_ROWS = 64;  // rows of a block: 4 warps of 16 on the GPU, one of 64 in the serial geometry
 constexpr int ATTENTION_THREADS = 128;
 
 // a head in a tile: mma takes 16 columns at a time, those beyond HS are zero
@@ -818,7 +823,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
             p.zero();
             mma_nt<WIDTH<HS>>(p, sk + first * LD, LD, sq, LD);
             for (int s = 0; s < SLOTS; s++) {
-                const int from = row0 + first + p.row(s) - col0, to = T - col0;  // queries of this tile that see the key
+                const int from = row0 + first + p.row(s) - col0,
+                          to = T - col0;  // queries of this tile that see the key
                 for (int e = 0; e < p.PER_ROW; e++) {
                     const int i = p.col(e);
                     p.at(s, e) = i >= from && i < to ? __expf(scale * p.at(s, e) - slse[i]) : 0.0f;
@@ -845,8 +851,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     }
 }
 
-// dq_i = sum_{j <= i} ds_ij k_j. One block 64 queries of a head. The scores are computed a second time, so that dq needs
-// no atomics: 7 products instead of 5.
+// dq_i = sum_{j <= i} ds_ij k_j. One block 64 queries of a head. The scores are computed a second time, so that dq
+// needs no atomics: 7 products instead of 5.
 template <int HS>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     attention_backward_q_kernel(floatX* dq, const floatX* dout, const floatX* q, const floatX* k, const floatX* v,
@@ -908,7 +914,8 @@ void attention_forward_hs(floatX* out, float* lse, const floatX* q, const floatX
                           cudaStream_t stream) {
     size_t smem = attention_smem_bytes<HS>(attention_forward_kernel<HS>, ATTENTION_ROWS + 2 * FORWARD_COLS<HS>);
     dim3 grid((h.T + ATTENTION_ROWS - 1) / ATTENTION_ROWS, h.NH, h.B);
-    attention_forward_kernel<HS><<<grid, ATTENTION_THREADS, smem, stream>>>(out, lse, q, k, v, h.T, h.NH, h.NKV, 1.0f / sqrtf(float(HS)));
+    attention_forward_kernel<HS>
+        <<<grid, ATTENTION_THREADS, smem, stream>>>(out, lse, q, k, v, h.T, h.NH, h.NKV, 1.0f / sqrtf(float(HS)));
     CHECK(cudaGetLastError());
 }
 
@@ -930,11 +937,16 @@ void attention_backward_hs(floatX* dq, floatX* dk, floatX* dv, const floatX* dou
 void attention_forward(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
                        cudaStream_t stream) {
     switch (h.HS) {
-        case 16: return attention_forward_hs<16>(out, lse, q, k, v, h, stream);
-        case 32: return attention_forward_hs<32>(out, lse, q, k, v, h, stream);
-        case 64: return attention_forward_hs<64>(out, lse, q, k, v, h, stream);
-        case 72: return attention_forward_hs<72>(out, lse, q, k, v, h, stream);
-        default: return attention_forward_hs<128>(out, lse, q, k, v, h, stream);
+        case 16:
+            return attention_forward_hs<16>(out, lse, q, k, v, h, stream);
+        case 32:
+            return attention_forward_hs<32>(out, lse, q, k, v, h, stream);
+        case 64:
+            return attention_forward_hs<64>(out, lse, q, k, v, h, stream);
+        case 72:
+            return attention_forward_hs<72>(out, lse, q, k, v, h, stream);
+        default:
+            return attention_forward_hs<128>(out, lse, q, k, v, h, stream);
     }
 }
 
@@ -945,18 +957,25 @@ void attention_backward(floatX* dq, floatX* dk, floatX* dv, float* delta, const 
     attention_delta_kernel<<<h.B * h.T, 128, 0, stream>>>(delta, dout, out, h.T, h.NH, h.HS);
     CHECK(cudaGetLastError());
     switch (h.HS) {
-        case 16: return attention_backward_hs<16>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
-        case 32: return attention_backward_hs<32>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
-        case 64: return attention_backward_hs<64>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
-        case 72: return attention_backward_hs<72>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
-        default: return attention_backward_hs<128>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+        case 16:
+            return attention_backward_hs<16>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+        case 32:
+            return attention_backward_hs<32>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+        case 64:
+            return attention_backward_hs<64>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+        case 72:
+            return attention_backward_hs<72>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+        default:
+            return attention_backward_hs<128>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
     }
 }
 
 // =====================================================================================================================
 // Head and loss. The logits exist for a chunk of rows at a time, in floatX, and turn into their gradient in place:
-//   loss[n] = lse - logit[target],   lse = log sum_v exp(logit[v]),   dlogit[v] = (exp(logit[v] - lse) - [v = target]) w
-// logits (rows,Vp) floatX, columns from V on are padding: not in the sum, gradient 0. losses (rows) float. One block a row.
+//   loss[n] = lse - logit[target],   lse = log sum_v exp(logit[v]),   dlogit[v] = (exp(logit[v] - lse) - [v = target])
+//   w
+// logits (rows,Vp) floatX, columns from V on are padding: not in the sum, gradient 0. losses (rows) float. One block a
+// row.
 
 __global__ void cross_entropy_kernel(float* losses, floatX* logits, const int* targets, int V, int Vp, float weight,
                                      bool backward) {
@@ -998,11 +1017,11 @@ __global__ void loss_sum_kernel(float* mean, const float* losses, int N, float w
 
 // What a layer leaves for its backward. N = B T rows each; x is the block's input, h its middle.
 struct LayerActivations {
-    floatX *x, *h;                        // (N,C) residual stream
-    floatX *n1, *n2;                      // (N,C) outputs of the pre-norms; simplegpt has none, there they are x and h
+    floatX *x, *h;    // (N,C) residual stream
+    floatX *n1, *n2;  // (N,C) outputs of the pre-norms; simplegpt has none, there they are x and h
     floatX *qkv_raw, *o_raw, *w13_raw, *w2_raw;  // (N,QKV) (N,C) (N,FF) (N,C) outputs of the linears
-    floatX *q, *k, *v, *att, *act;        // (B,NH,T,HS) (B,NKV,T,HS) twice, (N,C), (N,F)
-    float* lse;                           // (B,NH,T)
+    floatX *q, *k, *v, *att, *act;               // (B,NH,T,HS) (B,NKV,T,HS) twice, (N,C), (N,F)
+    float* lse;                                  // (B,NH,T)
     float2 *qkv_stats, *o_stats, *w13_stats, *w2_stats, *n1_stats, *n2_stats;  // (N,3) (N) (N,2) (N) (N) (N)
 };
 
@@ -1041,14 +1060,14 @@ struct Model {
     int logit_rows = 0;
     float *losses = nullptr, *loss = nullptr, *grad_norm = nullptr;  // (N), (1), (1)
     float *partial = nullptr, *square_sums = nullptr;
-    float2* rope = nullptr;  // (T,HS/2) cos, sin
+    float2* rope = nullptr;                                                          // (T,HS/2) cos, sin
     int *tokens = nullptr, *targets = nullptr, *places = nullptr, *begin = nullptr;  // (N) (N) (N) (N+1)
 
     // gradients of activations, shared by all layers
     floatX *dres = nullptr, *dbranch = nullptr, *dmid = nullptr, *dnormed = nullptr;  // (N,C)
-    floatX *dqkv_raw = nullptr, *dq = nullptr, *dk = nullptr, *dv = nullptr;  // (N,QKV), attention's layouts
-    floatX *dw13_raw = nullptr, *dact = nullptr;  // (N,FF) (N,F)
-    float* delta = nullptr;                       // (B,NH,T)
+    floatX *dqkv_raw = nullptr, *dq = nullptr, *dk = nullptr, *dv = nullptr;          // (N,QKV), attention's layouts
+    floatX *dw13_raw = nullptr, *dact = nullptr;                                      // (N,FF) (N,F)
+    float* delta = nullptr;                                                           // (B,NH,T)
 
     void* memory = nullptr;
     Arena arena;
@@ -1125,8 +1144,10 @@ void lay_out(Model& m, bool training) {
     a.take(m.targets, N);
     a.take(m.places, N);
     a.take(m.begin, N + 1);
-    if (!c.gated()) m.rope = nullptr;
-    else a.take(m.rope, size_t(c.T) * c.HS() / 2);
+    if (!c.gated())
+        m.rope = nullptr;
+    else
+        a.take(m.rope, size_t(c.T) * c.HS() / 2);
     char* workspace = nullptr;
     a.take(workspace, MATMUL_WORKSPACE);
     matmul.workspace = workspace;
@@ -1180,9 +1201,10 @@ void create(Model& m) {
     size_t free = 0, total = 0;
     CHECK(cudaMemGetInfo(&free, &total));
     if (m.arena.used > free || cudaMalloc(&m.memory, m.arena.used) != cudaSuccess)
-        throw Error(format("memory: the plan needs %.1f GiB, the device has %.1f GiB free. Lower --batch-size or "
-                           "--seq-len (and raise --grad-accum), or choose a smaller model.",
-                           m.arena.used / 1073741824.0, free / 1073741824.0));
+        throw Error(
+            format("memory: the plan needs %.1f GiB, the device has %.1f GiB free. Lower --batch-size or "
+                   "--seq-len (and raise --grad-accum), or choose a smaller model.",
+                   m.arena.used / 1073741824.0, free / 1073741824.0));
     m.arena.base = static_cast<char*>(m.memory);
     lay_out(m, training);
     CHECK(cudaStreamCreate(&m.stream));
@@ -1302,8 +1324,8 @@ void block_backward(Model& m, int l, int B, int T) {
     // y = h + N2 W2 act
     const floatX* dw2 = into_branch(at.w2_gain, a.w2_raw, a.w2_stats);
     linear_backward(m.dact, m.g(at.w2), dw2, a.act, m.w(at.w2), N, F, C, stream);
-    ffn_norm_act_backward(m.dw13_raw, m.g(at.w13_gain), m.partial, m.dact, a.w13_raw, m.w(at.w13_gain), a.w13_stats,
-                          N, F, m.c.gated(), norm, stream);
+    ffn_norm_act_backward(m.dw13_raw, m.g(at.w13_gain), m.partial, m.dact, a.w13_raw, m.w(at.w13_gain), a.w13_stats, N,
+                          F, m.c.gated(), norm, stream);
     linear_backward(m.dnormed, m.g(at.w13), m.dw13_raw, a.n2, m.w(at.w13), N, C, FF, stream);
     join(at.norm2, a.h, a.n2_stats);
 
@@ -1331,8 +1353,8 @@ void set_batch(Model& m, const int32_t* windows, int B, int T, TokenPlaces* plac
     if (places) {
         *places = token_places(tokens, N);
         CHECK(cudaMemcpyAsync(m.places, places->places.data(), N * sizeof(int), cudaMemcpyHostToDevice, m.stream));
-        CHECK(cudaMemcpyAsync(m.begin, places->begin.data(), places->begin.size() * sizeof(int),
-                              cudaMemcpyHostToDevice, m.stream));
+        CHECK(cudaMemcpyAsync(m.begin, places->begin.data(), places->begin.size() * sizeof(int), cudaMemcpyHostToDevice,
+                              m.stream));
     }
 }
 
@@ -1457,7 +1479,8 @@ void update(Model& m, AdamW o, int64_t t) {
     if (o.decay_1d) return walk(0, size, o.weight_decay);
     auto decay = [&](size_t i) { return m.table.tensors[i].cols ? o.weight_decay : 0.0f; };
     for (size_t i = 0, j; i < m.table.tensors.size(); i = j) {  // runs of neighbours of one decay
-        for (j = i + 1; j < m.table.tensors.size() && decay(j) == decay(i); j++) {}
+        for (j = i + 1; j < m.table.tensors.size() && decay(j) == decay(i); j++) {
+        }
         walk(m.table.tensors[i].offset, j < m.table.tensors.size() ? m.table.tensors[j].offset : size, decay(i));
     }
 }
@@ -1548,7 +1571,8 @@ struct JsonParser {
             std::string word;
             while (p < end && (isalnum((unsigned char)*p) || strchr("+-.", *p))) word += *p++;
             char* stop = nullptr;
-            if (word == "true" || word == "false") j.kind = Json::boolean, j.value = word == "true";
+            if (word == "true" || word == "false")
+                j.kind = Json::boolean, j.value = word == "true";
             else if (word != "null") {
                 j.kind = Json::number, j.value = strtod(word.c_str(), &stop), j.string = word;
                 if (word.empty() || *stop) fail();
@@ -1698,7 +1722,8 @@ struct Safetensors {
                 throw Error("the data of " + name + " lies outside the file; it was cut short");
             e.begin = 8 + length + size_t(begin);
             e.bytes = size_t(end) - size_t(begin);
-            if (e.bytes != e.elements * width) throw Error("the data of " + name + " does not have the size of its shape");
+            if (e.bytes != e.elements * width)
+                throw Error("the data of " + name + " does not have the size of its shape");
             entries[name] = e;
         }
     }
@@ -1837,20 +1862,24 @@ void save_checkpoint(const Model& m, const std::string& out, const TrainState& s
     try {
         std::vector<SaveTensor> tensors;
         for (const Tensor& t : m.table.tensors)
-            tensors.push_back({t.name, DTYPE, shape_of(t), t.size() * sizeof(floatX), [&m, &t](std::vector<char>& data) {
-                                   CHECK(cudaMemcpy(data.data(), m.params + t.offset, data.size(),
-                                                    cudaMemcpyDeviceToHost));
-                               }});
+            tensors.push_back(
+                {t.name, DTYPE, shape_of(t), t.size() * sizeof(floatX), [&m, &t](std::vector<char>& data) {
+                     CHECK(cudaMemcpy(data.data(), m.params + t.offset, data.size(), cudaMemcpyDeviceToHost));
+                 }});
         save_safetensors(dir + "/model.safetensors", tensors);
         tensors.clear();
         for (auto [part, buffer] : {std::make_pair("m", m.m), {"v", m.v}, {"master", m.master}})
             if (buffer)
-                tensors.push_back({part, "F32", {m.table.size}, m.table.size * sizeof(float),
+                tensors.push_back({part,
+                                   "F32",
+                                   {m.table.size},
+                                   m.table.size * sizeof(float),
                                    [buffer = buffer](std::vector<char>& data) {
                                        CHECK(cudaMemcpy(data.data(), buffer, data.size(), cudaMemcpyDeviceToHost));
                                    }});
         save_safetensors(dir + "/optimizer_rank0.safetensors", tensors);
-        std::string json = format("{\n  \"step\": %lld,\n  \"seed\": %llu,\n", (long long)s.step, (unsigned long long)s.seed);
+        std::string json =
+            format("{\n  \"step\": %lld,\n  \"seed\": %llu,\n", (long long)s.step, (unsigned long long)s.seed);
         json += format("  \"loader\": {\"epoch\": %llu, \"window\": %llu},\n", (unsigned long long)s.loader.epoch,
                        (unsigned long long)s.loader.window);
         json += "  \"config\": {";
@@ -1902,7 +1931,8 @@ TrainState load_checkpoint(Model& m, const std::string& dir) {
         if (!buffer) continue;
         auto found = file.entries.find(part);
         if (found == file.entries.end() || found->second.elements != m.table.size)
-            throw Error(file.path + ": lacks the tensor " + part + " or has it in another shape. Delete this checkpoint "
+            throw Error(file.path + ": lacks the tensor " + part +
+                        " or has it in another shape. Delete this checkpoint "
                         "to resume from the one before.");
         values = file.floats(part);
         CHECK(cudaMemcpy(buffer, values.data(), values.size() * sizeof(float), cudaMemcpyHostToDevice));
@@ -1981,7 +2011,9 @@ struct Log {
 
 std::string duration(double seconds) {
     int s = int(seconds + 0.5);
-    return s >= 3600 ? format("%dh%02dm", s / 3600, s / 60 % 60) : s >= 60 ? format("%dm%02ds", s / 60, s % 60) : format("%ds", s);
+    return s >= 3600 ? format("%dh%02dm", s / 3600, s / 60 % 60)
+           : s >= 60 ? format("%dm%02ds", s / 60, s % 60)
+                     : format("%ds", s);
 }
 
 // =====================================================================================================================
@@ -2051,12 +2083,15 @@ std::vector<Flag> flags(Options& o) {
     Config& c = o.config;
 
     heading("Model (a flavour's numbers, each of which its own flag changes)");
-    all.push_back({"model", "FLAVOUR", "preset of dim, layers, heads, ... ; --models lists them (default: 256 wide, 6 layers)",
+    all.push_back({"model", "FLAVOUR",
+                   "preset of dim, layers, heads, ... ; --models lists them (default: 256 wide, 6 layers)",
                    [](const char*) {}});  // applied before all others
     all.push_back({"models", nullptr, "list the flavours and their parameter counts, then exit", nullptr});
-    choice("backbone", "llama|nanogpt", "llama: RoPE, SwiGLU, own head; nanogpt: learned positions, GELU, tied head (llama)",
-           {"llama", "nanogpt"}, [&c](int i) { c.backbone = Backbone(i); });
-    choice("variant", "simplegpt|prenorm|preqknorm", "norms behind every linear, before each half, or that with QK norm (simplegpt)",
+    choice("backbone", "llama|nanogpt",
+           "llama: RoPE, SwiGLU, own head; nanogpt: learned positions, GELU, tied head (llama)", {"llama", "nanogpt"},
+           [&c](int i) { c.backbone = Backbone(i); });
+    choice("variant", "simplegpt|prenorm|preqknorm",
+           "norms behind every linear, before each half, or that with QK norm (simplegpt)",
            {"simplegpt", "prenorm", "preqknorm"}, [&c](int i) { c.variant = Variant(i); });
     choice("norm", "rmsnorm|layernorm", "layernorm has no bias (rmsnorm)", {"rmsnorm", "layernorm"},
            [&c](int i) { c.layernorm = i; });
@@ -2081,10 +2116,12 @@ std::vector<Flag> flags(Options& o) {
                    }});
 
     heading("Data");
-    text("train-data", "GLOB", "token shards (llm.c's format; dev/data/prepare.py makes them); quote a pattern", &o.train_data);
+    text("train-data", "GLOB", "token shards (llm.c's format; dev/data/prepare.py makes them); quote a pattern",
+         &o.train_data);
     text("val-data", "GLOB", "token shards to validate on", &o.val_data);
     toggle("shuffle", "windows in an order drawn from --seed, anew each epoch (in order)", &o.shuffle, true);
-    text("tokenizer", "bytes|FILE", "for --prompt and samples (dev/data/convert_tokenizer.py makes files)", &o.tokenizer);
+    text("tokenizer", "bytes|FILE", "for --prompt and samples (dev/data/convert_tokenizer.py makes files)",
+         &o.tokenizer);
 
     heading("Training");
     integer("batch-size", &o.batch_size, 1, big, "sequences of a micro-batch (4)");
@@ -2105,7 +2142,8 @@ std::vector<Flag> flags(Options& o) {
     text("init-from", "FILE", "begin with these weights: safetensors with the paper's names", &o.init_from);
     text("export", "FILE", "write the final weights there: float32 safetensors with the paper's names", &o.export_to);
     text("out", "DIR", "the run's directory: log.csv and checkpoints (run)", &o.out);
-    integer("save-every", &o.save_every, 0, int64_t(1) << 50, "steps between checkpoints, one at the end too; 0 for none (0)");
+    integer("save-every", &o.save_every, 0, int64_t(1) << 50,
+            "steps between checkpoints, one at the end too; 0 for none (0)");
     integer("keep", &o.keep, 0, big, "checkpoints that stay, the newest; 0 for all (2)");
     toggle("resume", "go on from the newest checkpoint in --out, or begin if there is none", &o.resume, true);
 
@@ -2121,8 +2159,10 @@ std::vector<Flag> flags(Options& o) {
 }
 
 void print_help(const std::vector<Flag>& all) {
-    printf("train_gpt: trains SimpleGPT and its pre-norm relatives (%s build).\n"
-           "usage: ./train_gpt --train-data 'data/*_train_*.bin' [options]\n", PRECISION);
+    printf(
+        "train_gpt: trains SimpleGPT and its pre-norm relatives (%s build).\n"
+        "usage: ./train_gpt --train-data 'data/*_train_*.bin' [options]\n",
+        PRECISION);
     for (const Flag& f : all) {
         if (!f.name) {
             printf("\n%s\n", f.help);
@@ -2135,12 +2175,14 @@ void print_help(const std::vector<Flag>& all) {
 }
 
 void print_flavours() {
-    printf("%-14s %6s %7s %6s %9s %7s %7s %15s\n", "flavour", "dim", "layers", "heads", "kv-heads", "hidden", "vocab", "parameters");
+    printf("%-14s %6s %7s %6s %9s %7s %7s %15s\n", "flavour", "dim", "layers", "heads", "kv-heads", "hidden", "vocab",
+           "parameters");
     for (const Flavour& f : FLAVOURS) {
         Config c;
         apply_flavour(c, f.name);
         finish(c);
-        printf("%-14s %6d %7d %6d %9d %7d %7d %15zu\n", f.name, c.C, c.L, c.NH, c.NKV, c.F(), c.V, build_table(c).parameters);
+        printf("%-14s %6d %7d %6d %9d %7d %7d %15zu\n", f.name, c.C, c.L, c.NH, c.NKV, c.F(), c.V,
+               build_table(c).parameters);
     }
     printf("parameters: of the simplegpt variant; nanogpt's with 1024 positions\n");
 }
@@ -2150,7 +2192,8 @@ bool parse_options(Options& o, int argc, char** argv) {
     std::vector<Flag> all = flags(o);
     std::vector<option> longs;
     for (size_t i = 0; i < all.size(); i++)
-        if (all[i].name) longs.push_back({all[i].name, all[i].arg ? required_argument : no_argument, nullptr, int(i) + 256});
+        if (all[i].name)
+            longs.push_back({all[i].name, all[i].arg ? required_argument : no_argument, nullptr, int(i) + 256});
     longs.push_back({nullptr, 0, nullptr, 0});
     // the flavour first, wherever it stands, then what changes it
     for (int walk = 0; walk < 2; walk++) {
@@ -2186,7 +2229,8 @@ float validate(Model& m, DataLoader& data, int batches) {
 void print_sample(Model& m, const Tokenizer& tokenizer, const Options& o, int64_t step) {
     std::vector<int> prompt = tokenizer.encode(o.prompt);
     prompt.insert(prompt.begin(), tokenizer.bos());
-    std::vector<int> drawn = sample(m, prompt, o.sample_tokens, tokenizer.vocab_size(), 0.8f, 50, o.seed + uint64_t(step));
+    std::vector<int> drawn =
+        sample(m, prompt, o.sample_tokens, tokenizer.vocab_size(), 0.8f, 50, o.seed + uint64_t(step));
     auto end = std::find(drawn.begin(), drawn.end(), tokenizer.eos());
     prompt.insert(prompt.end(), drawn.begin(), end);
     prompt.erase(prompt.begin());
@@ -2205,14 +2249,15 @@ std::pair<float, float> train_step(Model& m, DataLoader& data, const Options& o,
     return {loss, read_float(m, m.grad_norm)};
 }
 
-void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const Tokenizer* tokenizer, TrainState state) {
+void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const Tokenizer* tokenizer,
+           TrainState state) {
     const int64_t S = o.steps, W = o.warmup >= 0 ? o.warmup : S / 100;
     const double tokens = double(m.N()) * o.grad_accum;
     Log log;
     log.open(o.out + "/log.csv", state.step);
     int64_t marked = state.step;  // step and time since which the line on the terminal counts
     double mark = now();
-    double paused = 0.0;          // seconds of validation, samples and checkpoints among them
+    double paused = 0.0;  // seconds of validation, samples and checkpoints among them
     for (int64_t s = state.step; s < S; s++) {
         const double begin = now(), lr = learning_rate(o.lr, s, W, S);
         auto [loss, grad_norm] = train_step(m, data, o, lr, s + 1);
@@ -2233,8 +2278,10 @@ void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
             marked = state.step, mark = end, paused = 0.0;
         }
         if (!finite)
-            throw Error(format("training: the loss or the gradient norm is not finite at step %lld. Lower --lr, or "
-                               "raise --warmup.", (long long)state.step));
+            throw Error(
+                format("training: the loss or the gradient norm is not finite at step %lld. Lower --lr, or "
+                       "raise --warmup.",
+                       (long long)state.step));
         if (tokenizer && due(o.sample_every)) print_sample(m, *tokenizer, o, state.step);
         if (due(o.save_every)) save_checkpoint(m, o.out, state, o.keep);
         paused += now() - end;
@@ -2251,7 +2298,8 @@ void run(int argc, char** argv) {
         tokenizer.reset(new Tokenizer(o.tokenizer == "bytes" ? Tokenizer::bytes() : Tokenizer::load(o.tokenizer)));
         if (!o.vocab_given) c.V = tokenizer->vocab_size();
         if (tokenizer->vocab_size() > c.V)
-            throw Error(format("--tokenizer: has %d tokens, --vocab-size is %d. Raise it.", tokenizer->vocab_size(), c.V));
+            throw Error(
+                format("--tokenizer: has %d tokens, --vocab-size is %d. Raise it.", tokenizer->vocab_size(), c.V));
     } else if (o.sample_every) {
         throw Error("--sample-every: needs a tokenizer. Add --tokenizer bytes or the file of the data's tokenizer.");
     }
@@ -2275,7 +2323,8 @@ void run(int argc, char** argv) {
     if (!o.export_to.empty()) OutFile probe(o.export_to);
     std::vector<int64_t> checkpoints = list_checkpoints(o.out);
     if (!checkpoints.empty() && !o.resume)
-        throw Error(o.out + ": holds the checkpoints of an earlier run. Add --resume to continue it, or choose another "
+        throw Error(o.out +
+                    ": holds the checkpoints of an earlier run. Add --resume to continue it, or choose another "
                     "--out.");
 
     open_device();
@@ -2294,7 +2343,9 @@ void run(int argc, char** argv) {
     if (!checkpoints.empty()) {
         const std::string dir = o.out + "/" + checkpoint_name(checkpoints.back());
         state = load_checkpoint(m, dir);
-        if (state.seed != o.seed) throw Error(format("%s: was begun with --seed %llu. Give the same.", dir.c_str(), (unsigned long long)state.seed));
+        if (state.seed != o.seed)
+            throw Error(
+                format("%s: was begun with --seed %llu. Give the same.", dir.c_str(), (unsigned long long)state.seed));
         if (data) data->seek(state.loader);
         printf("resumed from %s\n", dir.c_str());
     } else if (!o.init_from.empty()) {

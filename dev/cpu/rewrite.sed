@@ -2,7 +2,7 @@
 #   kernel<T><<<grid, block, smem>>>(args);        cuda_launch(CUDA_KERNEL(kernel<T>), grid, block, smem)(args);
 #   __shared__ float tile[32][33];                 CUDA_SHARED(tile, [32][33], float);
 #   extern __shared__ __align__(16) float rows[];  float* rows = (float*)cuda_dynamic_shared();
-# A launch may span lines; the kernel's name, its template arguments and <<< stand on one.
+# A launch may span lines, also before <<<; the kernel's name and its template arguments stand on one line.
 
 /__shared__/ {
     s/(__align__|alignas)\([^()]*\) *//g
@@ -13,8 +13,9 @@
     s/(static +)?__shared__ +([^;[]*[^;[ ]) +([A-Za-z_0-9]+)((\[[^]]*\])*) *;/CUDA_SHARED(\3, \4, \2);/g
 }
 
+/_kernel(<[A-Za-z_0-9:, ]*>)?$/N
 /\/\/.*<<</b
-/[A-Za-z_0-9>] *<<</ {
+/[A-Za-z_0-9>][ \n]*<<</ {
     # \x01 stands for >>>, so that "up to the next >>>" can be said
     :join
     s/>>>/\x01/g
@@ -25,7 +26,7 @@
         }
     }
     :launch
-    s/([A-Za-z_][A-Za-z_0-9:]*(<[A-Za-z_0-9:, <>*+-]*>)?) *<<<([^\x01]*)\x01/cuda_launch(CUDA_KERNEL(\1), \3)/
+    s/([A-Za-z_][A-Za-z_0-9:]*(<[A-Za-z_0-9:, <>*+-]*>)?)([ \n]*)<<<([^\x01]*)\x01/cuda_launch(CUDA_KERNEL(\1),\3 \4)/
     t launch
     s/\x01/>>>/g
 }
