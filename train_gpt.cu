@@ -1628,6 +1628,15 @@ std::string read_file(const std::string& path) {
     return s;
 }
 
+void make_dirs(const std::string& path) {  // with the folders above it
+    for (size_t at = path.find('/', 1);; at = path.find('/', at + 1)) {
+        const std::string part = path.substr(0, at);
+        if (mkdir(part.c_str(), 0777) && errno != EEXIST)
+            throw Error(part + ": cannot be made: " + strerror(errno) + ". Choose another --out.");
+        if (at == std::string::npos) return;
+    }
+}
+
 void fsync_dir(const std::string& path) {
     int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY);
     if (fd >= 0) fsync(fd), close(fd);
@@ -2025,7 +2034,7 @@ struct Options {
     double lr = 1e-3;  // the peak; adamw.lr is that of a step
     std::string train_data, val_data, tokenizer, prompt, init_from, export_to, out = "run";
     bool shuffle = false, resume = false;
-    int batch_size = 4, grad_accum = 1, log_every = 10, val_every = 0, val_batches = 20, sample_every = 0;
+    int batch_size = 4, grad_accum = 1, log_every = 10, val_every = -1, val_batches = 20, sample_every = 0;
     int sample_tokens = 200, keep = 2;
     int64_t steps = 1000, warmup = -1, save_every = 0;
     uint64_t seed = 1;
@@ -2149,7 +2158,7 @@ std::vector<Flag> flags(Options& o) {
 
     heading("Watching");
     integer("log-every", &o.log_every, 1, big, "steps between lines on the terminal (10)");
-    integer("val-every", &o.val_every, 0, big, "steps between validations, one at the end too; 0 for none (0)");
+    integer("val-every", &o.val_every, 0, big, "steps between validations, one at the end too; 0 for none (a tenth of --steps)");
     integer("val-batches", &o.val_batches, 1, big, "batches of a validation, always the same (20)");
     integer("sample-every", &o.sample_every, 0, big, "steps between samples of text; 0 for none (0)");
     integer("sample-tokens", &o.sample_tokens, 1, 1 << 20, "tokens of a sample (200)");
@@ -2316,9 +2325,9 @@ void run(int argc, char** argv) {
     std::unique_ptr<DataLoader> data, val;
     if (o.steps > 0) data.reset(new DataLoader(o.train_data, o.batch_size, c.T, c.V, o.shuffle, o.seed));
     if (o.steps > 0 && !o.val_data.empty()) val.reset(new DataLoader(o.val_data, o.batch_size, c.T, c.V));
-    if (val && !o.val_every) o.val_every = int(std::max<int64_t>(1, o.steps / 10));
-    if (mkdir(o.out.c_str(), 0777) && errno != EEXIST)
-        throw Error(o.out + ": cannot be made: " + strerror(errno) + ". Choose another --out.");
+    if (o.val_every > 0 && o.val_data.empty()) throw Error("--val-every: needs --val-data. Give it, or leave both out.");
+    if (val && o.val_every < 0) o.val_every = int(std::max<int64_t>(1, o.steps / 10));
+    make_dirs(o.out);
     { OutFile probe(o.out + "/log.csv"); }  // tells now, not after an hour
     if (!o.export_to.empty()) OutFile probe(o.export_to);
     std::vector<int64_t> checkpoints = list_checkpoints(o.out);
