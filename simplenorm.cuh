@@ -51,8 +51,8 @@ __device__ inline float2 row_means(float sum_gdy, float sum_gdy_xh, int C, Norm 
 __device__ inline float normalize(floatX x, float2 stats) { return (float(x) - stats.x) * stats.y; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Gain gradient, second stage: dgain[c] += sum_b partial[b, c] for c < W. dgain (W) float; partial (blocks, stride)
-// float.
+// Gain gradient, second stage: dgain[c] += sum_b partial[b, c] for c < W. dgain (W), partial
+// (blocks, stride) float.
 
 __global__ void gain_grad_kernel(float* dgain, const float* partial, int blocks, int W, int stride) {
     constexpr int COLUMNS = 256;  // a block's share, so that the serial geometry has a loop to vectorise

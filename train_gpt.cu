@@ -214,7 +214,7 @@ struct Tensor {
 };
 
 struct LayerOffsets {
-    size_t qkv, o, w13, w2;  // (QKV,C), (C,C), (FF,C), (C,F); w13 and w2 are fc and proj of nanogpt
+    size_t qkv, o, w13, w2;                      // (QKV,C), (C,C), (FF,C), (C,F); w13 and w2 are fc and proj of nanogpt
     size_t qkv_gain, o_gain, w13_gain, w2_gain;  // (QKV), (C), (FF), (C); of preqknorm only q and k
     size_t norm1, norm2;                         // pre-norms (C)
 };
@@ -823,11 +823,11 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
             p.zero();
             mma_nt<WIDTH<HS>>(p, sk + first * LD, LD, sq, LD);
             for (int s = 0; s < SLOTS; s++) {
-                const int from = row0 + first + p.row(s) - col0,
-                          to = T - col0;  // queries of this tile that see the key
+                // queries before the key do not see it; those beyond T have dout and delta 0 and add nothing
+                const int from = row0 + first + p.row(s) - col0;
                 for (int e = 0; e < p.PER_ROW; e++) {
                     const int i = p.col(e);
-                    p.at(s, e) = i >= from && i < to ? __expf(scale * p.at(s, e) - slse[i]) : 0.0f;
+                    p.at(s, e) = i >= from ? __expf(scale * p.at(s, e) - slse[i]) : 0.0f;
                 }
             }
             mma_nn<COLS>(acc_v, p, sdo, LD);
@@ -937,16 +937,11 @@ void attention_backward_hs(floatX* dq, floatX* dk, floatX* dv, const floatX* dou
 void attention_forward(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
                        cudaStream_t stream) {
     switch (h.HS) {
-        case 16:
-            return attention_forward_hs<16>(out, lse, q, k, v, h, stream);
-        case 32:
-            return attention_forward_hs<32>(out, lse, q, k, v, h, stream);
-        case 64:
-            return attention_forward_hs<64>(out, lse, q, k, v, h, stream);
-        case 72:
-            return attention_forward_hs<72>(out, lse, q, k, v, h, stream);
-        default:
-            return attention_forward_hs<128>(out, lse, q, k, v, h, stream);
+        case 16: return attention_forward_hs<16>(out, lse, q, k, v, h, stream);
+        case 32: return attention_forward_hs<32>(out, lse, q, k, v, h, stream);
+        case 64: return attention_forward_hs<64>(out, lse, q, k, v, h, stream);
+        case 72: return attention_forward_hs<72>(out, lse, q, k, v, h, stream);
+        default: return attention_forward_hs<128>(out, lse, q, k, v, h, stream);
     }
 }
 
@@ -957,25 +952,20 @@ void attention_backward(floatX* dq, floatX* dk, floatX* dv, float* delta, const 
     attention_delta_kernel<<<h.B * h.T, 128, 0, stream>>>(delta, dout, out, h.T, h.NH, h.HS);
     CHECK(cudaGetLastError());
     switch (h.HS) {
-        case 16:
-            return attention_backward_hs<16>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
-        case 32:
-            return attention_backward_hs<32>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
-        case 64:
-            return attention_backward_hs<64>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
-        case 72:
-            return attention_backward_hs<72>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
-        default:
-            return attention_backward_hs<128>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+        case 16: return attention_backward_hs<16>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+        case 32: return attention_backward_hs<32>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+        case 64: return attention_backward_hs<64>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+        case 72: return attention_backward_hs<72>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+        default: return attention_backward_hs<128>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
     }
 }
 
 // =====================================================================================================================
 // Head and loss. The logits exist for a chunk of rows at a time, in floatX, and turn into their gradient in place:
-//   loss[n] = lse - logit[target],   lse = log sum_v exp(logit[v]),   dlogit[v] = (exp(logit[v] - lse) - [v = target])
-//   w
-// logits (rows,Vp) floatX, columns from V on are padding: not in the sum, gradient 0. losses (rows) float. One block a
-// row.
+//   loss[n] = lse - logit[target],   lse = log sum_v exp(logit[v])
+//   dlogit[v] = weight (exp(logit[v] - lse) - [v = target])
+// logits (rows,Vp) floatX, columns from V on are padding: not in the sum, gradient 0. losses (rows) float.
+// One block a row.
 
 __global__ void cross_entropy_kernel(float* losses, floatX* logits, const int* targets, int V, int Vp, float weight,
                                      bool backward) {
@@ -2158,7 +2148,8 @@ std::vector<Flag> flags(Options& o) {
 
     heading("Watching");
     integer("log-every", &o.log_every, 1, big, "steps between lines on the terminal (10)");
-    integer("val-every", &o.val_every, 0, big, "steps between validations, one at the end too; 0 for none (a tenth of --steps)");
+    integer("val-every", &o.val_every, 0, big,
+            "steps between validations, one at the end too; 0 for none (a tenth of --steps)");
     integer("val-batches", &o.val_batches, 1, big, "batches of a validation, always the same (20)");
     integer("sample-every", &o.sample_every, 0, big, "steps between samples of text; 0 for none (0)");
     integer("sample-tokens", &o.sample_tokens, 1, 1 << 20, "tokens of a sample (200)");
@@ -2325,7 +2316,8 @@ void run(int argc, char** argv) {
     std::unique_ptr<DataLoader> data, val;
     if (o.steps > 0) data.reset(new DataLoader(o.train_data, o.batch_size, c.T, c.V, o.shuffle, o.seed));
     if (o.steps > 0 && !o.val_data.empty()) val.reset(new DataLoader(o.val_data, o.batch_size, c.T, c.V));
-    if (o.val_every > 0 && o.val_data.empty()) throw Error("--val-every: needs --val-data. Give it, or leave both out.");
+    if (o.val_every > 0 && o.val_data.empty())
+        throw Error("--val-every: needs --val-data. Give it, or leave both out.");
     if (val && o.val_every < 0) o.val_every = int(std::max<int64_t>(1, o.steps / 10));
     make_dirs(o.out);
     { OutFile probe(o.out + "/log.csv"); }  // tells now, not after an hour

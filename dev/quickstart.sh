@@ -17,7 +17,7 @@ run=runs/$(date +%Y%m%d-%H%M%S)
 mkdir -p runs
 ./train_gpt --dim 256 --layers 4 --heads 4 --multiple-of 64 --tokenizer bytes --seq-len 256 --batch-size 8 \
     --train-data "$data/text_train_*.bin" --val-data "$data/text_val_*.bin" --shuffle \
-    --steps "$STEPS" --lr 3e-3 --warmup 50 --log-every 25 --val-every 150 --val-batches 16 \
+    --steps "$STEPS" --lr 3e-3 --warmup $((STEPS / 18)) --log-every 25 --val-every 150 --val-batches 16 \
     --sample-every 300 --prompt 'def ' --save-every 300 --export "$run.safetensors" --out "$run"
 bigram=$("$PYTHON" -c "import json; print(json.load(open('$data/text_manifest.json'))['bigram_val_loss'])")
 "$PYTHON" dev/plot.py "$run" --out "$run/loss.png" --baseline "bigram model=$bigram"

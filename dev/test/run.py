@@ -13,44 +13,50 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 GOLDEN = "dev/test/golden"
+CLI = [sys.executable, "dev/test/test_cli.py"]
 
-# name: make targets, command, environment; the long ones first
+# name: make targets, command, seeds of the lanes' order (one run each); the long ones first
 JOBS = {
-    "exact_fp32": (["build/test_exact_fp32"], ["build/test_exact_fp32"], {"CUDA_CPU_SEED": "1"}),
-    "exact_bf16": (["build/test_exact_bf16"], ["build/test_exact_bf16"], {"CUDA_CPU_SEED": "2"}),
-    "sanitized_fp32": (["build/test_sanitized_fp32"], ["build/test_sanitized_fp32", "--quick"], {"CUDA_CPU_SEED": "3"}),
-    "sanitized_bf16": (["build/test_sanitized_bf16"], ["build/test_sanitized_bf16", "--quick"], {"CUDA_CPU_SEED": "4"}),
-    "serial_fp32": (["build/test_serial_fp32"], ["build/test_serial_fp32"], {}),
-    "serial_bf16": (["build/test_serial_bf16"], ["build/test_serial_bf16"], {}),
-    "cli_fp32": (["build/train_gpt_cpu_fp32"], [sys.executable, "dev/test/test_cli.py", "build/train_gpt_cpu_fp32", GOLDEN], {}),
-    "cli_bf16": (["build/train_gpt_cpu_bf16"], [sys.executable, "dev/test/test_cli.py", "build/train_gpt_cpu_bf16", GOLDEN, "--bf16"], {}),
-    "standin_exact": (["build/test_standin_exact"], ["build/test_standin_exact"], {}),
-    "standin_serial": (["build/test_standin_serial"], ["build/test_standin_serial"], {}),
-    "dataloader": (["build/test_dataloader"], ["build/test_dataloader"], {}),
-    "tokenizer": (["build/test_tokenizer"], ["build/test_tokenizer"], {}),
-    "prepare": ([], [sys.executable, "dev/test/test_prepare.py"], {}),
+    "sanitized_fp32": (["build/test_sanitized_fp32"], ["build/test_sanitized_fp32", "--quick"], [1, 2, 3]),
+    "sanitized_bf16": (["build/test_sanitized_bf16"], ["build/test_sanitized_bf16", "--quick"], [1, 2, 3]),
+    "exact_fp32": (["build/test_exact_fp32"], ["build/test_exact_fp32"], [4]),
+    "exact_bf16": (["build/test_exact_bf16"], ["build/test_exact_bf16"], [5]),
+    "serial_fp32": (["build/test_serial_fp32"], ["build/test_serial_fp32"], [1]),
+    "serial_bf16": (["build/test_serial_bf16"], ["build/test_serial_bf16"], [1]),
+    "cli_fp32": (["build/train_gpt_cpu_fp32"], [*CLI, "build/train_gpt_cpu_fp32", GOLDEN], [1]),
+    "cli_bf16": (["build/train_gpt_cpu_bf16"], [*CLI, "build/train_gpt_cpu_bf16", GOLDEN, "--bf16"], [1]),
+    "standin_exact": (["build/test_standin_exact"], ["build/test_standin_exact"], [1]),
+    "standin_serial": (["build/test_standin_serial"], ["build/test_standin_serial"], [1]),
+    "dataloader": (["build/test_dataloader"], ["build/test_dataloader"], [1]),
+    "tokenizer": (["build/test_tokenizer"], ["build/test_tokenizer"], [1]),
+    "prepare": ([], [sys.executable, "dev/test/test_prepare.py"], [1]),
 }
 
 
 def job(name):
-    """Builds, runs, returns (name, passed, failed, seconds, last words)."""
-    targets, command, env = JOBS[name]
+    """Builds, runs, returns (name, passed, failed, seconds, what failed)."""
+    targets, command, seeds = JOBS[name]
     begin = time.time()
     log = os.path.join("build", "log", name + ".txt")
+    passed, bad = 0, []
     with open(log, "w") as f:
-        built = not targets or subprocess.run(["make", "--no-print-directory", *targets], stdout=f, stderr=f).returncode == 0
-        if built:
-            env = {"OMP_NUM_THREADS": "1", **os.environ, **env}  # two jobs at a time have a core each
-            status = subprocess.run(command, stdout=f, stderr=f, env=env).returncode
-    with open(log, errors="replace") as f:
-        text = f.read()
-    total = re.findall(r"^\S+: (\d+) passed, (\d+) failed$", text, re.M)
-    passed, failed = (int(n) for n in total[-1]) if total else (0, 0)
-    if not built or not total or (status != 0 and failed == 0):
-        failed += 1
-        text += f"\nFAIL {name} " + ("did not build" if not built else f"ended with status {status}")
-    bad = [line for line in text.splitlines() if line.startswith("FAIL")] if failed else []
-    return name, passed, failed, time.time() - begin, bad
+        make = subprocess.run(["make", "--no-print-directory", *targets], stdout=f, stderr=f) if targets else None
+        if make and make.returncode:
+            return name, 0, 1, time.time() - begin, [f"FAIL {name} did not build"]
+        for seed in seeds:
+            # two jobs at a time have a core each
+            env = {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_CPU_SEED": str(seed)}
+            run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, errors="replace")
+            f.write(run.stdout)
+            total = re.findall(r"^\S+: (\d+) passed, (\d+) failed$", run.stdout, re.M)
+            passed += int(total[-1][0]) if total else 0
+            fails = [line for line in run.stdout.splitlines() if line.startswith("FAIL")]
+            if run.returncode and not fails:
+                fails = [f"FAIL {name} ended with status {run.returncode}, seed {seed}"]
+            elif not total:
+                fails.append(f"FAIL {name} did not count its tests")
+            bad += fails
+    return name, passed, len(bad), time.time() - begin, bad
 
 
 def main():

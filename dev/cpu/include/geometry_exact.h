@@ -1,6 +1,6 @@
 // The exact geometry: real grids, blocks and warps of 32, for tests. Each CUDA thread of a block is a fiber with its
 // own stack; blocks run one after another. A thread runs until it waits at a barrier, a shuffle or another warp
-// instruction, then a runnable one is picked at random (seed: environment CUDA_CPU_SEED, default 1), so a result that
+// instruction, then another is picked at random, mostly of the same warp (seed: environment CUDA_CPU_SEED, default 1), so a result that
 // changes with the seed is a race. All lanes of a warp instruction must meet on the same line with the same mask, all
 // threads of the block at each __syncthreads; when nobody can run, a report says who waits where, and the program
 // exits with 1. Shared memory is one heap chunk an array, all NaN at the start of a block, so that AddressSanitizer
@@ -55,7 +55,8 @@ struct CudaThread {
 struct CudaBlock {
     const char* kernel;
     std::vector<CudaThread> threads;
-    std::vector<int> ready;
+    std::vector<int> ready[32];  // by warp
+    unsigned ready_warps;        // a bit for each that has any
     int current, at_barrier, left;
     void (*body)(void*);
     void* body_arg;
@@ -66,6 +67,11 @@ struct CudaBlock {
     const void* scheduler_stack;
     size_t scheduler_stack_size;
     void* scheduler_asan;
+
+    void make_ready(int thread) {
+        ready[thread / 32].push_back(thread);
+        ready_warps |= 1u << (thread / 32);
+    }
 };
 inline CudaBlock cuda_block;
 
@@ -180,7 +186,7 @@ inline void cuda_meet(const char* op, unsigned mask, const char* file, int line,
     if (all) {
         if (complete) complete(&b.threads[warp], mask);
         for (int i = warp; i < end; i++)
-            if (member(i)) b.threads[i].state = CudaThread::RUNS, b.ready.push_back(i);
+            if (member(i)) b.threads[i].state = CudaThread::RUNS, b.make_ready(i);
         if (!mask) b.at_barrier = 0;
     }
     cuda_yield(false);
@@ -324,12 +330,20 @@ inline void cuda_run_block() {
         t.stack = stacks[i];
         t.context = boost::context::detail::make_fcontext(t.stack + CUDA_STACK, CUDA_STACK, cuda_thread_main);
         t.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
-        b.ready.push_back(i);
+        b.make_ready(i);
     }
-    while (!b.ready.empty()) {
-        std::swap(b.ready[cuda_random() % b.ready.size()], b.ready.back());
-        int i = b.ready.back();
-        b.ready.pop_back();
+    // Mostly a lane of the warp that ran last, so that one warp gets far ahead of the others, up to the next barrier;
+    // now and then another warp. With lanes picked evenly warps go in step, and races between them stay hidden.
+    int warp = 0;
+    while (b.ready_warps) {
+        if (!(b.ready_warps >> warp & 1) || cuda_random() % 256 == 0)
+            do warp = cuda_random() % 32;
+            while (!(b.ready_warps >> warp & 1));
+        std::vector<int>& lanes = b.ready[warp];
+        std::swap(lanes[cuda_random() % lanes.size()], lanes.back());
+        int i = lanes.back();
+        lanes.pop_back();
+        if (lanes.empty()) b.ready_warps &= ~(1u << warp);
         cuda_resume(i);
     }
     if (b.left != n) cuda_report_stuck();
