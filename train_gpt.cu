@@ -1998,7 +1998,7 @@ struct Log {
         if (!f) throw Error(path + ": cannot be written: " + strerror(errno) + ". Check --out.");
     }
     void row(int64_t step, float loss, double lr, float grad_norm, double tokens_per_s, const float* val_loss) {
-        fprintf(f, "%lld,%.9g,%.9g,%.9g,%.6g,", (long long)step, loss, lr, grad_norm, tokens_per_s);
+        fprintf(f, "%lld,%.9g,%.12g,%.9g,%.6g,", (long long)step, loss, lr, grad_norm, tokens_per_s);
         if (val_loss) fprintf(f, "%.9g", *val_loss);
         fputc('\n', f);
         if (fflush(f)) throw Error(std::string("log.csv: cannot be written: ") + strerror(errno) + ". Make room.");
