@@ -2,9 +2,9 @@
 // own stack; blocks run one after another. A thread runs until it waits at a barrier, a shuffle or another warp
 // instruction, then another is picked at random, mostly of the same warp (seed: environment CUDA_CPU_SEED, default 1),
 // so a result that changes with the seed is a race. All lanes of a warp instruction must meet on the same line with the
-// same mask, all threads of the block at each __syncthreads; when nobody can run, a report says who waits where, and the program
-// exits with 1. Shared memory is one heap chunk an array, all NaN at the start of a block, so that AddressSanitizer
-// sees overruns. One host thread launches.
+// same mask, all threads of the block at each __syncthreads; when nobody can run, a report says who waits where, and
+// the program exits with 1. Shared memory is one heap chunk an array, all NaN at the start of a block, so that
+// AddressSanitizer sees overruns. One host thread launches.
 #pragma once
 #include <boost/context/detail/fcontext.hpp>
 #include <sys/mman.h>
