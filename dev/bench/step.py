@@ -129,9 +129,11 @@ def main():
     print(f"{'':16}{'s/step':>10}{'tokens/s':>12}{'train_gpt is':>16}")
     for name, median in medians.items():
         print(f"{name:16}{median:10.3f}{tokens / median:12.0f}{median / medians['train_gpt']:13.2f} x")
+    given = {n: v for n, v in vars(args).items() if v != parser.get_default(n) and n not in ("trainer", "results")}
+    command = " ".join(["dev/bench/step.py", *(f"--{n.replace('_', '-')} {v}" for n, v in given.items())])
     record = {"date": datetime.date.today().isoformat(), "device": device_name(args.device), "threads": args.threads,
-              "torch": torch.__version__, "command": "dev/bench/step.py " + " ".join(
-                  a for a in sys.argv[1:] if "/" not in a), "tokens_per_step": tokens,
+              "torch": torch.__version__, "command": command,
+              "tokens_per_step": tokens,
               "seconds_per_step": medians, "tokens_per_s": {n: tokens / m for n, m in medians.items()}, "all_seconds": seconds}
     os.makedirs(args.results, exist_ok=True)
     path = os.path.join(args.results, f"{record['date']}-step-{args.device}-{args.model}-{args.variant}.json")
