@@ -130,7 +130,8 @@ def main():
     for name, median in medians.items():
         print(f"{name:16}{median:10.3f}{tokens / median:12.0f}{median / medians['train_gpt']:13.2f} x")
     given = {n: v for n, v in vars(args).items() if v != parser.get_default(n) and n not in ("trainer", "results")}
-    command = " ".join(["dev/bench/step.py", *(f"--{n.replace('_', '-')} {v}" for n, v in given.items())])
+    command = " ".join(["dev/bench/step.py", *(f"--{n.replace('_', '-')}" + (f" {v}" if v is not True else "")
+                                             for n, v in given.items())])
     record = {"date": datetime.date.today().isoformat(), "device": device_name(args.device), "threads": args.threads,
               "torch": torch.__version__, "command": command,
               "tokens_per_step": tokens,
