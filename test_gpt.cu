@@ -817,7 +817,7 @@ void golden(const std::string& path) {
         }
         adamw.lr = float(
             learning_rate(number(o, "lr", 0), s, int64_t(number(o, "warmup", 0)), int64_t(number(o, "total", 0))));
-        if (!(fabs(adamw.lr - lrs[s]) <= 1e-6 * lrs[s])) fail(format("%s: lr of step %d", name.c_str(), s));
+        if (!(fabs(adamw.lr - lrs[s]) <= 1e-7 * lrs[s])) fail(format("%s: lr of step %d", name.c_str(), s));
         update(m, adamw, s + 1);
         const double loss = read_float(m, m.loss), norm = read_float(m, m.grad_norm);
         if (!(fabs(loss - losses[s]) <= (BF16 ? 0.02 * losses[s] : 5e-5)))

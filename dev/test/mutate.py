@@ -4,7 +4,8 @@
 usage: dev/test/mutate.py [FILTER ...]     only mutations whose name holds one of the words
 
 Each mutation changes one place of a copy of the sources, builds the test of a geometry and precision and runs the named
-tests. Prints caught or SURVIVED; exit status 1 if one survived, 2 if a mutation no longer fits the source.
+tests. Prints caught or SURVIVED; exit status 1 if one survived, 2 if a mutation no longer fits the source. The sources as they
+are must pass the same tests first, or every verdict would be worthless.
 """
 import os
 import shutil
@@ -205,6 +206,18 @@ MUTATIONS = [
 ]
 
 
+def passes(work, build, test):
+    """Builds a test in `work` and runs it, exact ones with three lane orders. None: it does not build."""
+    quiet = dict(cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    target = "build/test_" + build
+    if subprocess.run(["make", "-s", target, "OPTIMIZE=-O1"], **quiet).returncode:
+        return None
+    command = ["./" + target, "--quick", "--filter", test]
+    seeds = ("1",) if "serial" in build else ("1", "2", "3")
+    return not any(subprocess.run(command, env={**os.environ, "CUDA_CPU_SEED": seed, "OMP_NUM_THREADS": "1"}, **quiet)
+                   .returncode for seed in seeds)
+
+
 def main():
     words = sys.argv[1:]
     survived = stale = caught = 0
@@ -213,9 +226,12 @@ def main():
             shutil.copy(os.path.join(ROOT, name), work)
         shutil.copytree(os.path.join(ROOT, "dev", "cpu"), os.path.join(work, "dev", "cpu"))
         shutil.copytree(os.path.join(ROOT, "dev", "test", "golden"), os.path.join(work, "dev", "test", "golden"))
-        for name, file, old, new, build, test in MUTATIONS:
-            if words and not any(w in name for w in words):
-                continue
+        chosen = [m for m in MUTATIONS if not words or any(w in m[0] for w in words)]
+        for build, test in sorted({m[4:] for m in chosen}):
+            if not passes(work, build, test):
+                print(f"mutate.py: {build} {test}: fails without any mutation. Mend that first.", file=sys.stderr)
+                return 1
+        for name, file, old, new, build, test in chosen:
             source = open(os.path.join(ROOT, file)).read()
             if source.count(old) != 1:
                 print(f"STALE    {name}: its text stands {source.count(old)} times in {file}", flush=True)
@@ -223,18 +239,7 @@ def main():
                 continue
             with open(os.path.join(work, file), "w") as f:
                 f.write(source.replace(old, new))
-            target = "build/test_" + build
-            quiet = dict(cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            made = subprocess.run(["make", "-s", target, "OPTIMIZE=-O1"], **quiet)
-            verdict = "caught" if made.returncode == 0 else "NOBUILD"
-            if made.returncode == 0:
-                verdict = "SURVIVED"
-                for seed in ("1", "2", "3") if "exact" in build else ("1",):
-                    env = {**os.environ, "CUDA_CPU_SEED": seed, "OMP_NUM_THREADS": "1"}
-                    command = ["./" + target, "--quick", "--filter", test]
-                    if subprocess.run(command, env=env, **quiet).returncode:
-                        verdict = "caught"
-                        break
+            verdict = {None: "NOBUILD", True: "SURVIVED", False: "caught"}[passes(work, build, test)]
             caught += verdict == "caught"
             survived += verdict != "caught"
             print(f"{verdict:8} {name} ({build})", flush=True)
