@@ -357,7 +357,7 @@ TEST(linear) {
         DevX inp(normals(N * K, r)), w(normals(M * K, r)), out(N * M), dout(normals(N * M, r)), dinp(N * K);
         DevF dw(normals(M * K, r));
         linear_forward(out.p, inp.p, w.p, N, K, M, 0);
-        linear_backward(dinp.p, dw.p, dout.p, inp.p, w.p, N, K, M, 0);
+        linear_backward(dinp.p, dw.p, dout.p, inp.p, w.p, N, K, M, 1.0f, 0);
         Vec want(N * M), want_dinp(N * K), want_dw = dw.v;
         for (int n = 0; n < N; n++)
             for (int m = 0; m < M; m++)
@@ -584,6 +584,59 @@ TEST(adamw) {
     }
 }
 
+// bf16 moments and weights without masters: each value within one step of bf16 (2^-7 of it), their mean kept, also where
+// every single update is too small for bf16's 8 bits; other bits at every update.
+TEST(random_rounding) {
+    Config c = small_config(Backbone::llama, Variant::simplegpt);
+    c.V = 600;
+    Model m;
+    plan(m, c, 1, true, {Recompute::none, true, BF16});
+    create(m);
+    const Tensor& t = m.table.tensors[0];
+    const size_t n = t.size();
+    set_tensor(m, t, std::vector<float>(t.padded_rows * t.cols, 1.0f));
+    AdamW o;
+    o.lr = 1e-4f, o.weight_decay = 0.0f, o.clip = 0.0f;
+    const float g = 0.0123f;
+    std::vector<float> grads(m.table.size, g);
+    CHECK(cudaMemcpy(m.grads, grads.data(), grads.size() * sizeof(float), cudaMemcpyHostToDevice));
+    double want_m = 0, want_v = 0;
+    std::vector<float> last;
+    for (int step = 1; step <= 8; step++) {
+        update(m, o, step);
+        CHECK(cudaDeviceSynchronize());
+        want_m = o.beta1 * want_m + (1 - o.beta1) * g;
+        want_v = o.beta2 * want_v + (1 - o.beta2) * g * g;
+        for (auto [flat, want] : {std::make_pair(m.m, want_m), {m.v, want_v}}) {
+            std::vector<float> x = get_floats(flat, t.offset, n);
+            double mean = 0;
+            for (float y : x) mean += y / n;
+            // the spread of a sum of steps is below one unit in the last place; n values have it over sqrt(n)
+            if (!(fabs(mean / want - 1) < 4 * 0x1p-7 / sqrt(double(n))))
+                fail(format("mean of moments after %d updates %.9g, not %.9g", step, mean, want));
+            if (step == 1)
+                for (float y : x) EXPECT(fabs(y / want - 1) < 0x1p-7);
+        }
+        std::vector<float> now = get_floats(m.m, t.offset, n);
+        EXPECT(now != last);
+        last = now;
+    }
+    std::vector<float> w = get_tensor(m, t);
+    double mean = 0;
+    for (float y : w) mean += y / n;
+    // every update moves a weight by lr, a fortieth of bf16's step below 1; with constant gradients m / sqrt(v) is 1
+    if (!(fabs(mean - (1 - 8 * o.lr)) < (BF16 ? 4 * sqrt(8 * 1e-4 * 0x1p-8 / n) + 1e-5 : 3e-5)))
+        fail(format("mean of weights %.7f, not %.7f", mean, 1 - 8 * o.lr));
+    __nv_bfloat16 h;
+    for (float x : {INFINITY, -INFINITY}) {
+        store_randomly(h, x, 0xffff);
+        EXPECT(float(h) == x);
+    }
+    store_randomly(h, NAN, 0xffff);
+    EXPECT(float(h) != float(h));
+    destroy(m);
+}
+
 TEST(learning_rate) {
     EXPECT(fabs(learning_rate(1, 0, 4, 20) - 0.2) < 1e-15 && fabs(learning_rate(1, 3, 4, 20) - 0.8) < 1e-15);
     EXPECT(learning_rate(1, 4, 4, 20) == 1 && fabs(learning_rate(1, 12, 4, 20) - 0.5) < 1e-15);
@@ -656,12 +709,6 @@ TEST(safetensors) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The model
 
-std::vector<float> device_floats(const float* p, size_t n) {
-    std::vector<float> v(n);
-    CHECK(cudaMemcpy(v.data(), p, n * sizeof(float), cudaMemcpyDeviceToHost));
-    return v;
-}
-
 std::vector<int32_t> some_windows(const Config& c, int B, uint64_t seed) {
     Random r{seed};
     std::vector<int32_t> w(size_t(B) * (c.T + 1));
@@ -671,51 +718,137 @@ std::vector<int32_t> some_windows(const Config& c, int B, uint64_t seed) {
 
 void two_steps(Model& m, int from) {
     for (int s = from; s < from + 2; s++) {
-        CHECK(cudaMemset(m.grads, 0, m.table.size * sizeof(float)));
-        CHECK(cudaMemset(m.loss, 0, sizeof(float)));
-        for (int i = 0; i < 2; i++) forward_backward(m, some_windows(m.c, m.B, 10 * s + i).data(), m.B, m.c.T, 0.5f);
+        zero_gradients(m);
+        for (int i = 0; i < 2; i++)
+            forward_backward(m, some_windows(m.c, m.B, 10 * s + i).data(), m.B, m.c.T, 0.5f, i == 0);
         update(m, AdamW(), s + 1);
     }
 }
 
+// everything that the optimizer changes
+std::vector<float> training_state(const Model& m) {
+    std::vector<float> all = get_floats(m.m, 0, m.table.size);
+    for (const Flat& f : {m.v, m.master ? Flat{m.master, false} : Flat{m.params, BF16}}) {
+        std::vector<float> x = get_floats(f, 0, m.table.size);
+        all.insert(all.end(), x.begin(), x.end());
+    }
+    return all;
+}
+
 TEST(same_bits_and_checkpoint) {
-    for (Variant variant : {Variant::simplegpt, Variant::prenorm}) {
+    for (auto [variant, storage] : {std::make_pair(Variant::simplegpt, Storage()),
+                                    {Variant::prenorm, Storage()},
+                                    {Variant::simplegpt, Storage{Recompute::norm, true, BF16}}}) {
         const std::string dir = temporary("run");
         mkdir(dir.c_str(), 0777);
         std::vector<float> last[3];  // whole run, whole run again, saved and resumed
         for (int way = 0; way < 3; way++) {
             Model m;
-            plan(m, small_config(Backbone::llama, variant), 2, true);
+            plan(m, small_config(Backbone::llama, variant), 2, true, storage);
             create(m);
             initialize(m, 4);
             two_steps(m, 0);
             if (way == 2) {
                 save_checkpoint(m, dir, {2, 4, {1, 7}}, 0);
                 destroy(m);
-                plan(m, small_config(Backbone::llama, variant), 2, true);
+                plan(m, small_config(Backbone::llama, variant), 2, true, storage);
                 create(m);
                 TrainState s = load_checkpoint(m, dir + "/step_00000002");
                 EXPECT(s.step == 2 && s.seed == 4 && s.loader.epoch == 1 && s.loader.window == 7);
                 Model other;
                 Config wrong = m.c;
                 wrong.L = 3;
-                plan(other, wrong, 2, true);
+                plan(other, wrong, 2, true, storage);
                 create(other);
                 EXPECT(error_of([&] { load_checkpoint(other, dir + "/step_00000002"); }).find("layers 2") !=
                        std::string::npos);
                 destroy(other);
             }
             two_steps(m, 2);
-            last[way] = device_floats(m.m, m.table.size);
-            std::vector<float> w =
-                BF16 ? device_floats(m.master, m.table.size) : device_floats((float*)m.params, m.table.size);
-            last[way].insert(last[way].end(), w.begin(), w.end());
+            last[way] = training_state(m);
             destroy(m);
         }
         EXPECT(last[0] == last[1]);
         EXPECT(last[0] == last[2]);
         remove_dir(dir + "/step_00000002");
         rmdir(dir.c_str());
+    }
+}
+
+// Whatever is recomputed, the gradients have the same bits; and each level plans the activations that its comment says.
+TEST(recompute) {
+    for (Backbone backbone : {Backbone::llama, Backbone::nanogpt})
+        for (Variant variant : {Variant::simplegpt, Variant::prenorm, Variant::preqknorm}) {
+            if (quick && (backbone == Backbone::nanogpt || variant == Variant::preqknorm)) continue;
+            std::vector<float> want;
+            size_t least = SIZE_MAX;
+            for (int level = 0; level < 4; level++) {
+                Config c = small_config(backbone, variant);
+                c.L = 3;
+                Model m;
+                plan(m, c, 2, true, {Recompute(level), false, false});
+                EXPECT(m.arena.used < least);
+                least = m.arena.used;
+                create(m);
+                initialize(m, 4);
+                zero_gradients(m);
+                for (int i = 0; i < 2; i++)
+                    forward_backward(m, some_windows(c, 2, i).data(), 2, c.T, 0.5f, i == 0);
+                CHECK(cudaDeviceSynchronize());
+                std::vector<float> got = get_floats({m.grads, false}, 0, m.table.size);
+                got.push_back(read_float(m, m.loss));
+                if (level == 0) want = got;
+                EXPECT(got == want);
+                destroy(m);
+            }
+        }
+    // elements a token and layer: the design's table, seen as the difference that a second layer makes
+    Config c = small_config(Backbone::llama, Variant::simplegpt);
+    const size_t d = c.C, k = size_t(c.NKV) * c.HS(), f = c.F(), N = 2 * size_t(c.T);
+    const size_t stats = (3 + 1 + 2 + 1 + 1 + 1) * sizeof(float2), lse = c.NH * sizeof(float);
+    const size_t elements[] = {7 * d + 4 * k + 3 * f, 5 * d + 2 * k + 2 * f, 5 * d + 2 * k, 2 * d};
+    for (int level = 0; level < 4; level++) {
+        size_t bytes[2];
+        for (int more = 0; more < 2; more++) {
+            Model m;
+            c.L = 2 + more;
+            plan(m, c, 2, true, {Recompute(level), false, false});
+            for (auto& [what, size] : m.arena.plan)
+                if (what.find("activations (") == 0) bytes[more] = size;
+        }
+        const size_t want = N * (elements[level] * sizeof(floatX) + stats + (level < 3 ? lse : 0));
+        const size_t got = bytes[1] - bytes[0];
+        if (got < want || got > want + 20 * 256)  // each tensor is rounded up to 256 bytes
+            fail(format("recompute %s keeps %zu bytes a layer, not %zu", RECOMPUTE[level], got, want));
+    }
+}
+
+// The first micro-batch of a step overwrites what the last step left, the others add.
+TEST(gradients_begin_anew) {
+    for (Backbone backbone : {Backbone::llama, Backbone::nanogpt}) {
+        Config c = small_config(backbone, Variant::simplegpt);
+        Model m;
+        plan(m, c, 2, true);
+        create(m);
+        initialize(m, 4);
+        std::vector<float> once[2];
+        for (int step = 0; step < 3; step++) {
+            zero_gradients(m);
+            forward_backward(m, some_windows(c, 2, step == 1 ? 5 : 4).data(), 2, c.T, 1.0f, true);
+            CHECK(cudaDeviceSynchronize());
+            if (step != 1) once[step / 2] = get_floats({m.grads, false}, 0, m.table.size);
+        }
+        EXPECT(once[0] == once[1]);
+        zero_gradients(m);
+        for (int i = 0; i < 2; i++) forward_backward(m, some_windows(c, 2, 4).data(), 2, c.T, 1.0f, i == 0);
+        CHECK(cudaDeviceSynchronize());
+        std::vector<float> twice = get_floats({m.grads, false}, 0, m.table.size);
+        expect_close(Vec(twice.begin(), twice.end()), [&] {
+            Vec v(once[0].begin(), once[0].end());
+            for (double& x : v) x *= 2;
+            return v;
+        }(), TOL_FLOAT, "two equal micro-batches");
+        destroy(m);
     }
 }
 
@@ -728,7 +861,7 @@ TEST(causal) {
     std::vector<int32_t> w = some_windows(m.c, 2, 1);
     std::vector<floatX> logits[2];
     for (int i = 0; i < 2; i++) {
-        set_batch(m, w.data(), 1, i == 0 ? 24 : 11);
+        set_batch(m, w.data(), 1, i == 0 ? 24 : 11, false);
         forward(m, 1, i == 0 ? 24 : 11);
         head_forward(m, 10, 1);
         logits[i].resize(m.c.V);
@@ -789,12 +922,11 @@ void golden(const std::string& path) {
         return sqrt(difference / std::max(size, 1e-30));
     };
     for (int s = 0; s < steps; s++) {
-        CHECK(cudaMemset(m.grads, 0, m.table.size * sizeof(float)));
-        CHECK(cudaMemset(m.loss, 0, sizeof(float)));
+        zero_gradients(m);
         for (int i = 0; i < accum; i++) {
             const int32_t* windows = &tokens[(size_t(s) * accum + i) * B * (c.T + 1)];
             if (s == 0 && i == 0) {
-                set_batch(m, windows, B, c.T);
+                set_batch(m, windows, B, c.T, false);
                 forward(m, B, c.T);
                 const std::vector<float> want = f.floats("logits");
                 double error = 0;
@@ -808,11 +940,11 @@ void golden(const std::string& path) {
                 }
                 if (!BF16 && !(error <= 1e-4)) fail(format("%s: logits off by %.1e", name.c_str(), error));
             }
-            forward_backward(m, windows, B, c.T, 1.0f / accum);
+            forward_backward(m, windows, B, c.T, 1.0f / accum, i == 0);
         }
         for (const Tensor& t : m.table.tensors) {
             if (s > 0 || BF16) break;
-            double error = relative(get_tensor(m, t, m.grads), "grad/" + t.name);
+            double error = relative(get_floats({m.grads, false}, t.offset, t.size()), "grad/" + t.name);
             if (!(error <= 1e-4)) fail(format("%s: gradient of %s off by %.1e", name.c_str(), t.name.c_str(), error));
         }
         adamw.lr = float(

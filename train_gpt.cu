@@ -193,6 +193,21 @@ void finish(Config& c) {
                    c.F()));
 }
 
+// What memory is spent on. Recompute: the activations that the forward does not keep and the backward makes again. Each
+// level drops more; kept a token and layer of simplegpt, with d = C, k = NKV HS, f = F:
+//   none   everything                                                                      7d + 4k + 3f
+//   norm   not what norms, RoPE, SwiGLU and residual adds make                             5d + 2k + 2f
+//   ffn    nor the outputs of w1 and w3                                                    5d + 2k
+//   block  only the block's input and the output of w2, which the norm behind it needs     2d
+enum class Recompute { none, norm, ffn, block };
+const char* const RECOMPUTE[] = {"none", "norm", "ffn", "block"};
+
+struct Storage {
+    Recompute recompute = Recompute::none;
+    bool half_moments = false;  // AdamW's moments in bf16, rounded at random: 4 bytes a parameter, not 8
+    bool no_master = false;     // no float weights beside the bf16 ones, which are rounded at random: 4 bytes less
+};
+
 // =====================================================================================================================
 // Tensor table. Lists every tensor once; nobody else computes an offset. Parameters, gradients, master weights and both
 // moments are flat buffers of this one layout. File names are those of the paper's released code. The order is the
@@ -589,6 +604,7 @@ TokenPlaces token_places(const int* tokens, int N) {
 __global__ void embedding_backward_kernel(float* dtok, const floatX* dx, const int* tokens, const int* places,
                                           const int* begin, int C) {
     int first = begin[blockIdx.x], last = begin[blockIdx.x + 1];
+    if (first == last) return;
     float* out = dtok + size_t(tokens[places[first]]) * C;
     for (int i = first; i < last; i++) {
         const floatX* row = dx + size_t(places[i]) * C;
@@ -682,11 +698,11 @@ struct Matmul {  // handle, workspace, and one plan a shape, made at the first u
 void linear_forward(floatX* out, const floatX* inp, const floatX* w, int N, int K, int M, cudaStream_t stream) {
     matmul(out, inp, w, false, true, N, M, K, CUDA_FLOATX, 0.0f, stream);
 }
-// dinp (N,K) = dout (N,M) w; dw (M,K) float += dout^T inp
+// dinp (N,K) = dout (N,M) w; dw (M,K) float = beta dw + dout^T inp
 void linear_backward(floatX* dinp, float* dw, const floatX* dout, const floatX* inp, const floatX* w, int N, int K,
-                     int M, cudaStream_t stream) {
+                     int M, float beta, cudaStream_t stream) {
     matmul(dinp, dout, w, false, false, N, K, M, CUDA_FLOATX, 0.0f, stream);
-    matmul(dw, dout, inp, true, false, M, K, N, CUDA_R_32F, 1.0f, stream);
+    matmul(dw, dout, inp, true, false, M, K, N, CUDA_R_32F, beta, stream);
 }
 
 // =====================================================================================================================
@@ -1005,7 +1021,8 @@ __global__ void loss_sum_kernel(float* mean, const float* losses, int N, float w
 // =====================================================================================================================
 // The model: parameters, gradients, activations, and the way through a block, forward and backward.
 
-// What a layer leaves for its backward. N = B T rows each; x is the block's input, h its middle.
+// What a layer leaves for its backward. N = B T rows each; x is the block's input, h its middle. What the layer does
+// not keep (Recompute) lies in a place that all layers share.
 struct LayerActivations {
     floatX *x, *h;    // (N,C) residual stream
     floatX *n1, *n2;  // (N,C) outputs of the pre-norms; simplegpt has none, there they are x and h
@@ -1013,6 +1030,14 @@ struct LayerActivations {
     floatX *q, *k, *v, *att, *act;               // (B,NH,T,HS) (B,NKV,T,HS) twice, (N,C), (N,F)
     float* lse;                                  // (B,NH,T)
     float2 *qkv_stats, *o_stats, *w13_stats, *w2_stats, *n1_stats, *n2_stats;  // (N,3) (N) (N,2) (N) (N) (N)
+};
+
+// A flat buffer of the table's layout, or a piece of one, whose elements are float or bf16, as the run chose.
+struct Flat {
+    void* p = nullptr;
+    bool half = false;
+    size_t width() const { return half ? 2 : 4; }
+    const char* dtype() const { return half ? "BF16" : "F32"; }
 };
 
 // Hands out pieces of one allocation. The first walk (base null) only adds up, by kind of use, for the memory plan.
@@ -1029,29 +1054,49 @@ struct Arena {
         used += bytes;
         plan.back().second += bytes;
     }
+    void take(Flat& f, size_t count) {
+        char* p = nullptr;
+        take(p, count * f.width());
+        f.p = p;
+    }
+};
+
+// Pinned host memory for a batch on its way to the device. There are two, so that the host fills one while the other
+// may still be read.
+struct Staging {
+    int* batch = nullptr;           // tokens (N), targets (N), places (N), begin (N+1)
+    cudaEvent_t copied = nullptr;
+};
+
+// What a step tells the host, which need not wait for it: loss and gradient norm, there once `done` has happened.
+struct Report {
+    float* values = nullptr;  // pinned: loss, gradient norm
+    cudaEvent_t done = nullptr;
 };
 
 struct Model {
     Config c;
+    Storage storage;
     TensorTable table;
     int B = 0;  // sequences a micro-batch
     bool training = false;
     cudaStream_t stream = nullptr;
 
-    // flat buffers of the table's layout; master is null in fp32, where the parameters are their own masters;
+    // flat buffers of the table's layout; master is null where the parameters are their own masters (fp32, no_master);
     // grads, m, v and master only exist for training
     floatX* params = nullptr;
-    float *grads = nullptr, *master = nullptr, *m = nullptr, *v = nullptr;
+    float *grads = nullptr, *master = nullptr;
+    Flat m, v;
 
     std::vector<LayerActivations> acts;
     floatX *out = nullptr, *normed = nullptr;  // (N,C) last residual, final norm
     float2* norm_stats = nullptr;              // (N)
     floatX* logits = nullptr;                  // (logit_rows,Vp)
     int logit_rows = 0;
-    float *losses = nullptr, *loss = nullptr, *grad_norm = nullptr;  // (N), (1), (1)
+    float *losses = nullptr, *loss = nullptr, *grad_norm = nullptr;  // (N), (1), (1): neighbours, read as one Report
     float *partial = nullptr, *square_sums = nullptr;
     float2* rope = nullptr;                                                          // (T,HS/2) cos, sin
-    int *tokens = nullptr, *targets = nullptr, *places = nullptr, *begin = nullptr;  // (N) (N) (N) (N+1)
+    int *tokens = nullptr, *targets = nullptr, *places = nullptr, *begin = nullptr;  // (N) (N) (N) (N+1), neighbours
 
     // gradients of activations, shared by all layers
     floatX *dres = nullptr, *dbranch = nullptr, *dmid = nullptr, *dnormed = nullptr;  // (N,C)
@@ -1061,7 +1106,9 @@ struct Model {
 
     void* memory = nullptr;
     Arena arena;
-    std::vector<int> host;  // the batch on its way to the device
+    Staging staging[2];
+    int next_staging = 0;
+    Report reports[2];
 
     size_t N() const { return size_t(B) * c.T; }
     Norm norm() const { return {c.norm_eps, c.layernorm}; }
@@ -1071,6 +1118,8 @@ struct Model {
 
 constexpr size_t CHUNK = 16384;  // elements a block of the flat kernels (norm, AdamW)
 inline int chunks(size_t elements) { return int((elements + CHUNK - 1) / CHUNK); }
+
+inline size_t batch_ints(size_t N) { return 4 * N + 1; }  // a batch: tokens, targets, places, begin
 
 // One walk over everything on the device. Called twice: to add up, and to hand out.
 void lay_out(Model& m, bool training) {
@@ -1085,42 +1134,67 @@ void lay_out(Model& m, bool training) {
     if (training) {
         a.section("gradients (fp32)");
         a.take(m.grads, P);
-        if (BF16) {
+        if (BF16 && !m.storage.no_master) {
             a.section("master weights (fp32)");
             a.take(m.master, P);
         }
-        a.section("AdamW moments (fp32)");
+        a.section(m.storage.half_moments ? "AdamW moments (bf16)" : "AdamW moments (fp32)");
+        m.m.half = m.v.half = m.storage.half_moments;
         a.take(m.m, P);
         a.take(m.v, P);
     }
-    a.section("activations");
-    m.acts.resize(c.L);
-    for (int l = 0; l < c.L; l++) {
-        LayerActivations& t = m.acts[l];
-        a.take(t.x, N * C);
-        a.take(t.h, N * C);
-        t.n1 = t.x, t.n2 = t.h;
-        if (!c.simple()) {
-            a.take(t.n1, N * C);
-            a.take(t.n2, N * C);
-        }
-        a.take(t.qkv_raw, N * QKV);
-        a.take(t.q, N * C);
-        a.take(t.k, N * kv);
-        a.take(t.v, N * kv);
-        a.take(t.att, N * C);
-        a.take(t.o_raw, N * C);
-        a.take(t.w13_raw, N * FF);
-        a.take(t.act, N * F);
-        a.take(t.w2_raw, N * C);
-        a.take(t.lse, N * c.NH);
-        a.take(t.qkv_stats, 3 * N);
-        a.take(t.o_stats, N);
-        a.take(t.w13_stats, 2 * N);
-        a.take(t.w2_stats, N);
-        a.take(t.n1_stats, N);
-        a.take(t.n2_stats, N);
+
+    // Each of a layer's tensors is kept for every layer or shared by all. Without training nothing is kept. Without a
+    // norm behind a linear (the other variants) the backward has no use for its raw output, but replaying what follows
+    // has.
+    using A = LayerActivations;
+    using R = Recompute;
+    const R level = m.storage.recompute;
+    const bool all = level == R::none, qk_norm = c.simple() || c.variant == Variant::preqknorm;
+    m.acts.assign(c.L, LayerActivations());
+    auto keep = [&](auto member, size_t count) {
+        for (A& t : m.acts) a.take(t.*member, count);
+    };
+    std::vector<std::function<void()>> shared;  // taken later, as a section of their own
+    auto keep_if = [&](bool kept, auto member, size_t count) {
+        if (training && kept) return keep(member, count);
+        shared.push_back([&m, &a, member, count] {
+            for (A& t : m.acts) &t == &m.acts[0] ? a.take(t.*member, count) : void(t.*member = m.acts[0].*member);
+        });
+    };
+    a.section(format("activations (recompute %s)", RECOMPUTE[int(level)]));
+    if (training)
+        keep(&A::x, N * C);
+    else  // the blocks' inputs by turns in two places
+        for (int l = 0; l < c.L; l++) l < 2 ? a.take(m.acts[l].x, N * C) : void(m.acts[l].x = m.acts[l - 2].x);
+    keep_if(all, &A::h, N * C);
+    if (c.simple()) {
+        for (A& t : m.acts) t.n1 = t.x;
+        shared.push_back([&m] {
+            for (A& t : m.acts) t.n2 = t.h;
+        });
+    } else {
+        keep_if(all, &A::n1, N * C);
+        keep_if(all, &A::n2, N * C);
     }
+    keep_if(all ? qk_norm : level <= R::ffn, &A::qkv_raw, N * QKV);
+    keep_if(all, &A::q, N * C);
+    keep_if(all, &A::k, N * kv);
+    keep_if(all, &A::v, N * kv);
+    keep_if(level <= R::ffn, &A::att, N * C);
+    keep_if(level <= R::ffn, &A::lse, N * c.NH);
+    keep_if(all ? c.simple() : level <= R::ffn, &A::o_raw, N * C);
+    keep_if(level <= R::norm, &A::w13_raw, N * FF);
+    keep_if(all, &A::act, N * F);
+    keep_if(c.simple(), &A::w2_raw, N * C);
+    keep_if(true, &A::qkv_stats, 3 * N);
+    keep_if(true, &A::o_stats, N);
+    keep_if(true, &A::w13_stats, 2 * N);
+    keep_if(true, &A::w2_stats, N);
+    keep_if(true, &A::n1_stats, N);
+    keep_if(true, &A::n2_stats, N);
+    a.section("activations, one for all layers");
+    for (auto& take : shared) take();
     a.take(m.out, N * C);
     a.take(m.normed, N * C);
     a.take(m.norm_stats, N);
@@ -1129,11 +1203,9 @@ void lay_out(Model& m, bool training) {
     a.take(m.logits, m.logit_rows * Vp);
     a.section("batch, tables, scratch");
     a.take(m.losses, N);
-    a.take(m.loss, 1);
-    a.take(m.tokens, N);
-    a.take(m.targets, N);
-    a.take(m.places, N);
-    a.take(m.begin, N + 1);
+    a.take(m.loss, 2);
+    m.grad_norm = m.loss + 1;
+    a.take(m.tokens, batch_ints(N));
     if (!c.gated())
         m.rope = nullptr;
     else
@@ -1142,7 +1214,6 @@ void lay_out(Model& m, bool training) {
     a.take(workspace, MATMUL_WORKSPACE);
     matmul.workspace = workspace;
     if (training) {
-        a.take(m.grad_norm, 1);
         a.take(m.square_sums, chunks(P));
         a.take(m.partial, size_t(row_blocks(int(N))) * std::max({C, QKV, FF}));
         a.section("gradients of activations");
@@ -1159,8 +1230,8 @@ void lay_out(Model& m, bool training) {
 
 std::string memory_plan(const Model& m) {
     std::string s = "memory plan\n";
-    for (auto& [what, bytes] : m.arena.plan) s += format("  %-28s %10.1f MiB\n", what.c_str(), bytes / 1048576.0);
-    return s + format("  %-28s %10.1f MiB\n", "total", m.arena.used / 1048576.0);
+    for (auto& [what, bytes] : m.arena.plan) s += format("  %-32s %10.1f MiB\n", what.c_str(), bytes / 1048576.0);
+    return s + format("  %-32s %10.1f MiB\n", "total", m.arena.used / 1048576.0);
 }
 
 void open_device() {
@@ -1175,8 +1246,9 @@ void open_device() {
 }
 
 // Plans the memory of B sequences of c.T tokens; nothing is allocated yet.
-void plan(Model& m, const Config& config, int B, bool training) {
+void plan(Model& m, const Config& config, int B, bool training, Storage storage = Storage()) {
     m.c = config;
+    m.storage = storage;
     m.B = B;
     m.training = training;
     m.table = build_table(m.c);
@@ -1185,24 +1257,61 @@ void plan(Model& m, const Config& config, int B, bool training) {
     lay_out(m, training);
 }
 
+// The options that come closest to what was planned among those that fit into `room` bytes; "" if none does.
+std::string advice(const Model& m, size_t room) {
+    for (Storage s = m.storage;;) {
+        for (int B = m.B; B > 0; B /= 2) {
+            Model other;
+            plan(other, m.c, B, m.training, s);
+            if (other.arena.used > room) continue;
+            std::string text;
+            if (B < m.B) text += format(" --batch-size %d (and raise --grad-accum)", B);
+            if (s.recompute != m.storage.recompute) text += format(" --recompute %s", RECOMPUTE[int(s.recompute)]);
+            if (s.half_moments != m.storage.half_moments) text += " --moments bf16";
+            if (s.no_master != m.storage.no_master) text += " --no-master";
+            return text + format(" needs %.1f GiB", other.arena.used / 1073741824.0);
+        }
+        if (m.training && s.recompute < Recompute::block)
+            s.recompute = Recompute(int(s.recompute) + 1);
+        else if (m.training && !s.half_moments)
+            s.half_moments = true;
+        else if (m.training && BF16 && !s.no_master)
+            s.no_master = true;
+        else
+            return "";
+    }
+}
+
 // Allocates what was planned, or refuses with advice.
 void create(Model& m) {
     const bool training = m.training;
     size_t free = 0, total = 0;
     CHECK(cudaMemGetInfo(&free, &total));
-    if (m.arena.used > free || cudaMalloc(&m.memory, m.arena.used) != cudaSuccess)
-        throw Error(
-            format("memory: the plan needs %.1f GiB, the device has %.1f GiB free. Lower --batch-size or "
-                   "--seq-len (and raise --grad-accum), or choose a smaller model.",
-                   m.arena.used / 1073741824.0, free / 1073741824.0));
+    if (m.arena.used > free || cudaMalloc(&m.memory, m.arena.used) != cudaSuccess) {
+        const std::string other = advice(m, free);
+        throw Error(format("memory: the plan needs %.1f GiB, the device has %.1f GiB free. %s",
+                           m.arena.used / 1073741824.0, free / 1073741824.0,
+                           other.empty() ? "Choose a smaller model or --seq-len." : ("Give" + other + ".").c_str()));
+    }
     m.arena.base = static_cast<char*>(m.memory);
     lay_out(m, training);
     CHECK(cudaStreamCreate(&m.stream));
+    for (Staging& s : m.staging) {
+        CHECK(cudaMallocHost(&s.batch, batch_ints(m.N()) * sizeof(int)));
+        CHECK(cudaEventCreateWithFlags(&s.copied, cudaEventDisableTiming));
+        CHECK(cudaEventRecord(s.copied, m.stream));
+    }
+    for (Report& r : m.reports) {
+        CHECK(cudaMallocHost(&r.values, 2 * sizeof(float)));
+        CHECK(cudaEventCreateWithFlags(&r.done, cudaEventDisableTiming));
+    }
     // padding between tensors and rows beyond V stay zero for good
     CHECK(cudaMemsetAsync(m.params, 0, m.table.size * sizeof(floatX), m.stream));
-    if (training)
-        for (float* p : {m.grads, m.master, m.m, m.v})
+    if (training) {
+        for (float* p : {m.grads, m.master})
             if (p) CHECK(cudaMemsetAsync(p, 0, m.table.size * sizeof(float), m.stream));
+        for (const Flat& f : {m.m, m.v}) CHECK(cudaMemsetAsync(f.p, 0, m.table.size * f.width(), m.stream));
+    }
     if (m.rope) {  // (cos, sin) of t theta^(-2i/HS), as the paper's code: float32 frequencies
         const int half = m.c.HS() / 2;
         std::vector<float2> rope(size_t(m.c.T) * half);
@@ -1219,6 +1328,14 @@ void create(Model& m) {
 }
 
 void destroy(Model& m) {
+    for (Staging& s : m.staging) {
+        if (s.batch) CHECK(cudaFreeHost(s.batch));
+        if (s.copied) CHECK(cudaEventDestroy(s.copied));
+    }
+    for (Report& r : m.reports) {
+        if (r.values) CHECK(cudaFreeHost(r.values));
+        if (r.done) CHECK(cudaEventDestroy(r.done));
+    }
     if (m.stream) CHECK(cudaStreamDestroy(m.stream));
     if (m.memory) CHECK(cudaFree(m.memory));
     m = Model();
@@ -1232,18 +1349,23 @@ void set_tensor(Model& m, const Tensor& t, const std::vector<float>& values) {
         CHECK(cudaMemcpy(m.master + t.offset, values.data(), values.size() * sizeof(float), cudaMemcpyHostToDevice));
 }
 
-// A tensor's parameters as float, from the masters where there are some, or the same place of another flat buffer.
-std::vector<float> get_tensor(const Model& m, const Tensor& t, const float* buffer = nullptr) {
-    if (!buffer) buffer = m.master;
-    std::vector<float> values(t.size());
-    if (buffer) {
-        CHECK(cudaMemcpy(values.data(), buffer + t.offset, t.size() * sizeof(float), cudaMemcpyDeviceToHost));
-    } else {
-        std::vector<floatX> raw(t.size());
-        CHECK(cudaMemcpy(raw.data(), m.params + t.offset, t.size() * sizeof(floatX), cudaMemcpyDeviceToHost));
+// `count` elements from `offset` on of a flat buffer, as float.
+std::vector<float> get_floats(const Flat& f, size_t offset, size_t count) {
+    std::vector<float> values(count);
+    const char* from = static_cast<const char*>(f.p) + offset * f.width();
+    if (f.half) {
+        std::vector<__nv_bfloat16> raw(count);
+        CHECK(cudaMemcpy(raw.data(), from, count * f.width(), cudaMemcpyDeviceToHost));
         std::copy(raw.begin(), raw.end(), values.begin());
+    } else {
+        CHECK(cudaMemcpy(values.data(), from, count * f.width(), cudaMemcpyDeviceToHost));
     }
     return values;
+}
+
+// A tensor's parameters as float, from the masters where there are some.
+std::vector<float> get_tensor(const Model& m, const Tensor& t) {
+    return get_floats(m.master ? Flat{m.master, false} : Flat{m.params, BF16}, t.offset, t.size());
 }
 
 void initialize(Model& m, uint64_t seed) {
@@ -1268,6 +1390,7 @@ QkvGains qkv_gains(const Model& m, const LayerOffsets& at) {
 //   simplegpt  h = x + No Wo A(Nq Wq x, Nk Wk x, Nv Wv x)         y = h + N2 W2( silu(N1 W1 h) * (N3 W3 h) )
 //   prenorm    h = x + Wo A(Wq n, Wk n, Wv n),  n = N(x)          y = h + W2( silu(W1 n) * (W3 n) ),  n = N'(h)
 //   preqknorm  prenorm with Nq, Nk as in simplegpt
+// next null: the backward's replay, which makes again what the forward has not kept.
 void block_forward(Model& m, int l, floatX* next, int B, int T) {
     const LayerOffsets& at = m.table.layers[l];
     LayerActivations& a = m.acts[l];
@@ -1275,28 +1398,40 @@ void block_forward(Model& m, int l, floatX* next, int B, int T) {
     const int N = B * T, C = m.c.C, F = m.c.F(), FF = m.c.FF();
     const Heads h = heads(m, B, T);
 
-    if (at.norm1 != NONE) norm_residual_forward(a.n1, a.n1_stats, a.x, nullptr, m.w(at.norm1), N, C, norm, m.stream);
-    linear_forward(a.qkv_raw, a.n1, m.w(at.qkv), N, C, m.c.QKV(), m.stream);
-    qkv_norm_rope_forward(a.q, a.k, a.v, a.qkv_stats, a.qkv_raw, qkv_gains(m, at), m.rope, h, norm, m.stream);
-    attention_forward(a.att, a.lse, a.q, a.k, a.v, h, m.stream);
-    linear_forward(a.o_raw, a.att, m.w(at.o), N, C, C, m.stream);
-    norm_residual_forward(a.h, a.o_stats, a.o_raw, a.x, m.w(at.o_gain), N, C, norm, m.stream);
+    auto missing = [&](Recompute level) { return next || m.storage.recompute >= level; };
+    const bool replay_norm = missing(Recompute::norm), replay_ffn = missing(Recompute::ffn),
+               replay_block = missing(Recompute::block);
 
-    if (at.norm2 != NONE) norm_residual_forward(a.n2, a.n2_stats, a.h, nullptr, m.w(at.norm2), N, C, norm, m.stream);
-    linear_forward(a.w13_raw, a.n2, m.w(at.w13), N, C, FF, m.stream);
-    ffn_norm_act_forward(a.act, a.w13_stats, a.w13_raw, m.w(at.w13_gain), N, F, m.c.gated(), norm, m.stream);
+    if (replay_norm && at.norm1 != NONE)
+        norm_residual_forward(a.n1, a.n1_stats, a.x, nullptr, m.w(at.norm1), N, C, norm, m.stream);
+    if (replay_block) linear_forward(a.qkv_raw, a.n1, m.w(at.qkv), N, C, m.c.QKV(), m.stream);
+    if (replay_norm)
+        qkv_norm_rope_forward(a.q, a.k, a.v, a.qkv_stats, a.qkv_raw, qkv_gains(m, at), m.rope, h, norm, m.stream);
+    if (replay_block) attention_forward(a.att, a.lse, a.q, a.k, a.v, h, m.stream);
+    if (replay_block) linear_forward(a.o_raw, a.att, m.w(at.o), N, C, C, m.stream);
+    if (replay_norm) norm_residual_forward(a.h, a.o_stats, a.o_raw, a.x, m.w(at.o_gain), N, C, norm, m.stream);
+
+    if (replay_norm && at.norm2 != NONE)
+        norm_residual_forward(a.n2, a.n2_stats, a.h, nullptr, m.w(at.norm2), N, C, norm, m.stream);
+    if (replay_ffn) linear_forward(a.w13_raw, a.n2, m.w(at.w13), N, C, FF, m.stream);
+    if (replay_norm)
+        ffn_norm_act_forward(a.act, a.w13_stats, a.w13_raw, m.w(at.w13_gain), N, F, m.c.gated(), norm, m.stream);
+    if (!next) return;
     linear_forward(a.w2_raw, a.act, m.w(at.w2), N, F, C, m.stream);
     norm_residual_forward(next, a.w2_stats, a.w2_raw, a.h, m.w(at.w2_gain), N, C, norm, m.stream);
 }
 
-// m.dres: on entry the gradient of the block's output, on return that of its input. Gradients of weights are added.
-void block_backward(Model& m, int l, int B, int T) {
+// m.dres: on entry the gradient of the block's output, on return that of its input. Gradients of weights are added to
+// beta (0 or 1) times what was there, those of gains to what was there.
+void block_backward(Model& m, int l, int B, int T, float beta) {
     const LayerOffsets& at = m.table.layers[l];
     LayerActivations& a = m.acts[l];
     const Norm norm = m.norm();
     const int N = B * T, C = m.c.C, F = m.c.F(), FF = m.c.FF();
     const Heads h = heads(m, B, T);
     cudaStream_t stream = m.stream;
+    if (m.storage.recompute > Recompute::none && l + 1 < m.c.L)  // the last layer's are still there
+        block_forward(m, l, nullptr, B, T);
 
     // The two ends of a half, y = x + No(branch(N(x))): the gradient goes through the branch and around it.
     auto into_branch = [&](size_t gain, const floatX* raw, const float2* stats) -> const floatX* {
@@ -1313,39 +1448,43 @@ void block_backward(Model& m, int l, int B, int T) {
 
     // y = h + N2 W2 act
     const floatX* dw2 = into_branch(at.w2_gain, a.w2_raw, a.w2_stats);
-    linear_backward(m.dact, m.g(at.w2), dw2, a.act, m.w(at.w2), N, F, C, stream);
+    linear_backward(m.dact, m.g(at.w2), dw2, a.act, m.w(at.w2), N, F, C, beta, stream);
     ffn_norm_act_backward(m.dw13_raw, m.g(at.w13_gain), m.partial, m.dact, a.w13_raw, m.w(at.w13_gain), a.w13_stats, N,
                           F, m.c.gated(), norm, stream);
-    linear_backward(m.dnormed, m.g(at.w13), m.dw13_raw, a.n2, m.w(at.w13), N, C, FF, stream);
+    linear_backward(m.dnormed, m.g(at.w13), m.dw13_raw, a.n2, m.w(at.w13), N, C, FF, beta, stream);
     join(at.norm2, a.h, a.n2_stats);
 
     // h = x + No Wo att
     const floatX* dwo = into_branch(at.o_gain, a.o_raw, a.o_stats);
-    linear_backward(m.dmid, m.g(at.o), dwo, a.att, m.w(at.o), N, C, C, stream);
+    linear_backward(m.dmid, m.g(at.o), dwo, a.att, m.w(at.o), N, C, C, beta, stream);
     attention_backward(m.dq, m.dk, m.dv, m.delta, m.dmid, a.att, a.q, a.k, a.v, a.lse, h, stream);
     qkv_norm_rope_backward(m.dqkv_raw, m.g(at.qkv_gain), m.partial, m.dq, m.dk, m.dv, a.qkv_raw, qkv_gains(m, at),
                            a.qkv_stats, m.rope, h, norm, stream);
-    linear_backward(m.dnormed, m.g(at.qkv), m.dqkv_raw, a.n1, m.w(at.qkv), N, C, m.c.QKV(), stream);
+    linear_backward(m.dnormed, m.g(at.qkv), m.dqkv_raw, a.n1, m.w(at.qkv), N, C, m.c.QKV(), beta, stream);
     join(at.norm1, a.x, a.n1_stats);
 }
 
-// Takes B windows of T+1 tokens to the device: the first T of each are inputs, the last T targets.
-void set_batch(Model& m, const int32_t* windows, int B, int T, TokenPlaces* places = nullptr) {
-    const int N = B * T;
-    m.host.resize(2 * size_t(N));
-    int *tokens = m.host.data(), *targets = tokens + N;
+// Takes B windows of T+1 tokens to the device, without waiting: the first T of each are inputs, the last T targets. With
+// `places`, for the embedding's backward, also the TokenPlaces, `begin` filled up with N.
+void set_batch(Model& m, const int32_t* windows, int B, int T, bool places) {
+    const size_t N = size_t(B) * T;
+    Staging& s = m.staging[m.next_staging];
+    m.next_staging ^= 1;
+    CHECK(cudaEventSynchronize(s.copied));
+    int *tokens = s.batch, *targets = tokens + N;
     for (int b = 0; b < B; b++) {
         std::copy_n(windows + b * size_t(T + 1), T, tokens + b * size_t(T));
         std::copy_n(windows + b * size_t(T + 1) + 1, T, targets + b * size_t(T));
     }
-    CHECK(cudaMemcpyAsync(m.tokens, tokens, N * sizeof(int), cudaMemcpyHostToDevice, m.stream));
-    CHECK(cudaMemcpyAsync(m.targets, targets, N * sizeof(int), cudaMemcpyHostToDevice, m.stream));
     if (places) {
-        *places = token_places(tokens, N);
-        CHECK(cudaMemcpyAsync(m.places, places->places.data(), N * sizeof(int), cudaMemcpyHostToDevice, m.stream));
-        CHECK(cudaMemcpyAsync(m.begin, places->begin.data(), places->begin.size() * sizeof(int), cudaMemcpyHostToDevice,
-                              m.stream));
+        const TokenPlaces p = token_places(tokens, int(N));
+        std::copy(p.places.begin(), p.places.end(), s.batch + 2 * N);
+        std::fill(std::copy(p.begin.begin(), p.begin.end(), s.batch + 3 * N), s.batch + batch_ints(N), int(N));
     }
+    m.targets = m.tokens + N, m.places = m.targets + N, m.begin = m.places + N;
+    CHECK(cudaMemcpyAsync(m.tokens, s.batch, (places ? batch_ints(N) : 2 * N) * sizeof(int), cudaMemcpyHostToDevice,
+                          m.stream));
+    CHECK(cudaEventRecord(s.copied, m.stream));
 }
 
 // Tokens to m.normed, the final norm's output: all but the head.
@@ -1362,8 +1501,8 @@ void head_forward(Model& m, size_t row0, int rows) {
 }
 
 // Head and loss in chunks of rows; m.loss += weight times the mean loss. With `backward` each chunk's gradient goes
-// straight on to m.dnormed and to the head's weights.
-void loss_forward(Model& m, int B, int T, float weight, bool backward) {
+// straight on to m.dnormed and is added to beta (0 or 1) times that of the head's weights.
+void loss_forward(Model& m, int B, int T, float weight, bool backward, float beta = 1.0f) {
     const size_t N = size_t(B) * T, C = m.c.C;
     for (size_t row = 0; row < N; row += m.logit_rows) {
         const int rows = int(std::min(N - row, size_t(m.logit_rows)));
@@ -1371,24 +1510,42 @@ void loss_forward(Model& m, int B, int T, float weight, bool backward) {
         cross_entropy(m.losses + row, m.logits, m.targets + row, rows, m.c.V, m.c.Vp(), weight / N, backward, m.stream);
         if (backward)
             linear_backward(m.dnormed + row * C, m.g(m.table.head), m.logits, m.normed + row * C, m.w(m.table.head),
-                            rows, C, m.c.Vp(), m.stream);
+                            rows, C, m.c.Vp(), row == 0 ? beta : 1.0f, m.stream);
     }
     loss_sum_kernel<<<1, 512, 0, m.stream>>>(m.loss, m.losses, int(N), weight / N);
     CHECK(cudaGetLastError());
 }
 
-// One micro-batch, weight 1 / their number: adds to m.loss and to the gradients.
-void forward_backward(Model& m, const int32_t* windows, int B, int T, float weight) {
-    TokenPlaces places;
-    set_batch(m, windows, B, T, &places);
+// Gradients that start at 0 before a step's first micro-batch, with the loss: those that are only ever added to, of
+// gains, embedding and positions. A tied embedding's begins as the head's.
+void zero_gradients(Model& m) {
+    CHECK(cudaMemsetAsync(m.loss, 0, sizeof(float), m.stream));
+    const std::vector<Tensor>& tensors = m.table.tensors;
+    auto added = [&](size_t i) {
+        const size_t at = tensors[i].offset;
+        return tensors[i].cols == 0 || at == m.table.pos || (at == m.table.tok && at != m.table.head);
+    };
+    for (size_t i = 0, j; i < tensors.size(); i = j) {  // runs of neighbours
+        for (j = i + 1; j < tensors.size() && added(j) == added(i); j++) {
+        }
+        const size_t end = j < tensors.size() ? tensors[j].offset : m.table.size;
+        if (added(i))
+            CHECK(cudaMemsetAsync(m.g(tensors[i].offset), 0, (end - tensors[i].offset) * sizeof(float), m.stream));
+    }
+}
+
+// One micro-batch, weight 1 / their number: adds to m.loss and to the gradients; `first` overwrites those that
+// zero_gradients leaves alone.
+void forward_backward(Model& m, const int32_t* windows, int B, int T, float weight, bool first = false) {
+    const float beta = first ? 0.0f : 1.0f;
+    set_batch(m, windows, B, T, true);
     forward(m, B, T);
-    loss_forward(m, B, T, weight, true);
+    loss_forward(m, B, T, weight, true, beta);
     norm_backward(m.dres, m.g(m.table.norm), m.partial, nullptr, m.dnormed, m.out, m.w(m.table.norm), m.norm_stats,
                   B * T, m.c.C, m.norm(), m.stream);
-    for (int l = m.c.L - 1; l >= 0; l--) block_backward(m, l, B, T);
-    embedding_backward(m.g(m.table.tok), m.g(m.table.pos), m.dres, m.tokens, m.places, m.begin,
-                       int(places.begin.size()) - 1, B, T, m.c.C, m.stream);
-    CHECK(cudaStreamSynchronize(m.stream));  // the batch's host buffers are free again
+    for (int l = m.c.L - 1; l >= 0; l--) block_backward(m, l, B, T, beta);
+    embedding_backward(m.g(m.table.tok), m.g(m.table.pos), m.dres, m.tokens, m.places, m.begin, B * T, B, T, m.c.C,
+                       m.stream);
 }
 
 float read_float(const Model& m, const float* p) {
@@ -1401,7 +1558,7 @@ float read_float(const Model& m, const float* p) {
 // Mean loss of one batch, no gradients.
 float evaluate(Model& m, const int32_t* windows, int B, int T) {
     CHECK(cudaMemsetAsync(m.loss, 0, sizeof(float), m.stream));
-    set_batch(m, windows, B, T);
+    set_batch(m, windows, B, T, false);
     forward(m, B, T);
     loss_forward(m, B, T, 1.0f, false);
     return read_float(m, m.loss);
@@ -1411,17 +1568,52 @@ float evaluate(Model& m, const int32_t* windows, int B, int T) {
 // Optimizer: AdamW with decoupled decay (Loshchilov, Hutter 2019) and torch's clipping of the global gradient norm.
 //   g = grad min(1, clip / (norm + 1e-6)),   m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
 //   w = w (1 - lr decay) - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps),   t = 1, 2, ...
-// All over the flat buffers, CHUNK elements a block.
+// All over the flat buffers, each read and written once, CHUNK elements a block, FOUR a thread at a time. Bytes a
+// parameter in bf16: 4 for the norm, 30 for the update (22 with bf16 moments).
 
 struct AdamW {
     float lr = 1e-3f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, clip = 1.0f;  // clip 0: none
     bool decay_1d = true;
+    uint64_t seed = 1;  // of the random rounding
 };
+
+constexpr int FOUR = WARP_SIZE == 1 ? 16 : 4;  // neighbours that a thread loads at once: 16 bytes of floats
+template <typename F>
+struct alignas(FOUR * sizeof(F)) Four {
+    F v[FOUR];
+};
+template <typename F>
+__device__ inline Four<F>& four(F* p, size_t i) {
+    return *reinterpret_cast<Four<F>*>(p + i);
+}
+template <typename F>
+__device__ inline const Four<F>& four(const F* p, size_t i) {
+    return *reinterpret_cast<const Four<F>*>(p + i);
+}
+
+// 32 bits for element i of update `key` (the finisher of MurmurHash3)
+__device__ inline unsigned rounding_bits(size_t i, unsigned key) {
+    unsigned x = (unsigned(i) ^ key) + unsigned(i >> 32) * 0x9e3779b9u;
+    x = (x ^ (x >> 16)) * 0x85ebca6bu;
+    x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+    return x ^ (x >> 16);
+}
+
+// x as F: float as it is, bf16 up or down at the odds that keep its mean, so that steps too small for 8 bits are not
+// lost. r: 16 random bits.
+__device__ inline void store_randomly(float& to, float x, unsigned) { to = x; }
+__device__ inline void store_randomly(__nv_bfloat16& to, float x, unsigned r) {
+    const unsigned bits = __float_as_uint(x), up = (bits + (r & 0xffffu)) & 0xffff0000u;
+    to = fabsf(x) < INFINITY ? __uint_as_float(up) : x;  // infinities and NaN stay what they are
+}
 
 __global__ void square_sum_kernel(float* sums, const float* grads, size_t size) {
     size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
     float sum = 0.0f;
-    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) sum += grads[i] * grads[i];
+    for (size_t i = begin + threadIdx.x * FOUR; i < end; i += blockDim.x * FOUR) {
+        const Four<float> g = four(grads, i);
+        for (float x : g.v) sum += x * x;
+    }
     sum = block_sum(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
@@ -1433,21 +1625,42 @@ __global__ void grad_norm_kernel(float* norm, const float* sums, int count) {
     if (threadIdx.x == 0) norm[0] = float(sqrt(sum));
 }
 
-// master null: params are float and their own masters
-__global__ void adamw_kernel(floatX* params, float* master, float* m, float* v, const float* grads,
-                             const float* grad_norm, size_t first, size_t last, AdamW o, float correction1,
-                             float correction2) {
+// master null: params are their own masters. S: of the moments. first and last are multiples of FOUR.
+template <typename S>
+__global__ void adamw_kernel(floatX* params, float* master, S* m, S* v, const float* grads, const float* grad_norm,
+                             size_t first, size_t last, AdamW o, float correction1, float correction2, unsigned key) {
     const float scale = o.clip > 0.0f ? fminf(1.0f, o.clip / (*grad_norm + 1e-6f)) : 1.0f;
     const float step = o.lr / correction1, root2 = rsqrtf(correction2), keep = 1.0f - o.lr * o.weight_decay;
     size_t begin = first + blockIdx.x * CHUNK, end = min(begin + CHUNK, last);
-    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-        float g = grads[i] * scale;
-        float mi = o.beta1 * m[i] + (1.0f - o.beta1) * g, vi = o.beta2 * v[i] + (1.0f - o.beta2) * g * g;
-        float w = (master ? master[i] : float(params[i])) * keep - step * mi / (sqrtf(vi) * root2 + o.eps);
-        m[i] = mi;
-        v[i] = vi;
-        if (master) master[i] = w;
-        params[i] = w;
+    for (size_t i = begin + threadIdx.x * FOUR; i < end; i += blockDim.x * FOUR) {
+        const Four<float> g4 = four(grads, i);
+        Four<S> m4 = four(m, i), v4 = four(v, i);
+        Four<floatX> p4;
+        Four<float> w4;
+        if (master) {
+            w4 = four(master, i);
+        } else {
+            p4 = four(params, i);
+            for (int j = 0; j < FOUR; j++) w4.v[j] = float(p4.v[j]);
+        }
+        for (int j = 0; j < FOUR; j++) {
+            const float g = g4.v[j] * scale;
+            const float mj = o.beta1 * float(m4.v[j]) + (1.0f - o.beta1) * g;
+            const float vj = o.beta2 * float(v4.v[j]) + (1.0f - o.beta2) * g * g;
+            w4.v[j] = w4.v[j] * keep - step * mj / (sqrtf(vj) * root2 + o.eps);
+            const unsigned r = sizeof(S) == 2 ? rounding_bits(i + j, key) : 0;
+            store_randomly(m4.v[j], mj, r);
+            store_randomly(v4.v[j], vj, r >> 16);
+        }
+        if (master) {
+            four(master, i) = w4;
+            for (int j = 0; j < FOUR; j++) p4.v[j] = w4.v[j];
+        } else {
+            for (int j = 0; j < FOUR; j++) store_randomly(p4.v[j], w4.v[j], BF16 ? rounding_bits(i + j, ~key) : 0);
+        }
+        four(params, i) = p4;
+        four(m, i) = m4;
+        four(v, i) = v4;
     }
 }
 
@@ -1458,12 +1671,19 @@ void update(Model& m, AdamW o, int64_t t) {
     CHECK(cudaGetLastError());
     grad_norm_kernel<<<1, 512, 0, m.stream>>>(m.grad_norm, m.square_sums, chunks(size));
     CHECK(cudaGetLastError());
+    const unsigned key = unsigned(random_bits(o.seed, 2, uint64_t(t)));
     const float correction1 = float(1.0 - pow(o.beta1, double(t))), correction2 = float(1.0 - pow(o.beta2, double(t)));
     auto walk = [&](size_t first, size_t last, float weight_decay) {
         AdamW part = o;
         part.weight_decay = weight_decay;
-        adamw_kernel<<<chunks(last - first), 256, 0, m.stream>>>(m.params, m.master, m.m, m.v, m.grads, m.grad_norm,
-                                                                 first, last, part, correction1, correction2);
+        if (m.m.half)
+            adamw_kernel<__nv_bfloat16><<<chunks(last - first), 256, 0, m.stream>>>(
+                m.params, m.master, static_cast<__nv_bfloat16*>(m.m.p), static_cast<__nv_bfloat16*>(m.v.p), m.grads,
+                m.grad_norm, first, last, part, correction1, correction2, key);
+        else
+            adamw_kernel<float><<<chunks(last - first), 256, 0, m.stream>>>(
+                m.params, m.master, static_cast<float*>(m.m.p), static_cast<float*>(m.v.p), m.grads, m.grad_norm, first,
+                last, part, correction1, correction2, key);
         CHECK(cudaGetLastError());
     };
     if (o.decay_1d) return walk(0, size, o.weight_decay);
@@ -1802,8 +2022,8 @@ void export_weights(const Model& m, const std::string& path) {
 // loader's position; random numbers are functions of seed and step, so there is no other state). It is written as
 // OUT/.step_NNNNNNNN and renamed when all of it is on the disk: what has the name is complete.
 
-// The numbers that a checkpoint and a run must share.
-std::vector<std::pair<std::string, std::string>> config_fields(const Config& c) {
+// What a checkpoint and a run must share.
+std::vector<std::pair<std::string, std::string>> config_fields(const Config& c, const Storage& s) {
     const char* variants[] = {"simplegpt", "prenorm", "preqknorm"};
     return {{"backbone", c.gated() ? "llama" : "nanogpt"},
             {"variant", variants[int(c.variant)]},
@@ -1818,7 +2038,9 @@ std::vector<std::pair<std::string, std::string>> config_fields(const Config& c) 
             {"norm_eps", format("%.9g", c.norm_eps)},
             {"seq_len", std::to_string(c.T)},
             {"max_seq_len", std::to_string(c.max_T)},
-            {"precision", PRECISION}};
+            {"precision", PRECISION},
+            {"moments", s.half_moments ? "bf16" : "fp32"},
+            {"master", s.no_master ? "none" : "fp32"}};
 }
 
 struct TrainState {
@@ -1854,6 +2076,12 @@ void remove_dir(const std::string& path) {  // a checkpoint's: files only
     }
 }
 
+std::vector<std::pair<std::string, Flat>> optimizer_state(const Model& m) {
+    std::vector<std::pair<std::string, Flat>> parts = {{"m", m.m}, {"v", m.v}};
+    if (m.master) parts.push_back({"master", {m.master, false}});
+    return parts;
+}
+
 void save_checkpoint(const Model& m, const std::string& out, const TrainState& s, int keep) {
     const std::string name = checkpoint_name(s.step), final_dir = out + "/" + name, dir = out + "/." + name;
     remove_dir(dir);
@@ -1867,22 +2095,21 @@ void save_checkpoint(const Model& m, const std::string& out, const TrainState& s
                  }});
         save_safetensors(dir + "/model.safetensors", tensors);
         tensors.clear();
-        for (auto [part, buffer] : {std::make_pair("m", m.m), {"v", m.v}, {"master", m.master}})
-            if (buffer)
-                tensors.push_back({part,
-                                   "F32",
-                                   {m.table.size},
-                                   m.table.size * sizeof(float),
-                                   [buffer = buffer](std::vector<char>& data) {
-                                       CHECK(cudaMemcpy(data.data(), buffer, data.size(), cudaMemcpyDeviceToHost));
-                                   }});
+        for (auto [part, buffer] : optimizer_state(m))
+            tensors.push_back({part,
+                               buffer.dtype(),
+                               {m.table.size},
+                               m.table.size * buffer.width(),
+                               [p = buffer.p](std::vector<char>& data) {
+                                   CHECK(cudaMemcpy(data.data(), p, data.size(), cudaMemcpyDeviceToHost));
+                               }});
         save_safetensors(dir + "/optimizer_rank0.safetensors", tensors);
         std::string json =
             format("{\n  \"step\": %lld,\n  \"seed\": %llu,\n", (long long)s.step, (unsigned long long)s.seed);
         json += format("  \"loader\": {\"epoch\": %llu, \"window\": %llu},\n", (unsigned long long)s.loader.epoch,
                        (unsigned long long)s.loader.window);
         json += "  \"config\": {";
-        for (auto& [key, value] : config_fields(m.c))
+        for (auto& [key, value] : config_fields(m.c, m.storage))
             json += (json.back() == '{' ? "" : ", ") + ("\"" + key + "\": \"" + value + "\"");
         json += "}\n}\n";
         OutFile state(dir + "/state.json");
@@ -1914,7 +2141,7 @@ TrainState load_checkpoint(Model& m, const std::string& dir) {
         s.seed = number(&j, "seed");
         s.loader = {number(j.find("loader"), "epoch"), number(j.find("loader"), "window")};
         const Json* config = j.find("config");
-        for (auto& [key, value] : config_fields(m.c)) {
+        for (auto& [key, value] : config_fields(m.c, m.storage)) {
             const Json* there = config ? config->find(key) : nullptr;
             if (!there || there->string != value)
                 throw Error("the checkpoint has " + key + " " + (there ? there->string : "unknown") + ", this run " +
@@ -1925,16 +2152,17 @@ TrainState load_checkpoint(Model& m, const std::string& dir) {
     }
     import_weights(m, dir + "/model.safetensors");
     Safetensors file(dir + "/optimizer_rank0.safetensors");
-    std::vector<float> values;
-    for (auto [part, buffer] : {std::make_pair("m", m.m), {"v", m.v}, {"master", m.master}}) {
-        if (!buffer) continue;
+    std::vector<char> values;
+    for (auto& [part, buffer] : optimizer_state(m)) {
         auto found = file.entries.find(part);
-        if (found == file.entries.end() || found->second.elements != m.table.size)
+        if (found == file.entries.end() || found->second.elements != m.table.size ||
+            found->second.dtype != buffer.dtype())
             throw Error(file.path + ": lacks the tensor " + part +
                         " or has it in another shape. Delete this checkpoint "
                         "to resume from the one before.");
-        values = file.floats(part);
-        CHECK(cudaMemcpy(buffer, values.data(), values.size() * sizeof(float), cudaMemcpyHostToDevice));
+        values.resize(found->second.bytes);
+        file.read(found->second, values.data());
+        CHECK(cudaMemcpy(buffer.p, values.data(), values.size(), cudaMemcpyHostToDevice));
     }
     return s;
 }
@@ -2020,11 +2248,12 @@ std::string duration(double seconds) {
 
 struct Options {
     Config config;
+    Storage storage;
     AdamW adamw;
     double lr = 1e-3;  // the peak; adamw.lr is that of a step
     std::string train_data, val_data, tokenizer, prompt, init_from, export_to, out = "run";
     bool shuffle = false, resume = false;
-    int batch_size = 4, grad_accum = 1, log_every = 10, val_every = -1, val_batches = 20, sample_every = 0;
+    int batch_size = 4, grad_accum = 1, total_batch = 0, log_every = 10, val_every = -1, val_batches = 20, sample_every = 0;
     int sample_tokens = 200, keep = 2;
     int64_t steps = 1000, warmup = -1, save_every = 0;
     uint64_t seed = 1;
@@ -2123,8 +2352,12 @@ std::vector<Flag> flags(Options& o) {
          &o.tokenizer);
 
     heading("Training");
-    integer("batch-size", &o.batch_size, 1, big, "sequences of a micro-batch (4)");
+    all.push_back({"batch-size", "N|auto", "sequences of a micro-batch; auto: as many as fit into memory (4)",
+                   [&o](const char* s) {
+                       o.batch_size = strcmp(s, "auto") ? int(parse_integer("batch-size", s, 1, 1 << 30)) : 0;
+                   }});
     integer("grad-accum", &o.grad_accum, 1, big, "micro-batches of a step (1)");
+    integer("total-batch", &o.total_batch, 1, big, "sequences of a step, in place of --grad-accum: sets it");
     integer("steps", &o.steps, 0, int64_t(1) << 50, "updates; 0 only imports and exports (1000)");
     integer("warmup", &o.warmup, 0, int64_t(1) << 50, "steps of rising learning rate (1% of --steps)");
     all.push_back({"lr", "X", "peak learning rate, falling linearly to 0 after the warm-up (1e-3)",
@@ -2136,6 +2369,15 @@ std::vector<Flag> flags(Options& o) {
     number("adam-eps", &o.adamw.eps, 0, 1, "AdamW's epsilon (1e-8)");
     number("clip", &o.adamw.clip, 0, 1e30, "largest gradient norm, 0 for no clipping (1)");
     integer("seed", &o.seed, 0, INT64_MAX, "of weights, shuffling and samples (1)");
+
+    heading("Memory (the plan is printed before anything is allocated)");
+    choice("recompute", "none|norm|ffn|block",
+           "activations made again in the backward: of norms, RoPE and SwiGLU; of the feed-forward too; of all (none)",
+           {"none", "norm", "ffn", "block"}, [&o](int i) { o.storage.recompute = Recompute(i); });
+    choice("moments", "fp32|bf16", "AdamW's two moments, bf16 with stochastic rounding (fp32)", {"fp32", "bf16"},
+           [&o](int i) { o.storage.half_moments = i; });
+    toggle("no-master", "no float32 weights beside the bf16 ones, which are rounded stochastically",
+           &o.storage.no_master, true);
 
     heading("Files");
     text("init-from", "FILE", "begin with these weights: safetensors with the paper's names", &o.init_from);
@@ -2237,56 +2479,107 @@ void print_sample(Model& m, const Tokenizer& tokenizer, const Options& o, int64_
     printf("--- sample at step %lld\n%s\n---\n", (long long)step, tokenizer.decode(prompt).c_str());
 }
 
-// One step: the micro-batches, then the update. Returns loss and gradient norm.
-std::pair<float, float> train_step(Model& m, DataLoader& data, const Options& o, double lr, int64_t step) {
-    CHECK(cudaMemsetAsync(m.grads, 0, m.table.size * sizeof(float), m.stream));
-    CHECK(cudaMemsetAsync(m.loss, 0, sizeof(float), m.stream));
-    for (int i = 0; i < o.grad_accum; i++) forward_backward(m, data.next(), m.B, m.c.T, 1.0f / o.grad_accum);
+bool happened(cudaEvent_t event) {
+    const cudaError_t status = cudaEventQuery(event);
+    if (status != cudaErrorNotReady) CHECK(status);
+    cudaGetLastError();  // "not ready" is not to be taken for a launch's error later
+    return status == cudaSuccess;
+}
+
+// One step, number `step` from 1: the micro-batches, the update, and its report to the host, who does not wait.
+void train_step(Model& m, DataLoader& data, const Options& o, int64_t step) {
+    zero_gradients(m);
+    for (int i = 0; i < o.grad_accum; i++) forward_backward(m, data.next(), m.B, m.c.T, 1.0f / o.grad_accum, i == 0);
     AdamW adamw = o.adamw;
-    adamw.lr = float(lr);
+    adamw.lr = float(learning_rate(o.lr, step - 1, o.warmup, o.steps));
     update(m, adamw, step);
-    float loss = read_float(m, m.loss);
-    return {loss, read_float(m, m.grad_norm)};
+    const Report& r = m.reports[step % 2];
+    CHECK(cudaMemcpyAsync(r.values, m.loss, 2 * sizeof(float), cudaMemcpyDeviceToHost, m.stream));
+    CHECK(cudaEventRecord(r.done, m.stream));
 }
 
 void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const Tokenizer* tokenizer,
            TrainState state) {
-    const int64_t S = o.steps, W = o.warmup >= 0 ? o.warmup : S / 100;
+    const int64_t S = o.steps;
     const double tokens = double(m.N()) * o.grad_accum;
     Log log;
     log.open(o.out + "/log.csv", state.step);
     int64_t marked = state.step;  // step and time since which the line on the terminal counts
-    double mark = now();
+    double mark = now(), last = mark;
     double paused = 0.0;  // seconds of validation, samples and checkpoints among them
-    for (int64_t s = state.step; s < S; s++) {
-        const double begin = now(), lr = learning_rate(o.lr, s, W, S);
-        auto [loss, grad_norm] = train_step(m, data, o, lr, s + 1);
-        const double end = now();
-        state.step = s + 1;
-        state.loader = data.state();
-        auto due = [&](int64_t every) { return every > 0 && (state.step % every == 0 || state.step == S); };
+    auto due = [&](int64_t step, int64_t every) { return every > 0 && (step % every == 0 || step == S); };
+
+    // Waits for a step's numbers, writes them down, and does what is due after it.
+    auto report = [&](int64_t step) {
+        const Report& r = m.reports[step % 2];
+        CHECK(cudaEventSynchronize(r.done));
+        const float loss = r.values[0], grad_norm = r.values[1];
+        const double end = now(), lr = learning_rate(o.lr, step - 1, o.warmup, S);
         const bool finite = std::isfinite(loss) && std::isfinite(grad_norm);
-        const bool validated = val && finite && due(o.val_every);
+        const bool validated = val && finite && due(step, o.val_every);
         float val_loss = validated ? validate(m, *val, o.val_batches) : 0.0f;
-        log.row(state.step, loss, lr, grad_norm, tokens / (end - begin), validated ? &val_loss : nullptr);
-        if (state.step % o.log_every == 0 || state.step == S || s == 0 || !finite || validated) {
-            const double seconds = (end - mark - paused) / double(state.step - marked);
+        log.row(step, loss, lr, grad_norm, tokens / (end - last), validated ? &val_loss : nullptr);
+        if (step % o.log_every == 0 || step == S || step == 1 || !finite || validated) {
+            const double seconds = (end - mark - paused) / double(step - marked);
             printf("step %6lld/%lld %5.1f%% | loss %.4f | lr %.2e | norm %.3f | %.0f tokens/s | ETA %s%s\n",
-                   (long long)state.step, (long long)S, 100.0 * state.step / S, loss, lr, grad_norm, tokens / seconds,
-                   duration(seconds * double(S - state.step)).c_str(),
+                   (long long)step, (long long)S, 100.0 * step / S, loss, lr, grad_norm, tokens / seconds,
+                   duration(seconds * double(S - step)).c_str(),
                    validated ? format(" | val %.4f", val_loss).c_str() : "");
-            marked = state.step, mark = end, paused = 0.0;
+            marked = step, mark = end, paused = 0.0;
         }
         if (!finite)
             throw Error(
                 format("training: the loss or the gradient norm is not finite at step %lld. Lower --lr, or "
                        "raise --warmup.",
-                       (long long)state.step));
-        if (tokenizer && due(o.sample_every)) print_sample(m, *tokenizer, o, state.step);
-        if (due(o.save_every)) save_checkpoint(m, o.out, state, o.keep);
-        paused += now() - end;
+                       (long long)step));
+        if (tokenizer && due(step, o.sample_every)) print_sample(m, *tokenizer, o, step);
+        if (due(step, o.save_every)) save_checkpoint(m, o.out, state, o.keep);
+        last = now();
+        paused += last - end;
         fflush(stdout);
+    };
+
+    // The host launches one step ahead of the one it reports, unless it has to do something after it, or it is done.
+    for (int64_t reported = state.step; state.step < S;) {
+        train_step(m, data, o, ++state.step);
+        state.loader = data.state();
+        const bool stop = due(state.step, o.val_every) || due(state.step, o.sample_every) ||
+                          due(state.step, o.save_every) || state.step == S ||
+                          happened(m.reports[state.step % 2].done);
+        while (reported < state.step - (stop ? 0 : 1)) report(++reported);
     }
+}
+
+// The largest micro-batch, a divisor of `total` sequences unless that is 0, whose plan fits into `room` bytes; 0 if none.
+int largest_batch(const Options& o, size_t room) {
+    int64_t fits = 0, fails = 1;
+    auto needs = [&](int64_t B) {
+        Model m;
+        plan(m, o.config, int(B), true, o.storage);
+        return m.arena.used;
+    };
+    const int64_t most = std::min<int64_t>(o.total_batch ? o.total_batch : 1 << 20, (1 << 30) / o.config.T);
+    while (fails <= most && needs(fails) <= room) fits = fails, fails *= 2;
+    fails = std::min(fails, most + 1);
+    while (fails - fits > 1) {
+        const int64_t middle = (fits + fails) / 2;
+        (needs(middle) <= room ? fits : fails) = middle;
+    }
+    while (o.total_batch && fits > 0 && o.total_batch % fits) fits--;
+    return int(fits);
+}
+
+// Settles --batch-size auto and --total-batch.
+void choose_batch(Options& o) {
+    if (o.batch_size == 0) {
+        size_t free = 0, total = 0;
+        CHECK(cudaMemGetInfo(&free, &total));
+        o.batch_size = std::max(1, largest_batch(o, free));  // if not even 1 fits, create() says what would help
+    }
+    if (o.total_batch % o.batch_size)
+        throw Error(format("--total-batch: %d sequences are no multiple of --batch-size %d. Choose a divisor, or auto.",
+                           o.total_batch, o.batch_size));
+    if (o.total_batch) o.grad_accum = o.total_batch / o.batch_size;
 }
 
 void run(int argc, char** argv) {
@@ -2312,6 +2605,11 @@ void run(int argc, char** argv) {
     if (o.steps > 0 && o.train_data.empty())
         throw Error("--train-data: is missing. Give token shards, made by dev/data/prepare.py (README, Data).");
     if (o.warmup > o.steps) throw Error("--warmup: is longer than --steps. Shorten it.");
+    if (o.warmup < 0) o.warmup = o.steps / 100;
+    if (o.storage.no_master && !BF16) throw Error("--no-master: the fp32 build has none. Leave it out.");
+    o.adamw.seed = o.seed;
+    open_device();
+    choose_batch(o);
 
     std::unique_ptr<DataLoader> data, val;
     if (o.steps > 0) data.reset(new DataLoader(o.train_data, o.batch_size, c.T, c.V, o.shuffle, o.seed));
@@ -2328,13 +2626,12 @@ void run(int argc, char** argv) {
                     ": holds the checkpoints of an earlier run. Add --resume to continue it, or choose another "
                     "--out.");
 
-    open_device();
     Model m;
-    m.c = c;
     printf("%s %s, %s: dim %d, %d layers, %d heads of %d (%d key/value), hidden %d, vocabulary %d, T %d; %s\n",
-           c.gated() ? "llama" : "nanogpt", config_fields(c)[1].second.c_str(), config_fields(c)[2].second.c_str(), c.C,
+           c.gated() ? "llama" : "nanogpt", config_fields(c, o.storage)[1].second.c_str(),
+           config_fields(c, o.storage)[2].second.c_str(), c.C,
            c.L, c.NH, c.HS(), c.NKV, c.F(), c.V, c.T, PRECISION);
-    plan(m, c, o.batch_size, true);
+    plan(m, c, o.batch_size, true, o.storage);
     printf("%zu parameters; %lld steps of %d x %d sequences\n%s", m.table.parameters, (long long)o.steps, o.grad_accum,
            o.batch_size, memory_plan(m).c_str());
     fflush(stdout);
