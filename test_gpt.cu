@@ -823,6 +823,38 @@ TEST(recompute) {
     }
 }
 
+// A captured micro-batch gives the bits of a launched one; so does one whose matmuls were chosen by time and whose choices
+// were written down and read.
+TEST(graph_and_algorithms) {
+    std::vector<float> last[3];  // launched, captured, timed
+    for (int way = 0; way < 3; way++) {
+        Model m;
+        plan(m, small_config(Backbone::llama, Variant::simplegpt), 2, true);
+        create(m);
+        initialize(m, 4);
+        m.use_graphs = way == 1;
+        if (way == 2) {
+            matmul.forget_plans();
+            time_matmuls(m);
+            const std::string text = matmul.algorithms();
+            const size_t lines = std::count(text.begin(), text.end(), '\n');
+            EXPECT(lines == matmul.chosen.size() + 1);
+            for (auto& [shape, p] : matmul.plans) EXPECT(p.algos.size() == 1);
+            EXPECT(matmul.algorithms(text) && matmul.algorithms() == text);
+            EXPECT(!matmul.algorithms("cublasLt 1\n") && !matmul.algorithms("") && !matmul.algorithms(text + "0 1 2\n"));
+            matmul.forget_plans();
+        }
+        two_steps(m, 0);
+        two_steps(m, 2);
+        EXPECT((m.graphs[0].exec != nullptr) == (way == 1) && (m.graphs[1].exec != nullptr) == (way == 1));
+        last[way] = training_state(m);
+        destroy(m);
+        matmul.chosen.clear();
+    }
+    EXPECT(last[0] == last[1]);
+    EXPECT(last[0] == last[2]);
+}
+
 // The first micro-batch of a step overwrites what the last step left, the others add.
 TEST(gradients_begin_anew) {
     for (Backbone backbone : {Backbone::llama, Backbone::nanogpt}) {

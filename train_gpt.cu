@@ -32,6 +32,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "dataloader.h"
@@ -635,19 +636,33 @@ void embedding_backward(float* dtok, float* dpos, const floatX* dx, const int* t
 
 constexpr size_t MATMUL_WORKSPACE = size_t(32) << 20;
 
-struct Matmul {  // handle, workspace, and one plan a shape, made at the first use
+// Handle, workspace, and one plan a shape, made at the first use. A plan's algorithm is the heuristic's first choice;
+// while `timing` is set, the fastest of its first 16. Algorithms differ in the order of their sums, so the choices of a
+// run are kept (algorithms(), in and out), and a resumed run has the same bits.
+struct Matmul {
+    struct Shape {
+        int transA, transB, m, n, k, type;  // type: that of D
+        bool operator<(const Shape& o) const {
+            return std::tie(transA, transB, m, n, k, type) < std::tie(o.transA, o.transB, o.m, o.n, o.k, o.type);
+        }
+    };
     struct Plan {
         cublasLtMatmulDesc_t desc;
         cublasLtMatrixLayout_t first, second, out;
-        cublasLtMatmulAlgo_t algo;
+        std::vector<cublasLtMatmulAlgo_t> algos;  // the first is used; others wait to be timed
     };
+    static constexpr int CANDIDATES = 16;
     cublasLtHandle_t handle = nullptr;
     void* workspace = nullptr;
-    std::map<std::tuple<bool, bool, int, int, int, cudaDataType_t>, Plan> plans;
+    bool timing = false;
+    std::map<Shape, Plan> plans;
+    std::map<Shape, cublasLtMatmulAlgo_t> chosen;  // by timing, here or in an earlier part of the run
 
-    const Plan& plan(bool transA, bool transB, int m, int n, int k, cudaDataType_t type) {
-        auto key = std::make_tuple(transA, transB, m, n, k, type);
-        auto found = plans.find(key);
+    Plan& plan(Shape shape) {
+        const bool transA = shape.transA, transB = shape.transB;
+        const int m = shape.m, n = shape.n, k = shape.k;
+        const cudaDataType_t type = cudaDataType_t(shape.type);
+        auto found = plans.find(shape);
         if (found != plans.end()) return found->second;
         // cuBLAS is column-major: it sees every row-major matrix transposed, so it is asked for D^T = op(B)^T op(A)^T
         Plan p;
@@ -661,36 +676,112 @@ struct Matmul {  // handle, workspace, and one plan a shape, made at the first u
         transB ? layout(&p.first, CUDA_FLOATX, k, n) : layout(&p.first, CUDA_FLOATX, n, k);
         transA ? layout(&p.second, CUDA_FLOATX, m, k) : layout(&p.second, CUDA_FLOATX, k, m);
         layout(&p.out, type, n, m);
+        auto known = chosen.find(shape);
+        if (known != chosen.end()) {
+            p.algos = {known->second};
+            return plans.emplace(shape, p).first->second;
+        }
         cublasLtMatmulPreference_t preference;
         CHECK_CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
         CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                                           &MATMUL_WORKSPACE, sizeof(MATMUL_WORKSPACE)));
-        cublasLtMatmulHeuristicResult_t best;
-        int found_algos = 0;
-        CHECK_CUBLAS(cublasLtMatmulAlgoGetHeuristic(handle, p.desc, p.first, p.second, p.out, p.out, preference, 1,
-                                                    &best, &found_algos));
-        if (!found_algos) throw Error(format("matmul: cuBLASLt has no algorithm for %d x %d x %d.", m, n, k));
+        cublasLtMatmulHeuristicResult_t results[CANDIDATES];
+        int count = 0;
+        CHECK_CUBLAS(cublasLtMatmulAlgoGetHeuristic(handle, p.desc, p.first, p.second, p.out, p.out, preference,
+                                                    CANDIDATES, results, &count));
         CHECK_CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
-        p.algo = best.algo;
-        return plans.emplace(key, p).first->second;
+        for (int i = 0; i < count; i++)
+            if (results[i].state == CUBLAS_STATUS_SUCCESS) p.algos.push_back(results[i].algo);
+        if (p.algos.empty()) throw Error(format("matmul: cuBLASLt has no algorithm for %d x %d x %d.", m, n, k));
+        return plans.emplace(shape, p).first->second;
     }
 
-    void close() {
+    // Puts the plan's fastest algorithm first and drops the others. `run` multiplies with one of them; D may get any
+    // value. Of four calls the fastest counts, the first warms up.
+    template <typename Run>
+    void choose(Plan& p, Shape shape, cudaStream_t stream, Run run) {
+        cudaEvent_t begin, end;
+        CHECK(cudaEventCreate(&begin));
+        CHECK(cudaEventCreate(&end));
+        float best = INFINITY;
+        for (const cublasLtMatmulAlgo_t& algo : std::vector<cublasLtMatmulAlgo_t>(p.algos)) {
+            for (int i = 0; i < 4; i++) {
+                float ms;
+                CHECK(cudaEventRecord(begin, stream));
+                if (run(algo) != CUBLAS_STATUS_SUCCESS) break;
+                CHECK(cudaEventRecord(end, stream));
+                CHECK(cudaEventSynchronize(end));
+                CHECK(cudaEventElapsedTime(&ms, begin, end));
+                if (i > 0 && ms < best) best = ms, p.algos[0] = algo;
+            }
+        }
+        p.algos.resize(1);
+        chosen[shape] = p.algos[0];
+        CHECK(cudaEventDestroy(begin));
+        CHECK(cudaEventDestroy(end));
+    }
+
+    // The choices as text, a line each: shape, then the algorithm, which cuBLASLt lets be stored and loaded again by
+    // the same version of itself; the first line names it.
+    std::string algorithms() const {
+        std::string text = format("cublasLt %zu\n", cublasLtGetVersion());
+        for (auto& [s, algo] : chosen) {
+            text += format("%d %d %d %d %d %d", s.transA, s.transB, s.m, s.n, s.k, s.type);
+            for (uint64_t word : algo.data) text += format(" %llx", (unsigned long long)word);
+            text += "\n";
+        }
+        return text;
+    }
+    // False, and nothing taken, if the text is another version's or none of ours.
+    bool algorithms(const std::string& text) {
+        size_t version = 0, at = text.find('\n');
+        if (sscanf(text.c_str(), "cublasLt %zu", &version) != 1 || version != cublasLtGetVersion()) return false;
+        std::map<Shape, cublasLtMatmulAlgo_t> read;
+        while (at != std::string::npos && ++at < text.size()) {
+            Shape s;
+            cublasLtMatmulAlgo_t algo;
+            int used = 0;
+            const char* p = text.c_str() + at;
+            if (sscanf(p, "%d %d %d %d %d %d%n", &s.transA, &s.transB, &s.m, &s.n, &s.k, &s.type, &used) != 6)
+                return false;
+            for (uint64_t& word : algo.data) {
+                unsigned long long bits;
+                p += used;
+                if (sscanf(p, "%llx%n", &bits, &used) != 1) return false;
+                word = bits;
+            }
+            read[s] = algo;
+            at = text.find('\n', at);
+        }
+        chosen = read;
+        return true;
+    }
+
+    void forget_plans() {
         for (auto& [key, p] : plans) {
             for (cublasLtMatrixLayout_t l : {p.first, p.second, p.out}) CHECK_CUBLAS(cublasLtMatrixLayoutDestroy(l));
             CHECK_CUBLAS(cublasLtMatmulDescDestroy(p.desc));
         }
         plans.clear();
+    }
+    void close() {
+        forget_plans();
+        chosen.clear();
         if (handle) CHECK_CUBLAS(cublasLtDestroy(handle));
         handle = nullptr;
     }
 
     void operator()(void* D, const floatX* A, const floatX* B, bool transA, bool transB, int m, int n, int k,
                     cudaDataType_t type, float beta, cudaStream_t stream) {
-        const Plan& p = plan(transA, transB, m, n, k, type);
+        const Shape shape = {transA, transB, m, n, k, int(type)};
+        Plan& p = plan(shape);
         const float alpha = 1.0f;
-        CHECK_CUBLAS(cublasLtMatmul(handle, p.desc, &alpha, B, p.first, A, p.second, &beta, D, p.out, D, p.out, &p.algo,
-                                    workspace, MATMUL_WORKSPACE, stream));
+        auto run = [&](const cublasLtMatmulAlgo_t& algo) {
+            return cublasLtMatmul(handle, p.desc, &alpha, B, p.first, A, p.second, &beta, D, p.out, D, p.out, &algo,
+                                  workspace, MATMUL_WORKSPACE, stream);
+        };
+        if (timing && p.algos.size() > 1) choose(p, shape, stream, run);
+        CHECK_CUBLAS(run(p.algos[0]));
     }
 } matmul;
 
@@ -1074,6 +1165,12 @@ struct Report {
     cudaEvent_t done = nullptr;
 };
 
+// A micro-batch's kernels as one CUDA graph, made the second time it runs: the first makes what capturing must not.
+struct Graph {
+    float weight = 0.0f;  // the micro-batch's, 0 before the first run
+    cudaGraphExec_t exec = nullptr;
+};
+
 struct Model {
     Config c;
     Storage storage;
@@ -1108,6 +1205,8 @@ struct Model {
     Arena arena;
     Staging staging[2];
     int next_staging = 0;
+    bool use_graphs = false;
+    Graph graphs[2];  // of a step's first micro-batch and of the others
     Report reports[2];
 
     size_t N() const { return size_t(B) * c.T; }
@@ -1328,6 +1427,8 @@ void create(Model& m) {
 }
 
 void destroy(Model& m) {
+    for (Graph& g : m.graphs)
+        if (g.exec) CHECK(cudaGraphExecDestroy(g.exec));
     for (Staging& s : m.staging) {
         if (s.batch) CHECK(cudaFreeHost(s.batch));
         if (s.copied) CHECK(cudaEventDestroy(s.copied));
@@ -1534,11 +1635,9 @@ void zero_gradients(Model& m) {
     }
 }
 
-// One micro-batch, weight 1 / their number: adds to m.loss and to the gradients; `first` overwrites those that
-// zero_gradients leaves alone.
-void forward_backward(Model& m, const int32_t* windows, int B, int T, float weight, bool first = false) {
+// The kernels of a micro-batch.
+void launch_micro_batch(Model& m, int B, int T, float weight, bool first) {
     const float beta = first ? 0.0f : 1.0f;
-    set_batch(m, windows, B, T, true);
     forward(m, B, T);
     loss_forward(m, B, T, weight, true, beta);
     norm_backward(m.dres, m.g(m.table.norm), m.partial, nullptr, m.dnormed, m.out, m.w(m.table.norm), m.norm_stats,
@@ -1546,6 +1645,38 @@ void forward_backward(Model& m, const int32_t* windows, int B, int T, float weig
     for (int l = m.c.L - 1; l >= 0; l--) block_backward(m, l, B, T, beta);
     embedding_backward(m.g(m.table.tok), m.g(m.table.pos), m.dres, m.tokens, m.places, m.begin, B * T, B, T, m.c.C,
                        m.stream);
+}
+
+// One micro-batch, weight 1 / their number: adds to m.loss and to the gradients; `first` overwrites those that
+// zero_gradients leaves alone.
+void forward_backward(Model& m, const int32_t* windows, int B, int T, float weight, bool first = false) {
+    set_batch(m, windows, B, T, true);
+    Graph& g = m.graphs[first];
+    if (!m.use_graphs || B != m.B || T != m.c.T || g.weight != weight) {
+        launch_micro_batch(m, B, T, weight, first);
+        if (!g.exec) g.weight = weight;
+        return;
+    }
+    if (!g.exec) {
+        cudaGraph_t graph = nullptr;
+        CHECK(cudaStreamBeginCapture(m.stream, cudaStreamCaptureModeThreadLocal));
+        launch_micro_batch(m, B, T, weight, first);
+        CHECK(cudaStreamEndCapture(m.stream, &graph));
+        CHECK(cudaGraphInstantiate(&g.exec, graph, 0));
+        CHECK(cudaGraphDestroy(graph));
+    }
+    CHECK(cudaGraphLaunch(g.exec, m.stream));
+}
+
+// Runs one micro-batch of arbitrary tokens in which every matmul chooses its algorithm by time. Gradients and loss are
+// what a step's begin overwrites or clears.
+void time_matmuls(Model& m) {
+    std::vector<int32_t> windows(size_t(m.B) * (m.c.T + 1));
+    for (size_t i = 0; i < windows.size(); i++) windows[i] = int32_t(random_bits(1, 3, i) % m.c.V);
+    matmul.timing = true;
+    zero_gradients(m);
+    forward_backward(m, windows.data(), m.B, m.c.T, 1.0f, true);
+    matmul.timing = false;
 }
 
 float read_float(const Model& m, const float* p) {
@@ -2252,7 +2383,7 @@ struct Options {
     AdamW adamw;
     double lr = 1e-3;  // the peak; adamw.lr is that of a step
     std::string train_data, val_data, tokenizer, prompt, init_from, export_to, out = "run";
-    bool shuffle = false, resume = false;
+    bool shuffle = false, resume = false, graph = false;
     int batch_size = 4, grad_accum = 1, total_batch = 0, log_every = 10, val_every = -1, val_batches = 20, sample_every = 0;
     int sample_tokens = 200, keep = 2;
     int64_t steps = 1000, warmup = -1, save_every = 0;
@@ -2369,6 +2500,8 @@ std::vector<Flag> flags(Options& o) {
     number("adam-eps", &o.adamw.eps, 0, 1, "AdamW's epsilon (1e-8)");
     number("clip", &o.adamw.clip, 0, 1e30, "largest gradient norm, 0 for no clipping (1)");
     integer("seed", &o.seed, 0, INT64_MAX, "of weights, shuffling and samples (1)");
+
+    toggle("graph", "launch a micro-batch as one CUDA graph, for small models, whose kernels are short", &o.graph, true);
 
     heading("Memory (the plan is printed before anything is allocated)");
     choice("recompute", "none|norm|ffn|block",
@@ -2582,6 +2715,27 @@ void choose_batch(Options& o) {
     if (o.total_batch) o.grad_accum = o.total_batch / o.batch_size;
 }
 
+// Has the matmuls' algorithms chosen, unless there is only one. A run's choices lie in a file beside its log; a resumed
+// run takes them from there.
+void settle_matmuls(Model& m, const std::string& path, bool resumed) {
+    const Config& c = m.c;
+    if (matmul.plan({false, true, int(m.N()), c.QKV(), c.C, CUDA_FLOATX}).algos.size() < 2) return;
+    if (resumed && access(path.c_str(), R_OK) == 0) {
+        if (matmul.algorithms(read_file(path))) {
+            matmul.forget_plans();
+            return;
+        }
+        printf("%s: is of another cuBLASLt; its matmuls are timed again, sums may round differently\n", path.c_str());
+    }
+    const double begin = now();
+    time_matmuls(m);
+    const std::string text = matmul.algorithms();
+    OutFile file(path);
+    file.write(text.data(), text.size());
+    file.commit();
+    printf("timed %zu matmuls in %.1f s\n", matmul.chosen.size(), now() - begin);
+}
+
 void run(int argc, char** argv) {
     Options o;
     if (!parse_options(o, argc, argv)) return;
@@ -2636,6 +2790,7 @@ void run(int argc, char** argv) {
            o.batch_size, memory_plan(m).c_str());
     fflush(stdout);
     create(m);
+    m.use_graphs = o.graph;
     TrainState state;
     state.seed = o.seed;
     if (!checkpoints.empty()) {
@@ -2651,6 +2806,7 @@ void run(int argc, char** argv) {
     } else {
         initialize(m, o.seed);
     }
+    if (data) settle_matmuls(m, o.out + "/matmul.txt", state.step > 0);
     if (data) train(m, o, *data, val.get(), tokenizer.get(), state);
     if (!o.export_to.empty()) export_weights(m, o.export_to);
     destroy(m);

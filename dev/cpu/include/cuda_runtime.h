@@ -16,8 +16,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <functional>
 #include <map>
 #include <string>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -173,6 +175,11 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 typedef struct CUstream_st* cudaStream_t;
 
+// Work that a stream gets while it is captured is not done but written down, to be done at each cudaGraphLaunch.
+typedef std::vector<std::function<void()>>* cudaGraph_t;
+typedef std::vector<std::function<void()>>* cudaGraphExec_t;
+inline cudaGraph_t cuda_captured = nullptr;
+
 constexpr size_t CUDA_SHARED_DEFAULT = 48 << 10;   // bytes a block may have without asking
 constexpr size_t CUDA_SHARED_OPTIN = 227 << 10;    // and after cudaFuncSetAttribute
 
@@ -222,7 +229,11 @@ auto cuda_launch(CudaKernel<F, P...> kernel, dim3 grid, dim3 block, size_t share
             cuda_fail(error);
             return;
         }
-        cuda_run_blocks(kernel.name, grid, block, shared, [&] { kernel.call(args...); });
+        if (cuda_captured)
+            cuda_captured->push_back(
+                [=]() mutable { cuda_run_blocks(kernel.name, grid, block, shared, [&] { kernel.call(args...); }); });
+        else
+            cuda_run_blocks(kernel.name, grid, block, shared, [&] { kernel.call(args...); });
     };
 }
 
@@ -306,14 +317,18 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
     return cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t = 0) {
-    return cudaMemcpy(to, from, bytes, kind);
+    if (!cuda_captured) return cudaMemcpy(to, from, bytes, kind);
+    cuda_captured->push_back([=] { cudaMemcpy(to, from, bytes, kind); });
+    return cudaSuccess;
 }
 inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
     if (bytes > 0) memset(to, value, bytes);
     return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = 0) {
-    return cudaMemset(to, value, bytes);
+    if (!cuda_captured) return cudaMemset(to, value, bytes);
+    cuda_captured->push_back([=] { cudaMemset(to, value, bytes); });
+    return cudaSuccess;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -327,6 +342,28 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { r
 inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
+
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+    if (cuda_captured) return cuda_fail(cudaErrorInvalidValue);
+    cuda_captured = new std::vector<std::function<void()>>;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+    if (!cuda_captured) return cuda_fail(cudaErrorInvalidValue);
+    *graph = cuda_captured;
+    cuda_captured = nullptr;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long = 0) {
+    return *exec = new std::vector<std::function<void()>>(*graph), cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+    for (auto& work : *exec) work();
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete exec, cudaSuccess; }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
