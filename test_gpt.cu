@@ -84,6 +84,7 @@ struct Dev {
     }
     Dev(const Vec& values) : Dev(values.size()) { set(values); }
     Dev(const Dev&) = delete;
+    Dev& operator=(const Dev&) = delete;
     ~Dev() { cudaFree(p); }
     void set(const Vec& values) {
         std::vector<F> raw(n);
@@ -356,9 +357,12 @@ TEST(linear) {
         Random r{uint64_t(N)};
         DevX inp(normals(N * K, r)), w(normals(M * K, r)), out(N * M), dout(normals(N * M, r)), dinp(N * K);
         DevF dw(normals(M * K, r));
+        const bool add = N == 40;  // both ways; what is not added to is poisoned
+        if (add) dinp.set(normals(N * K, r));
+        if (!add) CHECK(cudaMemset(dw.p, 0xff, M * K * sizeof(float)));
         linear_forward(out.p, inp.p, w.p, N, K, M, 0);
-        linear_backward(dinp.p, dw.p, dout.p, inp.p, w.p, N, K, M, 1.0f, 0);
-        Vec want(N * M), want_dinp(N * K), want_dw = dw.v;
+        linear_backward(dinp.p, add, dw.p, add ? 1.0f : 0.0f, dout.p, inp.p, w.p, N, K, M, 0);
+        Vec want(N * M), want_dinp = add ? dinp.v : Vec(N * K), want_dw = add ? dw.v : Vec(M * K);
         for (int n = 0; n < N; n++)
             for (int m = 0; m < M; m++)
                 for (int k = 0; k < K; k++) {
@@ -792,8 +796,7 @@ TEST(recompute) {
                 create(m);
                 initialize(m, 4);
                 zero_gradients(m);
-                for (int i = 0; i < 2; i++)
-                    forward_backward(m, some_windows(c, 2, i).data(), 2, c.T, 0.5f, i == 0);
+                for (int i = 0; i < 2; i++) forward_backward(m, some_windows(c, 2, i).data(), 2, c.T, 0.5f, i == 0);
                 CHECK(cudaDeviceSynchronize());
                 std::vector<float> got = get_floats({m.grads, false}, 0, m.table.size);
                 got.push_back(read_float(m, m.loss));
@@ -841,7 +844,8 @@ TEST(graph_and_algorithms) {
             EXPECT(lines == matmul.chosen.size() + 1);
             for (auto& [shape, p] : matmul.plans) EXPECT(p.algos.size() == 1);
             EXPECT(matmul.algorithms(text) && matmul.algorithms() == text);
-            EXPECT(!matmul.algorithms("cublasLt 1\n") && !matmul.algorithms("") && !matmul.algorithms(text + "0 1 2\n"));
+            EXPECT(!matmul.algorithms("cublasLt 1\n") && !matmul.algorithms("") &&
+                   !matmul.algorithms(text + "0 1 2\n"));
             matmul.forget_plans();
         }
         two_steps(m, 0);
@@ -853,6 +857,57 @@ TEST(graph_and_algorithms) {
     }
     EXPECT(last[0] == last[1]);
     EXPECT(last[0] == last[2]);
+}
+
+// What does not fit is refused with options that would; --batch-size auto takes as much as fits and not one more.
+TEST(memory_advice) {
+    Config c = small_config(Backbone::llama, Variant::simplegpt);
+    auto bytes = [&](int B, Storage s) {
+        Model m;
+        plan(m, c, B, true, s);
+        return m.arena.used;
+    };
+    Model m;
+    plan(m, c, 64, true);
+    auto says = [&](size_t room, const char* words) { EXPECT(advice(m, room).find(words) != std::string::npos); };
+    says(bytes(64, {Recompute::norm, false, false}), "--recompute norm, which");
+    says(bytes(64, {Recompute::block, false, false}) - 1, "--batch-size 32, which");
+    says(bytes(1, {Recompute::block, false, false}) - 1, "--moments bf16");
+    says(1000, "smaller model");
+    Options o;
+    o.config = c;
+    for (int B : {1, 2, 7, 8, 100}) {
+        EXPECT(largest_batch(o, bytes(B, {})) == B && largest_batch(o, bytes(B, {}) - 1) == B - 1);
+        o.total_batch = 12;
+        EXPECT(largest_batch(o, bytes(B, {})) == (B == 7 || B == 8 ? 6 : std::min(B, 12)));
+        o.total_batch = 0;
+    }
+}
+
+// Bounds of the 7B worked out by hand: parameters, FLOPs and AdamW's bytes.
+TEST(speed_of_light) {
+    Config c;
+    apply_flavour(c, "7B");
+    c.T = 2048;
+    finish(c);
+    Model m;
+    plan(m, c, 4, true);
+    const double N = 4 * 2048.0, linears = 32 * (4 * 4096.0 * 4096 + 3 * 4096.0 * 11008), head = 4096.0 * 32000;
+    double seconds[4] = {0, 0, 0, 0}, flops = 0, adamw = 0;
+    for (const Work& w : step_work(m, 1, DEVICES[0])) {
+        flops += w.flops, seconds[0] += w.seconds;
+        if (w.kind == "AdamW") adamw = w.bytes;
+    }
+    EXPECT(fabs(flops / (6 * N * (linears + head) + 14 * 4 * 32 * 4096 * 2048.0 * 2049 / 2) - 1) < 1e-12);
+    EXPECT(adamw == double(m.table.size) * (BF16 ? 30 : 28));
+    EXPECT(fabs(model_flops(m) / (6 * (linears + head) + 6.0 * 32 * 2048 * 4096) - 1) < 1e-3);  // and the gains
+    for (int level = 1; level < 4; level++) {
+        plan(m, c, 4, true, {Recompute(level), false, false});
+        for (const Work& w : step_work(m, 1, DEVICES[0])) seconds[level] += w.seconds;
+        EXPECT(seconds[level] > seconds[level - 1]);
+    }
+    EXPECT(seconds[1] < 1.025 * seconds[0] && seconds[3] < 4.0 / 3 * seconds[0]);
+    EXPECT(parse_device("700,4000,80").copy == 4e12 && !error_of([] { parse_device("h300"); }).empty());
 }
 
 // The first micro-batch of a step overwrites what the last step left, the others add.
@@ -875,11 +930,14 @@ TEST(gradients_begin_anew) {
         for (int i = 0; i < 2; i++) forward_backward(m, some_windows(c, 2, 4).data(), 2, c.T, 1.0f, i == 0);
         CHECK(cudaDeviceSynchronize());
         std::vector<float> twice = get_floats({m.grads, false}, 0, m.table.size);
-        expect_close(Vec(twice.begin(), twice.end()), [&] {
-            Vec v(once[0].begin(), once[0].end());
-            for (double& x : v) x *= 2;
-            return v;
-        }(), TOL_FLOAT, "two equal micro-batches");
+        expect_close(
+            Vec(twice.begin(), twice.end()),
+            [&] {
+                Vec v(once[0].begin(), once[0].end());
+                for (double& x : v) x *= 2;
+                return v;
+            }(),
+            TOL_FLOAT, "two equal micro-batches");
         destroy(m);
     }
 }

@@ -789,10 +789,10 @@ struct Matmul {
 void linear_forward(floatX* out, const floatX* inp, const floatX* w, int N, int K, int M, cudaStream_t stream) {
     matmul(out, inp, w, false, true, N, M, K, CUDA_FLOATX, 0.0f, stream);
 }
-// dinp (N,K) = dout (N,M) w; dw (M,K) float = beta dw + dout^T inp
-void linear_backward(floatX* dinp, float* dw, const floatX* dout, const floatX* inp, const floatX* w, int N, int K,
-                     int M, float beta, cudaStream_t stream) {
-    matmul(dinp, dout, w, false, false, N, K, M, CUDA_FLOATX, 0.0f, stream);
+// dinp (N,K) = dout (N,M) w, with `add` added to what was there; dw (M,K) float = beta dw + dout^T inp
+void linear_backward(floatX* dinp, bool add, float* dw, float beta, const floatX* dout, const floatX* inp,
+                     const floatX* w, int N, int K, int M, cudaStream_t stream) {
+    matmul(dinp, dout, w, false, false, N, K, M, CUDA_FLOATX, add ? 1.0f : 0.0f, stream);
     matmul(dw, dout, inp, true, false, M, K, N, CUDA_R_32F, beta, stream);
 }
 
@@ -1155,7 +1155,7 @@ struct Arena {
 // Pinned host memory for a batch on its way to the device. There are two, so that the host fills one while the other
 // may still be read.
 struct Staging {
-    int* batch = nullptr;           // tokens (N), targets (N), places (N), begin (N+1)
+    int* batch = nullptr;  // tokens (N), targets (N), places (N), begin (N+1)
     cudaEvent_t copied = nullptr;
 };
 
@@ -1356,29 +1356,26 @@ void plan(Model& m, const Config& config, int B, bool training, Storage storage 
     lay_out(m, training);
 }
 
-// The options that come closest to what was planned among those that fit into `room` bytes; "" if none does.
+// The mildest change of options with which the plan fits into `room` bytes: recompute more, else fewer sequences, else
+// less precise moments and weights. "" if none does.
 std::string advice(const Model& m, size_t room) {
-    for (Storage s = m.storage;;) {
-        for (int B = m.B; B > 0; B /= 2) {
-            Model other;
-            plan(other, m.c, B, m.training, s);
-            if (other.arena.used > room) continue;
-            std::string text;
-            if (B < m.B) text += format(" --batch-size %d (and raise --grad-accum)", B);
-            if (s.recompute != m.storage.recompute) text += format(" --recompute %s", RECOMPUTE[int(s.recompute)]);
-            if (s.half_moments != m.storage.half_moments) text += " --moments bf16";
-            if (s.no_master != m.storage.no_master) text += " --no-master";
-            return text + format(" needs %.1f GiB", other.arena.used / 1073741824.0);
-        }
-        if (m.training && s.recompute < Recompute::block)
-            s.recompute = Recompute(int(s.recompute) + 1);
-        else if (m.training && !s.half_moments)
-            s.half_moments = true;
-        else if (m.training && BF16 && !s.no_master)
-            s.no_master = true;
-        else
-            return "";
-    }
+    for (int precision = 0; precision <= (m.training ? 1 + BF16 : 0); precision++)
+        for (int B = m.B; B > 0; B /= 2)
+            for (Storage s = m.storage; s.recompute <= Recompute::block;
+                 s.recompute = Recompute(int(s.recompute) + 1)) {
+                s.half_moments |= precision > 0;
+                s.no_master |= precision > 1;
+                Model other;
+                plan(other, m.c, B, m.training, s);
+                if (other.arena.used > room) continue;
+                std::string text = "Give";
+                if (s.recompute != m.storage.recompute) text += format(" --recompute %s", RECOMPUTE[int(s.recompute)]);
+                if (B < m.B) text += format(" --batch-size %d", B);
+                if (s.half_moments != m.storage.half_moments) text += " --moments bf16";
+                if (s.no_master != m.storage.no_master) text += " --no-master";
+                return text + format(", which needs %.1f GiB.", other.arena.used / 1073741824.0);
+            }
+    return "Choose a smaller model or --seq-len.";
 }
 
 // Allocates what was planned, or refuses with advice.
@@ -1387,10 +1384,8 @@ void create(Model& m) {
     size_t free = 0, total = 0;
     CHECK(cudaMemGetInfo(&free, &total));
     if (m.arena.used > free || cudaMalloc(&m.memory, m.arena.used) != cudaSuccess) {
-        const std::string other = advice(m, free);
         throw Error(format("memory: the plan needs %.1f GiB, the device has %.1f GiB free. %s",
-                           m.arena.used / 1073741824.0, free / 1073741824.0,
-                           other.empty() ? "Choose a smaller model or --seq-len." : ("Give" + other + ".").c_str()));
+                           m.arena.used / 1073741824.0, free / 1073741824.0, advice(m, free).c_str()));
     }
     m.arena.base = static_cast<char*>(m.memory);
     lay_out(m, training);
@@ -1540,29 +1535,29 @@ void block_backward(Model& m, int l, int B, int T, float beta) {
         norm_backward(m.dbranch, m.g(gain), m.partial, nullptr, m.dres, raw, m.w(gain), stats, N, C, norm, stream);
         return m.dbranch;
     };
-    auto join = [&](size_t gain, const floatX* x, const float2* stats) {  // m.dres += what came out of the branch
-        if (gain == NONE)
-            norm_residual_forward(m.dres, nullptr, m.dnormed, m.dres, nullptr, N, C, norm, stream);
-        else
+    // Without a norm in front, the matmul itself adds to m.dres.
+    auto out_of_branch = [&](size_t gain, const floatX* x, const float2* stats, const floatX* dout, const floatX* inp,
+                             size_t w, int M) {
+        const bool add = gain == NONE;
+        linear_backward(add ? m.dres : m.dnormed, add, m.g(w), beta, dout, inp, m.w(w), N, C, M, stream);
+        if (!add)
             norm_backward(m.dres, m.g(gain), m.partial, m.dres, m.dnormed, x, m.w(gain), stats, N, C, norm, stream);
     };
 
     // y = h + N2 W2 act
     const floatX* dw2 = into_branch(at.w2_gain, a.w2_raw, a.w2_stats);
-    linear_backward(m.dact, m.g(at.w2), dw2, a.act, m.w(at.w2), N, F, C, beta, stream);
+    linear_backward(m.dact, false, m.g(at.w2), beta, dw2, a.act, m.w(at.w2), N, F, C, stream);
     ffn_norm_act_backward(m.dw13_raw, m.g(at.w13_gain), m.partial, m.dact, a.w13_raw, m.w(at.w13_gain), a.w13_stats, N,
                           F, m.c.gated(), norm, stream);
-    linear_backward(m.dnormed, m.g(at.w13), m.dw13_raw, a.n2, m.w(at.w13), N, C, FF, beta, stream);
-    join(at.norm2, a.h, a.n2_stats);
+    out_of_branch(at.norm2, a.h, a.n2_stats, m.dw13_raw, a.n2, at.w13, FF);
 
     // h = x + No Wo att
     const floatX* dwo = into_branch(at.o_gain, a.o_raw, a.o_stats);
-    linear_backward(m.dmid, m.g(at.o), dwo, a.att, m.w(at.o), N, C, C, beta, stream);
+    linear_backward(m.dmid, false, m.g(at.o), beta, dwo, a.att, m.w(at.o), N, C, C, stream);
     attention_backward(m.dq, m.dk, m.dv, m.delta, m.dmid, a.att, a.q, a.k, a.v, a.lse, h, stream);
     qkv_norm_rope_backward(m.dqkv_raw, m.g(at.qkv_gain), m.partial, m.dq, m.dk, m.dv, a.qkv_raw, qkv_gains(m, at),
                            a.qkv_stats, m.rope, h, norm, stream);
-    linear_backward(m.dnormed, m.g(at.qkv), m.dqkv_raw, a.n1, m.w(at.qkv), N, C, m.c.QKV(), beta, stream);
-    join(at.norm1, a.x, a.n1_stats);
+    out_of_branch(at.norm1, a.x, a.n1_stats, m.dqkv_raw, a.n1, at.qkv, m.c.QKV());
 }
 
 // Takes B windows of T+1 tokens to the device, without waiting: the first T of each are inputs, the last T targets. With
@@ -1610,8 +1605,8 @@ void loss_forward(Model& m, int B, int T, float weight, bool backward, float bet
         head_forward(m, row, rows);
         cross_entropy(m.losses + row, m.logits, m.targets + row, rows, m.c.V, m.c.Vp(), weight / N, backward, m.stream);
         if (backward)
-            linear_backward(m.dnormed + row * C, m.g(m.table.head), m.logits, m.normed + row * C, m.w(m.table.head),
-                            rows, C, m.c.Vp(), row == 0 ? beta : 1.0f, m.stream);
+            linear_backward(m.dnormed + row * C, false, m.g(m.table.head), row == 0 ? beta : 1.0f, m.logits,
+                            m.normed + row * C, m.w(m.table.head), rows, C, m.c.Vp(), m.stream);
     }
     loss_sum_kernel<<<1, 512, 0, m.stream>>>(m.loss, m.losses, int(N), weight / N);
     CHECK(cudaGetLastError());
@@ -2375,6 +2370,127 @@ std::string duration(double seconds) {
 }
 
 // =====================================================================================================================
+// Speed of light: what a step must compute and move at the least, and how long that takes on a device; --plan prints it.
+// A matmul takes its FLOPs at the device's matmul rate or its bytes at copy speed, whichever is longer, the rest its
+// bytes, every tensor moved once; kinds follow one another. d, k, f as in Recompute, in elements a token and layer:
+// simplegpt's norms, RoPE and SwiGLU move 8d + 4k + 3f forward and 9d + 6k + 5f backward.
+
+struct Device {
+    std::string name;
+    double flops, peak, copy;  // FLOP/s of large matmuls, the datasheet's, bytes/s read plus written
+    double memory;             // bytes
+};
+const Device DEVICES[] = {
+    {"h200", 788e12, 989e12, 4.3e12, 139.0 * (1 << 30)},  // matmul and copy measured with PyTorch 2.11
+    {"h100", 989e12, 989e12, 3.35e12, 79.0 * (1 << 30)},  // SXM5, datasheet: nobody reaches it
+    {"a100", 312e12, 312e12, 2.0e12, 79.0 * (1 << 30)},   // SXM4 80 GB, datasheet
+    {"2-cores", 215e9, 215e9, 58e9, 16.0 * (1 << 30)},    // an AMD EPYC with AVX-512, fp32, measured
+};
+
+Device parse_device(const std::string& text) {
+    std::string names;
+    for (const Device& d : DEVICES) {
+        if (d.name == text) return d;
+        names += d.name + ", ";
+    }
+    double tflops, copy, memory;
+    int used = 0;
+    if (sscanf(text.c_str(), "%lf,%lf,%lf%n", &tflops, &copy, &memory, &used) == 3 && size_t(used) == text.size() &&
+        tflops > 0 && copy > 0 && memory > 0)
+        return {text, tflops * 1e12, tflops * 1e12, copy * 1e9, memory * (1 << 30)};
+    throw Error("--device: '" + text + "' is unknown. Give one of " + names +
+                "or TFLOP/s,GB/s,GiB: matmul rate, copy speed, memory.");
+}
+
+struct Work {
+    std::string kind;
+    double flops, bytes, seconds;
+};
+
+// The work of one step of `micro` micro-batches, kind by kind.
+std::vector<Work> step_work(const Model& m, int micro, const Device& device) {
+    std::vector<Work> work;
+    const Config& c = m.c;
+    const double N = double(m.N()), C = c.C, QKV = c.QKV(), F = c.F(), FF = c.FF(), Vp = c.Vp(), X = sizeof(floatX);
+    const double kv = double(c.NKV) * c.HS(), P = double(m.table.size), moment = m.m.width();
+    const Recompute level = m.storage.recompute;
+    auto add = [&](const char* kind, double times, double flops, double bytes) {
+        if (work.empty() || work.back().kind != kind) work.push_back({kind, 0, 0, 0});
+        Work& w = work.back();
+        w.flops += times * flops, w.bytes += times * bytes;
+        w.seconds += times * std::max(flops / device.flops, bytes / device.copy);
+    };
+    auto product = [&](const char* kind, double times, double n, double k, double width, double out, double moved = 1) {
+        add(kind, times, 2 * n * k * width, X * (n * k + k * width) + moved * out * n * width);
+    };
+    const std::pair<double, double> linears[] = {{C, QKV}, {C, C}, {C, FF}, {F, C}};  // inputs, outputs
+    const double layers = double(c.L) * micro;
+    const double pairs = double(m.B) * c.T * (c.T + 1.0) / 2 * c.NH * c.HS();  // times 4 FLOPs forward, 10 backward
+    const double pre = c.simple() ? 0 : 2;                                     // pre-norms of a block
+    const double rows_forward = X * N * (2 * QKV + 3 * C + FF + F + 3 * C + pre * 2 * C);
+    // a norm behind o and w2, or a pre-norm that also adds the residual's gradient
+    const double rows_backward = X * N * (3 * QKV + 2 * FF + F + (c.simple() ? 2 * 3 * C : pre * 4 * C));
+
+    add("embedding", micro, 0, X * N * 2 * C);
+    for (auto [in, out] : linears) product("matmuls, forward", layers, N, in, out, X);
+    add("attention, forward", layers, 4 * pairs, X * N * (2 * C + 2 * kv));
+    add("norms, RoPE, SwiGLU, forward", layers, 0, rows_forward);
+    add("norms, RoPE, SwiGLU, forward", micro, 0, X * N * 2 * C);
+    product("head and loss", micro, N, C, Vp, X);
+    add("head and loss", micro, 0, X * N * 2 * Vp);
+    product("head and loss", micro, N, Vp, C, X);
+    product("head and loss", micro, Vp, N, C, 4, 2 - 1.0 / micro);
+    if (level >= Recompute::norm) add("recomputed", layers, 0, rows_forward - X * N * 3 * C);
+    if (level >= Recompute::ffn) product("recomputed", layers, N, C, FF, X);
+    if (level >= Recompute::block) {
+        product("recomputed", layers, N, C, QKV, X);
+        product("recomputed", layers, N, C, C, X);
+        add("recomputed", layers, 4 * pairs, X * N * (2 * C + 2 * kv));
+    }
+    for (auto [in, out] : linears) {
+        product("matmuls, backward", layers, N, out, in, X);
+        product("matmuls, backward", layers, out, N, in, 4, 2 - 1.0 / micro);  // the first micro-batch overwrites
+    }
+    add("attention, backward", layers, 10 * pairs, X * N * (4 * C + 4 * kv));
+    add("norms, RoPE, SwiGLU, backward", layers, 0, rows_backward);
+    add("norms, RoPE, SwiGLU, backward", micro, 0, X * N * 3 * C);
+    add("embedding, backward", micro, 0, N * C * (X + 8));
+    add("gradient norm", 1, 0, P * 4);
+    add("AdamW", 1, 0, P * (4 + 4 * moment + (BF16 && !m.storage.no_master ? 8 + X : 2 * X)));
+    return work;
+}
+
+// FLOPs of the model a token, recomputation not counted: 6 for each parameter that is multiplied (not the embedding's),
+// and the causal half of attention, 6 L T C.
+double model_flops(const Model& m) {
+    const Config& c = m.c;
+    const double table = m.table.tok == m.table.head ? 0 : double(c.V) * c.C;
+    const double positions = m.table.pos == NONE ? 0 : double(c.max_T) * c.C;
+    return 6 * (double(m.table.parameters) - table - positions) + 6.0 * c.L * c.T * c.C;
+}
+
+std::string speed_of_light(const Model& m, int micro, const Device& device) {
+    const std::vector<Work> work = step_work(m, micro, device);
+    const double tokens = double(m.N()) * micro;
+    Work all = {"step", 0, 0, 0};
+    for (const Work& w : work) all.flops += w.flops, all.bytes += w.bytes, all.seconds += w.seconds;
+    std::string s =
+        format("speed of light on %s: %.4g TFLOP/s of matmul, %.4g GB/s of copy\n  %-32s %10s %10s %10s %7s\n",
+               device.name.c_str(), device.flops / 1e12, device.copy / 1e9, "a step", "TFLOP", "GB", "ms", "share");
+    auto line = [&](const Work& w) {
+        s += format("  %-32s %10.4g %10.4g %10.4g %6.1f%%\n", w.kind.c_str(), w.flops / 1e12, w.bytes / 1e9,
+                    w.seconds * 1e3, 100 * w.seconds / all.seconds);
+    };
+    for (const Work& w : work) line(w);
+    line(all);
+    const double flops = model_flops(m);
+    return s +
+           format("  at most %.0f tokens/s, %.1f%% of %.4g TFLOP/s at %.4g GFLOP a token (6 N + causal attention)\n",
+                  tokens / all.seconds, 100 * flops * tokens / all.seconds / device.peak, device.peak / 1e12,
+                  flops / 1e9);
+}
+
+// =====================================================================================================================
 // Command line
 
 struct Options {
@@ -2384,11 +2500,14 @@ struct Options {
     double lr = 1e-3;  // the peak; adamw.lr is that of a step
     std::string train_data, val_data, tokenizer, prompt, init_from, export_to, out = "run";
     bool shuffle = false, resume = false, graph = false;
-    int batch_size = 4, grad_accum = 1, total_batch = 0, log_every = 10, val_every = -1, val_batches = 20, sample_every = 0;
+    int batch_size = 4, grad_accum = 1, total_batch = 0, log_every = 10, val_every = -1, val_batches = 20,
+        sample_every = 0;
     int sample_tokens = 200, keep = 2;
     int64_t steps = 1000, warmup = -1, save_every = 0;
     uint64_t seed = 1;
     bool vocab_given = false, positions_given = false;
+    bool plan = false;
+    std::string device = BF16 ? "h200" : "2-cores";
 };
 
 struct Flag {
@@ -2501,7 +2620,8 @@ std::vector<Flag> flags(Options& o) {
     number("clip", &o.adamw.clip, 0, 1e30, "largest gradient norm, 0 for no clipping (1)");
     integer("seed", &o.seed, 0, INT64_MAX, "of weights, shuffling and samples (1)");
 
-    toggle("graph", "launch a micro-batch as one CUDA graph, for small models, whose kernels are short", &o.graph, true);
+    toggle("graph", "launch a micro-batch as one CUDA graph, for small models, whose kernels are short", &o.graph,
+           true);
 
     heading("Memory (the plan is printed before anything is allocated)");
     choice("recompute", "none|norm|ffn|block",
@@ -2511,6 +2631,12 @@ std::vector<Flag> flags(Options& o) {
            [&o](int i) { o.storage.half_moments = i; });
     toggle("no-master", "no float32 weights beside the bf16 ones, which are rounded stochastically",
            &o.storage.no_master, true);
+
+    heading("Planning");
+    toggle("plan", "print parameters, a step's FLOPs, bytes and least time, and the memory plan, then exit", &o.plan,
+           true);
+    text("device", "NAME",
+         "for --plan: h200, h100, a100, 2-cores, or TFLOP/s,GB/s,GiB (h200; of the fp32 build 2-cores)", &o.device);
 
     heading("Files");
     text("init-from", "FILE", "begin with these weights: safetensors with the paper's names", &o.init_from);
@@ -2677,8 +2803,7 @@ void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
         train_step(m, data, o, ++state.step);
         state.loader = data.state();
         const bool stop = due(state.step, o.val_every) || due(state.step, o.sample_every) ||
-                          due(state.step, o.save_every) || state.step == S ||
-                          happened(m.reports[state.step % 2].done);
+                          due(state.step, o.save_every) || state.step == S || happened(m.reports[state.step % 2].done);
         while (reported < state.step - (stop ? 0 : 1)) report(++reported);
     }
 }
@@ -2702,13 +2827,10 @@ int largest_batch(const Options& o, size_t room) {
     return int(fits);
 }
 
-// Settles --batch-size auto and --total-batch.
-void choose_batch(Options& o) {
-    if (o.batch_size == 0) {
-        size_t free = 0, total = 0;
-        CHECK(cudaMemGetInfo(&free, &total));
-        o.batch_size = std::max(1, largest_batch(o, free));  // if not even 1 fits, create() says what would help
-    }
+// Settles --batch-size auto and --total-batch; room: the device's free bytes.
+void choose_batch(Options& o, size_t room) {
+    if (o.batch_size == 0)
+        o.batch_size = std::max(1, largest_batch(o, room));  // if not even 1 fits, create() says what would help
     if (o.total_batch % o.batch_size)
         throw Error(format("--total-batch: %d sequences are no multiple of --batch-size %d. Choose a divisor, or auto.",
                            o.total_batch, o.batch_size));
@@ -2736,6 +2858,32 @@ void settle_matmuls(Model& m, const std::string& path, bool resumed) {
     printf("timed %zu matmuls in %.1f s\n", matmul.chosen.size(), now() - begin);
 }
 
+void print_run(const Model& m, const Options& o) {
+    const Config& c = m.c;
+    const auto fields = config_fields(c, o.storage);
+    printf("%s %s, %s: dim %d, %d layers, %d heads of %d (%d key/value), hidden %d, vocabulary %d, T %d; %s\n",
+           fields[0].second.c_str(), fields[1].second.c_str(), fields[2].second.c_str(), c.C, c.L, c.NH, c.HS(), c.NKV,
+           c.F(), c.V, c.T, PRECISION);
+    printf("%zu parameters; %lld steps of %d x %d sequences\n%s", m.table.parameters, (long long)o.steps, o.grad_accum,
+           o.batch_size, memory_plan(m).c_str());
+}
+
+void print_plan(Options& o) {
+    const Device device = parse_device(o.device);
+    device_sms = 132;  // sizes a little scratch; an H200's
+    choose_batch(o, size_t(device.memory));
+    Model m;
+    plan(m, o.config, o.batch_size, true, o.storage);
+    print_run(m, o);
+    if (double(m.arena.used) > device.memory)
+        printf("  does not fit into the %.0f GiB of %s. %s\n", device.memory / (1 << 30), device.name.c_str(),
+               advice(m, size_t(device.memory)).c_str());
+    printf("%s", speed_of_light(m, o.grad_accum, device).c_str());
+    double seconds = 0;
+    for (const Work& w : step_work(m, o.grad_accum, device)) seconds += w.seconds;
+    printf("  %lld steps take at least %s\n", (long long)o.steps, duration(seconds * double(o.steps)).c_str());
+}
+
 void run(int argc, char** argv) {
     Options o;
     if (!parse_options(o, argc, argv)) return;
@@ -2756,14 +2904,17 @@ void run(int argc, char** argv) {
         if (found != file.entries.end() && found->second.shape.size() == 2) c.max_T = int(found->second.shape[0]);
     }
     finish(c);
-    if (o.steps > 0 && o.train_data.empty())
+    if (o.steps > 0 && o.train_data.empty() && !o.plan)
         throw Error("--train-data: is missing. Give token shards, made by dev/data/prepare.py (README, Data).");
     if (o.warmup > o.steps) throw Error("--warmup: is longer than --steps. Shorten it.");
     if (o.warmup < 0) o.warmup = o.steps / 100;
     if (o.storage.no_master && !BF16) throw Error("--no-master: the fp32 build has none. Leave it out.");
     o.adamw.seed = o.seed;
+    if (o.plan) return print_plan(o);
     open_device();
-    choose_batch(o);
+    size_t free = 0, total = 0;
+    CHECK(cudaMemGetInfo(&free, &total));
+    choose_batch(o, free);
 
     std::unique_ptr<DataLoader> data, val;
     if (o.steps > 0) data.reset(new DataLoader(o.train_data, o.batch_size, c.T, c.V, o.shuffle, o.seed));
@@ -2781,13 +2932,8 @@ void run(int argc, char** argv) {
                     "--out.");
 
     Model m;
-    printf("%s %s, %s: dim %d, %d layers, %d heads of %d (%d key/value), hidden %d, vocabulary %d, T %d; %s\n",
-           c.gated() ? "llama" : "nanogpt", config_fields(c, o.storage)[1].second.c_str(),
-           config_fields(c, o.storage)[2].second.c_str(), c.C,
-           c.L, c.NH, c.HS(), c.NKV, c.F(), c.V, c.T, PRECISION);
     plan(m, c, o.batch_size, true, o.storage);
-    printf("%zu parameters; %lld steps of %d x %d sequences\n%s", m.table.parameters, (long long)o.steps, o.grad_accum,
-           o.batch_size, memory_plan(m).c_str());
+    print_run(m, o);
     fflush(stdout);
     create(m);
     m.use_graphs = o.graph;

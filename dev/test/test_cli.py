@@ -214,6 +214,33 @@ class Tests:
         models = self.run("--models")
         expect("llama3-8B" in models and "nanogpt-1.4B" in models, "--models lacks flavours")
 
+    def plan(self):
+        text = self.run("--plan", "--model", "7B", "--seq-len", 2048, "--batch-size", "auto", "--total-batch", 8,
+                        "--recompute", "block", "--moments", "bf16", "--device", "700,4000,1000")
+        for words in ("6739513344 parameters", "1 x 8 sequences", "memory plan", "AdamW moments (bf16)", "matmuls, forward",
+                      "recomputed", "tokens/s"):
+            expect(words in text, f"--plan lacks '{words}'")
+        expect("does not fit" in self.run("--plan", "--model", "70B"), "70B is said to fit")
+
+    def memory_options(self):
+        """Every recompute level, graphs and a total batch train the same weights; moments in bf16 nearly the same."""
+        def export(name, *flags):
+            self.run(*self.small(name, "--export", self.path(name + ".st"), *flags))
+            return open(self.path(name + ".st"), "rb").read(), read_log(self.path(name))
+        weights, log = export("plain", "--grad-accum", 2)
+        for name, flags in (("norm", ["--recompute", "norm"]), ("ffn", ["--recompute", "ffn"]),
+                            ("block", ["--recompute", "block", "--graph"])):
+            expect(export(name, "--grad-accum", 2, *flags)[0] == weights, f"--recompute {name} changes the weights")
+        batch = self.small("x")[self.small("x").index("--batch-size") + 1]
+        expect(export("total", "--total-batch", 2 * int(batch))[0] == weights, "--total-batch is not --grad-accum")
+        more = ["--no-master"] if self.args.bf16 else []
+        rough = export("rough", "--grad-accum", 2, "--moments", "bf16", *more)[1]
+        expect(abs(float(rough[-1]["loss"]) / float(log[-1]["loss"]) - 1) < 0.02, "bf16 moments train worse")
+        whole = export("rough2", "--grad-accum", 2, "--moments", "bf16", "--save-every", 5, *more)[0]
+        shutil.rmtree(self.path("rough2/step_00000012"))
+        expect(export("rough2", "--grad-accum", 2, "--moments", "bf16", "--save-every", 5, "--resume", *more)[0] == whole,
+               "a resume with bf16 moments has other bits")
+
     # --- bad input: one line, exit 1
 
     def bad(self, flags, *words):
@@ -241,7 +268,8 @@ class Tests:
             for name in sorted(os.listdir(d)):
                 if name.endswith(".safetensors"):
                     self.test("golden " + name, self.golden, os.path.join(d, name))
-        for body in (self.help, self.same_twice, self.loss_falls, self.resume, self.keep, self.import_export, self.sample):
+        for body in (self.help, self.same_twice, self.loss_falls, self.resume, self.keep, self.import_export, self.sample,
+                     self.plan, self.memory_options):
             self.test(body.__name__, body)
 
         small = self.small
@@ -267,7 +295,10 @@ class Tests:
             ("out below a file", small("tokens.bin/x"), ["tokens.bin/x"]),
             ("validation without data", small("bad", "--val-every", 2), ["--val-data"]),
             ("export without parent", small("bad", "--export", self.path("no/file.st")), ["no/file.st"]),
-            ("too little memory", small("bad", "--dim", 8192, "--layers", 2000, "--heads", 64), ["memory", "--batch-size"]),
+            ("too little memory", small("bad", "--dim", 8192, "--layers", 2000, "--heads", 64), ["memory", "smaller model"]),
+            ("unknown device", ["--plan", "--device", "h300"], ["h300", "h200"]),
+            ("total batch", small("bad", "--batch-size", 4, "--total-batch", 6), ["--total-batch", "6", "4"]),
+            ("recompute", small("bad", "--recompute", "all"), ["--recompute", "all"]),
             ("missing weights", small("bad", "--init-from", self.path("nowhere.st")), ["nowhere.st"]),
         ):
             self.test("bad: " + name, self.bad, flags, *words)
