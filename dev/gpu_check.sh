@@ -54,6 +54,9 @@ for stage in $stages; do
         check train_162M train 162M 160 --model 162M --seq-len 1024 --batch-size 16 --steps 40
         check train_1B train 1B 160 --model 1B --seq-len 512 --batch-size 16 --steps 20
         check train_1.4B train 1.4B 160 --model nanogpt-1.4B --seq-len 1024 --batch-size 4 --steps 20
+        check train_7B train 7B 200 --model 7B --seq-len 2048 --batch-size auto --recompute norm --moments bf16 --steps 4
+        check train_llama3-8B train llama3-8B 200 --model llama3-8B --vocab-size 128256 --seq-len 2048 \
+            --batch-size auto --recompute norm --moments bf16 --steps 4
         ;;
     bench)
         check bench "$PYTHON" dev/bench/step.py --trainer build/train_gpt_gpu_bf16 --device cuda --model 162M \
