@@ -17,7 +17,7 @@
 //
 // Layout of the work: forward one block a row. Backward a few blocks, each walks rows blockIdx.x, + gridDim.x, ... and
 // adds dy xh into its own line of `partial` (gridDim.x, width); gain_grad sums the lines in order: no atomics, same
-// bits. From train_gpt.cu: floatX, load/store through float, lane(), warp(), num_warps(), block_sum().
+// bits. From train_gpt.cu: floatX, Flat, load/store through float, lane(), warp(), num_warps(), block_sum().
 #pragma once
 
 struct Norm {
@@ -51,20 +51,23 @@ __device__ inline float2 row_means(float sum_gdy, float sum_gdy_xh, int C, Norm 
 __device__ inline float normalize(floatX x, float2 stats) { return (float(x) - stats.x) * stats.y; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Gain gradient, second stage: dgain[c] += sum_b partial[b, c] for c < W. dgain (W), partial
-// (blocks, stride) float.
+// Gain gradient, second stage: dgain[c] += sum_b partial[b, c] for c < W. dgain (W) G, partial (blocks, stride) float.
 
-__global__ void gain_grad_kernel(float* dgain, const float* partial, int blocks, int W, int stride) {
+template <typename G>
+__global__ void gain_grad_kernel(G* dgain, const float* partial, int blocks, int W, int stride) {
     constexpr int COLUMNS = 256;  // a block's share, so that the serial geometry has a loop to vectorise
     for (int c = blockIdx.x * COLUMNS + threadIdx.x; c < min(W, int(blockIdx.x + 1) * COLUMNS); c += blockDim.x) {
         float sum = 0.0f;
         for (int b = 0; b < blocks; b++) sum += partial[size_t(b) * stride + c];
-        dgain[c] += sum;
+        dgain[c] = float(dgain[c]) + sum;
     }
 }
 
-void gain_grad(float* dgain, const float* partial, int blocks, int W, int stride, cudaStream_t stream) {
-    gain_grad_kernel<<<(W + 255) / 256, 256, 0, stream>>>(dgain, partial, blocks, W, stride);
+void gain_grad(Flat dgain, const float* partial, int blocks, int W, int stride, cudaStream_t stream) {
+    dgain.visit([&](auto* d) {
+        using G = std::decay_t<decltype(*d)>;
+        gain_grad_kernel<G><<<(W + 255) / 256, 256, 0, stream>>>(d, partial, blocks, W, stride);
+    });
     CHECK(cudaGetLastError());
 }
 
@@ -98,7 +101,7 @@ void norm_residual_forward(floatX* out, float2* stats, const floatX* x, const fl
 }
 
 // Norm backward: dx[n,c] = sum_to[n,c] + (dx of the formula at the top). dx, dy, x, sum_to (N,C) floatX, sum_to null
-// for nothing, may be dx itself; dgain (C) float, added to; partial (row_blocks(N), C) float scratch.
+// for nothing, may be dx itself; dgain (C), added to; partial (row_blocks(N), C) float scratch.
 __global__ void norm_backward_kernel(floatX* dx, float* partial, const floatX* sum_to, const floatX* dy,
                                      const floatX* x, const floatX* gain, const float2* stats, int N, int C,
                                      Norm norm) {
@@ -127,7 +130,7 @@ __global__ void norm_backward_kernel(floatX* dx, float* partial, const floatX* s
     }
 }
 
-void norm_backward(floatX* dx, float* dgain, float* partial, const floatX* sum_to, const floatX* dy, const floatX* x,
+void norm_backward(floatX* dx, Flat dgain, float* partial, const floatX* sum_to, const floatX* dy, const floatX* x,
                    const floatX* gain, const float2* stats, int N, int C, Norm norm, cudaStream_t stream) {
     int blocks = row_blocks(N);
     norm_backward_kernel<<<blocks, row_threads(C), 0, stream>>>(dx, partial, sum_to, dy, x, gain, stats, N, C, norm);
@@ -259,16 +262,16 @@ __global__ void qkv_norm_rope_backward_kernel(floatX* __restrict__ draw, float* 
     }
 }
 
-// dgain float, added to: the gradients of the gains there are, side by side from q's on, null if there are none.
+// dgain added to: the gradients of the gains there are, side by side from q's on, null if there are none.
 // partial (row_blocks(B T), QKV) float scratch.
-void qkv_norm_rope_backward(floatX* draw, float* dgain, float* partial, const floatX* dq, const floatX* dk,
+void qkv_norm_rope_backward(floatX* draw, Flat dgain, float* partial, const floatX* dq, const floatX* dk,
                             const floatX* dv, const floatX* raw, QkvGains gains, const float2* stats,
                             const float2* rope, Heads h, Norm norm, cudaStream_t stream) {
     int blocks = row_blocks(h.B * h.T);
     qkv_norm_rope_backward_kernel<<<blocks, row_threads(h.width(0)), 0, stream>>>(draw, partial, dq, dk, dv, raw, gains,
                                                                                   stats, rope, h, norm);
     CHECK(cudaGetLastError());
-    if (!dgain) return;
+    if (!dgain.p) return;
     int W = h.width(0) + h.width(1) + (gains.v ? h.width(2) : 0);
     gain_grad(dgain, partial, blocks, W, h.qkv(), stream);
 }
@@ -389,8 +392,8 @@ __global__ void ffn_norm_act_backward_kernel(floatX* __restrict__ draw, float* _
     }
 }
 
-// dgain (2F) or (F) float, added to, null with gain null; partial (row_blocks(N), 2F) or (.., F) float scratch.
-void ffn_norm_act_backward(floatX* draw, float* dgain, float* partial, const floatX* dout, const floatX* raw,
+// dgain (2F) or (F), added to, null with gain null; partial (row_blocks(N), 2F) or (.., F) float scratch.
+void ffn_norm_act_backward(floatX* draw, Flat dgain, float* partial, const floatX* dout, const floatX* raw,
                            const floatX* gain, const float2* stats, int N, int F, bool gated, Norm norm,
                            cudaStream_t stream) {
     int blocks = row_blocks(N), W = gated ? 2 * F : F;

@@ -205,8 +205,9 @@ const char* const RECOMPUTE[] = {"none", "norm", "ffn", "block"};
 
 struct Storage {
     Recompute recompute = Recompute::none;
-    bool half_moments = false;  // AdamW's moments in bf16, rounded at random: 4 bytes a parameter, not 8
-    bool no_master = false;     // no float weights beside the bf16 ones, which are rounded at random: 4 bytes less
+    bool half_gradients = false;  // in bf16: 2 bytes a parameter instead of 4, each micro-batch's sum rounded
+    bool half_moments = false;    // AdamW's moments in bf16, rounded at random: 4 bytes a parameter, not 8
+    bool no_master = false;       // no float weights beside the bf16 ones, which are rounded at random: 4 bytes less
 };
 
 // =====================================================================================================================
@@ -391,6 +392,26 @@ __device__ inline float block_max(float v) {
     __syncthreads();
     return warp_max(lane() < num_warps() ? part[lane()] : -INFINITY);
 }
+
+// Where gradients and moments lie, in float or in bf16 as the run chose: a flat buffer or a piece of one.
+struct Flat {
+    void* p = nullptr;
+    bool half = false;
+    Flat() = default;
+    Flat(float* p) : p(p) {}
+    Flat(__nv_bfloat16* p) : p(p), half(true) {}
+    size_t width() const { return half ? 2 : 4; }
+    const char* dtype() const { return half ? "BF16" : "F32"; }
+    Flat at(size_t element) const {
+        char* there = static_cast<char*>(p) + element * width();
+        return half ? Flat(reinterpret_cast<__nv_bfloat16*>(there)) : Flat(reinterpret_cast<float*>(there));
+    }
+    // calls f with the pointer of its type
+    template <typename F>
+    void visit(F f) const {
+        half ? f(static_cast<__nv_bfloat16*>(p)) : f(static_cast<float*>(p));
+    }
+};
 
 int device_sms = 0;  // multiprocessors, set by open_device
 
@@ -601,31 +622,44 @@ TokenPlaces token_places(const int* tokens, int N) {
     return p;
 }
 
-// dtok[token,c] += sum over its places n of dx[n,c]. One block a token. dtok (Vp,C) float; dx (N,C) floatX.
-__global__ void embedding_backward_kernel(float* dtok, const floatX* dx, const int* tokens, const int* places,
+// dtok[token,c] += sum over its places n of dx[n,c]. One block a token. dtok (Vp,C) G; dx (N,C) floatX.
+template <typename G>
+__global__ void embedding_backward_kernel(G* dtok, const floatX* dx, const int* tokens, const int* places,
                                           const int* begin, int C) {
     int first = begin[blockIdx.x], last = begin[blockIdx.x + 1];
     if (first == last) return;
-    float* out = dtok + size_t(tokens[places[first]]) * C;
-    for (int i = first; i < last; i++) {
-        const floatX* row = dx + size_t(places[i]) * C;
-        for (int c = threadIdx.x; c < C; c += blockDim.x) out[c] += float(row[c]);
+    G* out = dtok + size_t(tokens[places[first]]) * C;
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
+        float sum = out[c];
+        for (int i = first; i < last; i++) sum += float(dx[size_t(places[i]) * C + c]);
+        out[c] = sum;
     }
 }
 
-// dpos[t,c] += sum_b dx[b,t,c]. One block a position. dpos (max_T,C) float; dx (B,T,C) floatX.
-__global__ void position_backward_kernel(float* dpos, const floatX* dx, int B, int T, int C) {
+// dpos[t,c] += sum_b dx[b,t,c]. One block a position. dpos (max_T,C) G; dx (B,T,C) floatX.
+template <typename G>
+__global__ void position_backward_kernel(G* dpos, const floatX* dx, int B, int T, int C) {
     size_t t = blockIdx.x;
-    for (int b = 0; b < B; b++)
-        for (int c = threadIdx.x; c < C; c += blockDim.x) dpos[t * C + c] += float(dx[(b * size_t(T) + t) * C + c]);
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
+        float sum = dpos[t * C + c];
+        for (int b = 0; b < B; b++) sum += float(dx[(b * size_t(T) + t) * C + c]);
+        dpos[t * C + c] = sum;
+    }
 }
 
 // places (N), begin (unique+1): TokenPlaces on the device
-void embedding_backward(float* dtok, float* dpos, const floatX* dx, const int* tokens, const int* places,
-                        const int* begin, int unique, int B, int T, int C, cudaStream_t stream) {
-    embedding_backward_kernel<<<unique, row_threads(C), 0, stream>>>(dtok, dx, tokens, places, begin, C);
+void embedding_backward(Flat dtok, Flat dpos, const floatX* dx, const int* tokens, const int* places, const int* begin,
+                        int unique, int B, int T, int C, cudaStream_t stream) {
+    dtok.visit([&](auto* d) {
+        using G = std::decay_t<decltype(*d)>;
+        embedding_backward_kernel<G><<<unique, row_threads(C), 0, stream>>>(d, dx, tokens, places, begin, C);
+    });
     CHECK(cudaGetLastError());
-    if (dpos) position_backward_kernel<<<T, row_threads(C), 0, stream>>>(dpos, dx, B, T, C);
+    if (!dpos.p) return;
+    dpos.visit([&](auto* d) {
+        using G = std::decay_t<decltype(*d)>;
+        position_backward_kernel<G><<<T, row_threads(C), 0, stream>>>(d, dx, B, T, C);
+    });
     CHECK(cudaGetLastError());
 }
 
@@ -789,11 +823,11 @@ struct Matmul {
 void linear_forward(floatX* out, const floatX* inp, const floatX* w, int N, int K, int M, cudaStream_t stream) {
     matmul(out, inp, w, false, true, N, M, K, CUDA_FLOATX, 0.0f, stream);
 }
-// dinp (N,K) = dout (N,M) w, with `add` added to what was there; dw (M,K) float = beta dw + dout^T inp
-void linear_backward(floatX* dinp, bool add, float* dw, float beta, const floatX* dout, const floatX* inp,
+// dinp (N,K) = dout (N,M) w, with `add` added to what was there; dw (M,K) = beta dw + dout^T inp
+void linear_backward(floatX* dinp, bool add, Flat dw, float beta, const floatX* dout, const floatX* inp,
                      const floatX* w, int N, int K, int M, cudaStream_t stream) {
     matmul(dinp, dout, w, false, false, N, K, M, CUDA_FLOATX, add ? 1.0f : 0.0f, stream);
-    matmul(dw, dout, inp, true, false, M, K, N, CUDA_R_32F, beta, stream);
+    matmul(dw.p, dout, inp, true, false, M, K, N, dw.half ? CUDA_R_16BF : CUDA_R_32F, beta, stream);
 }
 
 // =====================================================================================================================
@@ -1123,14 +1157,6 @@ struct LayerActivations {
     float2 *qkv_stats, *o_stats, *w13_stats, *w2_stats, *n1_stats, *n2_stats;  // (N,3) (N) (N,2) (N) (N) (N)
 };
 
-// A flat buffer of the table's layout, or a piece of one, whose elements are float or bf16, as the run chose.
-struct Flat {
-    void* p = nullptr;
-    bool half = false;
-    size_t width() const { return half ? 2 : 4; }
-    const char* dtype() const { return half ? "BF16" : "F32"; }
-};
-
 // Hands out pieces of one allocation. The first walk (base null) only adds up, by kind of use, for the memory plan.
 struct Arena {
     char* base = nullptr;
@@ -1182,8 +1208,8 @@ struct Model {
     // flat buffers of the table's layout; master is null where the parameters are their own masters (fp32, no_master);
     // grads, m, v and master only exist for training
     floatX* params = nullptr;
-    float *grads = nullptr, *master = nullptr;
-    Flat m, v;
+    Flat grads, m, v;
+    float* master = nullptr;
 
     std::vector<LayerActivations> acts;
     floatX *out = nullptr, *normed = nullptr;  // (N,C) last residual, final norm
@@ -1212,7 +1238,7 @@ struct Model {
     size_t N() const { return size_t(B) * c.T; }
     Norm norm() const { return {c.norm_eps, c.layernorm}; }
     floatX* w(size_t offset) const { return offset == NONE ? nullptr : params + offset; }
-    float* g(size_t offset) const { return offset == NONE ? nullptr : grads + offset; }
+    Flat g(size_t offset) const { return offset == NONE ? Flat() : grads.at(offset); }
 };
 
 constexpr size_t CHUNK = 16384;  // elements a block of the flat kernels (norm, AdamW)
@@ -1231,7 +1257,8 @@ void lay_out(Model& m, bool training) {
     a.section(format("weights (%s)", PRECISION));
     a.take(m.params, P);
     if (training) {
-        a.section("gradients (fp32)");
+        a.section(m.storage.half_gradients ? "gradients (bf16)" : "gradients (fp32)");
+        m.grads.half = m.storage.half_gradients;
         a.take(m.grads, P);
         if (BF16 && !m.storage.no_master) {
             a.section("master weights (fp32)");
@@ -1359,18 +1386,20 @@ void plan(Model& m, const Config& config, int B, bool training, Storage storage 
 // The mildest change of options with which the plan fits into `room` bytes: recompute more, else fewer sequences, else
 // less precise moments and weights. "" if none does.
 std::string advice(const Model& m, size_t room) {
-    for (int precision = 0; precision <= (m.training ? 1 + BF16 : 0); precision++)
+    for (int precision = 0; precision <= (m.training ? BF16 ? 3 : 1 : 0); precision++)
         for (int B = m.B; B > 0; B /= 2)
             for (Storage s = m.storage; s.recompute <= Recompute::block;
                  s.recompute = Recompute(int(s.recompute) + 1)) {
                 s.half_moments |= precision > 0;
-                s.no_master |= precision > 1;
+                s.half_gradients |= precision > 1;
+                s.no_master |= precision > 2;
                 Model other;
                 plan(other, m.c, B, m.training, s);
                 if (other.arena.used > room) continue;
                 std::string text = "Give";
                 if (s.recompute != m.storage.recompute) text += format(" --recompute %s", RECOMPUTE[int(s.recompute)]);
                 if (B < m.B) text += format(" --batch-size %d", B);
+                if (s.half_gradients != m.storage.half_gradients) text += " --gradients bf16";
                 if (s.half_moments != m.storage.half_moments) text += " --moments bf16";
                 if (s.no_master != m.storage.no_master) text += " --no-master";
                 return text + format(", which needs %.1f GiB.", other.arena.used / 1073741824.0);
@@ -1402,9 +1431,8 @@ void create(Model& m) {
     // padding between tensors and rows beyond V stay zero for good
     CHECK(cudaMemsetAsync(m.params, 0, m.table.size * sizeof(floatX), m.stream));
     if (training) {
-        for (float* p : {m.grads, m.master})
-            if (p) CHECK(cudaMemsetAsync(p, 0, m.table.size * sizeof(float), m.stream));
-        for (const Flat& f : {m.m, m.v}) CHECK(cudaMemsetAsync(f.p, 0, m.table.size * f.width(), m.stream));
+        if (m.master) CHECK(cudaMemsetAsync(m.master, 0, m.table.size * sizeof(float), m.stream));
+        for (const Flat& f : {m.grads, m.m, m.v}) CHECK(cudaMemsetAsync(f.p, 0, m.table.size * f.width(), m.stream));
     }
     if (m.rope) {  // (cos, sin) of t theta^(-2i/HS), as the paper's code: float32 frequencies
         const int half = m.c.HS() / 2;
@@ -1461,7 +1489,7 @@ std::vector<float> get_floats(const Flat& f, size_t offset, size_t count) {
 
 // A tensor's parameters as float, from the masters where there are some.
 std::vector<float> get_tensor(const Model& m, const Tensor& t) {
-    return get_floats(m.master ? Flat{m.master, false} : Flat{m.params, BF16}, t.offset, t.size());
+    return get_floats(m.master ? Flat(m.master) : Flat(m.params), t.offset, t.size());
 }
 
 void initialize(Model& m, uint64_t seed) {
@@ -1626,7 +1654,7 @@ void zero_gradients(Model& m) {
         }
         const size_t end = j < tensors.size() ? tensors[j].offset : m.table.size;
         if (added(i))
-            CHECK(cudaMemsetAsync(m.g(tensors[i].offset), 0, (end - tensors[i].offset) * sizeof(float), m.stream));
+            CHECK(cudaMemsetAsync(m.g(tensors[i].offset).p, 0, (end - tensors[i].offset) * m.grads.width(), m.stream));
     }
 }
 
@@ -1733,12 +1761,13 @@ __device__ inline void store_randomly(__nv_bfloat16& to, float x, unsigned r) {
     to = fabsf(x) < INFINITY ? __uint_as_float(up) : x;  // infinities and NaN stay what they are
 }
 
-__global__ void square_sum_kernel(float* sums, const float* grads, size_t size) {
+template <typename G>
+__global__ void square_sum_kernel(float* sums, const G* grads, size_t size) {
     size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
     float sum = 0.0f;
     for (size_t i = begin + threadIdx.x * FOUR; i < end; i += blockDim.x * FOUR) {
-        const Four<float> g = four(grads, i);
-        for (float x : g.v) sum += x * x;
+        const Four<G> g = four(grads, i);
+        for (G x : g.v) sum += float(x) * float(x);
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
@@ -1751,15 +1780,16 @@ __global__ void grad_norm_kernel(float* norm, const float* sums, int count) {
     if (threadIdx.x == 0) norm[0] = float(sqrt(sum));
 }
 
-// master null: params are their own masters. S: of the moments. first and last are multiples of FOUR.
-template <typename S>
-__global__ void adamw_kernel(floatX* params, float* master, S* m, S* v, const float* grads, const float* grad_norm,
+// master null: params are their own masters. G is the gradients' type, S the moments'. first and last are multiples of
+// FOUR.
+template <typename G, typename S>
+__global__ void adamw_kernel(floatX* params, float* master, S* m, S* v, const G* grads, const float* grad_norm,
                              size_t first, size_t last, AdamW o, float correction1, float correction2, unsigned key) {
     const float scale = o.clip > 0.0f ? fminf(1.0f, o.clip / (*grad_norm + 1e-6f)) : 1.0f;
     const float step = o.lr / correction1, root2 = rsqrtf(correction2), keep = 1.0f - o.lr * o.weight_decay;
     size_t begin = first + blockIdx.x * CHUNK, end = min(begin + CHUNK, last);
     for (size_t i = begin + threadIdx.x * FOUR; i < end; i += blockDim.x * FOUR) {
-        const Four<float> g4 = four(grads, i);
+        const Four<G> g4 = four(grads, i);
         Four<S> m4 = four(m, i), v4 = four(v, i);
         Four<floatX> p4;
         Four<float> w4;
@@ -1770,7 +1800,7 @@ __global__ void adamw_kernel(floatX* params, float* master, S* m, S* v, const fl
             for (int j = 0; j < FOUR; j++) w4.v[j] = float(p4.v[j]);
         }
         for (int j = 0; j < FOUR; j++) {
-            const float g = g4.v[j] * scale;
+            const float g = float(g4.v[j]) * scale;
             const float mj = o.beta1 * float(m4.v[j]) + (1.0f - o.beta1) * g;
             const float vj = o.beta2 * float(v4.v[j]) + (1.0f - o.beta2) * g * g;
             w4.v[j] = w4.v[j] * keep - step * mj / (sqrtf(vj) * root2 + o.eps);
@@ -1793,7 +1823,10 @@ __global__ void adamw_kernel(floatX* params, float* master, S* m, S* v, const fl
 // t: updates done so far, with this one
 void update(Model& m, AdamW o, int64_t t) {
     const size_t size = m.table.size;
-    square_sum_kernel<<<chunks(size), 256, 0, m.stream>>>(m.square_sums, m.grads, size);
+    m.grads.visit([&](auto* grads) {
+        using G = std::decay_t<decltype(*grads)>;
+        square_sum_kernel<G><<<chunks(size), 256, 0, m.stream>>>(m.square_sums, grads, size);
+    });
     CHECK(cudaGetLastError());
     grad_norm_kernel<<<1, 512, 0, m.stream>>>(m.grad_norm, m.square_sums, chunks(size));
     CHECK(cudaGetLastError());
@@ -1802,14 +1835,15 @@ void update(Model& m, AdamW o, int64_t t) {
     auto walk = [&](size_t first, size_t last, float weight_decay) {
         AdamW part = o;
         part.weight_decay = weight_decay;
-        if (m.m.half)
-            adamw_kernel<__nv_bfloat16><<<chunks(last - first), 256, 0, m.stream>>>(
-                m.params, m.master, static_cast<__nv_bfloat16*>(m.m.p), static_cast<__nv_bfloat16*>(m.v.p), m.grads,
-                m.grad_norm, first, last, part, correction1, correction2, key);
-        else
-            adamw_kernel<float><<<chunks(last - first), 256, 0, m.stream>>>(
-                m.params, m.master, static_cast<float*>(m.m.p), static_cast<float*>(m.v.p), m.grads, m.grad_norm, first,
-                last, part, correction1, correction2, key);
+        m.grads.visit([&](auto* grads) {
+            m.m.visit([&](auto* moments) {
+                using G = std::decay_t<decltype(*grads)>;
+                using S = std::decay_t<decltype(*moments)>;
+                adamw_kernel<G, S><<<chunks(last - first), 256, 0, m.stream>>>(
+                    m.params, m.master, moments, static_cast<S*>(m.v.p), grads, m.grad_norm, first, last, part,
+                    correction1, correction2, key);
+            });
+        });
         CHECK(cudaGetLastError());
     };
     if (o.decay_1d) return walk(0, size, o.weight_decay);
@@ -2165,6 +2199,7 @@ std::vector<std::pair<std::string, std::string>> config_fields(const Config& c, 
             {"seq_len", std::to_string(c.T)},
             {"max_seq_len", std::to_string(c.max_T)},
             {"precision", PRECISION},
+            {"gradients", s.half_gradients ? "bf16" : "fp32"},
             {"moments", s.half_moments ? "bf16" : "fp32"},
             {"master", s.no_master ? "none" : "fp32"}};
 }
@@ -2204,7 +2239,7 @@ void remove_dir(const std::string& path) {  // a checkpoint's: files only
 
 std::vector<std::pair<std::string, Flat>> optimizer_state(const Model& m) {
     std::vector<std::pair<std::string, Flat>> parts = {{"m", m.m}, {"v", m.v}};
-    if (m.master) parts.push_back({"master", {m.master, false}});
+    if (m.master) parts.push_back({"master", m.master});
     return parts;
 }
 
@@ -2412,7 +2447,7 @@ std::vector<Work> step_work(const Model& m, int micro, const Device& device) {
     std::vector<Work> work;
     const Config& c = m.c;
     const double N = double(m.N()), C = c.C, QKV = c.QKV(), F = c.F(), FF = c.FF(), Vp = c.Vp(), X = sizeof(floatX);
-    const double kv = double(c.NKV) * c.HS(), P = double(m.table.size), moment = m.m.width();
+    const double kv = double(c.NKV) * c.HS(), P = double(m.table.size), G = m.grads.width(), moment = m.m.width();
     const Recompute level = m.storage.recompute;
     auto add = [&](const char* kind, double times, double flops, double bytes) {
         if (work.empty() || work.back().kind != kind) work.push_back({kind, 0, 0, 0});
@@ -2439,7 +2474,7 @@ std::vector<Work> step_work(const Model& m, int micro, const Device& device) {
     product("head and loss", micro, N, C, Vp, X);
     add("head and loss", micro, 0, X * N * 2 * Vp);
     product("head and loss", micro, N, Vp, C, X);
-    product("head and loss", micro, Vp, N, C, 4, 2 - 1.0 / micro);
+    product("head and loss", micro, Vp, N, C, G, 2 - 1.0 / micro);
     if (level >= Recompute::norm) add("recomputed", layers, 0, rows_forward - X * N * 3 * C);
     if (level >= Recompute::ffn) product("recomputed", layers, N, C, FF, X);
     if (level >= Recompute::block) {
@@ -2449,14 +2484,14 @@ std::vector<Work> step_work(const Model& m, int micro, const Device& device) {
     }
     for (auto [in, out] : linears) {
         product("matmuls, backward", layers, N, out, in, X);
-        product("matmuls, backward", layers, out, N, in, 4, 2 - 1.0 / micro);  // the first micro-batch overwrites
+        product("matmuls, backward", layers, out, N, in, G, 2 - 1.0 / micro);  // the first micro-batch overwrites
     }
     add("attention, backward", layers, 10 * pairs, X * N * (4 * C + 4 * kv));
     add("norms, RoPE, SwiGLU, backward", layers, 0, rows_backward);
     add("norms, RoPE, SwiGLU, backward", micro, 0, X * N * 3 * C);
-    add("embedding, backward", micro, 0, N * C * (X + 8));
-    add("gradient norm", 1, 0, P * 4);
-    add("AdamW", 1, 0, P * (4 + 4 * moment + (BF16 && !m.storage.no_master ? 8 + X : 2 * X)));
+    add("embedding, backward", micro, 0, N * C * (X + 2 * G));
+    add("gradient norm", 1, 0, P * G);
+    add("AdamW", 1, 0, P * (G + 4 * moment + (BF16 && !m.storage.no_master ? 8 + X : 2 * X)));
     return work;
 }
 
@@ -2629,6 +2664,8 @@ std::vector<Flag> flags(Options& o) {
            {"none", "norm", "ffn", "block"}, [&o](int i) { o.storage.recompute = Recompute(i); });
     choice("moments", "fp32|bf16", "AdamW's two moments, bf16 with stochastic rounding (fp32)", {"fp32", "bf16"},
            [&o](int i) { o.storage.half_moments = i; });
+    choice("gradients", "fp32|bf16", "sums over micro-batches; bf16 rounds at each: for one or few (fp32)",
+           {"fp32", "bf16"}, [&o](int i) { o.storage.half_gradients = i; });
     toggle("no-master", "no float32 weights beside the bf16 ones, which are rounded stochastically",
            &o.storage.no_master, true);
 
@@ -2909,6 +2946,8 @@ void run(int argc, char** argv) {
     if (o.warmup > o.steps) throw Error("--warmup: is longer than --steps. Shorten it.");
     if (o.warmup < 0) o.warmup = o.steps / 100;
     if (o.storage.no_master && !BF16) throw Error("--no-master: the fp32 build has none. Leave it out.");
+    if (o.storage.half_gradients && !BF16)
+        throw Error("--gradients: the fp32 build's are fp32. Leave it out, or make PRECISION=bf16.");
     o.adamw.seed = o.seed;
     if (o.plan) return print_plan(o);
     open_device();

@@ -233,7 +233,7 @@ class Tests:
             expect(export(name, "--grad-accum", 2, *flags)[0] == weights, f"--recompute {name} changes the weights")
         batch = self.small("x")[self.small("x").index("--batch-size") + 1]
         expect(export("total", "--total-batch", 2 * int(batch))[0] == weights, "--total-batch is not --grad-accum")
-        more = ["--no-master"] if self.args.bf16 else []
+        more = ["--no-master", "--gradients", "bf16"] if self.args.bf16 else []
         rough = export("rough", "--grad-accum", 2, "--moments", "bf16", *more)[1]
         expect(abs(float(rough[-1]["loss"]) / float(log[-1]["loss"]) - 1) < 0.02, "bf16 moments train worse")
         whole = export("rough2", "--grad-accum", 2, "--moments", "bf16", "--save-every", 5, *more)[0]
