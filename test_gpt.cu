@@ -383,9 +383,9 @@ TEST(attention) {
     };
     std::vector<Shape> shapes = {{{2, 1, 2, 1, 16}, 1},   {{1, 5, 4, 4, 32}, 1},  {{1, 64, 2, 1, 64}, 1},
                                  {{1, 65, 4, 2, 16}, 10}, {{1, 66, 1, 1, 72}, 1}, {{2, 63, 4, 1, 16}, 1},
-                                 {{1, 70, 2, 2, 128}, 3}};
+                                 {{1, 70, 2, 2, 128}, 3}, {{1, 129, 1, 1, 64}, 1}};
     if (!quick)
-        shapes.insert(shapes.end(), {{{2, 130, 4, 2, 32}, 5}, {{1, 200, 3, 3, 64}, 1}, {{1, 129, 2, 1, 128}, 1}});
+        shapes.insert(shapes.end(), {{{2, 130, 4, 2, 32}, 5}, {{1, 200, 3, 3, 64}, 1}, {{1, 129, 2, 1, 128}, 1}, {{1, 270, 2, 1, 72}, 1}, {{9, 193, 2, 2, 16}, 1}});
     for (auto [h, q_scale] : shapes) {
         Random r{uint64_t(h.T * h.HS)};
         const size_t q_size = size_t(h.B) * h.T * h.width(0), kv_size = size_t(h.B) * h.T * h.width(1),
@@ -393,7 +393,7 @@ TEST(attention) {
         DevX q(normals(q_size, r, q_scale)), k(normals(kv_size, r)), v(normals(kv_size, r)), out(q_size),
             dout(normals(q_size, r));
         DevX dq(q_size), dk(kv_size), dv(kv_size);
-        DevF lse(rows), delta(rows);
+        DevF lse(rows), scratch(attention_scratch(h));
         attention_forward(out.p, lse.p, q.p, k.p, v.p, h, 0);
         Vec want(q_size), want_lse(rows), want_dq(q_size), want_dk(kv_size), want_dv(kv_size);
         const double scale = 1 / sqrt(double(h.HS));
@@ -429,7 +429,7 @@ TEST(attention) {
         std::string what = format(" T %d HS %d NH %d NKV %d", h.T, h.HS, h.NH, h.NKV);
         expect_close(out.get(), want, TOL_ATTENTION, "out" + what);
         expect_close(lse.get(), want_lse, TOL_FLOAT, "lse" + what);
-        attention_backward(dq.p, dk.p, dv.p, delta.p, dout.p, out.p, q.p, k.p, v.p, lse.p, h, 0);
+        attention_backward(dq.p, dk.p, dv.p, scratch.p, dout.p, out.p, q.p, k.p, v.p, lse.p, h, 0);
         expect_close(dv.get(), want_dv, TOL_ATTENTION, "dv" + what);
         expect_close(dk.get(), want_dk, TOL_SCORES, "dk" + what, 1.0);
         expect_close(dq.get(), want_dq, TOL_SCORES, "dq" + what, 1.0);

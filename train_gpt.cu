@@ -421,52 +421,102 @@ inline int row_threads(int C) { return std::min(512, (C + 127) / 128 * 32); }
 inline int row_blocks(int N) { return std::min(N, 2 * device_sms); }
 
 // =====================================================================================================================
-// Warp tiles: TILE_ROWS x N floats held by one warp, and products of them. On a GPU (and lane by lane in the exact CPU
-// geometry) the elements lie as mma.sync's accumulators do: lane l has, of each 8 columns j, rows l/4 and l/4 + 8 and
-// columns 8j + 2(l%4) and the next. In the serial geometry the one thread has it all, row by row.
+// Warp tiles: M x N floats held by one warp, and products of them with tiles in shared memory. On a GPU (and lane by
+// lane in the exact CPU geometry) the elements lie as mma.sync's accumulators do: of each 16 x 8 elements lane l has
+// rows l/4 and l/4 + 8 and columns 2(l%4) and the next. In the serial geometry the one thread has it all.
 //   slot s: the s-th row of which this thread has a part; element e: the e-th of its columns
 // (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".)
+// The serial geometry keeps tiles of scores column by column: a column then is the row of a plain product, no product
+// has to transpose a tile that changes in the loop, and maxima and sums of rows run down whole vectors.
 
-constexpr int TILE_ROWS = WARP_SIZE == 1 ? 64 : 16;
-constexpr int SLOTS = WARP_SIZE == 1 ? TILE_ROWS : 2;
+constexpr bool SERIAL = WARP_SIZE == 1;
+typedef std::conditional_t<SERIAL, float, floatX> SharedX;  // tiles in shared memory
 
-template <int N>
+enum Layout { BY_ROW, BY_COLUMN };  // in the serial geometry
+template <int M, int N, Layout layout = BY_ROW>
 struct Tile {
-    static constexpr int PER_ROW = TILE_ROWS * N / WARP_SIZE / SLOTS;
-    float v[SLOTS * PER_ROW];
-    __device__ float& at(int s, int e) { return v[WARP_SIZE == 1 ? s * N + e : e / 2 * 4 + s * 2 + e % 2]; }
-    __device__ float at(int s, int e) const { return v[WARP_SIZE == 1 ? s * N + e : e / 2 * 4 + s * 2 + e % 2]; }
-    __device__ static int row(int s) { return WARP_SIZE == 1 ? s : lane() / 4 + 8 * s; }
-    __device__ static int col(int e) { return WARP_SIZE == 1 ? e : e / 2 * 8 + lane() % 4 * 2 + e % 2; }
+    static constexpr int SLOTS = SERIAL ? M : M / 8, PER_ROW = SERIAL ? N : N / 4;
+    alignas(16) float v[SLOTS * PER_ROW];
+    __device__ static constexpr int index(int s, int e) {
+        if (SERIAL) return layout == BY_ROW ? s * N + e : e * M + s;
+        return (s / 2 * (N / 8) + e / 2) * 4 + s % 2 * 2 + e % 2;
+    }
+    __device__ float& at(int s, int e) { return v[index(s, e)]; }
+    __device__ float at(int s, int e) const { return v[index(s, e)]; }
+    __device__ float* fragment(int i, int j) { return v + (i * (N / 8) + j) * 4; }  // rows 16i.., columns 8j..
+    __device__ const float* fragment(int i, int j) const { return v + (i * (N / 8) + j) * 4; }
+    __device__ static int row(int s) { return SERIAL ? s : s / 2 * 16 + s % 2 * 8 + lane() / 4; }
+    __device__ static int col(int e) { return SERIAL ? e : e / 2 * 8 + lane() % 4 * 2 + e % 2; }
     __device__ void zero() {
+        #pragma unroll
         for (float& x : v) x = 0.0f;
     }
 };
 
 // the four lanes that share a row
 __device__ inline float tile_row_sum(float v) {
-    for (int m = WARP_SIZE == 1 ? 0 : 2; m > 0; m /= 2) v += __shfl_xor_sync(ALL_LANES, v, m);
+    for (int m = SERIAL ? 0 : 2; m > 0; m /= 2) v += __shfl_xor_sync(ALL_LANES, v, m);
     return v;
 }
 __device__ inline float tile_row_max(float v) {
-    for (int m = WARP_SIZE == 1 ? 0 : 2; m > 0; m /= 2) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, m));
+    for (int m = SERIAL ? 0 : 2; m > 0; m /= 2) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, m));
     return v;
 }
 
 #ifdef __CUDACC__  // else the CPU stand-in emulates them
 // c (16x8 float) += a (16x16 bf16) b (16x8 bf16)
 __device__ inline void mma_m16n8k16(float* c, const unsigned* a, const unsigned* b) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// four 8x8 matrices of 16-bit values, transposed; lane l points at row l%8 of matrix l/8 in shared memory
+// four 8x8 matrices of 16-bit values; lane l points at row l%8 of matrix l/8 in shared memory, 16 bytes
+__device__ inline void ldmatrix_x4(unsigned* r, const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(unsigned(__cvta_generic_to_shared(row))));
+}
+// the same, each matrix transposed
 __device__ inline void ldmatrix_x4_trans(unsigned* r, const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(unsigned(__cvta_generic_to_shared(row))));
 }
+// BYTES (4 or 16) from global to shared memory, later; zeros if not valid
+template <int BYTES>
+__device__ inline void copy_async(void* to, const void* from, bool valid) {
+    const unsigned shared = unsigned(__cvta_generic_to_shared(to));
+    const size_t global = __cvta_generic_to_global(from);
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+                     "r"(valid ? 16 : 0)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0)
+                     : "memory");
+}
+// what this thread copied since the last commit is a group; copy_wait returns when all but its newest N groups are here
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ inline void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+// 2^x to 2 ulp, x below 128; results below the smallest normal number are 0
+__device__ inline float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// a flag in global memory: what its writer (and whom it met at a barrier) wrote before, the reader sees after
+__device__ inline int flag_read(const int* flag) {
+    int value;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(flag)) : "memory");
+    return value;
+}
+__device__ inline void flag_write(int* flag, int value) {
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(flag)), "r"(value) : "memory");
+}
+__device__ inline void flag_pause() { __nanosleep(32); }
 #endif
 
 __device__ inline unsigned pack_bf16(float low, float high) {
@@ -476,109 +526,287 @@ __device__ inline unsigned pack_bf16(float low, float high) {
     return bits;
 }
 
-// The serial geometry's product: c (TILE_ROWS,N) += a (TILE_ROWS,K) b, b[k][n] = b[k ldb + n], in blocks of R x W that
-// stay in registers: 16 accumulators of 16 floats with AVX-512, of 8 floats without.
-template <int N, int K, typename A>
-__attribute__((noinline))  // inlined, gcc 12 moves the accumulators to memory
-void serial_mma(float* __restrict__ c, const A* __restrict__ a, int lda, const float* __restrict__ b, int ldb) {
+// two neighbours, in one store
+__device__ inline void store_pair(float* to, float x, float y) { *reinterpret_cast<float2*>(to) = make_float2(x, y); }
+__device__ inline void store_pair(__nv_bfloat16* to, float x, float y) {
+    *reinterpret_cast<unsigned*>(to) = pack_bf16(x, y);
+}
+
+// Tiles in shared memory: rows of W elements in 16-byte chunks. ldmatrix reads 8 rows of one chunk at once; they fall
+// into different banks, since chunk c of row r lies at c ^ r%8 where a row is a multiple of 128 bytes, and rows are an
+// odd number of chunks apart where it is not. Copies run along rows: 8 lanes write 8 chunks in different banks.
+constexpr int VEC16 = 16 / int(sizeof(SharedX));
+template <int W>
+constexpr bool SWIZZLED = W / VEC16 % 8 == 0;
+template <int W>
+constexpr int STRIDE = SERIAL || SWIZZLED<W> ? W : W / VEC16 % 2 ? W : W + VEC16;
+template <int W>
+__device__ inline int shared_at(unsigned row, unsigned col) {
+    if (!SERIAL && SWIZZLED<W>) return row * W + ((col / VEC16) ^ (row % 8)) * VEC16 + col % VEC16;
+    return row * STRIDE<W> + col;
+}
+
+template <int HS>
+constexpr int WIDTH = (HS + 15) / 16 * 16;  // a head in a tile: mma takes 16 columns at a time, those beyond HS are zero
+
+// What of a score tile is not masked; the serial geometry spares the rest (lanes of a warp would only wait).
+enum Part { ALL, LOWER, UPPER };  // LOWER: columns up to the row; UPPER: columns from the row on
+
+// The serial geometry's product: c (M,N) += a b, or = if FRESH; a(r,k) = a[r AR + k AK], b (K,N), in blocks of R rows
+// and U vectors that stay in registers. span: which k count for row r: all, up to r, from r on. block: which columns n
+// of row r are wanted, likewise; the others become zero, FRESH only.
+template <int M, int N, int K, int AR, int AK, bool FRESH>
+void serial_mma(float* __restrict__ c, const float* __restrict__ a, const float* __restrict__ b, Part span, Part block) {
 #ifdef __AVX512F__
-    constexpr int R = 8, W = N % 32 == 0 ? 32 : 16;
+    constexpr int V = 16, U = N % 32 == 0 ? 2 : N % 80 == 0 ? 5 : 1, R = U == 2 ? 8 : U == 5 ? 4 : 16;
 #else
-    constexpr int R = 8, W = 16;
+    constexpr int V = 8, U = 2, R = 4;
 #endif
+    typedef float Vec __attribute__((vector_size(4 * V), aligned(4), may_alias));
+    constexpr int W = U * V;
     for (int n0 = 0; n0 < N; n0 += W) {
-        for (int r0 = 0; r0 < TILE_ROWS; r0 += R) {
-            float sum[R][W];
+        for (int r0 = 0; r0 < M; r0 += R) {
+            Vec sum[R][U];
             for (int r = 0; r < R; r++)
-                for (int n = 0; n < W; n++) sum[r][n] = c[(r0 + r) * N + n0 + n];
-            for (int k = 0; k < K; k++)
+                for (int u = 0; u < U; u++)
+                    sum[r][u] = FRESH ? Vec{} : *(const Vec*)&c[(r0 + r) * N + n0 + u * V];
+            int first = span == UPPER ? r0 : 0, last = span == LOWER ? r0 + R : K;
+            if ((block == LOWER && n0 >= r0 + R) || (block == UPPER && n0 + W <= r0)) last = first;
+            for (int k = first; k < last; k++) {
+                Vec row[U];
+                for (int u = 0; u < U; u++) row[u] = *(const Vec*)&b[k * N + n0 + u * V];
                 for (int r = 0; r < R; r++)
-                    for (int n = 0; n < W; n++) sum[r][n] += float(a[(r0 + r) * lda + k]) * b[k * ldb + n0 + n];
-            for (int r = 0; r < R; r++)
-                for (int n = 0; n < W; n++) c[(r0 + r) * N + n0 + n] = sum[r][n];
-        }
-    }
-}
-
-// c[r][n] += sum_k a[r lda + k] b[n ldb + k], k < K; a, b in shared memory
-template <int K, int N>
-__device__ inline void mma_nt(Tile<N>& c, const floatX* a, int lda, const floatX* b, int ldb) {
-    if constexpr (WARP_SIZE == 1) {
-        float bt[K * N];
-        for (int k = 0; k < K; k++)
-            for (int n = 0; n < N; n++) bt[k * N + n] = float(b[n * ldb + k]);
-        serial_mma<N, K>(c.v, a, lda, bt, N);
-    } else if constexpr (BF16) {
-        const int g = lane() / 4, t2 = lane() % 4 * 2;
-        #pragma unroll
-        for (int k = 0; k < K; k += 16) {
-            unsigned fa[4];
-            for (int i = 0; i < 4; i++) memcpy(&fa[i], &a[(g + i % 2 * 8) * lda + k + i / 2 * 8 + t2], 4);
-            #pragma unroll
-            for (int j = 0; j < N / 8; j++) {
-                unsigned fb[2];
-                for (int i = 0; i < 2; i++) memcpy(&fb[i], &b[(8 * j + g) * ldb + k + i * 8 + t2], 4);
-                mma_m16n8k16(c.v + 4 * j, fa, fb);
+                    for (int u = 0; u < U; u++) sum[r][u] += a[(r0 + r) * AR + k * AK] * row[u];
             }
-        }
-    } else {
-        for (int k = 0; k < K; k++) {
-            #pragma unroll
-            for (int e = 0; e < c.PER_ROW; e++)
-                for (int s = 0; s < SLOTS; s++)
-                    c.at(s, e) += float(a[c.row(s) * lda + k]) * float(b[c.col(e) * ldb + k]);
+            for (int r = 0; r < R; r++)
+                for (int u = 0; u < U; u++) *(Vec*)&c[(r0 + r) * N + n0 + u * V] = sum[r][u];
         }
     }
 }
 
-// c[r][n] += sum_k a[r][k] b[k ldb + n], k < K; a a tile, b in shared memory
-template <int K, int N>
-__device__ inline void mma_nn(Tile<N>& c, const Tile<K>& a, const floatX* b, int ldb) {
-    if constexpr (WARP_SIZE == 1) {
-        float bf[K * N];
-        for (int k = 0; k < K; k++)
-            for (int n = 0; n < N; n++) bf[k * N + n] = float(b[k * ldb + n]);
-        serial_mma<N, K>(c.v, a.v, K, bf, N);
-    } else if constexpr (BF16) {  // the accumulators of 16 columns are, as bf16, the fragment of a k16 operand
-        const int row = lane() % 8 + lane() / 8 % 2 * 8, col = lane() / 16 * 8;
-        #pragma unroll
-        for (int k = 0; k < K / 16; k++) {
-            unsigned fa[4];
+// M rows of a tile in shared memory as the left operand of mma_nt. KEPT: the fragments stay in registers.
+template <int W, int M, bool KEPT>
+struct Left {
+    const SharedX* tile;
+    int first;
+    unsigned kept[KEPT ? W / 16 : 1][KEPT ? M / 16 : 1][4];
+
+    // rows first + 16i.., columns k..
+    __device__ void load(unsigned* f, int i, int k) const {
+        ldmatrix_x4(f, tile + shared_at<W>(first + 16 * i + lane() % 16, k + lane() / 16 * 8));
+    }
+    __device__ Left(const SharedX* tile, int first) : tile(tile), first(first) {}
+    __device__ void keep() {
+        if constexpr (KEPT) {
             #pragma unroll
-            for (int i = 0; i < 4; i++) fa[i] = pack_bf16(a.v[8 * k + 2 * i], a.v[8 * k + 2 * i + 1]);
+            for (int k = 0; k < W / 16; k++)
+                #pragma unroll
+                for (int i = 0; i < M / 16; i++) load(kept[k][i], i, 16 * k);
+        }
+    }
+};
+
+// c[r][n] = sum_k a[r][k] b[n][k], k < W: a's rows with the rows of b in shared memory. The serial geometry wants a's
+// tile transposed (load_transposed): a is what stays while b changes.
+template <int W, int M, int N, bool KEPT>
+__device__ inline void mma_nt(Tile<M, N, BY_COLUMN>& c, const Left<W, M, KEPT>& a, const SharedX* b, Part part = ALL) {
+    if constexpr (SERIAL) {
+        serial_mma<N, M, W, W, 1, true>(c.v, b, a.tile, ALL, part == LOWER ? UPPER : part == UPPER ? LOWER : ALL);
+    } else if constexpr (BF16) {
+        c.zero();
+        #pragma unroll
+        for (int k = 0; k < W; k += 16) {
+            unsigned fa[M / 16][4];
+            #pragma unroll
+            for (int i = 0; i < M / 16; i++) {
+                if constexpr (KEPT)
+                    for (int x = 0; x < 4; x++) fa[i][x] = a.kept[k / 16][i][x];
+                else
+                    a.load(fa[i], i, k);
+            }
             #pragma unroll
             for (int j = 0; j < N / 16; j++) {
                 unsigned fb[4];  // k 0-7 and 8-15 of columns 0-7, then of columns 8-15
-                ldmatrix_x4_trans(fb, &b[(16 * k + row) * ldb + 16 * j + col]);
-                mma_m16n8k16(c.v + 8 * j, fa, fb);
-                mma_m16n8k16(c.v + 8 * j + 4, fa, fb + 2);
+                ldmatrix_x4(fb, b + shared_at<W>(16 * j + lane() % 8 + lane() / 16 * 8, k + lane() / 8 % 2 * 8));
+                #pragma unroll
+                for (int i = 0; i < M / 16; i++) {
+                    mma_m16n8k16(c.fragment(i, 2 * j), fa[i], fb);
+                    mma_m16n8k16(c.fragment(i, 2 * j + 1), fa[i], fb + 2);
+                }
+            }
+        }
+    } else {
+        c.zero();
+        for (int k = 0; k < W; k++) {
+            #pragma unroll
+            for (int e = 0; e < c.PER_ROW; e++)
+                #pragma unroll
+                for (int s = 0; s < c.SLOTS; s++)
+                    c.at(s, e) += float(a.tile[shared_at<W>(a.first + c.row(s), k)]) * float(b[shared_at<W>(c.col(e), k)]);
+        }
+    }
+}
+
+// c[r][n] += sum_k a[r][k] b[k][n], k < K; a a tile, b (K,W) in shared memory
+template <int W, int M, int K>
+__device__ inline void mma_nn(Tile<M, W>& c, const Tile<M, K, BY_COLUMN>& a, const SharedX* b, Part part = ALL) {
+    if constexpr (SERIAL) {
+        serial_mma<M, W, K, 1, M, false>(c.v, a.v, b, part, ALL);
+    } else if constexpr (BF16) {  // the accumulators of 16 columns are, as bf16, the fragment of a k16 operand
+        #pragma unroll
+        for (int k = 0; k < K / 16; k++) {
+            unsigned fa[M / 16][4];
+            #pragma unroll
+            for (int i = 0; i < M / 16; i++)
+                #pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    const float* from = a.fragment(i, 2 * k + x / 2) + x % 2 * 2;
+                    fa[i][x] = pack_bf16(from[0], from[1]);
+                }
+            #pragma unroll
+            for (int j = 0; j < W / 16; j++) {
+                unsigned fb[4];  // k 0-7 and 8-15 of columns 0-7, then of columns 8-15
+                ldmatrix_x4_trans(fb, b + shared_at<W>(16 * k + lane() % 16, 16 * j + lane() / 16 * 8));
+                #pragma unroll
+                for (int i = 0; i < M / 16; i++) {
+                    mma_m16n8k16(c.fragment(i, 2 * j), fa[i], fb);
+                    mma_m16n8k16(c.fragment(i, 2 * j + 1), fa[i], fb + 2);
+                }
             }
         }
     } else {  // the four lanes of a row have its elements among them
         #pragma unroll
         for (int e = 0; e < a.PER_ROW; e++) {
             for (int owner = 0; owner < 4; owner++) {
-                int k = e / 2 * 8 + owner * 2 + e % 2;
-                float row[SLOTS];
-                for (int s = 0; s < SLOTS; s++) row[s] = __shfl_sync(ALL_LANES, a.at(s, e), lane() / 4 * 4 + owner);
+                const int k = e / 2 * 8 + owner * 2 + e % 2;
+                float row[a.SLOTS];
+                #pragma unroll
+                for (int s = 0; s < a.SLOTS; s++)
+                    row[s] = __shfl_sync(ALL_LANES, a.at(s, e), lane() / 4 * 4 + owner);
                 #pragma unroll
                 for (int f = 0; f < c.PER_ROW; f++)
-                    for (int s = 0; s < SLOTS; s++) c.at(s, f) += row[s] * float(b[k * ldb + c.col(f)]);
+                    #pragma unroll
+                    for (int s = 0; s < c.SLOTS; s++) c.at(s, f) += row[s] * float(b[shared_at<W>(k, c.col(f))]);
             }
         }
     }
 }
 
-// dst (rows, ld) in shared memory = src (rows, HS) of row stride `stride`; zero in rows from `valid` on and in columns
-// from HS on up to the next multiple of 16; by the whole block
-template <int HS>
-__device__ inline void load_tile(floatX* dst, int ld, const floatX* src, size_t stride, int rows, int valid) {
-    constexpr int VEC = 16 / sizeof(floatX), PER_ROW = (HS + 15) / 16 * 16 / VEC;  // 16 bytes a thread
-    for (int i = threadIdx.x; i < rows * PER_ROW; i += blockDim.x) {
-        int row = i / PER_ROW, col = i % PER_ROW * VEC;
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (row < valid && col < HS) x = *reinterpret_cast<const uint4*>(src + row * stride + col);
-        *reinterpret_cast<uint4*>(dst + row * ld + col) = x;
+// c[r][n] += sum_k a[k][first_row + r] b[k][first_col + n], k < K; a (K,KW) as store_scores left it, b (K,W), both in
+// shared memory
+template <int KW, int W, int K, int M, int N>
+__device__ inline void mma_tn(Tile<M, N>& c, const SharedX* a, int first_row, const SharedX* b, int first_col,
+                              Part part = ALL) {
+    if constexpr (SERIAL) {
+        static_assert(!SERIAL || (M == KW && N == W), "the whole tile");
+        serial_mma<M, N, K, K, 1, false>(c.v, a, b, part == LOWER ? UPPER : part == UPPER ? LOWER : ALL, ALL);
+    } else if constexpr (BF16) {
+        #pragma unroll
+        for (int k = 0; k < K; k += 16) {
+            unsigned fa[M / 16][4];
+            #pragma unroll
+            for (int i = 0; i < M / 16; i++)  // rows 0-7, 8-15 of k 0-7, then of k 8-15
+                ldmatrix_x4_trans(fa[i], a + shared_at<KW>(k + lane() % 8 + lane() / 16 * 8,
+                                                           first_row + 16 * i + lane() / 8 % 2 * 8));
+            #pragma unroll
+            for (int j = 0; j < N / 16; j++) {
+                unsigned fb[4];
+                ldmatrix_x4_trans(fb, b + shared_at<W>(k + lane() % 16, first_col + 16 * j + lane() / 16 * 8));
+                #pragma unroll
+                for (int i = 0; i < M / 16; i++) {
+                    mma_m16n8k16(c.fragment(i, 2 * j), fa[i], fb);
+                    mma_m16n8k16(c.fragment(i, 2 * j + 1), fa[i], fb + 2);
+                }
+            }
+        }
+    } else {
+        for (int k = 0; k < K; k++) {
+            #pragma unroll
+            for (int e = 0; e < c.PER_ROW; e++)
+                #pragma unroll
+                for (int s = 0; s < c.SLOTS; s++)
+                    c.at(s, e) += float(a[shared_at<KW>(k, first_row + c.row(s))]) *
+                                  float(b[shared_at<W>(k, first_col + c.col(e))]);
+        }
+    }
+}
+
+// Where load_tile leaves the tile: in dst, but the serial geometry reads whole tiles of fp32 rows where they lie.
+template <int HS, int ROWS>
+__device__ inline const SharedX* tile_home(const SharedX* dst, const floatX* src, size_t stride, int valid) {
+    if constexpr (SERIAL && !BF16 && HS == WIDTH<HS>)
+        if (stride == HS && valid >= ROWS) return reinterpret_cast<const SharedX*>(src);
+    return dst;
+}
+
+// dst (ROWS,WIDTH) in shared memory = src (ROWS,HS) of row stride `stride`; zero in rows from `valid` on and in columns
+// from HS on; by the whole block of THREADS. On a GPU the copies are asynchronous: they are there after copy_commit,
+// copy_wait and a barrier.
+template <int HS, int ROWS, int THREADS>
+__device__ inline void load_tile(SharedX* dst, const floatX* src, size_t stride, int valid) {
+    constexpr int W = WIDTH<HS>, PER_ROW = W / VEC16;
+    if constexpr (SERIAL) {
+        if (tile_home<HS, ROWS>(dst, src, stride, valid) != dst) return;
+        for (int row = 0; row < ROWS; row++)
+            for (int col = 0; col < W; col++)
+                dst[row * W + col] = row < valid && col < HS ? float(src[row * stride + col]) : 0.0f;
+    } else {
+        #pragma unroll
+        for (int i = threadIdx.x; i < ROWS * PER_ROW; i += THREADS) {
+            const int row = i / PER_ROW, col = i % PER_ROW * VEC16;
+            const bool there = row < valid && col < HS;
+            copy_async<16>(dst + shared_at<W>(row, col), there ? src + row * stride + col : src, there);
+        }
+    }
+}
+
+// the same for the left operand of mma_nt, which the serial geometry keeps as (WIDTH,ROWS)
+template <int HS, int ROWS, int THREADS>
+__device__ inline void load_transposed(SharedX* dst, const floatX* src, size_t stride, int valid) {
+    if constexpr (SERIAL) {
+        for (int row = 0; row < ROWS; row++)
+            for (int col = 0; col < WIDTH<HS>; col++)
+                dst[col * ROWS + row] = row < valid && col < HS ? float(src[row * stride + col]) : 0.0f;
+    } else {
+        load_tile<HS, ROWS, THREADS>(dst, src, stride, valid);
+    }
+}
+
+// dst (K,N) in shared memory = the warps' score tiles, this one's from row `first` on, for mma_tn
+template <int N, int M>
+__device__ inline void store_scores(SharedX* dst, int first, const Tile<M, N, BY_COLUMN>& tile) {
+    if constexpr (SERIAL) {
+        for (int i = 0; i < M * N; i++) dst[i] = tile.v[i];  // (N,K)
+    } else {
+        #pragma unroll
+        for (int s = 0; s < tile.SLOTS; s++)
+            #pragma unroll
+            for (int e = 0; e < tile.PER_ROW; e += 2)
+                store_pair(dst + shared_at<N>(first + tile.row(s), tile.col(e)), tile.at(s, e), tile.at(s, e + 1));
+    }
+}
+
+// dst (rows,HS) of row stride `stride` = the tile, rows below `valid`, through the warp's own M rows of shared memory
+template <int HS, int M>
+__device__ inline void store_tile(floatX* dst, size_t stride, int valid, const Tile<M, WIDTH<HS>>& tile, SharedX* own) {
+    constexpr int W = WIDTH<HS>, PER_ROW = HS / VEC16;
+    if constexpr (SERIAL) {
+        for (int row = 0; row < min(M, valid); row++)
+            for (int col = 0; col < HS; col++) dst[row * stride + col] = tile.v[row * W + col];
+    } else {
+        __syncwarp();
+        #pragma unroll
+        for (int s = 0; s < tile.SLOTS; s++)
+            #pragma unroll
+            for (int e = 0; e < tile.PER_ROW; e += 2)
+                store_pair(own + shared_at<W>(tile.row(s), tile.col(e)), tile.at(s, e), tile.at(s, e + 1));
+        __syncwarp();
+        for (int i = lane(); i < M * PER_ROW; i += WARP_SIZE) {
+            const int row = i / PER_ROW, col = i % PER_ROW * VEC16;
+            if (row < valid)
+                *reinterpret_cast<uint4*>(dst + row * stride + col) =
+                    *reinterpret_cast<const uint4*>(own + shared_at<W>(row, col));
+        }
     }
 }
 
@@ -835,243 +1063,358 @@ void linear_backward(floatX* dinp, bool add, Flat dw, float beta, const floatX* 
 //   out_i = sum_{j <= i} p_ij v_j,   p_ij = exp(s_ij - lse_i),   s_ij = scale q_i . k_j,   scale = 1 / sqrt(HS)
 //   lse_i = log sum_{j <= i} exp(s_ij)
 // q (B,NH,T,HS); k, v (B,NKV,T,HS), query head h reads k/v head h NKV / NH; out (B,T,NH HS); all floatX. lse (B,NH,T)
-// float, kept for the backward.
+// float, kept for the backward. Exponentials are powers of 2 of scores times `scale2` = scale log2(e).
 
-constexpr int ATTENTION_ROWS = 64;  // rows of a block: 4 warps of 16 on the GPU, one of 64 in the serial geometry
-constexpr int ATTENTION_THREADS = 128;
+constexpr float LOG2E = 1.44269504f;
 
-// a head in a tile: mma takes 16 columns at a time, those beyond HS are zero
-template <int HS>
-constexpr int WIDTH = (HS + 15) / 16 * 16;
-// shared memory's row stride: 16 bytes more than a row, so that the 8 rows of a fragment fall into different banks
-template <int HS>
-constexpr int TILE_LD = WIDTH<HS> + 16 / int(sizeof(floatX));
-// columns of the score tile, narrower where registers and shared memory are short
-template <int HS>
-constexpr int FORWARD_COLS = HS > 64 && !BF16 ? 32 : 64;
-template <int HS>
-constexpr int BACKWARD_COLS = HS > 64 ? 32 : 64;
+// Forward: a warp has QUERY_ROWS queries, a block FORWARD_WARPS warps; keys come in tiles of FORWARD_KEYS. With bf16 two
+// rows of fragments a warp, so that a fragment of k or v, read from shared memory, feeds two mma.
+constexpr int QUERY_ROWS = SERIAL ? 64 : BF16 ? 32 : 16, FORWARD_WARPS = SERIAL ? 1 : 4, FORWARD_KEYS = 64;
+constexpr int FORWARD_THREADS = FORWARD_WARPS * WARP_SIZE, FORWARD_ROWS = FORWARD_WARPS * QUERY_ROWS;
+// Backward: a warp has KEY_ROWS keys, a block BACKWARD_KEYS; queries come in tiles of BACKWARD_QUERIES.
+constexpr int KEY_ROWS = SERIAL ? 64 : 16, BACKWARD_WARPS = SERIAL ? 1 : BF16 ? 8 : 4;
+constexpr int BACKWARD_THREADS = BACKWARD_WARPS * WARP_SIZE, BACKWARD_KEYS = BACKWARD_WARPS * KEY_ROWS;
+constexpr int BACKWARD_QUERIES = SERIAL || BF16 ? 64 : 32;
+// Tiles under way while one is worked on: each of the forward's stream k, v, k, v..; each pair of q and dout.
+constexpr int FORWARD_AHEAD = SERIAL ? 0 : 2, BACKWARD_AHEAD = SERIAL ? 0 : 1;
 
-template <int HS>
-__global__ void __launch_bounds__(ATTENTION_THREADS, 1)
-    attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, int T, int NH,
-                             int NKV, float scale) {
-    constexpr int LD = TILE_LD<HS>, COLS = FORWARD_COLS<HS>;
-    extern __shared__ __align__(16) floatX attention_smem[];
-    floatX *sq = attention_smem, *sk = sq + ATTENTION_ROWS * LD, *sv = sk + COLS * LD;
-    const int b = blockIdx.z, head = blockIdx.y;
-    const int row0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS;  // the longest rows first
-    const size_t q_head = size_t(b) * NH + head, kv_head = size_t(b) * NKV + head / (NH / NKV);
-    q += (q_head * T + row0) * HS;
-    k += kv_head * T * HS;
-    v += kv_head * T * HS;
-    const int first = warp() * TILE_ROWS;  // this warp's rows in the block
+// The tile and the head (of all in the batch) of block n: 16 heads at a time, so that what their blocks share stays in
+// the L2 cache, tile 0 of each of them, then tile 1..; those in flight at once are neighbours.
+struct Place {
+    int tile, head;
+};
+__device__ inline Place attention_place(int n, int heads, int tiles) {
+    const int first = n / (16 * tiles) * 16, together = min(16, heads - first);
+    n -= first * tiles;
+    return {n / together, first + n % together};
+}
 
-    load_tile<HS>(sq, LD, q, HS, ATTENTION_ROWS, T - row0);
-    Tile<WIDTH<HS>> acc;
+__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// One block FORWARD_ROWS queries of a head, those with the most keys first.
+template <int HS>
+__global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? (HS > 64 ? 2 : 3) : 1)
+    attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, int B, int T,
+                             int NH, int NKV, float scale) {
+    constexpr int W = WIDTH<HS>, COLS = FORWARD_KEYS, SLOT = COLS * STRIDE<W>;
+    constexpr bool KEPT = BF16 && !SERIAL && HS <= 64;  // registers that are left hold q
+    extern __shared__ __align__(128) SharedX attention_smem[];
+    SharedX *sq = attention_smem, *ring = sq + FORWARD_ROWS * STRIDE<W>;
+    const int tiles = ceil_div(T, FORWARD_ROWS);
+    const Place place = attention_place(blockIdx.x, B * NH, tiles);
+    const int b = place.head / NH, head = place.head % NH, row0 = (tiles - 1 - place.tile) * FORWARD_ROWS;
+    const int first = warp() * QUERY_ROWS;  // this warp's rows in the block
+    const size_t q_at = size_t(place.head) * T + row0, kv_at = (size_t(b) * NKV + head / (NH / NKV)) * T * HS;
+    const int steps = ceil_div(min(row0 + FORWARD_ROWS, T), COLS);
+
+    // tile n of k0, v0, k1, v1, ..: where it comes from, where it lies
+    auto source = [&](int n) { return (n % 2 ? v : k) + kv_at + size_t(n / 2 * COLS) * HS; };
+    auto slot = [&](int n) { return ring + n % (FORWARD_AHEAD + 1) * SLOT; };
+    auto fetch = [&](int n) {
+        if (n < 2 * steps) load_tile<HS, COLS, FORWARD_THREADS>(slot(n), source(n), HS, T - n / 2 * COLS);
+        copy_commit();
+    };
+    auto stream = [&](int n) { return tile_home<HS, COLS>(slot(n), source(n), HS, T - n / 2 * COLS); };
+    load_transposed<HS, FORWARD_ROWS, FORWARD_THREADS>(sq, q + q_at * HS, HS, T - row0);
+    for (int n = 0; n < FORWARD_AHEAD; n++) fetch(n);
+    Left<W, QUERY_ROWS, KEPT> rows(sq, first);
+    if (KEPT) {
+        copy_wait<1>();
+        __syncthreads();
+        rows.keep();
+    }
+
+    typedef Tile<QUERY_ROWS, W> Out;
+    typedef Tile<QUERY_ROWS, COLS, BY_COLUMN> Scores;
+    const float scale2 = scale * LOG2E;
+    Out acc;
     acc.zero();
-    float max[SLOTS], sum[SLOTS];
-    for (int s = 0; s < SLOTS; s++) max[s] = -INFINITY, sum[s] = 0.0f;
-    for (int col0 = 0; col0 < min(row0 + ATTENTION_ROWS, T); col0 += COLS) {
-        __syncthreads();
-        load_tile<HS>(sk, LD, k + size_t(col0) * HS, HS, COLS, T - col0);
-        load_tile<HS>(sv, LD, v + size_t(col0) * HS, HS, COLS, T - col0);
-        __syncthreads();
-        Tile<COLS> p;
-        p.zero();
-        mma_nt<WIDTH<HS>>(p, sq + first * LD, LD, sk, LD);
-        for (int s = 0; s < SLOTS; s++) {
-            // online softmax: what was summed so far is rescaled to the new maximum. Column 0 is in everyone's first
-            // tile, so the maximum is finite from there on
-            const int visible = row0 + first + p.row(s) - col0;  // columns 0 .. visible of this tile
-            float top = max[s];
-            for (int e = 0; e < p.PER_ROW; e++) {
-                float score = p.col(e) <= visible ? scale * p.at(s, e) : -INFINITY;
-                p.at(s, e) = score;
-                top = fmaxf(top, score);
+    float top[Out::SLOTS], sum[Out::SLOTS];  // p are taken relative to 2^(scale2 top)
+    for (int s = 0; s < Out::SLOTS; s++) top[s] = -INFINITY, sum[s] = 0.0f;
+    for (int step = 0; step < steps; step++) {
+        const int diagonal = row0 + first - step * COLS;  // the tile's columns up to row + diagonal are visible
+        const bool some = diagonal + QUERY_ROWS > 0, all = diagonal >= COLS - 1;
+        const Part part = all ? ALL : LOWER;
+        copy_wait<FORWARD_AHEAD / 2>();
+        __syncthreads();  // this tile is here, and nobody reads the one before it any more
+        fetch(2 * step + FORWARD_AHEAD);
+        Scores p;
+        if (some) {
+            mma_nt(p, rows, stream(2 * step), part);
+            if (!all) {
+                #pragma unroll
+                for (int e = 0; e < p.PER_ROW; e++)
+                    #pragma unroll
+                    for (int s = 0; s < p.SLOTS; s++)
+                        p.at(s, e) = p.col(e) <= p.row(s) + diagonal ? p.at(s, e) : -INFINITY;
             }
-            top = tile_row_max(top);
-            const float keep = __expf(max[s] - top);
-            max[s] = top;
-            float part = 0.0f;
-            for (int e = 0; e < p.PER_ROW; e++) {
-                float x = __expf(p.at(s, e) - top);
-                p.at(s, e) = x;
-                part += x;
+            // Online softmax. What was summed is rescaled to the new maximum only when that has grown by more than
+            // 2^8, which p bears. Column 0 is in everyone's first tile, so the maximum is finite from there on.
+            float most[Out::SLOTS];
+            bool grown = false;
+            for (int s = 0; s < p.SLOTS; s++) most[s] = top[s];
+            #pragma unroll
+            for (int e = 0; e < p.PER_ROW; e++)
+                #pragma unroll
+                for (int s = 0; s < p.SLOTS; s++) most[s] = fmaxf(most[s], p.at(s, e));
+            #pragma unroll
+            for (int s = 0; s < p.SLOTS; s++) {
+                most[s] = tile_row_max(most[s]);
+                grown |= scale2 * (most[s] - top[s]) > 8.0f;
             }
-            sum[s] = sum[s] * keep + part;
-            for (int e = 0; e < acc.PER_ROW; e++) acc.at(s, e) *= keep;
-        }
-        mma_nn<COLS>(acc, p, sv, LD);
-    }
-    for (int s = 0; s < SLOTS; s++) {
-        const float total = tile_row_sum(sum[s]), inverse = 1.0f / total;
-        const int t = row0 + first + acc.row(s);
-        if (t >= T) continue;
-        floatX* o = out + ((size_t(b) * T + t) * NH + head) * HS;
-        for (int e = 0; e < acc.PER_ROW; e++)
-            if (acc.col(e) < HS) o[acc.col(e)] = acc.at(s, e) * inverse;
-        if (acc.col(0) == 0) lse[q_head * T + t] = max[s] + logf(total);
-    }
-}
-
-// delta[b,h,t] = sum_d dout[b,t,h,d] out[b,t,h,d]: the softmax backward's row sum. One warp a head of one token.
-__global__ void attention_delta_kernel(float* delta, const floatX* dout, const floatX* out, int T, int NH, int HS) {
-    size_t n = blockIdx.x, b = n / T, t = n % T;
-    for (int head = warp(); head < NH; head += num_warps()) {
-        const size_t at = (n * NH + head) * HS;
-        float sum = 0.0f;
-        for (int i = lane(); i < HS; i += WARP_SIZE) sum += float(dout[at + i]) * float(out[at + i]);
-        sum = warp_sum(sum);
-        if (lane() == 0) delta[(b * NH + head) * T + t] = sum;
-    }
-}
-
-// dk_j = sum_i ds_ij q_i, dv_j = sum_i p_ij dout_i, over the queries i >= j of all heads that share k and v;
-//   ds_ij = scale p_ij (dout_i . v_j - delta_i)
-// One block 64 keys of a k/v head; its tiles are transposed: rows are keys, columns queries.
-template <int HS>
-__global__ void __launch_bounds__(ATTENTION_THREADS, 1)
-    attention_backward_kv_kernel(floatX* dk, floatX* dv, const floatX* dout, const floatX* q, const floatX* k,
-                                 const floatX* v, const float* lse, const float* delta, int T, int NH, int NKV,
-                                 float scale) {
-    constexpr int LD = TILE_LD<HS>, COLS = BACKWARD_COLS<HS>;
-    extern __shared__ __align__(16) floatX attention_smem[];
-    floatX *sk = attention_smem, *sv = sk + ATTENTION_ROWS * LD, *sq = sv + ATTENTION_ROWS * LD, *sdo = sq + COLS * LD;
-    __shared__ float slse[COLS];
-    __shared__ float sdelta[COLS];
-    const int b = blockIdx.z, row0 = blockIdx.x * ATTENTION_ROWS, first = warp() * TILE_ROWS;
-    const size_t kv_at = ((size_t(b) * NKV + blockIdx.y) * T + row0) * HS;
-
-    load_tile<HS>(sk, LD, k + kv_at, HS, ATTENTION_ROWS, T - row0);
-    load_tile<HS>(sv, LD, v + kv_at, HS, ATTENTION_ROWS, T - row0);
-    Tile<WIDTH<HS>> acc_k, acc_v;
-    acc_k.zero();
-    acc_v.zero();
-    const int group = NH / NKV;
-    for (int head = blockIdx.y * group; head < int(blockIdx.y + 1) * group; head++) {
-        const size_t q_at = (size_t(b) * NH + head) * T;
-        for (int col0 = row0 / COLS * COLS; col0 < T; col0 += COLS) {
-            __syncthreads();
-            load_tile<HS>(sq, LD, q + (q_at + col0) * HS, HS, COLS, T - col0);
-            load_tile<HS>(sdo, LD, dout + ((size_t(b) * T + col0) * NH + head) * HS, size_t(NH) * HS, COLS, T - col0);
-            for (int i = threadIdx.x; i < COLS; i += blockDim.x) {
-                slse[i] = col0 + i < T ? lse[q_at + col0 + i] : 0.0f;
-                sdelta[i] = col0 + i < T ? delta[q_at + col0 + i] : 0.0f;
-            }
-            __syncthreads();
-            Tile<COLS> p;
-            p.zero();
-            mma_nt<WIDTH<HS>>(p, sk + first * LD, LD, sq, LD);
-            for (int s = 0; s < SLOTS; s++) {
-                // queries before the key do not see it; those beyond T have dout and delta 0 and add nothing
-                const int from = row0 + first + p.row(s) - col0;
-                for (int e = 0; e < p.PER_ROW; e++) {
-                    const int i = p.col(e);
-                    p.at(s, e) = i >= from ? __expf(scale * p.at(s, e) - slse[i]) : 0.0f;
+            if (__any_sync(ALL_LANES, grown)) {
+                #pragma unroll
+                for (int s = 0; s < p.SLOTS; s++) {
+                    const float keep = fast_exp2(scale2 * (top[s] - most[s]));
+                    top[s] = most[s];
+                    sum[s] *= keep;
+                    #pragma unroll
+                    for (int e = 0; e < acc.PER_ROW; e++) acc.at(s, e) *= keep;
                 }
             }
-            mma_nn<COLS>(acc_v, p, sdo, LD);
-            Tile<COLS> ds;
-            ds.zero();
-            mma_nt<WIDTH<HS>>(ds, sv + first * LD, LD, sdo, LD);
-            for (int s = 0; s < SLOTS; s++)
-                for (int e = 0; e < ds.PER_ROW; e++)
-                    ds.at(s, e) = scale * p.at(s, e) * (ds.at(s, e) - sdelta[ds.col(e)]);
-            mma_nn<COLS>(acc_k, ds, sq, LD);
+            for (int s = 0; s < p.SLOTS; s++) most[s] = scale2 * top[s];
+            #pragma unroll
+            for (int e = 0; e < p.PER_ROW; e++)
+                #pragma unroll
+                for (int s = 0; s < p.SLOTS; s++) {
+                    const float x = fast_exp2(scale2 * p.at(s, e) - most[s]);
+                    p.at(s, e) = x;
+                    sum[s] += x;
+                }
         }
+        copy_wait<FORWARD_AHEAD / 2>();
+        __syncthreads();
+        fetch(2 * step + 1 + FORWARD_AHEAD);
+        if (some) mma_nn(acc, p, stream(2 * step + 1), part);
     }
-    for (int s = 0; s < SLOTS; s++) {
-        const int row = first + acc_k.row(s);
-        if (row0 + row >= T) continue;
-        for (int e = 0; e < acc_k.PER_ROW; e++) {
-            if (acc_k.col(e) >= HS) continue;
-            dk[kv_at + size_t(row) * HS + acc_k.col(e)] = acc_k.at(s, e);
-            dv[kv_at + size_t(row) * HS + acc_v.col(e)] = acc_v.at(s, e);
-        }
+    #pragma unroll
+    for (int s = 0; s < Out::SLOTS; s++) {
+        const float total = tile_row_sum(sum[s]);
+        #pragma unroll
+        for (int e = 0; e < acc.PER_ROW; e++) acc.at(s, e) *= 1.0f / total;
+        if (acc.col(0) == 0 && row0 + first + acc.row(s) < T)
+            lse[q_at + first + acc.row(s)] = scale * top[s] + logf(total);
     }
+    store_tile<HS>(out + ((size_t(b) * T + row0 + first) * NH + head) * HS, size_t(NH) * HS, T - row0 - first, acc,
+                   sq + first * STRIDE<W>);
 }
 
-// dq_i = sum_{j <= i} ds_ij k_j. One block 64 queries of a head. The scores are computed a second time, so that dq
-// needs no atomics: 7 products instead of 5.
+// delta[b,h,t] = sum_d dout[b,t,h,d] out[b,t,h,d]: the softmax backward's row sum. One block a token; DELTA_LANES lanes
+// a head, 16 bytes at a time. Zeroes the turns of attention_backward_kernel.
 template <int HS>
-__global__ void __launch_bounds__(ATTENTION_THREADS, 1)
-    attention_backward_q_kernel(floatX* dq, const floatX* dout, const floatX* q, const floatX* k, const floatX* v,
-                                const float* lse, const float* delta, int T, int NH, int NKV, float scale) {
-    constexpr int LD = TILE_LD<HS>, COLS = BACKWARD_COLS<HS>;
-    extern __shared__ __align__(16) floatX attention_smem[];
-    floatX *sq = attention_smem, *sdo = sq + ATTENTION_ROWS * LD, *sk = sdo + ATTENTION_ROWS * LD, *sv = sk + COLS * LD;
-    const int b = blockIdx.z, head = blockIdx.y, first = warp() * TILE_ROWS;
-    const int row0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS;
-    const size_t q_at = (size_t(b) * NH + head) * T + row0, kv_at = (size_t(b) * NKV + head / (NH / NKV)) * T;
+constexpr int DELTA_LANES = SERIAL ? 1 : HS / VEC16 >= 8 ? 8 : HS / VEC16 >= 4 ? 4 : 2;
 
-    load_tile<HS>(sq, LD, q + q_at * HS, HS, ATTENTION_ROWS, T - row0);
-    load_tile<HS>(sdo, LD, dout + ((size_t(b) * T + row0) * NH + head) * HS, size_t(NH) * HS, ATTENTION_ROWS, T - row0);
-    Tile<WIDTH<HS>> acc;
-    acc.zero();
-    float row_lse[SLOTS], row_delta[SLOTS];
-    for (int s = 0; s < SLOTS; s++) {
-        const int row = first + acc.row(s);
-        row_lse[s] = row0 + row < T ? lse[q_at + row] : 0.0f;
-        row_delta[s] = row0 + row < T ? delta[q_at + row] : 0.0f;
-    }
-    for (int col0 = 0; col0 < min(row0 + ATTENTION_ROWS, T); col0 += COLS) {
-        __syncthreads();
-        load_tile<HS>(sk, LD, k + (kv_at + col0) * HS, HS, COLS, T - col0);
-        load_tile<HS>(sv, LD, v + (kv_at + col0) * HS, HS, COLS, T - col0);
-        __syncthreads();
-        Tile<COLS> p, ds;
-        p.zero();
-        ds.zero();
-        mma_nt<WIDTH<HS>>(p, sq + first * LD, LD, sk, LD);
-        mma_nt<WIDTH<HS>>(ds, sdo + first * LD, LD, sv, LD);
-        for (int s = 0; s < SLOTS; s++) {
-            const int visible = row0 + first + p.row(s) - col0;
-            for (int e = 0; e < p.PER_ROW; e++) {
-                float x = p.col(e) <= visible ? __expf(scale * p.at(s, e) - row_lse[s]) : 0.0f;
-                ds.at(s, e) = scale * x * (ds.at(s, e) - row_delta[s]);
+template <int HS>
+__global__ void attention_delta_kernel(float* delta, int* turns, const floatX* dout, const floatX* out, int T, int NH) {
+    constexpr int LANES = DELTA_LANES<HS>, VEC = 16 / sizeof(floatX);
+    const size_t n = blockIdx.x, b = n / T, t = n % T;
+    for (int head0 = 0; head0 < NH; head0 += blockDim.x / LANES) {
+        const int head = head0 + threadIdx.x / LANES;
+        const size_t at = (n * NH + head) * HS;
+        float sum = 0.0f;
+        if (head < NH)
+            for (int i = threadIdx.x % LANES * VEC; i < HS; i += LANES * VEC) {
+                alignas(16) floatX x[VEC], y[VEC];
+                *reinterpret_cast<uint4*>(x) = *reinterpret_cast<const uint4*>(dout + at + i);
+                *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(out + at + i);
+                for (int e = 0; e < VEC; e++) sum += float(x[e]) * float(y[e]);
             }
-        }
-        mma_nn<COLS>(acc, ds, sk, LD);
-    }
-    for (int s = 0; s < SLOTS; s++) {
-        const int row = first + acc.row(s);
-        if (row0 + row >= T) continue;
-        for (int e = 0; e < acc.PER_ROW; e++)
-            if (acc.col(e) < HS) dq[(q_at + row) * HS + acc.col(e)] = acc.at(s, e);
+        for (int m = LANES / 2; m > 0; m /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, m);
+        if (head >= NH || threadIdx.x % LANES) continue;
+        const size_t row = b * NH + head;
+        delta[row * T + t] = sum;
+        if (t % BACKWARD_QUERIES == 0) turns[row * ceil_div(T, BACKWARD_QUERIES) + t / BACKWARD_QUERIES] = 0;
     }
 }
 
-// bytes of `rows` rows of dynamic shared memory, which the kernel is allowed from here on
-template <int HS, typename Kernel>
-size_t attention_smem_bytes(Kernel kernel, int rows) {
-    size_t bytes = size_t(rows) * TILE_LD<HS> * sizeof(floatX);
-    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-    return bytes;
+// dv_j = sum_i p_ij dout_i,  dk_j = sum_i ds_ij q_i,  over the queries i >= j of all heads that share k and v;
+// dq_i = sum_{j <= i} ds_ij k_j;   ds_ij = scale p_ij (dout_i . v_j - delta_i)
+// One block BACKWARD_KEYS keys of a k/v head; its score tiles are transposed: rows are keys, columns queries. Queries
+// come from the last tile down to the keys' own. dk and dv stay in registers. dq, to which every block at or before a
+// query adds, is summed in memory in the order of the keys, so that its bits are the same in every run: blocks take
+// turns at a query tile, turns[tile] is whose it is. A block waits only for blocks of lower number, which are on the
+// machine before it. Heads' first blocks start together, and each later one follows a tile behind, without waiting.
+// sum (B NH, query tiles, BACKWARD_QUERIES WIDTH) float, in the order of the threads' registers; turns (B NH, query
+// tiles), 0 at the start. In the serial geometry one block does all keys of a head, in order.
+template <int HS>
+__global__ void __launch_bounds__(BACKWARD_THREADS, 1)
+    attention_backward_kernel(floatX* dq, floatX* dk, floatX* dv, float* sum, int* turns, const floatX* dout,
+                              const floatX* q, const floatX* k, const floatX* v, const float* lse, const float* delta,
+                              int B, int T, int NH, int NKV, float scale) {
+    constexpr int W = WIDTH<HS>, LD = STRIDE<W>, KEYS = BACKWARD_KEYS, COLS = BACKWARD_QUERIES, M = KEY_ROWS;
+    constexpr int THREADS = BACKWARD_THREADS;
+    // dq's tile over the warps: 16 rows, and half of the columns if that is a multiple of 16, else some warps rest
+    constexpr int DQ_ROWS = SERIAL ? COLS : 16, DQ_PARTS = SERIAL || W % 32 ? 1 : 2, DQ_COLS = W / DQ_PARTS;
+    extern __shared__ __align__(128) SharedX attention_smem[];
+    SharedX *sv = attention_smem, *sk = sv + KEYS * LD, *skt = SERIAL ? sk + KEYS * LD : sk;  // skt: k transposed
+    SharedX *sds = skt + KEYS * LD, *sq = sds + KEYS * STRIDE<COLS>, *sdo = sq + (BACKWARD_AHEAD + 1) * COLS * LD;
+    float* stats = reinterpret_cast<float*>(sdo + (BACKWARD_AHEAD + 1) * COLS * LD);  // lse, delta
+
+    const int group = NH / NKV, blocks = ceil_div(T, KEYS), tiles = ceil_div(T, COLS);
+    const Place place = attention_place(blockIdx.x, B * NKV, gridDim.x / (B * NKV));
+    const int b = place.head / NKV, head0 = place.head % NKV * group, first = warp() * M;
+    const int dq_row = warp() / DQ_PARTS * DQ_ROWS, dq_col = warp() % DQ_PARTS * DQ_COLS;
+    const float scale2 = scale * LOG2E;
+    for (int block = place.tile; block < (SERIAL ? blocks : place.tile + 1); block++) {
+        const int row0 = block * KEYS, last_tiles = tiles - row0 / COLS, steps = group * last_tiles;
+        const size_t kv_at = (size_t(place.head) * T + row0) * HS;
+        auto step_head = [&](int step) { return size_t(b) * NH + head0 + step / last_tiles; };
+        auto step_tile = [&](int step) { return tiles - 1 - step % last_tiles; };
+        auto slot = [&](int step) { return step % (BACKWARD_AHEAD + 1) * COLS; };
+        auto source_q = [&](int step) { return q + (step_head(step) * T + step_tile(step) * COLS) * HS; };
+        auto source_do = [&](int step) {
+            return dout + ((size_t(b) * T + step_tile(step) * COLS) * NH + head0 + step / last_tiles) * HS;
+        };
+        auto fetch = [&](int step) {
+            if (step < steps) {
+                const int col0 = step_tile(step) * COLS;
+                const size_t q_at = step_head(step) * T + col0;
+                load_tile<HS, COLS, THREADS>(sq + slot(step) * LD, source_q(step), HS, T - col0);
+                load_tile<HS, COLS, THREADS>(sdo + slot(step) * LD, source_do(step), size_t(NH) * HS, T - col0);
+                for (int i = threadIdx.x; i < 2 * COLS; i += THREADS) {
+                    const bool there = col0 + i % COLS < T;
+                    copy_async<4>(stats + 2 * slot(step) + i, (i < COLS ? lse : delta) + q_at + (there ? i % COLS : 0),
+                                  there);
+                }
+            }
+            copy_commit();
+        };
+        load_transposed<HS, KEYS, THREADS>(sv, v + kv_at, HS, T - row0);
+        load_transposed<HS, KEYS, THREADS>(skt, k + kv_at, HS, T - row0);
+        if (SERIAL) load_tile<HS, KEYS, THREADS>(sk, k + kv_at, HS, T - row0);
+        for (int step = 0; step < BACKWARD_AHEAD; step++) fetch(step);
+        const SharedX* keys = tile_home<HS, KEYS>(sk, k + kv_at, HS, T - row0);
+        Left<W, M, false> k_rows(skt, first), v_rows(sv, first);
+        Tile<M, W> acc_k, acc_v;
+        acc_k.zero();
+        acc_v.zero();
+        int* given = nullptr;  // the turn that is to be passed on
+        for (int step = 0; step < steps; step++) {
+            const int tile = step_tile(step), diagonal = row0 + first - tile * COLS;  // columns from row + diagonal on
+            const bool some = diagonal < COLS, all = diagonal <= 1 - M;
+            const Part part = all ? ALL : UPPER;
+            const SharedX* tile_q = tile_home<HS, COLS>(sq + slot(step) * LD, source_q(step), HS, T - tile * COLS);
+            const SharedX* tile_do =
+                tile_home<HS, COLS>(sdo + slot(step) * LD, source_do(step), size_t(NH) * HS, T - tile * COLS);
+            const float *tile_lse = stats + 2 * slot(step), *tile_delta = tile_lse + COLS;
+            copy_wait<0>();
+            __syncthreads();  // this tile is here; the last step is over: its tiles are read, its dq is written
+            fetch(step + BACKWARD_AHEAD);
+            Tile<M, COLS, BY_COLUMN> p, ds;
+            if (some) {
+                mma_nt(p, k_rows, tile_q, part);
+                #pragma unroll
+                for (int e = 0; e < p.PER_ROW; e += 2) {
+                    const float2 l = *reinterpret_cast<const float2*>(tile_lse + p.col(e));
+                    #pragma unroll
+                    for (int s = 0; s < p.SLOTS; s++) p.at(s, e) = fast_exp2(scale2 * p.at(s, e) - LOG2E * l.x);
+                    #pragma unroll
+                    for (int s = 0; s < p.SLOTS; s++) p.at(s, e + 1) = fast_exp2(scale2 * p.at(s, e + 1) - LOG2E * l.y);
+                }
+                // Queries beyond T have dout and delta 0 and add nothing; keys beyond T are after every query
+                if (!all) {
+                    #pragma unroll
+                    for (int e = 0; e < p.PER_ROW; e++)
+                        #pragma unroll
+                        for (int s = 0; s < p.SLOTS; s++)
+                            p.at(s, e) = p.col(e) >= p.row(s) + diagonal ? p.at(s, e) : 0.0f;
+                }
+                mma_nn(acc_v, p, tile_do, part);
+                mma_nt(ds, v_rows, tile_do, part);
+                #pragma unroll
+                for (int e = 0; e < p.PER_ROW; e += 2) {
+                    const float2 d = *reinterpret_cast<const float2*>(tile_delta + p.col(e));
+                    #pragma unroll
+                    for (int s = 0; s < p.SLOTS; s++) ds.at(s, e) = p.at(s, e) * (ds.at(s, e) - d.x);
+                    #pragma unroll
+                    for (int s = 0; s < p.SLOTS; s++) ds.at(s, e + 1) = p.at(s, e + 1) * (ds.at(s, e + 1) - d.y);
+                }
+            } else {
+                ds.zero();
+            }
+            store_scores(sds, first, ds);
+            if (given && threadIdx.x == 0) flag_write(given, block + 1);
+            __syncthreads();
+
+            const size_t at = step_head(step) * tiles + tile;
+            const bool adds = dq_row < COLS, ends = block == min(tile * COLS + COLS - 1, T - 1) / KEYS;
+            float* part_sum = sum + at * COLS * W + size_t(warp()) * DQ_ROWS * DQ_COLS;
+            Tile<DQ_ROWS, DQ_COLS> acc;
+            acc.zero();
+            if (adds && block > 0) {  // early, so that the loads take no time
+                if (lane() == 0)
+                    while (flag_read(turns + at) != block) flag_pause();
+                __syncwarp();
+                #pragma unroll
+                for (int i = 0; i < int(sizeof(acc.v) / 16); i++)
+                    reinterpret_cast<float4*>(acc.v)[i] =
+                        __ldcg(reinterpret_cast<const float4*>(part_sum) + i * WARP_SIZE + lane());
+            }
+            if (some) mma_nn(acc_k, ds, tile_q, part);
+            if (adds) {
+                mma_tn<COLS, W, KEYS>(acc, sds, dq_row, keys, dq_col, part);
+                if (ends) {
+                    #pragma unroll
+                    for (int s = 0; s < acc.SLOTS; s++) {
+                        const int t = tile * COLS + dq_row + acc.row(s);
+                        floatX* row = dq + (step_head(step) * T + t) * HS + dq_col;
+                        #pragma unroll
+                        for (int e = 0; e < acc.PER_ROW; e += 2)
+                            if (t < T && dq_col + acc.col(e) < HS)
+                                store_pair(row + acc.col(e), scale * acc.at(s, e), scale * acc.at(s, e + 1));
+                    }
+                } else {
+                    #pragma unroll
+                    for (int i = 0; i < int(sizeof(acc.v) / 16); i++)
+                        __stcg(reinterpret_cast<float4*>(part_sum) + i * WARP_SIZE + lane(),
+                               reinterpret_cast<const float4*>(acc.v)[i]);
+                }
+            }
+            given = ends ? nullptr : turns + at;
+        }
+        __syncthreads();
+        if (given && threadIdx.x == 0) flag_write(given, block + 1);
+        #pragma unroll
+        for (float& x : acc_k.v) x *= scale;
+        store_tile<HS>(dk + kv_at + size_t(first) * HS, HS, T - row0 - first, acc_k, sk + first * LD);
+        store_tile<HS>(dv + kv_at + size_t(first) * HS, HS, T - row0 - first, acc_v, sv + first * LD);
+    }
+}
+
+// floats of attention_backward's scratch: the sums of dq, delta, the turns
+size_t attention_scratch(Heads h) {
+    const size_t rows = size_t(h.B) * h.NH, tiles = ceil_div(h.T, BACKWARD_QUERIES);
+    return rows * (tiles * BACKWARD_QUERIES * ((h.HS + 15) / 16 * 16) + h.T + tiles);
 }
 
 template <int HS>
 void attention_forward_hs(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
                           cudaStream_t stream) {
-    size_t smem = attention_smem_bytes<HS>(attention_forward_kernel<HS>, ATTENTION_ROWS + 2 * FORWARD_COLS<HS>);
-    dim3 grid((h.T + ATTENTION_ROWS - 1) / ATTENTION_ROWS, h.NH, h.B);
-    attention_forward_kernel<HS>
-        <<<grid, ATTENTION_THREADS, smem, stream>>>(out, lse, q, k, v, h.T, h.NH, h.NKV, 1.0f / sqrtf(float(HS)));
+    constexpr int ROWS = FORWARD_ROWS + (FORWARD_AHEAD + 1) * FORWARD_KEYS;
+    constexpr int smem = ROWS * STRIDE<WIDTH<HS>> * sizeof(SharedX);
+    CHECK(cudaFuncSetAttribute(attention_forward_kernel<HS>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
+    attention_forward_kernel<HS><<<h.B * h.NH * ceil_div(h.T, FORWARD_ROWS), FORWARD_THREADS, smem, stream>>>(
+        out, lse, q, k, v, h.B, h.T, h.NH, h.NKV, 1.0f / sqrtf(float(HS)));
     CHECK(cudaGetLastError());
 }
 
 template <int HS>
-void attention_backward_hs(floatX* dq, floatX* dk, floatX* dv, const floatX* dout, const floatX* q, const floatX* k,
-                           const floatX* v, const float* lse, const float* delta, Heads h, cudaStream_t stream) {
-    const int rows = 2 * ATTENTION_ROWS + 2 * BACKWARD_COLS<HS>, tiles = (h.T + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
-    const float scale = 1.0f / sqrtf(float(HS));
-    size_t smem = attention_smem_bytes<HS>(attention_backward_kv_kernel<HS>, rows);
-    attention_backward_kv_kernel<HS><<<dim3(tiles, h.NKV, h.B), ATTENTION_THREADS, smem, stream>>>(
-        dk, dv, dout, q, k, v, lse, delta, h.T, h.NH, h.NKV, scale);
+void attention_backward_hs(floatX* dq, floatX* dk, floatX* dv, float* scratch, const floatX* dout, const floatX* out,
+                           const floatX* q, const floatX* k, const floatX* v, const float* lse, Heads h,
+                           cudaStream_t stream) {
+    const size_t rows = size_t(h.B) * h.NH, tiles = ceil_div(h.T, BACKWARD_QUERIES);
+    float *sum = scratch, *delta = sum + rows * tiles * BACKWARD_QUERIES * WIDTH<HS>;
+    int* turns = reinterpret_cast<int*>(delta + rows * h.T);
+    attention_delta_kernel<HS><<<h.B * h.T, std::min(256, (h.NH * DELTA_LANES<HS> + 31) / 32 * 32), 0, stream>>>(
+        delta, turns, dout, out, h.T, h.NH);
     CHECK(cudaGetLastError());
-    smem = attention_smem_bytes<HS>(attention_backward_q_kernel<HS>, rows);
-    attention_backward_q_kernel<HS><<<dim3(tiles, h.NH, h.B), ATTENTION_THREADS, smem, stream>>>(
-        dq, dout, q, k, v, lse, delta, h.T, h.NH, h.NKV, scale);
+    constexpr int ROWS = (SERIAL ? 3 : 2) * BACKWARD_KEYS + 2 * (BACKWARD_AHEAD + 1) * BACKWARD_QUERIES;
+    constexpr int smem = (ROWS * STRIDE<WIDTH<HS>> + BACKWARD_KEYS * STRIDE<BACKWARD_QUERIES>) * sizeof(SharedX) +
+                         2 * (BACKWARD_AHEAD + 1) * BACKWARD_QUERIES * sizeof(float);
+    CHECK(cudaFuncSetAttribute(attention_backward_kernel<HS>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
+    const int blocks = h.B * h.NKV * (SERIAL ? 1 : ceil_div(h.T, BACKWARD_KEYS));
+    attention_backward_kernel<HS><<<blocks, BACKWARD_THREADS, smem, stream>>>(
+        dq, dk, dv, sum, turns, dout, q, k, v, lse, delta, h.B, h.T, h.NH, h.NKV, 1.0f / sqrtf(float(HS)));
     CHECK(cudaGetLastError());
 }
 
@@ -1086,18 +1429,16 @@ void attention_forward(floatX* out, float* lse, const floatX* q, const floatX* k
     }
 }
 
-// delta (B,NH,T) float scratch; dq, dk, dv in the layouts of q, k, v, dout in that of out
-void attention_backward(floatX* dq, floatX* dk, floatX* dv, float* delta, const floatX* dout, const floatX* out,
+// scratch attention_scratch(h) floats; dq, dk, dv in the layouts of q, k, v, dout in that of out
+void attention_backward(floatX* dq, floatX* dk, floatX* dv, float* scratch, const floatX* dout, const floatX* out,
                         const floatX* q, const floatX* k, const floatX* v, const float* lse, Heads h,
                         cudaStream_t stream) {
-    attention_delta_kernel<<<h.B * h.T, 128, 0, stream>>>(delta, dout, out, h.T, h.NH, h.HS);
-    CHECK(cudaGetLastError());
     switch (h.HS) {
-        case 16: return attention_backward_hs<16>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
-        case 32: return attention_backward_hs<32>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
-        case 64: return attention_backward_hs<64>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
-        case 72: return attention_backward_hs<72>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
-        default: return attention_backward_hs<128>(dq, dk, dv, dout, q, k, v, lse, delta, h, stream);
+        case 16: return attention_backward_hs<16>(dq, dk, dv, scratch, dout, out, q, k, v, lse, h, stream);
+        case 32: return attention_backward_hs<32>(dq, dk, dv, scratch, dout, out, q, k, v, lse, h, stream);
+        case 64: return attention_backward_hs<64>(dq, dk, dv, scratch, dout, out, q, k, v, lse, h, stream);
+        case 72: return attention_backward_hs<72>(dq, dk, dv, scratch, dout, out, q, k, v, lse, h, stream);
+        default: return attention_backward_hs<128>(dq, dk, dv, scratch, dout, out, q, k, v, lse, h, stream);
     }
 }
 
@@ -1350,7 +1691,7 @@ void lay_out(Model& m, bool training) {
         a.take(m.dv, N * kv);
         a.take(m.dw13_raw, N * FF);
         a.take(m.dact, N * F);
-        a.take(m.delta, N * c.NH);
+        a.take(m.delta, attention_scratch({m.B, c.T, c.NH, c.NKV, c.HS()}));
     }
 }
 

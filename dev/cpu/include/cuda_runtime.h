@@ -64,7 +64,9 @@ inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
 inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 template <class T> T __ldg(const T* p) { return *p; }
 template <class T> T __ldcs(const T* p) { return *p; }
+template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> void __stcs(T* p, T value) { *p = value; }
+template <class T> void __stcg(T* p, T value) { *p = value; }
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
@@ -92,6 +94,20 @@ inline float cuda_cpu_expf(float x) {
     e = x < -87.3365448f ? 0.0f : e;
     e = x > 88.7228391f ? INFINITY : e;
     return x != x ? x : e;
+}
+
+// 2^x to 1 ulp for x below 128; from 2^-126 down it stays 2^-126. x = n + f, |f| <= 1/2, as in cuda_cpu_expf.
+inline float fast_exp2(float x) {
+    float y = x < -126.0f ? -126.0f : x;  // NaN stays
+    float n = rintf(y), f = y - n;
+    float p = 1.5345812e-4f;
+    p = p * f + 1.3399932e-3f;
+    p = p * f + 9.6184891e-3f;
+    p = p * f + 5.5503286e-2f;
+    p = p * f + 2.4022646e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    return __uint_as_float(__float_as_uint(p) + ((unsigned)(int)n << 23));
 }
 
 // erf, absolute error below 2e-7: x P(x^2) up to 1, then 1 - e^Q(|x|), the polynomials fitted by minimax.

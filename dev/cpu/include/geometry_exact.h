@@ -44,6 +44,8 @@ struct CudaThread {
     void* out;
     int arg;
     void (*complete)(CudaThread*, unsigned);
+    struct Copy { void* to; const void* from; int bytes; bool valid; };
+    std::vector<std::vector<Copy>> copies;  // asynchronous, by group; the last one is not committed
 
     bool meets(const CudaThread& other) const {
         auto same = [](const char* a, const char* b) { return a == b || strcmp(a, b) == 0; };
@@ -227,6 +229,58 @@ template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int 
 template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_HERE) {
     int lane = cuda_block.current % 32, from = lane + (int)delta;
     return cuda_shuffle("__shfl_down_sync", mask, value, from < (lane & -width) + width ? from : lane, file, line);
+}
+
+inline int __any_sync(unsigned mask, int value, CUDA_HERE) {
+    int result;
+    cuda_meet("__any_sync", mask, file, line, &value, nullptr, &result, 0, [](CudaThread* warp, unsigned mask) {
+        int any = 0;
+        for (int l = 0; l < 32; l++)
+            if (mask >> l & 1) any |= *(const int*)warp[l].in != 0;
+        for (int l = 0; l < 32; l++)
+            if (mask >> l & 1) *(int*)warp[l].out = any;
+    });
+    return result;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Asynchronous copies (cp.async), done as late as allowed: at the wait. Until then the target is NaN, so that who reads
+// it too early, or still reads what was there, sees it.
+
+template <int BYTES> void copy_async(void* to, const void* from, bool valid, CUDA_HERE) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
+    if ((uintptr_t)to % BYTES || (uintptr_t)from % BYTES)
+        cuda_die("thread " + std::to_string(cuda_block.current) + " is at " + cuda_where("copy_async", file, line) +
+                 " with an address that is not a multiple of " + std::to_string(BYTES));
+    auto& copies = cuda_block.threads[cuda_block.current].copies;
+    if (copies.empty()) copies.emplace_back();
+    copies.back().push_back({to, from, BYTES, valid});
+    memset(to, 0xFF, BYTES);
+}
+inline void copy_commit() {
+    auto& copies = cuda_block.threads[cuda_block.current].copies;
+    if (copies.empty()) copies.emplace_back();
+    copies.emplace_back();
+}
+// Until at most the N newest committed groups are under way.
+template <int N> void copy_wait() {
+    auto& copies = cuda_block.threads[cuda_block.current].copies;
+    while ((int)copies.size() > N + 1) {
+        for (auto& c : copies.front())
+            if (c.valid) memcpy(c.to, c.from, c.bytes);
+            else memset(c.to, 0, c.bytes);
+        copies.erase(copies.begin());
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Flags between blocks. Blocks run one after another, so what a flag is waited for must have been written already.
+
+inline int flag_read(const int* flag) { return *flag; }
+inline void flag_write(int* flag, int value) { *flag = value; }
+inline void flag_pause(CUDA_HERE) {
+    cuda_die("thread " + std::to_string(cuda_block.current) + " waits at " + cuda_where("flag_read", file, line) +
+             " for a block that has not run");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

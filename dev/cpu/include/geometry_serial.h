@@ -19,6 +19,7 @@ inline void* cuda_dynamic_shared() { return cuda_dynamic.data; }
 
 inline void __syncthreads() {}
 inline void __syncwarp(unsigned = ~0u) {}
+inline bool __any_sync(unsigned, bool value) { return value; }
 template <class T> T __shfl_sync(unsigned, T value, int, int = WARP_SIZE) { return value; }
 template <class T> T __shfl_xor_sync(unsigned, T value, int, int = WARP_SIZE) { return value; }
 template <class T> T __shfl_up_sync(unsigned, T value, unsigned, int = WARP_SIZE) { return value; }
@@ -28,6 +29,19 @@ template <class T> T __shfl_down_sync(unsigned, T value, unsigned, int = WARP_SI
 inline void mma_m16n8k16(float*, const unsigned*, const unsigned*) { abort(); }
 inline void ldmatrix_x4(unsigned*, const void*) { abort(); }
 inline void ldmatrix_x4_trans(unsigned*, const void*) { abort(); }
+
+// Asynchronous copies are done at once.
+template <int BYTES> void copy_async(void* to, const void* from, bool valid) {
+    if (valid) memcpy(to, from, BYTES);
+    else memset(to, 0, BYTES);
+}
+inline void copy_commit() {}
+template <int N> void copy_wait() {}
+
+// Flags between blocks. Blocks start in order, so the one that is waited for runs or has run.
+inline int flag_read(const int* flag) { return __atomic_load_n(flag, __ATOMIC_ACQUIRE); }
+inline void flag_write(int* flag, int value) { __atomic_store_n(flag, value, __ATOMIC_RELEASE); }
+inline void flag_pause() {}
 
 template <class F> void cuda_run_blocks(const char*, dim3 grid, dim3, size_t shared, F body) {
     int64_t blocks = (int64_t)grid.x * grid.y * grid.z;
