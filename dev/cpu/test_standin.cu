@@ -7,6 +7,7 @@
 //       -o build/cpu/test_standin -lopenblas && build/cpu/test_standin
 // exact: with -DEXACT_GEOMETRY -lboost_context; again with -fsanitize=address,undefined to test that as well.
 // Exit code 1 when a test fails. An argument runs one deliberate mistake (see mistake()).
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <cublasLt.h>
@@ -550,6 +551,234 @@ static void test_uninitialised_shared() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Exact geometry: Hopper's copies, barriers and wgmma
+
+static CUtensorMap map_of(const __nv_bfloat16* base, int rows, int cols, int box_rows) {  // a matrix of stride cols
+    CUtensorMap map;
+    cuuint64_t dims[4] = {(cuuint64_t)cols, (cuuint64_t)rows, 1, 1}, pitch = cols * 2, strides[3] = {pitch, pitch, pitch};
+    cuuint32_t box[4] = {64, (cuuint32_t)box_rows, 1, 1}, steps[4] = {1, 1, 1, 1};
+    CUresult status = cuTensorMapEncodeTiled(
+        &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void*)base, dims, strides, box, steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    EXPECT(status == CUDA_SUCCESS, "a map of %d x %d is refused", rows, cols);
+    return map;
+}
+
+enum Slip {  // what tma_matmul_kernel does wrong
+    NONE, EARLY_READ, NO_WAIT, NO_EMPTY, NO_FENCE, NO_ASYNC_FENCE, TOUCH, SHORT_BYTES, TWO_ARRIVALS, NO_INIT_FENCE,
+    THREE_WARPS, NO_STORE_WAIT, OVERWRITE_STORE
+};
+
+// out (64,N) bf16 = a (64,K) b (K,N): a stored (M,K) or, TA, (K,M); b stored (N,K) or, TB, (K,N). One producer thread
+// loads 64 k at a time into a ring of two stages, a warpgroup multiplies (RS: a through registers) and stores by a bulk
+// copy. SLIP: a mistake.
+template <int N, int TA, int TB, int RS, int SLIP>
+__global__ void tma_matmul_kernel(const __grid_constant__ CUtensorMap out, const __grid_constant__ CUtensorMap a,
+                                  const __grid_constant__ CUtensorMap b, int K) {
+    extern __shared__ __align__(1024) char tma_smem[];
+    constexpr int A_BYTES = 64 * 128, B_BYTES = (N + 63) / 64 * 64 * 128, STAGE = A_BYTES + B_BYTES;
+    char* result = tma_smem + 2 * STAGE;  // (64,N) in columns of 64
+    uint64_t *full = (uint64_t*)(result + B_BYTES), *empty = full + 2;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; i++) {
+            mbarrier_init(&full[i], 1);
+            mbarrier_init(&empty[i], 128);
+        }
+        if (SLIP != NO_INIT_FENCE) mbarrier_fence_init();
+    }
+    __syncthreads();
+    if (threadIdx.x >= 128) {
+        if (threadIdx.x > 128) return;
+        for (int k = 0, i = 0; k < K; k += 64, i++) {
+            char *sa = tma_smem + i % 2 * STAGE, *sb = sa + A_BYTES;
+            if (SLIP != NO_EMPTY) mbarrier_wait(&empty[i % 2], i / 2 % 2 ^ 1);
+            mbarrier_arrive_expect(&full[i % 2], SLIP == SHORT_BYTES ? STAGE + 16 : STAGE);
+            if (SLIP == TWO_ARRIVALS) mbarrier_arrive(&full[i % 2]);
+            tma_load(sa, &a, &full[i % 2], TA ? 0 : k, TA ? k : 0);
+            for (int n = 0; n < N; n += 64) tma_load(sb + n * 128, &b, &full[i % 2], TB ? n : k, TB ? k : n);
+        }
+        return;
+    }
+    const int w = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    float c[N / 2];
+    for (int k = 0, i = 0; k < K; k += 64, i++) {
+        char *sa = tma_smem + i % 2 * STAGE, *sb = sa + A_BYTES;
+        if (SLIP != NO_WAIT) mbarrier_wait(&full[i % 2], i / 2 % 2);
+        uint64_t da = wgmma_descriptor(sa, A_BYTES, 1024), db = wgmma_descriptor(sb, 64 * 128, 1024);
+        if (SLIP != NO_FENCE) wgmma_fence();
+        for (int j = 0; j < 4; j++) {
+            const int step_a = TA ? 2048 : 32, step_b = TB ? 2048 : 32;
+            unsigned fa[4];
+            for (int r = 0; RS && r < 4; r++) {  // element (row, col) of the swizzled tile
+                int row = 16 * w + g + r % 2 * 8, byte = (16 * j + r / 2 * 8 + 2 * t) * 2;
+                memcpy(&fa[r], sa + row * 128 + (byte ^ row % 8 * 16), 4);
+            }
+            if (SLIP == THREE_WARPS && w == 3 && k + 64 >= K && j == 3) continue;
+            if (RS) wgmma_rs<N, TB>(c, fa, db + (j * step_b >> 4), k + j > 0);
+            else wgmma_ss<N, TA, TB>(c, da + (j * step_a >> 4), db + (j * step_b >> 4), k + j > 0);
+        }
+        wgmma_commit();
+        if (SLIP == TOUCH) c[3] = 0;
+        if (SLIP != EARLY_READ || k + 64 < K) wgmma_wait<0>();
+        wgmma_registers<N / 2>(c);
+        mbarrier_arrive(&empty[i % 2]);
+    }
+    for (int e = 0; e < N / 2; e += 2) {
+        int row = 16 * w + g + e / 2 % 2 * 8, col = e / 4 * 8 + 2 * t, byte = col % 64 * 2 ^ row % 8 * 16;
+        __nv_bfloat162 pair = __floats2bfloat162_rn(c[e], c[e + 1]);
+        memcpy(result + col / 64 * 8192 + row * 128 + byte, &pair, 4);
+    }
+    if (SLIP == EARLY_READ) wgmma_wait<0>();
+    if (SLIP != NO_ASYNC_FENCE) fence_async_shared();
+    named_barrier_sync(1, 128);
+    if (threadIdx.x > 0) return;
+    for (int n = 0; n < N; n += 64) tma_store(&out, result + n * 128, n, 0);
+    tma_store_commit();
+    if (SLIP == OVERWRITE_STORE) memset(result, 0, 64);
+    if (SLIP != NO_STORE_WAIT) tma_store_wait<0>();
+}
+
+// the largest error
+template <int N, int TA, int TB, int RS, int SLIP> double tma_matmul(int K) {
+    auto bf16s = [](size_t n, unsigned seed) {
+        auto f = random_floats(n, seed);
+        return std::vector<__nv_bfloat16>(f.begin(), f.end());
+    };
+    auto a = bf16s(64 * K, 20), b = bf16s(N * K, 21);
+    Device<__nv_bfloat16> da(a), db(b), out(64 * N);
+    constexpr int BOX = (N + 63) / 64 * 64;
+    const size_t smem = 2 * (64 + BOX) * 128 + BOX * 128 + 64;
+    cudaFuncSetAttribute(tma_matmul_kernel<N, TA, TB, RS, SLIP>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+    tma_matmul_kernel<N, TA, TB, RS, SLIP><<<1, 160, smem>>>(
+        map_of(out, 64, N, 64), TA ? map_of(da, K, 64, 64) : map_of(da, 64, K, 64),
+        TB ? map_of(db, K, N, 64) : map_of(db, N, K, 64), K);
+    double worst = 0;
+    for (int i = 0; i < 64; i++)
+        for (int j = 0; j < N; j++) {
+            double want = 0;
+            for (int k = 0; k < K; k++) want += (double)(float)a[TA ? k * 64 + i : i * K + k] * (float)b[TB ? k * N + j : j * K + k];
+            double off = fabs((float)out[i * N + j] - want) / (1 + fabs(want));
+            worst = off <= worst ? worst : off;  // NaN stays
+        }
+    return worst;
+}
+
+static void test_tma_wgmma() {  // 200: the last box is half outside
+    auto close = [](double error, int line) { EXPECT(error < 4e-3, "line %d: off by %.2e", line, error); };
+    for (int K : {64, 128, 200, 456}) {
+        close(tma_matmul<64, 0, 0, 0, NONE>(K), __LINE__);
+        close(tma_matmul<64, 1, 0, 0, NONE>(K), __LINE__);
+        close(tma_matmul<128, 0, 1, 0, NONE>(K), __LINE__);
+        close(tma_matmul<192, 1, 1, 0, NONE>(K), __LINE__);
+        close(tma_matmul<96, 0, 0, 0, NONE>(K), __LINE__);
+        close(tma_matmul<96, 0, 1, 0, NONE>(K), __LINE__);
+        close(tma_matmul<160, 0, 0, 1, NONE>(K), __LINE__);
+        close(tma_matmul<256, 0, 1, 1, NONE>(K), __LINE__);
+    }
+}
+
+// Loads: outside the tensor zero, also at negative coordinates; the swizzle; four dimensions. Stores drop what is outside.
+__global__ void tma_box_kernel(unsigned short* out, const __grid_constant__ CUtensorMap in,
+                               const __grid_constant__ CUtensorMap back, int c0, int c1, int c2, int c3) {
+    extern __shared__ __align__(1024) char tma_smem[];
+    uint64_t* bar = (uint64_t*)(tma_smem + 12 * 128);
+    if (threadIdx.x > 0) return;
+    mbarrier_init(bar, 1);
+    mbarrier_fence_init();
+    mbarrier_arrive_expect(bar, 12 * 128);
+    tma_load(tma_smem, &in, bar, c0, c1, c2, c3);
+    mbarrier_wait(bar, 0);
+    for (int i = 0; i < 12 * 64; i++) out[i] = ((unsigned short*)tma_smem)[i];
+    tma_store(&back, tma_smem, c0, c1, c2, c3);
+    tma_store_commit();
+    tma_store_wait<0>();
+}
+
+static void test_tma_boxes() {
+    const int D[4] = {72, 5, 4, 3}, BOX[4] = {64, 3, 2, 2};
+    const size_t size = 72 * 5 * 4 * 3;
+    std::vector<__nv_bfloat16> values(size);
+    for (size_t i = 0; i < size; i++) values[i] = __ushort_as_bfloat16(i);
+    Device<__nv_bfloat16> in(values), back(size);
+    Device<unsigned short> out(12 * 64);
+    cuuint64_t dims[4] = {72, 5, 4, 3}, strides[3] = {144, 720, 2880};
+    cuuint32_t box[4] = {64, 3, 2, 2}, steps[4] = {1, 1, 1, 1};
+    auto encode = [&](CUtensorMap& map, __nv_bfloat16* base) {
+        return cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, base, dims, strides, box, steps,
+                                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                      CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    };
+    CUtensorMap map, to;
+    EXPECT(encode(map, in + 1) == CUDA_ERROR_INVALID_VALUE, "%s", "a base at 2 bytes is accepted");
+    strides[0] = 136;
+    EXPECT(encode(map, in) == CUDA_ERROR_INVALID_VALUE, "%s", "a stride of 136 bytes is accepted");
+    strides[0] = 144;
+    EXPECT(encode(map, in) == CUDA_SUCCESS && encode(to, back) == CUDA_SUCCESS, "%s", "a good map is refused");
+    for (auto at : {std::array<int, 4>{0, 0, 0, 0}, {64, 3, 3, 2}, {-8, -1, -1, -1}, {8, 2, 1, 1}}) {
+        cudaMemset(back, 0xFF, size * 2);
+        tma_box_kernel<<<1, 32, 12 * 128 + 8>>>(out, map, to, at[0], at[1], at[2], at[3]);
+        std::vector<bool> touched(size);
+        for (int i = 0; i < 12 * 64; i++) {
+            int row = i / 64, x[4] = {at[0] + i % 64, at[1] + row % BOX[1], at[2] + row / BOX[1] % BOX[2],
+                                      at[3] + row / BOX[1] / BOX[2]};
+            bool inside = true;
+            for (int d = 0; d < 4; d++) inside = inside && 0 <= x[d] && x[d] < D[d];
+            size_t from = inside ? ((x[3] * 4 + x[2]) * 5 + x[1]) * 72 + x[0] : 0;
+            if (inside) touched[from] = true;
+            unsigned want = inside ? from : 0, got = out[row * 64 + (i % 64 ^ row % 8 * 8)];
+            EXPECT(got == want, "element %d: %u, want %u", i, got, want);
+        }
+        for (size_t i = 0; i < size; i++) {
+            unsigned got = __bfloat16_as_ushort(back[i]), want = touched[i] ? i : 0xFFFF;
+            EXPECT(got == want, "stored element %zu: %u, want %u", i, got, want);
+        }
+    }
+}
+
+// Producer and consumer warps through named barriers: sync waits for both, arrive does not wait.
+__global__ void named_barrier_kernel(int* out) {
+    __shared__ int value;
+    const bool producer = threadIdx.x < 32;
+    for (int i = 0; i < 20; i++) {
+        if (producer) {
+            named_barrier_sync(1, 64);  // the value has been read
+            if (threadIdx.x == 0) value = i;
+            named_barrier_arrive(2, 64);
+        } else {
+            named_barrier_arrive(1, 64);
+            named_barrier_sync(2, 64);
+            out[i * 32 + threadIdx.x - 32] = value;
+        }
+    }
+}
+
+static void test_named_barriers() {
+    Device<int> out(640);
+    named_barrier_kernel<<<1, 64>>>(out);
+    for (int i = 0; i < 640; i++) EXPECT(out[i] == i / 32, "element %d is %d", i, out[i]);
+}
+
+__global__ void mbarrier_stuck_kernel(int arrivals) {  // 31 threads arrive
+    __shared__ uint64_t bar;
+    if (threadIdx.x == 0) {
+        mbarrier_init(&bar, arrivals);
+        mbarrier_fence_init();
+    }
+    __syncthreads();
+    if (threadIdx.x > 0) mbarrier_arrive(&bar);
+    mbarrier_wait(&bar, 0);
+}
+__global__ void no_mbarrier_kernel() {
+    __shared__ uint64_t bar;
+    mbarrier_wait(&bar, 0);
+}
+__global__ void named_stuck_kernel() {
+    if (threadIdx.x < 32) named_barrier_sync(3, 96);
+    else named_barrier_arrive(3, 96);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Exact geometry: deliberate mistakes, each in a process of its own
 
 __global__ void race_kernel(int* out) {  // who writes last?
@@ -601,6 +830,21 @@ static int mistake(const std::string& name) {
     if (name == "short_warp") short_warp_kernel<<<1, 48>>>(f);
     if (name == "unaligned") unaligned_kernel<<<1, 32>>>((unsigned*)f.data);
     if (name == "overrun") overrun_kernel<<<1, 33>>>();
+    if (name == "early_read") printf("%g", tma_matmul<64, 0, 0, 0, EARLY_READ>(128));
+    if (name == "no_wait") printf("%g", tma_matmul<64, 0, 0, 0, NO_WAIT>(128));
+    if (name == "no_empty") printf("%g", tma_matmul<64, 0, 0, 0, NO_EMPTY>(456));
+    if (name == "no_fence") tma_matmul<64, 0, 0, 0, NO_FENCE>(128);
+    if (name == "no_async_fence") tma_matmul<64, 0, 0, 0, NO_ASYNC_FENCE>(128);
+    if (name == "touch") tma_matmul<64, 0, 0, 0, TOUCH>(128);
+    if (name == "short_bytes") tma_matmul<64, 0, 0, 0, SHORT_BYTES>(128);
+    if (name == "two_arrivals") tma_matmul<64, 0, 0, 0, TWO_ARRIVALS>(128);
+    if (name == "no_init_fence") tma_matmul<64, 0, 0, 0, NO_INIT_FENCE>(128);
+    if (name == "three_warps") tma_matmul<64, 0, 0, 0, THREE_WARPS>(128);
+    if (name == "no_store_wait") tma_matmul<64, 0, 0, 0, NO_STORE_WAIT>(128);
+    if (name == "overwrite_store") tma_matmul<64, 0, 0, 0, OVERWRITE_STORE>(128);
+    if (name == "mbarrier_stuck") mbarrier_stuck_kernel<<<1, 32>>>(32);
+    if (name == "no_mbarrier") no_mbarrier_kernel<<<1, 32>>>();
+    if (name == "named_stuck") named_stuck_kernel<<<1, 64>>>();
     if (name == "dynamic_overrun") dynamic_overrun_kernel<<<1, 33, 128>>>();
     return 0;
 }
@@ -633,6 +877,28 @@ static void test_reports() {
     expect_report("not_in_mask", {"thread 0 is at __syncwarp ", "not in its mask"});
     expect_report("short_warp", {"16 threads (32-47) wait at __shfl_down_sync", "of 48 threads", "mask ffffffff"});
     expect_report("unaligned", {"is at ldmatrix_x4 ", "not 16-byte aligned"});
+}
+
+static void test_hopper_reports() {
+    expect_report("mbarrier_stuck", {"32 threads (0-31) wait at mbarrier_wait dev/cpu/test_standin.cu:"});
+    expect_report("named_stuck", {"32 threads (0-31) wait at named_barrier_sync", "but 32 threads (32-63) have left"});
+    expect_report("no_mbarrier", {"is at mbarrier_wait ", "no mbarrier there"});
+    expect_report("no_fence", {"no wgmma_fence"});
+    expect_report("no_async_fence", {"tma_store", "without fence_async_shared"});
+    expect_report("overwrite_store", {"tma_store", "while it was being read"});
+    expect_report("touch", {"written to before the wait"});
+    expect_report("short_bytes", {"wait at mbarrier_wait"});
+    expect_report("two_arrivals", {"is at mbarrier_arrive", "more arrivals"});
+    expect_report("no_init_fence", {"before mbarrier_fence_init"});
+    expect_report("three_warps", {"warp 3 left out a wgmma"});
+    for (const char* name : {"early_read", "no_wait", "no_empty", "no_store_wait"}) {  // a copy may always be in time
+        int caught = 0;
+        for (int seed = 1; seed <= 5; seed++) {
+            Result r = run_mistake(name, seed);
+            caught += r.output.find("nan") != std::string::npos || r.code == 1;
+        }
+        EXPECT(caught > 0, "nobody noticed %s", name);
+    }
 }
 
 static void test_seeds() {
@@ -747,7 +1013,11 @@ int main(int argc, char** argv) {
     test("mma", test_mma);
     test("ldmatrix", test_ldmatrix);
     test("uninitialised_shared", test_uninitialised_shared);
+    test("tma_wgmma", test_tma_wgmma);
+    test("tma_boxes", test_tma_boxes);
+    test("named_barriers", test_named_barriers);
     test("reports", test_reports);
+    test("hopper_reports", test_hopper_reports);
     test("seeds", test_seeds);
 #ifdef __SANITIZE_ADDRESS__
     test("overruns", test_overruns);

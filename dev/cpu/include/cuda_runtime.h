@@ -199,6 +199,15 @@ inline cudaGraph_t cuda_captured = nullptr;
 constexpr size_t CUDA_SHARED_DEFAULT = 48 << 10;   // bytes a block may have without asking
 constexpr size_t CUDA_SHARED_OPTIN = 227 << 10;    // and after cudaFuncSetAttribute
 
+// A tensor map (cuda.h encodes it): where a box of the bulk tensor copies lies in memory.
+constexpr int CUDA_TENSOR_MAP_MADE = 0x54414d50;
+struct __align__(64) CUtensorMap {
+    char* base;
+    uint64_t dims[4], strides[4];  // elements; bytes
+    uint32_t box[4];
+    int made;
+};
+
 #ifdef EXACT_GEOMETRY
 #include "geometry_exact.h"
 #else

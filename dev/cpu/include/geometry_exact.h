@@ -65,6 +65,7 @@ struct CudaBlock {
     struct Chunk { const void* key; void* data; };
     std::vector<Chunk> shared;
     void* dynamic;
+    size_t dynamic_bytes;
     boost::context::detail::fcontext_t scheduler;
     const void* scheduler_stack;
     size_t scheduler_stack_size;
@@ -361,6 +362,8 @@ inline void* cuda_static_shared(const void* key, size_t bytes) {
     name##_shared_type& name =                     \
         *(name##_shared_type*)cuda_static_shared(&name##_shared_key, sizeof(name##_shared_type))
 
+#include "hopper_exact.h"
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The grid
 
@@ -388,8 +391,12 @@ inline void cuda_run_block() {
     }
     // Mostly a lane of the warp that ran last, so that one warp gets far ahead of the others, up to the next barrier;
     // now and then another warp. With lanes picked evenly warps go in step, and races between them stay hidden.
+    // Bulk copies and wgmma go on meanwhile: one step now and then, or when all threads wait.
     int warp = 0;
-    while (b.ready_warps) {
+    cuda_hopper_begin();
+    for (;;) {
+        if (cuda_hopper_pending() && (b.ready_warps ? cuda_random() % 16 == 0 : b.left < n)) cuda_hopper_step();
+        if (b.ready_warps == 0) break;
         if (!(b.ready_warps >> warp & 1) || cuda_random() % 256 == 0)
             do warp = cuda_random() % 32;
             while (!(b.ready_warps >> warp & 1));
@@ -401,6 +408,7 @@ inline void cuda_run_block() {
         cuda_resume(i);
     }
     if (b.left != n) cuda_report_stuck();
+    cuda_hopper_end();
 }
 
 template <class F> void cuda_run_blocks(const char* kernel, dim3 grid, dim3 block, size_t shared, F body) {
@@ -416,6 +424,7 @@ template <class F> void cuda_run_blocks(const char* kernel, dim3 grid, dim3 bloc
             for (unsigned x = 0; x < grid.x; x++) {
                 blockIdx = {x, y, z};
                 b.dynamic = cuda_shared_chunk(shared);
+                b.dynamic_bytes = shared;
                 cuda_run_block();
                 free(b.dynamic);
                 for (auto& chunk : b.shared) free(chunk.data);

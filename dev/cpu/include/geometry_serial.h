@@ -30,6 +30,29 @@ inline void mma_m16n8k16(float*, const unsigned*, const unsigned*) { abort(); }
 inline void ldmatrix_x4(unsigned*, const void*) { abort(); }
 inline void ldmatrix_x4_trans(unsigned*, const void*) { abort(); }
 
+// So do Hopper's.
+inline void mbarrier_init(uint64_t*, unsigned) { abort(); }
+inline void mbarrier_fence_init() { abort(); }
+inline void mbarrier_arrive(uint64_t*) { abort(); }
+inline void mbarrier_arrive_expect(uint64_t*, unsigned) { abort(); }
+inline void mbarrier_wait(uint64_t*, unsigned) { abort(); }
+inline void fence_async_shared() { abort(); }
+inline void named_barrier_sync(int, int) { abort(); }
+inline void named_barrier_arrive(int, int) { abort(); }
+inline void tma_load(void*, const CUtensorMap*, uint64_t*, int, int, int = 0, int = 0) { abort(); }
+inline void tma_store(const CUtensorMap*, const void*, int, int, int = 0, int = 0) { abort(); }
+inline void tma_store_commit() { abort(); }
+template <int N> void tma_store_wait() { abort(); }
+inline uint64_t wgmma_descriptor(const void*, int, int) { abort(); }
+inline void wgmma_fence() { abort(); }
+inline void wgmma_commit() { abort(); }
+template <int N> void wgmma_wait() { abort(); }
+template <int COUNT> void wgmma_registers(float*) { abort(); }
+template <int N, int TRANS_A, int TRANS_B> void wgmma_ss(float*, uint64_t, uint64_t, int) { abort(); }
+template <int N, int TRANS_B> void wgmma_rs(float*, const unsigned*, uint64_t, int) { abort(); }
+template <int R> void registers_more() { abort(); }
+template <int R> void registers_less() { abort(); }
+
 // Asynchronous copies are done at once.
 template <int BYTES> void copy_async(void* to, const void* from, bool valid) {
     if (valid) memcpy(to, from, BYTES);
