@@ -5,6 +5,7 @@
 #define TESTING
 #include "train_gpt.cu"
 
+#include <numeric>
 #include <set>
 
 #ifdef EXACT_GEOMETRY
@@ -374,6 +375,71 @@ TEST(linear) {
         expect_close(dinp.get(), want_dinp, TOL, "dinp");
         expect_close(dw.get(), want_dw, TOL_FLOAT, "dw");
     }
+}
+
+// The matmul of Hopper and what it leaves of each row, against float64: out from the inputs, sums and stats from out as
+// it is stored. Nothing is written behind the end, and the number of blocks changes no bit.
+TEST(matmul_sums) {
+    struct Shape {
+        int N, K;
+        std::vector<int> widths;  // of the parts of a row
+    };
+    const bool had_hopper = hopper;
+    const int sms = device_sms;
+    if (EXACT) hopper = true;
+    DevX x(normals(2 * 256, *std::make_unique<Random>()));
+    DevF s(8);
+    EXPECT(linear_forward_sums(x.p, s.p, x.p, x.p, 1, 8, 8, 0) == (BF16 && hopper) || MATMUL_TIMED);
+    for (auto [K, M] : {std::pair{4, 8}, {8, 12}}) EXPECT(!linear_forward_sums(x.p, s.p, x.p, x.p, 1, K, M, 0));
+    EXPECT(!row_stats_from_partials(nullptr, s.p, 1, {64, 32, 64}, 1e-5f, 0));
+    for (const Shape& s : {Shape{1, 8, {8}},
+                           {8, 64, {256}},
+                           {17, 200, {120}},
+                           {64, 72, {128, 64}},
+                           {127, 128, {128, 272}},
+                           {300, 136, {256, 64, 16}},
+                           {129, 520, {264}},
+                           {2100, 8, {192, 8}}}) {  // 2100: two groups
+        if (!BF16 || !hopper) break;
+        const int N = s.N, K = s.K, M = std::accumulate(s.widths.begin(), s.widths.end(), 0), P = int(s.widths.size());
+        const size_t tiles = (M + SUMS_COLS - 1) / SUMS_COLS, outs = size_t(N) * M;
+        Random r{uint64_t(N + K)};
+        DevX inp(normals(size_t(N) * K, r)), w(normals(size_t(M) * K, r));
+        Vec want(outs), first[3];
+        for (int n = 0; n < N; n++)
+            for (int m = 0; m < M; m++)
+                for (int k = 0; k < K; k++)
+                    want[size_t(n) * M + m] += inp.v[size_t(n) * K + k] * w.v[size_t(m) * K + k];
+        for (auto [way, blocks] : {std::pair{1, 1}, {1, 3}, {1, sms}, {2, 1}, {2, 2}, {2, sms}}) {
+            const std::string what = format(" N %d K %d M %d way %d blocks %d", N, K, M, way, blocks);
+            DevX out(outs + 64);
+            DevF sums(tiles * N + 64), stats(2 * size_t(N) * P);
+            device_sms = blocks;
+            matmul_choice.run(way, out.p, sums.p, inp.p, w.p, N, K, M, 0);
+            device_sms = sms;
+            EXPECT(row_stats_from_partials((float2*)stats.p, sums.p, N, s.widths, 1e-5f, 0));
+            Vec got = out.get(), got_sums = sums.get(), want_sums(tiles * N), want_stats;
+            for (int i = 0; i < 64; i++) EXPECT(std::isnan(got[outs + i]) && std::isnan(got_sums[tiles * N + i]));
+            got.resize(outs), got_sums.resize(tiles * N);
+            for (int n = 0; n < N; n++) {
+                const double* row = &got[size_t(n) * M];
+                for (int m = 0; m < M; m++) want_sums[size_t(m / SUMS_COLS) * N + n] += row[m] * row[m];
+                for (int width : s.widths) {
+                    double square = 0;
+                    for (int c = 0; c < width; c++) square += row[c] * row[c] / width;
+                    want_stats.insert(want_stats.end(), {0, 1 / sqrt(square + 1e-5)});
+                    row += width;
+                }
+            }
+            expect_close(got, want, TOL, "out" + what);
+            expect_close(got_sums, want_sums, TOL_FLOAT, "sums" + what);
+            expect_close(stats.get(), want_stats, TOL_FLOAT, "stats" + what);
+            got.insert(got.end(), got_sums.begin(), got_sums.end());
+            if (first[way].empty()) first[way] = got;
+            EXPECT(got == first[way]);
+        }
+    }
+    hopper = had_hopper;
 }
 
 TEST(attention) {

@@ -868,6 +868,14 @@ __device__ inline void named_barrier_arrive(int id, int threads) {
     HOPPER_ASM("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// four 8x8 matrices of 16-bit values, held as mma's accumulators are, to shared memory; lane l points at row l%8 of
+// matrix l/8
+__device__ inline void stmatrix_x4(void* row, const unsigned* r) {
+    HOPPER_ASM("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // Bulk tensor copies, by one thread: the box of a tensor_map at element (c0, c1, c2, c3), c0 innermost. In shared memory
 // the box is rows of 128 bytes from an address aligned to 1024, the 16-byte chunk i of row r at chunk i XOR r % 8.
 // A load's bytes (always those of the whole box) count on the mbarrier; a store is waited for in groups, until its
@@ -1253,6 +1261,265 @@ void linear_backward(floatX* dinp, bool add, Flat dw, float beta, const floatX* 
                      const floatX* w, int N, int K, int M, cudaStream_t stream) {
     matmul(dinp, dout, w, false, false, N, K, M, CUDA_FLOATX, add ? 1.0f : 0.0f, stream);
     matmul(dw.p, dout, inp, true, false, M, K, N, dw.half ? CUDA_R_16BF : CUDA_R_32F, beta, stream);
+}
+
+// =====================================================================================================================
+// Matmul on Hopper (sm_90a), for SimpleNorm: a linear that leaves what the norm behind it has to know of its rows.
+//   out[n,m] = sum_k inp[n,k] w[m,k],   sums[t,n] = sum of out[n,m]^2 over the columns 64 t <= m < 64 (t + 1)
+// inp (N,K), w (M,K), out (N,M) bf16, row-major, K and M multiples of 8; sums (ceil(M / 64), N) float, of the outputs
+// as they are stored. Every sum has one writer and one order of adding: same bits every run. A column tile's sums lie
+// side by side, so that the eight rows of a warp's store and the rows that row_stats reads are whole sectors.
+//
+// A block stays on its multiprocessor and walks over tiles of ROWS x COLS outputs. Its last warpgroup loads: one thread
+// fills a ring of slices, each 64 deep in k, of inp (ROWS,64) and w (COLS,64) by bulk copies with 128-byte swizzle, as
+// far ahead as slots are free, also into the next tile while this one is being stored. full[s]: slot s has landed;
+// empty[s]: every multiplying warp is done with it. The other two warpgroups multiply BANDS times 64 rows each by all
+// columns. Ragged edges: copies read zeros beyond N, K and M, and write nothing there.
+//
+// Two shapes of tile; which of them is faster, or cuBLASLt, is measured for each shape of matrices. In clocks of the
+// tensor cores (4096 FLOP each), a slice's copies from L2 and all traffic of the shared memory's 128 bytes a clock:
+//   ROWS x COLS   BANDS  accumulators a thread  wgmma         clocks  L2, bytes a clock      shared, bytes a clock
+//   128 x 256     1      128                    m64n256k16    1024    48 (49152 / 1024)      80 read + 48 written
+//   256 x 192     2      192                    m64n192k16    1536    37 (57344 / 1536)      85 read + 37 written
+// The second strains L2 less, the first leaves less of the last round of tiles empty. A tile's end, some 1400 clocks of
+// rounding and storing, is 2% of the first's 64 slices at K 4096. (Two blocks of a cluster that share w by multicast
+// would take 32 and 29 bytes a clock from L2.)
+constexpr int SUMS_COLS = 64;                           // columns of a partial sum
+constexpr int MATMUL_THREADS = 384, MATMUL_LOADER = 2;  // warpgroup 2 loads
+constexpr int MATMUL_DEPTH = 64, MATMUL_LINE = 128;     // of a slice; its bytes, a row in shared memory
+constexpr int MATMUL_BOX = 16 * MATMUL_LINE;            // bytes of a warp's store, 16 rows of 64 columns
+constexpr int MATMUL_GROUP = 2048;                      // rows of the tiles walked together
+
+template <int BANDS, int COLS>
+struct MatmulTile {
+    static constexpr int ROWS = 128 * BANDS, STAGES = BANDS == 1 ? 4 : 3;
+    static constexpr int INP = ROWS * MATMUL_LINE, SLOT = INP + COLS * MATMUL_LINE;                       // bytes
+    static constexpr int SMEM = STAGES * SLOT + 8 * 2 * MATMUL_BOX + 2 * STAGES * int(sizeof(uint64_t));  // bytes
+};
+
+// Row and column of the t-th tile. Groups of 2048 rows are walked column by column: what 132 multiprocessors have in
+// hand at a time is then 2048 rows by about 2112 (3168) columns, and near a square is what needs the fewest bytes of
+// inp and w (34 (43) MB at K 4096; L2 holds 50), while the next columns find the group's rows still in L2.
+__device__ inline int2 matmul_tile(int t, int tile_rows, int tile_cols, int group_rows) {
+    const int first = t / (group_rows * tile_cols) * group_rows, rows = min(tile_rows - first, group_rows);
+    const int in_group = t - first * tile_cols;
+    return make_int2(first + in_group % rows, in_group / rows);
+}
+
+template <int BANDS, int COLS>
+__global__ void __launch_bounds__(MATMUL_THREADS, 1)
+    matmul_sums_kernel(const __grid_constant__ CUtensorMap inp, const __grid_constant__ CUtensorMap w,
+                       const __grid_constant__ CUtensorMap out, float* sums, int N, int K, int M) {
+    if (!HOPPER_CODE) return;
+    using S = MatmulTile<BANDS, COLS>;
+    extern __shared__ __align__(1024) unsigned char matmul_smem[];
+    unsigned char* boxes = matmul_smem + S::STAGES * S::SLOT;
+    uint64_t *full = reinterpret_cast<uint64_t*>(boxes + 8 * 2 * MATMUL_BOX), *empty = full + S::STAGES;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < S::STAGES; s++) mbarrier_init(full + s, 1), mbarrier_init(empty + s, 8);
+        mbarrier_fence_init();
+    }
+    __syncthreads();
+    const int tile_rows = (N + S::ROWS - 1) / S::ROWS, tile_cols = (M + COLS - 1) / COLS;
+    const int tiles = tile_rows * tile_cols, steps = (K + MATMUL_DEPTH - 1) / MATMUL_DEPTH;
+    const int group = __shfl_sync(ALL_LANES, int(threadIdx.x) / 128, 0);  // the compiler sees that a warp agrees
+    int stage = 0;
+    unsigned phase = 0;
+    auto tile_at = [&](int t) { return matmul_tile(t, tile_rows, tile_cols, MATMUL_GROUP / S::ROWS); };
+    auto advance = [&] {
+        if (++stage == S::STAGES) stage = 0, phase ^= 1;
+    };
+
+    if (group == MATMUL_LOADER) {
+        registers_less<40>();
+        for (int t = threadIdx.x == 128 * MATMUL_LOADER ? blockIdx.x : tiles; t < tiles; t += gridDim.x) {
+            const int2 tile = tile_at(t);
+            for (int k = 0; k < steps; k++, advance()) {
+                mbarrier_wait(empty + stage, phase ^ 1);  // at first, the phase before the first counts as completed
+                mbarrier_arrive_expect(full + stage, S::SLOT);
+                unsigned char* slot = matmul_smem + stage * S::SLOT;
+                tma_load(slot, &inp, full + stage, k * MATMUL_DEPTH, tile.x * S::ROWS);
+                tma_load(slot + S::INP, &w, full + stage, k * MATMUL_DEPTH, tile.y * COLS);
+            }
+        }
+        return;
+    }
+
+    registers_more<232>();
+    const int row = lane() % 16;  // of the warp's 16, where this lane's 16 bytes of an stmatrix go
+    unsigned char* const box = boxes + 2 * warp() * MATMUL_BOX;
+    for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
+        float c[BANDS][COLS / 2];
+        int before = 0;
+        for (int k = 0; k < steps; k++, advance()) {
+            mbarrier_wait(full + stage, phase);
+            const unsigned char* slot = matmul_smem + stage * S::SLOT;
+            const uint64_t a = wgmma_descriptor(slot + group * BANDS * 64 * MATMUL_LINE, 16, 8 * MATMUL_LINE);
+            const uint64_t b = wgmma_descriptor(slot + S::INP, 16, 8 * MATMUL_LINE);
+            wgmma_fence();
+            #pragma unroll
+            for (int j = 0; j < MATMUL_DEPTH / 16; j++)  // 16 deep: 32 bytes on
+                #pragma unroll
+                for (int i = 0; i < BANDS; i++)
+                    wgmma_ss<COLS, 0, 0>(c[i], a + (i * 64 * MATMUL_LINE + 32 * j) / 16, b + 2 * j, k > 0 || j > 0);
+            wgmma_commit();
+            wgmma_wait<1>();  // this step's products run on; those of the one before have read their slot
+            if (k > 0 && lane() == 0) mbarrier_arrive(empty + before);
+            before = stage;
+        }
+        wgmma_wait<0>();
+        #pragma unroll
+        for (int i = 0; i < BANDS; i++) wgmma_registers<COLS / 2>(c[i]);
+        if (lane() == 0) mbarrier_arrive(empty + before);
+
+        // Each warp has 16 rows of a band: it rounds them, sums their squares, and stores 64 columns at a time, through
+        // two boxes in turn. A box's rows are 128 bytes, their 16-byte chunks swizzled: the 8 rows of a matrix fall
+        // into 8 different sets of 4 banks.
+        const int2 tile = tile_at(t);
+        #pragma unroll
+        for (int piece = 0; piece < BANDS * COLS / 64; piece++) {
+            const int band = piece / (COLS / 64), m0 = tile.y * COLS + piece % (COLS / 64) * 64;
+            const int n0 = tile.x * S::ROWS + (group * BANDS + band) * 64 + warp() % 4 * 16;
+            unsigned char* to = box + piece % 2 * MATMUL_BOX;
+            float square[2] = {0.0f, 0.0f};        // of rows lane / 4 and lane / 4 + 8
+            if (lane() == 0) tma_store_wait<1>();  // the store before the last has left this box
+            __syncwarp();
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {  // 16 columns: matrices of rows 0-7 and 8-15, then 8 columns on
+                const float* d = c[band] + piece % (COLS / 64) * 32 + 8 * j;
+                unsigned r[4];
+                #pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    r[i] = pack_bf16(d[2 * i], d[2 * i + 1]);
+                    const float low = __uint_as_float(r[i] << 16), high = __uint_as_float(r[i] & 0xffff0000u);
+                    square[i % 2] += low * low + high * high;
+                }
+                stmatrix_x4(to + row * MATMUL_LINE + ((2 * j + lane() / 16) ^ row % 8) * 16, r);
+            }
+            fence_async_shared();
+            __syncwarp();
+            if (lane() == 0) {
+                if (n0 < N && m0 < M) tma_store(&out, to, m0, n0);
+                tma_store_commit();
+            }
+            #pragma unroll
+            for (int s = 0; s < 2; s++) {
+                const int n = n0 + lane() / 4 + 8 * s;
+                const float sum = tile_row_sum(square[s]);
+                if (sums && lane() % 4 == 0 && n < N && m0 < M) sums[size_t(m0 / SUMS_COLS) * N + n] = sum;
+            }
+        }
+    }
+    if (lane() == 0) tma_store_wait<0>();  // shared memory must outlive the stores that read it
+}
+
+template <int BANDS, int COLS>
+void matmul_sums(floatX* out, float* sums, const floatX* inp, const floatX* w, int N, int K, int M,
+                 cudaStream_t stream) {
+    using S = MatmulTile<BANDS, COLS>;
+    auto map = [](const floatX* x, int64_t rows, int64_t cols, int box_rows) {
+        return tensor_map(x, {cols, rows, 1, 1}, {2 * cols, 2 * rows * cols, 2 * rows * cols},
+                          {MATMUL_DEPTH, box_rows, 1, 1});
+    };
+    const CUtensorMap a = map(inp, N, K, S::ROWS), b = map(w, M, K, COLS), d = map(out, N, M, 16);
+    const int tiles = (N + S::ROWS - 1) / S::ROWS * ((M + COLS - 1) / COLS), blocks = std::min(tiles, device_sms);
+    auto kernel = matmul_sums_kernel<BANDS, COLS>;
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SMEM));
+    matmul_sums_kernel<BANDS, COLS><<<blocks, MATMUL_THREADS, S::SMEM, stream>>>(a, b, d, sums, N, K, M);
+    CHECK(cudaGetLastError());
+}
+
+// Milliseconds of a launch, the least of three.
+template <typename F>
+float launch_ms(F launch, cudaStream_t stream) {
+    cudaEvent_t begin, end;
+    float least = INFINITY;
+    CHECK(cudaEventCreate(&begin));
+    CHECK(cudaEventCreate(&end));
+    for (int i = 0; i < 3; i++) {
+        float ms = 0.0f;
+        CHECK(cudaEventRecord(begin, stream));
+        launch();
+        CHECK(cudaEventRecord(end, stream));
+        CHECK(cudaEventSynchronize(end));
+        CHECK(cudaEventElapsedTime(&ms, begin, end));
+        least = std::min(least, ms);
+    }
+    CHECK(cudaEventDestroy(begin));
+    CHECK(cudaEventDestroy(end));
+    return least;
+}
+
+#ifdef __CUDACC__
+constexpr bool MATMUL_TIMED = true;
+#else
+constexpr bool MATMUL_TIMED = false;  // the CPU stand-in's times say nothing
+#endif
+
+// The fastest way to compute a linear of a shape: the kernel above with 1 or 2 bands, or 0, cuBLASLt. Measured at the
+// first use, on the data at hand, and kept. That use must not be inside a graph's capture.
+struct MatmulChoice {
+    std::map<std::tuple<int, int, int>, int> bands;
+
+    void run(int way, floatX* out, float* sums, const floatX* inp, const floatX* w, int N, int K, int M,
+             cudaStream_t stream) {
+        if (way == 0) linear_forward(out, inp, w, N, K, M, stream);
+        if (way == 1) matmul_sums<1, 256>(out, sums, inp, w, N, K, M, stream);
+        if (way == 2) matmul_sums<2, 192>(out, sums, inp, w, N, K, M, stream);
+    }
+
+    int best(floatX* out, float* sums, const floatX* inp, const floatX* w, int N, int K, int M, cudaStream_t stream) {
+        const auto [at, first] = bands.emplace(std::make_tuple(N, K, M), 1);
+        float least = INFINITY;
+        for (int round = 0; MATMUL_TIMED && first && round < 4; round++)  // in turns: a falling clock is everyone's
+            for (int way : {0, 1, 2}) {
+                const float ms = launch_ms([&] { run(way, out, sums, inp, w, N, K, M, stream); }, stream);
+                if (round > 0 && ms < least) least = ms, at->second = way;  // the first round warms up
+            }
+        return at->second;
+    }
+} matmul_choice;
+
+// out (N,M) = inp (N,K) w (M,K)^T and sums (ceil(M / 64), N), null for none, by the kernel above. False, and nothing
+// done, where linear_forward is to be used: no Hopper, not bf16, K or M no multiple of 8, or cuBLASLt is faster.
+bool linear_forward_sums(floatX* out, float* sums, const floatX* inp, const floatX* w, int N, int K, int M,
+                         cudaStream_t stream) {
+    if (!BF16 || !hopper || K % 8 || M % 8) return false;
+    const int way = matmul_choice.best(out, sums, inp, w, N, K, M, stream);
+    if (way > 0) matmul_choice.run(way, out, sums, inp, w, N, K, M, stream);
+    return way > 0;
+}
+
+// 1 / rms of the columns from .. from + width of row n, by one thread. `from` is a multiple of 64, and so is width
+// unless the row ends there.
+__device__ inline float rstd_from_sums(const float* sums, int N, int n, int from, int width, float eps) {
+    float sum = 0.0f;
+    for (int t = from / SUMS_COLS; t * SUMS_COLS < from + width; t++) sum += sums[size_t(t) * N + n];
+    return rsqrtf(sum / width + eps);
+}
+
+// stats[n,p] = (0, rstd) of part p of row n: what row_stats finds for RMSNorm, in the layout of simplenorm.cuh's
+// stats (N,parts) float2. Parts have width0 columns, then width1, then width2. One thread a row and part.
+__global__ void row_stats_from_partials_kernel(float2* stats, const float* sums, int N, int width0, int width1,
+                                               int width2, float eps) {
+    constexpr int ROWS = 128;
+    const int p = blockIdx.y, width = p == 0 ? width0 : p == 1 ? width1 : width2;
+    const int from = p == 0 ? 0 : p == 1 ? width0 : width0 + width1;
+    for (int n = blockIdx.x * ROWS + threadIdx.x; n < min(N, int(blockIdx.x + 1) * ROWS); n += blockDim.x)
+        stats[size_t(n) * gridDim.y + p] = make_float2(0.0f, rstd_from_sums(sums, N, n, from, width, eps));
+}
+
+// stats (N,parts) float2 from sums, for 1 to 3 parts of a row, side by side: (M), (w1, w3), (q, k, v). False, and
+// nothing done, where a part but the last has no multiple of 64 columns.
+bool row_stats_from_partials(float2* stats, const float* sums, int N, const std::vector<int>& widths, float eps,
+                             cudaStream_t stream) {
+    const int parts = int(widths.size());
+    for (int p = 0; p + 1 < parts; p++)
+        if (widths[p] % SUMS_COLS) return false;
+    row_stats_from_partials_kernel<<<dim3((N + 127) / 128, parts), 128, 0, stream>>>(
+        stats, sums, N, widths[0], parts > 1 ? widths[1] : 0, parts > 2 ? widths[2] : 0, eps);
+    CHECK(cudaGetLastError());
+    return true;
 }
 
 // =====================================================================================================================

@@ -338,6 +338,18 @@ inline void ldmatrix_x4_trans(unsigned* r, const void* row, CUDA_HERE) {
     cuda_ldmatrix<true>("ldmatrix_x4_trans", r, row, file, line);
 }
 
+// stmatrix.sync.aligned.m8n8.x4.shared.b16: the same the other way, without .trans
+inline void stmatrix_x4(void* row, const unsigned* r, CUDA_HERE) {
+    if ((uintptr_t)row % 16)
+        cuda_die("thread " + std::to_string(cuda_block.current) + " is at " + cuda_where("stmatrix_x4", file, line) +
+                 " with an address that is not 16-byte aligned");
+    cuda_meet("stmatrix_x4", ~0u, file, line, r, row, nullptr, 0, [](CudaThread* warp, unsigned) {
+        for (int l = 0; l < 32; l++)
+            for (int m = 0; m < 4; m++)
+                memcpy((char*)warp[8 * m + l / 4].in2 + l % 4 * 4, (const unsigned*)warp[l].in + m, 4);
+    });
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Shared memory
 

@@ -37,6 +37,7 @@ inline void mbarrier_arrive(uint64_t*) { abort(); }
 inline void mbarrier_arrive_expect(uint64_t*, unsigned) { abort(); }
 inline void mbarrier_wait(uint64_t*, unsigned) { abort(); }
 inline void fence_async_shared() { abort(); }
+inline void stmatrix_x4(void*, const unsigned*) { abort(); }
 inline void named_barrier_sync(int, int) { abort(); }
 inline void named_barrier_arrive(int, int) { abort(); }
 inline void tma_load(void*, const CUtensorMap*, uint64_t*, int, int, int = 0, int = 0) { abort(); }
