@@ -387,11 +387,6 @@ TEST(matmul_sums) {
     const bool had_hopper = hopper;
     const int sms = device_sms;
     if (EXACT) hopper = true;
-    DevX x(normals(2 * 256, *std::make_unique<Random>()));
-    DevF s(8);
-    EXPECT(linear_forward_sums(x.p, s.p, x.p, x.p, 1, 8, 8, 0) == (BF16 && hopper) || MATMUL_TIMED);
-    for (auto [K, M] : {std::pair{4, 8}, {8, 12}}) EXPECT(!linear_forward_sums(x.p, s.p, x.p, x.p, 1, K, M, 0));
-    EXPECT(!row_stats_from_partials(nullptr, s.p, 1, {64, 32, 64}, 1e-5f, 0));
     for (const Shape& s : {Shape{1, 8, {8}},
                            {8, 64, {256}},
                            {17, 200, {120}},
@@ -415,9 +410,9 @@ TEST(matmul_sums) {
             DevX out(outs + 64);
             DevF sums(tiles * N + 64), stats(2 * size_t(N) * P);
             device_sms = blocks;
-            matmul_choice.run(way, out.p, sums.p, inp.p, w.p, N, K, M, 0);
+            linear_way(way, out.p, sums.p, inp.p, w.p, N, K, M, 0);
             device_sms = sms;
-            EXPECT(row_stats_from_partials((float2*)stats.p, sums.p, N, s.widths, 1e-5f, 0));
+            row_stats_from_partials((float2*)stats.p, sums.p, N, s.widths, 1e-5f, 0);
             Vec got = out.get(), got_sums = sums.get(), want_sums(tiles * N), want_stats;
             for (int i = 0; i < 64; i++) EXPECT(std::isnan(got[outs + i]) && std::isnan(got_sums[tiles * N + i]));
             got.resize(outs), got_sums.resize(tiles * N);
@@ -451,7 +446,11 @@ TEST(attention) {
                                  {{1, 65, 4, 2, 16}, 10}, {{1, 66, 1, 1, 72}, 1}, {{2, 63, 4, 1, 16}, 1},
                                  {{1, 70, 2, 2, 128}, 3}, {{1, 129, 1, 1, 64}, 1}};
     if (!quick)
-        shapes.insert(shapes.end(), {{{2, 130, 4, 2, 32}, 5}, {{1, 200, 3, 3, 64}, 1}, {{1, 129, 2, 1, 128}, 1}, {{1, 270, 2, 1, 72}, 1}, {{9, 193, 2, 2, 16}, 1}});
+        shapes.insert(shapes.end(), {{{2, 130, 4, 2, 32}, 5},
+                                     {{1, 200, 3, 3, 64}, 1},
+                                     {{1, 129, 2, 1, 128}, 1},
+                                     {{1, 270, 2, 1, 72}, 1},
+                                     {{9, 193, 2, 2, 16}, 1}});
     for (auto [h, q_scale] : shapes) {
         Random r{uint64_t(h.T * h.HS)};
         const size_t q_size = size_t(h.B) * h.T * h.width(0), kv_size = size_t(h.B) * h.T * h.width(1),
@@ -905,13 +904,14 @@ TEST(graph_and_algorithms) {
         if (way == 2) {
             matmul.forget_plans();
             time_matmuls(m);
-            const std::string text = matmul.algorithms();
+            const std::string text = matmul.choices();
             const size_t lines = std::count(text.begin(), text.end(), '\n');
-            EXPECT(lines == matmul.chosen.size() + 1);
+            EXPECT(lines == matmul.chosen.size() + matmul.ways.size() + 1);
             for (auto& [shape, p] : matmul.plans) EXPECT(p.algos.size() == 1);
-            EXPECT(matmul.algorithms(text) && matmul.algorithms() == text);
-            EXPECT(!matmul.algorithms("cublasLt 1\n") && !matmul.algorithms("") &&
-                   !matmul.algorithms(text + "0 1 2\n"));
+            EXPECT(matmul.take_choices(text) && matmul.choices() == text);
+            for (const char* end : {"0 1 2\n", "algorithm 0 1 2\n", "way 1 2 3 4\n"})
+                EXPECT(!matmul.take_choices(text + end));
+            EXPECT(!matmul.take_choices("cublasLt 1\n") && !matmul.take_choices(""));
             matmul.forget_plans();
         }
         two_steps(m, 0);

@@ -541,7 +541,9 @@ constexpr int VEC16 = 16 / int(sizeof(SharedX));
 template <int W>
 constexpr bool SWIZZLED = W / VEC16 % 8 == 0;
 template <int W>
-constexpr int STRIDE = SERIAL || SWIZZLED<W> ? W : W / VEC16 % 2 ? W : W + VEC16;
+constexpr int STRIDE = SERIAL || SWIZZLED<W> ? W
+                       : W / VEC16 % 2       ? W
+                                             : W + VEC16;
 template <int W>
 __device__ inline int shared_at(unsigned row, unsigned col) {
     if (!SERIAL && SWIZZLED<W>) return row * W + ((col / VEC16) ^ (row % 8)) * VEC16 + col % VEC16;
@@ -549,7 +551,8 @@ __device__ inline int shared_at(unsigned row, unsigned col) {
 }
 
 template <int HS>
-constexpr int WIDTH = (HS + 15) / 16 * 16;  // a head in a tile: mma takes 16 columns at a time, those beyond HS are zero
+constexpr int WIDTH = (HS + 15) / 16 *
+                      16;  // a head in a tile: mma takes 16 columns at a time, those beyond HS are zero
 
 // What of a score tile is not masked; the serial geometry spares the rest (lanes of a warp would only wait).
 enum Part { ALL, LOWER, UPPER };  // LOWER: columns up to the row; UPPER: columns from the row on
@@ -558,7 +561,8 @@ enum Part { ALL, LOWER, UPPER };  // LOWER: columns up to the row; UPPER: column
 // and U vectors that stay in registers. span: which k count for row r: all, up to r, from r on. block: which columns n
 // of row r are wanted, likewise; the others become zero, FRESH only.
 template <int M, int N, int K, int AR, int AK, bool FRESH>
-void serial_mma(float* __restrict__ c, const float* __restrict__ a, const float* __restrict__ b, Part span, Part block) {
+void serial_mma(float* __restrict__ c, const float* __restrict__ a, const float* __restrict__ b, Part span,
+                Part block) {
 #ifdef __AVX512F__
     constexpr int V = 16, U = N % 32 == 0 ? 2 : N % 80 == 0 ? 5 : 1, R = U == 2 ? 8 : U == 5 ? 4 : 16;
 #else
@@ -570,8 +574,7 @@ void serial_mma(float* __restrict__ c, const float* __restrict__ a, const float*
         for (int r0 = 0; r0 < M; r0 += R) {
             Vec sum[R][U];
             for (int r = 0; r < R; r++)
-                for (int u = 0; u < U; u++)
-                    sum[r][u] = FRESH ? Vec{} : *(const Vec*)&c[(r0 + r) * N + n0 + u * V];
+                for (int u = 0; u < U; u++) sum[r][u] = FRESH ? Vec{} : *(const Vec*)&c[(r0 + r) * N + n0 + u * V];
             int first = span == UPPER ? r0 : 0, last = span == LOWER ? r0 + R : K;
             if ((block == LOWER && n0 >= r0 + R) || (block == UPPER && n0 + W <= r0)) last = first;
             for (int k = first; k < last; k++) {
@@ -644,7 +647,8 @@ __device__ inline void mma_nt(Tile<M, N, BY_COLUMN>& c, const Left<W, M, KEPT>& 
             for (int e = 0; e < c.PER_ROW; e++)
                 #pragma unroll
                 for (int s = 0; s < c.SLOTS; s++)
-                    c.at(s, e) += float(a.tile[shared_at<W>(a.first + c.row(s), k)]) * float(b[shared_at<W>(c.col(e), k)]);
+                    c.at(s, e) +=
+                        float(a.tile[shared_at<W>(a.first + c.row(s), k)]) * float(b[shared_at<W>(c.col(e), k)]);
         }
     }
 }
@@ -683,8 +687,7 @@ __device__ inline void mma_nn(Tile<M, W>& c, const Tile<M, K, BY_COLUMN>& a, con
                 const int k = e / 2 * 8 + owner * 2 + e % 2;
                 float row[a.SLOTS];
                 #pragma unroll
-                for (int s = 0; s < a.SLOTS; s++)
-                    row[s] = __shfl_sync(ALL_LANES, a.at(s, e), lane() / 4 * 4 + owner);
+                for (int s = 0; s < a.SLOTS; s++) row[s] = __shfl_sync(ALL_LANES, a.at(s, e), lane() / 4 * 4 + owner);
                 #pragma unroll
                 for (int f = 0; f < c.PER_ROW; f++)
                     #pragma unroll
@@ -883,8 +886,8 @@ __device__ inline void stmatrix_x4(void* row, const unsigned* r) {
 __device__ inline void tma_load(void* smem, const CUtensorMap* map, uint64_t* bar, int c0, int c1, int c2 = 0,
                                 int c3 = 0) {
     HOPPER_ASM(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], [%2];" ::
-            "r"(shared_address(smem)),
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], "
+        "[%2];" ::"r"(shared_address(smem)),
         "l"(map), "r"(shared_address(bar)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
         : "memory");
 }
@@ -925,7 +928,7 @@ __device__ __forceinline__ void wgmma_registers(float* c) {
 
 // asm operands: "%0,...,%9" by tens, and eight accumulators
 #define TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9"
-#define OUT8(i)                                                                                                       \
+#define OUT8(i)                                                                                                 \
     "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), \
         "+f"(c[i + 7])
 #define REGISTERS_32 TEN() "," TEN(1) "," TEN(2) ",%30,%31"
@@ -942,16 +945,16 @@ __device__ __forceinline__ void wgmma_registers(float* c) {
 #define OUT_96 OUT_80, OUT8(80), OUT8(88)
 #define OUT_128 OUT_96, OUT8(96), OUT8(104), OUT8(112), OUT8(120)
 // i0, i1, ..: the numbers of the operands after the accumulators
-#define WGMMA_SS(n, count, i0, i1, i2, i3, i4)                                                                       \
-    HOPPER_ASM("{.reg .pred p; setp.ne.b32 p, %" #i2 ", 0; wgmma.mma_async.sync.aligned.m64n" #n                     \
-               "k16.f32.bf16.bf16 {" REGISTERS_##count "}, %" #i0 ", %" #i1 ", p, 1, 1, %" #i3 ", %" #i4 ";}"        \
-               : OUT_##count                                                                                         \
+#define WGMMA_SS(n, count, i0, i1, i2, i3, i4)                                                                \
+    HOPPER_ASM("{.reg .pred p; setp.ne.b32 p, %" #i2 ", 0; wgmma.mma_async.sync.aligned.m64n" #n              \
+               "k16.f32.bf16.bf16 {" REGISTERS_##count "}, %" #i0 ", %" #i1 ", p, 1, 1, %" #i3 ", %" #i4 ";}" \
+               : OUT_##count                                                                                  \
                : "l"(a), "l"(b), "r"(accumulate), "n"(TRANS_A), "n"(TRANS_B))
-#define WGMMA_RS(n, count, i0, i1, i2, i3, i4, i5, i6)                                                               \
-    HOPPER_ASM("{.reg .pred p; setp.ne.b32 p, %" #i5 ", 0; wgmma.mma_async.sync.aligned.m64n" #n                     \
-               "k16.f32.bf16.bf16 {" REGISTERS_##count "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 "}, %" #i4             \
-               ", p, 1, 1, %" #i6 ";}"                                                                               \
-               : OUT_##count                                                                                         \
+#define WGMMA_RS(n, count, i0, i1, i2, i3, i4, i5, i6)                                                   \
+    HOPPER_ASM("{.reg .pred p; setp.ne.b32 p, %" #i5 ", 0; wgmma.mma_async.sync.aligned.m64n" #n         \
+               "k16.f32.bf16.bf16 {" REGISTERS_##count "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 "}, %" #i4 \
+                                                       ", p, 1, 1, %" #i6 ";}"                           \
+               : OUT_##count                                                                             \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(TRANS_B))
 // accumulate 0: c is written over
 template <int N, int TRANS_A, int TRANS_B>
@@ -1103,9 +1106,30 @@ void embedding_backward(Flat dtok, Flat dpos, const floatX* dx, const int* token
 
 constexpr size_t MATMUL_WORKSPACE = size_t(32) << 20;
 
+// Milliseconds of a launch, the least of three after one that warms up; infinite if it returns false.
+template <typename Launch>
+float least_ms(Launch launch, cudaStream_t stream) {
+    cudaEvent_t begin, end;
+    float least = INFINITY;
+    CHECK(cudaEventCreate(&begin));
+    CHECK(cudaEventCreate(&end));
+    for (int i = 0; i < 4; i++) {
+        float ms = 0.0f;
+        CHECK(cudaEventRecord(begin, stream));
+        if (!launch()) break;
+        CHECK(cudaEventRecord(end, stream));
+        CHECK(cudaEventSynchronize(end));
+        CHECK(cudaEventElapsedTime(&ms, begin, end));
+        if (i > 0) least = std::min(least, ms);
+    }
+    CHECK(cudaEventDestroy(begin));
+    CHECK(cudaEventDestroy(end));
+    return least;
+}
+
 // Handle, workspace, and one plan a shape, made at the first use. A plan's algorithm is the heuristic's first choice;
 // while `timing` is set, the fastest of its first 16. Algorithms differ in the order of their sums, so the choices of a
-// run are kept (algorithms(), in and out), and a resumed run has the same bits.
+// run are kept (choices(), take_choices()), and a resumed run has the same bits.
 struct Matmul {
     struct Shape {
         int transA, transB, m, n, k, type;  // type: that of D
@@ -1124,6 +1148,7 @@ struct Matmul {
     bool timing = false;
     std::map<Shape, Plan> plans;
     std::map<Shape, cublasLtMatmulAlgo_t> chosen;  // by timing, here or in an earlier part of the run
+    std::map<std::array<int, 3>, int> ways;  // likewise, of the linears (N,K,M) with a norm: see "Matmul on Hopper"
 
     Plan& plan(Shape shape) {
         const bool transA = shape.transA, transB = shape.transB;
@@ -1164,52 +1189,49 @@ struct Matmul {
     }
 
     // Puts the plan's fastest algorithm first and drops the others. `run` multiplies with one of them; D may get any
-    // value. Of four calls the fastest counts, the first warms up.
+    // value.
     template <typename Run>
     void choose(Plan& p, Shape shape, cudaStream_t stream, Run run) {
-        cudaEvent_t begin, end;
-        CHECK(cudaEventCreate(&begin));
-        CHECK(cudaEventCreate(&end));
         float best = INFINITY;
         for (const cublasLtMatmulAlgo_t& algo : std::vector<cublasLtMatmulAlgo_t>(p.algos)) {
-            for (int i = 0; i < 4; i++) {
-                float ms;
-                CHECK(cudaEventRecord(begin, stream));
-                if (run(algo) != CUBLAS_STATUS_SUCCESS) break;
-                CHECK(cudaEventRecord(end, stream));
-                CHECK(cudaEventSynchronize(end));
-                CHECK(cudaEventElapsedTime(&ms, begin, end));
-                if (i > 0 && ms < best) best = ms, p.algos[0] = algo;
-            }
+            const float ms = least_ms([&] { return run(algo) == CUBLAS_STATUS_SUCCESS; }, stream);
+            if (ms < best) best = ms, p.algos[0] = algo;
         }
         p.algos.resize(1);
         chosen[shape] = p.algos[0];
-        CHECK(cudaEventDestroy(begin));
-        CHECK(cudaEventDestroy(end));
     }
 
     // The choices as text, a line each: shape, then the algorithm, which cuBLASLt lets be stored and loaded again by
-    // the same version of itself; the first line names it.
-    std::string algorithms() const {
+    // the same version of itself; the first line names it. Ways: N, K, M, way.
+    std::string choices() const {
         std::string text = format("cublasLt %zu\n", cublasLtGetVersion());
         for (auto& [s, algo] : chosen) {
-            text += format("%d %d %d %d %d %d", s.transA, s.transB, s.m, s.n, s.k, s.type);
+            text += format("algorithm %d %d %d %d %d %d", s.transA, s.transB, s.m, s.n, s.k, s.type);
             for (uint64_t word : algo.data) text += format(" %llx", (unsigned long long)word);
             text += "\n";
         }
+        for (auto& [s, way] : ways) text += format("way %d %d %d %d\n", s[0], s[1], s[2], way);
         return text;
     }
     // False, and nothing taken, if the text is another version's or none of ours.
-    bool algorithms(const std::string& text) {
+    bool take_choices(const std::string& text) {
         size_t version = 0, at = text.find('\n');
         if (sscanf(text.c_str(), "cublasLt %zu", &version) != 1 || version != cublasLtGetVersion()) return false;
-        std::map<Shape, cublasLtMatmulAlgo_t> read;
+        std::map<Shape, cublasLtMatmulAlgo_t> algorithms;
+        std::map<std::array<int, 3>, int> read_ways;
         while (at != std::string::npos && ++at < text.size()) {
             Shape s;
             cublasLtMatmulAlgo_t algo;
-            int used = 0;
+            std::array<int, 3> linear;
+            int used = 0, way;
             const char* p = text.c_str() + at;
-            if (sscanf(p, "%d %d %d %d %d %d%n", &s.transA, &s.transB, &s.m, &s.n, &s.k, &s.type, &used) != 6)
+            at = text.find('\n', at);
+            if (sscanf(p, "way %d %d %d %d", &linear[0], &linear[1], &linear[2], &way) == 4) {
+                if (way < 0 || way > 2) return false;
+                read_ways[linear] = way;
+                continue;
+            }
+            if (sscanf(p, "algorithm %d %d %d %d %d %d%n", &s.transA, &s.transB, &s.m, &s.n, &s.k, &s.type, &used) != 6)
                 return false;
             for (uint64_t& word : algo.data) {
                 unsigned long long bits;
@@ -1217,10 +1239,10 @@ struct Matmul {
                 if (sscanf(p, "%llx%n", &bits, &used) != 1) return false;
                 word = bits;
             }
-            read[s] = algo;
-            at = text.find('\n', at);
+            algorithms[s] = algo;
         }
-        chosen = read;
+        chosen = algorithms;
+        ways = read_ways;
         return true;
     }
 
@@ -1234,6 +1256,7 @@ struct Matmul {
     void close() {
         forget_plans();
         chosen.clear();
+        ways.clear();
         if (handle) CHECK_CUBLAS(cublasLtDestroy(handle));
         handle = nullptr;
     }
@@ -1429,65 +1452,32 @@ void matmul_sums(floatX* out, float* sums, const floatX* inp, const floatX* w, i
     CHECK(cudaGetLastError());
 }
 
-// Milliseconds of a launch, the least of three.
-template <typename F>
-float launch_ms(F launch, cudaStream_t stream) {
-    cudaEvent_t begin, end;
-    float least = INFINITY;
-    CHECK(cudaEventCreate(&begin));
-    CHECK(cudaEventCreate(&end));
-    for (int i = 0; i < 3; i++) {
-        float ms = 0.0f;
-        CHECK(cudaEventRecord(begin, stream));
-        launch();
-        CHECK(cudaEventRecord(end, stream));
-        CHECK(cudaEventSynchronize(end));
-        CHECK(cudaEventElapsedTime(&ms, begin, end));
-        least = std::min(least, ms);
-    }
-    CHECK(cudaEventDestroy(begin));
-    CHECK(cudaEventDestroy(end));
-    return least;
+// Ways to compute a linear: 0 cuBLASLt, else the kernel above with so many bands.
+void linear_way(int way, floatX* out, float* sums, const floatX* inp, const floatX* w, int N, int K, int M,
+                cudaStream_t stream) {
+    if (way == 0) linear_forward(out, inp, w, N, K, M, stream);
+    if (way == 1) matmul_sums<1, 256>(out, sums, inp, w, N, K, M, stream);
+    if (way == 2) matmul_sums<2, 192>(out, sums, inp, w, N, K, M, stream);
 }
 
 #ifdef __CUDACC__
-constexpr bool MATMUL_TIMED = true;
+constexpr int TIMING_TURNS = 3;
 #else
-constexpr bool MATMUL_TIMED = false;  // the CPU stand-in's times say nothing
+constexpr int TIMING_TURNS = 0;  // the CPU stand-in's times say nothing
 #endif
 
-// The fastest way to compute a linear of a shape: the kernel above with 1 or 2 bands, or 0, cuBLASLt. Measured at the
-// first use, on the data at hand, and kept. That use must not be inside a graph's capture.
-struct MatmulChoice {
-    std::map<std::tuple<int, int, int>, int> bands;
-
-    void run(int way, floatX* out, float* sums, const floatX* inp, const floatX* w, int N, int K, int M,
-             cudaStream_t stream) {
-        if (way == 0) linear_forward(out, inp, w, N, K, M, stream);
-        if (way == 1) matmul_sums<1, 256>(out, sums, inp, w, N, K, M, stream);
-        if (way == 2) matmul_sums<2, 192>(out, sums, inp, w, N, K, M, stream);
-    }
-
-    int best(floatX* out, float* sums, const floatX* inp, const floatX* w, int N, int K, int M, cudaStream_t stream) {
-        const auto [at, first] = bands.emplace(std::make_tuple(N, K, M), 1);
-        float least = INFINITY;
-        for (int round = 0; MATMUL_TIMED && first && round < 4; round++)  // in turns: a falling clock is everyone's
-            for (int way : {0, 1, 2}) {
-                const float ms = launch_ms([&] { run(way, out, sums, inp, w, N, K, M, stream); }, stream);
-                if (round > 0 && ms < least) least = ms, at->second = way;  // the first round warms up
-            }
-        return at->second;
-    }
-} matmul_choice;
-
-// out (N,M) = inp (N,K) w (M,K)^T and sums (ceil(M / 64), N), null for none, by the kernel above. False, and nothing
-// done, where linear_forward is to be used: no Hopper, not bf16, K or M no multiple of 8, or cuBLASLt is faster.
-bool linear_forward_sums(floatX* out, float* sums, const floatX* inp, const floatX* w, int N, int K, int M,
-                         cudaStream_t stream) {
-    if (!BF16 || !hopper || K % 8 || M % 8) return false;
-    const int way = matmul_choice.best(out, sums, inp, w, N, K, M, stream);
-    if (way > 0) matmul_choice.run(way, out, sums, inp, w, N, K, M, stream);
-    return way > 0;
+// The fastest of them, timed in turns, so that a falling clock is everyone's; 1 without timing.
+int choose_linear_way(floatX* out, float* sums, const floatX* inp, const floatX* w, int N, int K, int M,
+                      cudaStream_t stream) {
+    int best = 1;
+    float least = INFINITY;
+    for (int turn = 0; turn < TIMING_TURNS; turn++)
+        for (int way : {0, 1, 2}) {
+            auto launch = [&] { return linear_way(way, out, sums, inp, w, N, K, M, stream), true; };
+            const float ms = least_ms(launch, stream);
+            if (ms < least) least = ms, best = way;
+        }
+    return best;
 }
 
 // 1 / rms of the columns from .. from + width of row n, by one thread. `from` is a multiple of 64, and so is width
@@ -1509,17 +1499,35 @@ __global__ void row_stats_from_partials_kernel(float2* stats, const float* sums,
         stats[size_t(n) * gridDim.y + p] = make_float2(0.0f, rstd_from_sums(sums, N, n, from, width, eps));
 }
 
-// stats (N,parts) float2 from sums, for 1 to 3 parts of a row, side by side: (M), (w1, w3), (q, k, v). False, and
-// nothing done, where a part but the last has no multiple of 64 columns.
-bool row_stats_from_partials(float2* stats, const float* sums, int N, const std::vector<int>& widths, float eps,
+// stats (N,parts) float2 from sums, for 1 to 3 parts of a row, side by side: (M), (w1, w3), (q, k, v). All but the last
+// have a multiple of 64 columns.
+void row_stats_from_partials(float2* stats, const float* sums, int N, const std::vector<int>& widths, float eps,
                              cudaStream_t stream) {
     const int parts = int(widths.size());
-    for (int p = 0; p + 1 < parts; p++)
-        if (widths[p] % SUMS_COLS) return false;
     row_stats_from_partials_kernel<<<dim3((N + 127) / 128, parts), 128, 0, stream>>>(
         stats, sums, N, widths[0], parts > 1 ? widths[1] : 0, parts > 2 ? widths[2] : 0, eps);
     CHECK(cudaGetLastError());
-    return true;
+}
+
+// out (N,M) = inp (N,K) w^T with a norm behind it, M the sum of its parts' widths. True if stats (N,parts) float2 are
+// there too: on Hopper, bf16, RMSNorm, K and M multiples of 8, all parts but the last of 64, and only for shapes that
+// were timed (time_matmuls) and found faster than by cuBLASLt. sums: scratch, ceil(M / 64) N floats.
+bool linear_forward_stats(floatX* out, float2* stats, float* sums, const floatX* inp, const floatX* w, int N, int K,
+                          const std::vector<int>& widths, Norm norm, cudaStream_t stream) {
+    int M = 0;
+    bool able = BF16 && hopper && !norm.center && K % 8 == 0;
+    for (int width : widths) able = able && M % SUMS_COLS == 0, M += width;
+    int way = 0;
+    if (able && M % 8 == 0) {
+        const std::array<int, 3> shape = {N, K, M};
+        if (matmul.timing && !matmul.ways.count(shape))
+            matmul.ways[shape] = choose_linear_way(out, sums, inp, w, N, K, M, stream);
+        auto found = matmul.ways.find(shape);
+        if (found != matmul.ways.end()) way = found->second;
+    }
+    linear_way(way, out, sums, inp, w, N, K, M, stream);
+    if (way > 0) row_stats_from_partials(stats, sums, N, widths, norm.eps, stream);
+    return way > 0;
 }
 
 // =====================================================================================================================
@@ -1666,7 +1674,10 @@ __global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? (HS > 64 ? 2 : 3) : 1)
 // delta[b,h,t] = sum_d dout[b,t,h,d] out[b,t,h,d]: the softmax backward's row sum. One block a token; DELTA_LANES lanes
 // a head, 16 bytes at a time. Zeroes the turns of attention_backward_kernel.
 template <int HS>
-constexpr int DELTA_LANES = SERIAL ? 1 : HS / VEC16 >= 8 ? 8 : HS / VEC16 >= 4 ? 4 : 2;
+constexpr int DELTA_LANES = SERIAL            ? 1
+                            : HS / VEC16 >= 8 ? 8
+                            : HS / VEC16 >= 4 ? 4
+                                              : 2;
 
 template <int HS>
 __global__ void attention_delta_kernel(float* delta, int* turns, const floatX* dout, const floatX* out, int T, int NH) {
@@ -1873,7 +1884,7 @@ void attention_backward_hs(floatX* dq, floatX* dk, floatX* dv, float* scratch, c
         delta, turns, dout, out, h.T, h.NH);
     CHECK(cudaGetLastError());
     constexpr int ROWS = (SERIAL ? 3 : 2) * BACKWARD_KEYS + 2 * (BACKWARD_AHEAD + 1) * BACKWARD_QUERIES;
-    constexpr int smem = (ROWS * STRIDE<WIDTH<HS>> + BACKWARD_KEYS * STRIDE<BACKWARD_QUERIES>) * sizeof(SharedX) +
+    constexpr int smem = (ROWS * STRIDE<WIDTH<HS>> + BACKWARD_KEYS * STRIDE<BACKWARD_QUERIES>)*sizeof(SharedX) +
                          2 * (BACKWARD_AHEAD + 1) * BACKWARD_QUERIES * sizeof(float);
     CHECK(cudaFuncSetAttribute(attention_backward_kernel<HS>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
     const int blocks = h.B * h.NKV * (SERIAL ? 1 : ceil_div(h.T, BACKWARD_KEYS));
@@ -3686,7 +3697,7 @@ void settle_matmuls(Model& m, const std::string& path, bool resumed) {
     const Config& c = m.c;
     if (matmul.plan({false, true, int(m.N()), c.QKV(), c.C, CUDA_FLOATX}).algos.size() < 2) return;
     if (resumed && access(path.c_str(), R_OK) == 0) {
-        if (matmul.algorithms(read_file(path))) {
+        if (matmul.take_choices(read_file(path))) {
             matmul.forget_plans();
             return;
         }
@@ -3694,7 +3705,7 @@ void settle_matmuls(Model& m, const std::string& path, bool resumed) {
     }
     const double begin = now();
     time_matmuls(m);
-    const std::string text = matmul.algorithms();
+    const std::string text = matmul.choices();
     OutFile file(path);
     file.write(text.data(), text.size());
     file.commit();
