@@ -544,10 +544,13 @@ template <int W>
 constexpr int STRIDE = SERIAL || SWIZZLED<W> ? W
                        : W / VEC16 % 2       ? W
                                              : W + VEC16;
+// Element (row, col + step): with col below 16 and step a constant multiple of 16 one XOR of the row's address.
 template <int W>
-__device__ inline int shared_at(unsigned row, unsigned col) {
-    if (!SERIAL && SWIZZLED<W>) return row * W + ((col / VEC16) ^ (row % 8)) * VEC16 + col % VEC16;
-    return row * STRIDE<W> + col;
+__device__ inline int shared_at(unsigned row, unsigned col, unsigned step = 0) {
+    if (!SERIAL && SWIZZLED<W>)
+        return row * W + ((col / VEC16) ^ (row % 8) ^ (step / VEC16 % 8)) * VEC16 + col % VEC16 +
+               step / (8 * VEC16) * (8 * VEC16);
+    return row * STRIDE<W> + col + step;
 }
 
 template <int HS>
@@ -598,7 +601,7 @@ struct Left {
 
     // rows first + 16i.., columns k..
     __device__ void load(unsigned* f, int i, int k) const {
-        ldmatrix_x4(f, tile + shared_at<W>(first + 16 * i + lane() % 16, k + lane() / 16 * 8));
+        ldmatrix_x4(f, tile + shared_at<W>(first + 16 * i + lane() % 16, lane() / 16 * 8, k));
     }
     __device__ Left(const SharedX* tile, int first) : tile(tile), first(first) {}
     __device__ void keep() {
@@ -619,7 +622,7 @@ __device__ inline void mma_nt(Tile<M, N, BY_COLUMN>& c, const Left<W, M, KEPT>& 
         serial_mma<N, M, W, W, 1, true>(c.v, b, a.tile, ALL, part == LOWER ? UPPER : part == UPPER ? LOWER : ALL);
     } else if constexpr (BF16) {
         c.zero();
-        #pragma unroll
+        #pragma unroll (KEPT ? W / 16 : 2)
         for (int k = 0; k < W; k += 16) {
             unsigned fa[M / 16][4];
             #pragma unroll
@@ -632,7 +635,7 @@ __device__ inline void mma_nt(Tile<M, N, BY_COLUMN>& c, const Left<W, M, KEPT>& 
             #pragma unroll
             for (int j = 0; j < N / 16; j++) {
                 unsigned fb[4];  // k 0-7 and 8-15 of columns 0-7, then of columns 8-15
-                ldmatrix_x4(fb, b + shared_at<W>(16 * j + lane() % 8 + lane() / 16 * 8, k + lane() / 8 % 2 * 8));
+                ldmatrix_x4(fb, b + shared_at<W>(16 * j + lane() % 8 + lane() / 16 * 8, lane() / 8 % 2 * 8, k));
                 #pragma unroll
                 for (int i = 0; i < M / 16; i++) {
                     mma_m16n8k16(c.fragment(i, 2 * j), fa[i], fb);
@@ -672,7 +675,7 @@ __device__ inline void mma_nn(Tile<M, W>& c, const Tile<M, K, BY_COLUMN>& a, con
             #pragma unroll
             for (int j = 0; j < W / 16; j++) {
                 unsigned fb[4];  // k 0-7 and 8-15 of columns 0-7, then of columns 8-15
-                ldmatrix_x4_trans(fb, b + shared_at<W>(16 * k + lane() % 16, 16 * j + lane() / 16 * 8));
+                ldmatrix_x4_trans(fb, b + shared_at<W>(16 * k + lane() % 16, lane() / 16 * 8, 16 * j));
                 #pragma unroll
                 for (int i = 0; i < M / 16; i++) {
                     mma_m16n8k16(c.fragment(i, 2 * j), fa[i], fb);
@@ -756,11 +759,14 @@ __device__ inline void load_tile(SharedX* dst, const floatX* src, size_t stride,
             for (int col = 0; col < W; col++)
                 dst[row * W + col] = row < valid && col < HS ? float(src[row * stride + col]) : 0.0f;
     } else {
+        constexpr int STEP = THREADS / PER_ROW;  // rows at a time; the threads beyond them are idle (HS 72 only)
+        const int first = threadIdx.x / PER_ROW, col = threadIdx.x % PER_ROW * VEC16;
+        const floatX* from = src + first * stride + col;
         #pragma unroll
-        for (int i = threadIdx.x; i < ROWS * PER_ROW; i += THREADS) {
-            const int row = i / PER_ROW, col = i % PER_ROW * VEC16;
+        for (int row = first; row - first < ROWS; row += STEP, from += STEP * stride) {
             const bool there = row < valid && col < HS;
-            copy_async<16>(dst + shared_at<W>(row, col), there ? src + row * stride + col : src, there);
+            if ((ROWS % STEP == 0 || row < ROWS) && (THREADS % PER_ROW == 0 || first < STEP))
+                copy_async<16>(dst + shared_at<W>(row, col), there ? from : src, there);
         }
     }
 }
@@ -1565,7 +1571,7 @@ __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; 
 
 // One block FORWARD_ROWS queries of a head, those with the most keys first.
 template <int HS>
-__global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? (HS > 64 ? 2 : 3) : 1)
+__global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
     attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, int B, int T,
                              int NH, int NKV, float scale) {
     constexpr int W = WIDTH<HS>, COLS = FORWARD_KEYS, SLOT = COLS * STRIDE<W>;
