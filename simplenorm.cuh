@@ -15,9 +15,12 @@
 // Only the raw linear outputs and (mean, rstd) of each row are kept for the backward; xh and y are computed again.
 // A gain that is null means: no such norm in this variant (y = x), so all variants of the model share these kernels.
 //
-// Layout of the work: forward one block a row. Backward a few blocks, each walks rows blockIdx.x, + gridDim.x, ... and
-// adds dy xh into its own line of `partial` (gridDim.x, width); gain_grad sums the lines in order: no atomics, same
-// bits. From train_gpt.cu: floatX, Flat, load/store through float, lane(), warp(), num_warps(), block_sum().
+// Layout of the work (see "Rows" in train_gpt.cu): forward one block a row, which stays in registers between its
+// passes. Backward as many blocks as fit on the device, each walks rows blockIdx.x, + gridDim.x, ... and adds dy xh into
+// its own line of `partial` (gridDim.x, width); gain_grad sums the lines in order: no atomics, same bits.
+//
+// A forward kernel with `known` finds (mean, rstd) in stats, left there by the matmul (linear_forward_stats) or, when
+// the backward replays a block, by the forward.
 #pragma once
 
 struct Norm {
@@ -25,115 +28,164 @@ struct Norm {
     bool center;  // false: RMSNorm, true: LayerNorm without bias
 };
 
-// mean and rstd of x[0..C), C elements of one row, by the whole block
-__device__ inline float2 row_stats(const floatX* x, int C, Norm norm) {
-    float mean = 0.0f;
+__device__ inline float normalize(float x, float2 stats) { return (x - stats.x) * stats.y; }
+
+// stats[i] = mean and rstd of row i, W[i] elements, by the whole block; known: they are there
+template <int PACKS, int ROWS>
+__device__ inline void row_stats(float2 (&s)[ROWS], float2* stats, bool known, const Row<PACKS> (&rows)[ROWS],
+                                 const int (&W)[ROWS], Norm norm) {
+    float mean[ROWS] = {}, square[ROWS] = {};
+    if (known) {
+        #pragma unroll
+        for (int i = 0; i < ROWS; i++) s[i] = stats[i];
+        return;
+    }
     if (norm.center) {
+        #pragma unroll
+        for (int i = 0; i < ROWS; i++) each<PACKS>(W[i], [&](int p, int e, int) { mean[i] += rows[i](p, e); });
+        block_sums(mean);
+    }
+    #pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        const float m = mean[i] = mean[i] / W[i];
         float sum = 0.0f;
-        for (int c = threadIdx.x; c < C; c += blockDim.x) sum += float(x[c]);
-        mean = block_sum(sum) / C;
+        each<PACKS>(W[i], [&](int p, int e, int) {
+            const float d = rows[i](p, e) - m;
+            sum += d * d;
+        });
+        square[i] = sum;
     }
-    float square = 0.0f;
-    for (int c = threadIdx.x; c < C; c += blockDim.x) {
-        float d = float(x[c]) - mean;
-        square += d * d;
+    block_sums(square);
+    #pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        s[i] = make_float2(mean[i], rsqrtf(square[i] / W[i] + norm.eps));
+        if (threadIdx.x == 0) stats[i] = s[i];
     }
-    return make_float2(mean, rsqrtf(block_sum(square) / C + norm.eps));
 }
 
-// c1 and c2 of the row's backward from this thread's sums of g dy and g dy xh
-__device__ inline float2 row_means(float sum_gdy, float sum_gdy_xh, int C, Norm norm) {
-    float c2 = block_sum(sum_gdy_xh) / C;
-    float c1 = norm.center ? block_sum(sum_gdy) / C : 0.0f;
-    return make_float2(c1, c2);
+// Lets a kernel have so many bytes of dynamic shared memory; returns them.
+template <typename Kernel>
+size_t dynamic_shared(Kernel* kernel, size_t bytes) {
+    if (bytes > device_shared)
+        throw Error(
+            format("--dim: the sums of a row's columns need %zu bytes of shared memory, of which a block has "
+                   "%zu here. Choose a narrower model.",
+                   bytes, device_shared));
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+    return bytes;
 }
-
-__device__ inline float normalize(floatX x, float2 stats) { return (float(x) - stats.x) * stats.y; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Gain gradient, second stage: dgain[c] += sum_b partial[b, c] for c < W. dgain (W) G, partial (blocks, stride) float.
+// A block has 32 columns; its warps sum every 8th line, then the first sums the 8 sums. (In the serial geometry one
+// warp has 256 columns, so that there is a loop to vectorise.)
 
 template <typename G>
 __global__ void gain_grad_kernel(G* dgain, const float* partial, int blocks, int W, int stride) {
-    constexpr int COLUMNS = 256;  // a block's share, so that the serial geometry has a loop to vectorise
-    for (int c = blockIdx.x * COLUMNS + threadIdx.x; c < min(W, int(blockIdx.x + 1) * COLUMNS); c += blockDim.x) {
+    constexpr int COLUMNS = SERIAL ? 256 : 32;
+    __shared__ float sums[8][COLUMNS];
+    const int first = blockIdx.x * COLUMNS, end = min(W, first + COLUMNS);
+    for (int c = first + lane(); c < end; c += WARP_SIZE) {
         float sum = 0.0f;
-        for (int b = 0; b < blocks; b++) sum += partial[size_t(b) * stride + c];
+        for (int b = warp(); b < blocks; b += num_warps()) sum += partial[size_t(b) * stride + c];
+        sums[warp()][c - first] = sum;
+    }
+    __syncthreads();
+    for (int c = first + threadIdx.x; c < end; c += blockDim.x) {
+        float sum = 0.0f;
+        for (int w = 0; w < num_warps(); w++) sum += sums[w][c - first];
         dgain[c] = float(dgain[c]) + sum;
     }
 }
 
 void gain_grad(Flat dgain, const float* partial, int blocks, int W, int stride, cudaStream_t stream) {
+    const int columns = SERIAL ? 256 : 32;
     dgain.visit([&](auto* d) {
         using G = std::decay_t<decltype(*d)>;
-        gain_grad_kernel<G><<<(W + 255) / 256, 256, 0, stream>>>(d, partial, blocks, W, stride);
+        gain_grad_kernel<G><<<(W + columns - 1) / columns, 256, 0, stream>>>(d, partial, blocks, W, stride);
     });
     CHECK(cudaGetLastError());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Norm of a row, then the residual: out[n,c] = res[n,c] + y[n,c]. The o and w2 linears; with res null the plain norm
-// (pre-norms, final norm). out, x, res (N,C) floatX; gain (C) floatX or null; stats (N) float2, written if gain.
+// (pre-norms, final norm). out, x, res (N,C) floatX; gain (C) floatX or null; stats (N) float2, written if gain and not
+// known.
 
-__global__ void norm_residual_forward_kernel(floatX* out, float2* stats, const floatX* x, const floatX* res,
-                                             const floatX* gain, int C, Norm norm) {
-    size_t n = blockIdx.x;
-    x += n * C;
+template <int PACKS>
+__global__ void __launch_bounds__(ROW_THREADS)
+    norm_residual_forward_kernel(floatX* out, float2* stats, const floatX* x, const floatX* res, const floatX* gain,
+                                 int C, Norm norm, bool known) {
+    const size_t n = blockIdx.x;
+    Row<PACKS> row[1], add, g;
+    row[0].load(x + n * C, C);
+    if (res) add.load(res + n * C, C);
+    if (gain) g.load(gain, C);
+    float2 s[1] = {make_float2(0.0f, 1.0f)};
+    if (gain) row_stats<PACKS, 1>(s, stats + n, known, row, {C}, norm);
     out += n * C;
-    if (res) res += n * C;
-    if (!gain) {
-        for (int c = threadIdx.x; c < C; c += blockDim.x) out[c] = float(x[c]) + (res ? float(res[c]) : 0.0f);
-        return;
-    }
-    float2 s = row_stats(x, C, norm);
-    if (threadIdx.x == 0) stats[n] = s;
-    if (res) {
-        for (int c = threadIdx.x; c < C; c += blockDim.x) out[c] = float(res[c]) + float(gain[c]) * normalize(x[c], s);
-    } else {
-        for (int c = threadIdx.x; c < C; c += blockDim.x) out[c] = float(gain[c]) * normalize(x[c], s);
-    }
+    PackWriter write;
+    each<PACKS>(C, [&](int p, int e, int c) {
+        const float y = gain ? g(p, e) * normalize(row[0](p, e), s[0]) : row[0](p, e);
+        write(out + c, e, res ? add(p, e) + y : y);
+    });
 }
 
 void norm_residual_forward(floatX* out, float2* stats, const floatX* x, const floatX* res, const floatX* gain, int N,
-                           int C, Norm norm, cudaStream_t stream) {
-    norm_residual_forward_kernel<<<N, row_threads(C), 0, stream>>>(out, stats, x, res, gain, C, norm);
+                           int C, Norm norm, cudaStream_t stream, bool known = false) {
+    row_shape(C, [&](auto packs, int threads) {
+        constexpr int P = packs.value;
+        norm_residual_forward_kernel<P><<<N, threads, 0, stream>>>(out, stats, x, res, gain, C, norm, known);
+    });
     CHECK(cudaGetLastError());
 }
 
 // Norm backward: dx[n,c] = sum_to[n,c] + (dx of the formula at the top). dx, dy, x, sum_to (N,C) floatX, sum_to null
-// for nothing, may be dx itself; dgain (C), added to; partial (row_blocks(N), C) float scratch.
-__global__ void norm_backward_kernel(floatX* dx, float* partial, const floatX* sum_to, const floatX* dy,
-                                     const floatX* x, const floatX* gain, const float2* stats, int N, int C,
-                                     Norm norm) {
+// for nothing, may be dx itself; dgain (C), added to; partial (row_blocks(N, C), C) float scratch.
+template <int PACKS>
+__global__ void __launch_bounds__(ROW_THREADS)
+    norm_backward_kernel(floatX* dx, float* partial, const floatX* sum_to, const floatX* dy, const floatX* x,
+                         const floatX* gain, const float2* stats, int N, int C, Norm norm) {
+    extern __shared__ __align__(16) float column_sums[];
     partial += size_t(blockIdx.x) * C;
-    for (int c = threadIdx.x; c < C; c += blockDim.x) partial[c] = 0.0f;  // a column stays with one thread throughout
+    ColumnSums dg(SERIAL ? partial : column_sums);
+    dg.zero(C);
     for (size_t n = blockIdx.x; n < size_t(N); n += gridDim.x) {
-        const floatX *xn = x + n * C, *dyn = dy + n * C;
-        float2 s = stats[n];
-        float sum1 = 0.0f, sum2 = 0.0f;
-        for (int c = threadIdx.x; c < C; c += blockDim.x) {
-            float xh = normalize(xn[c], s), d = float(dyn[c]), gd = float(gain[c]) * d;
-            sum1 += gd;
-            sum2 += gd * xh;
-            partial[c] += d * xh;
-        }
-        float2 m = row_means(sum1, sum2, C, norm);
+        Row<PACKS> row, d, add;
+        PackReader g;
+        row.load(x + n * C, C);
+        d.load(dy + n * C, C);
+        if (sum_to) add.load(sum_to + n * C, C);
+        const float2 s = stats[n];
+        float sum_gd = 0.0f, sum_gdx = 0.0f;
+        each<PACKS>(C, [&](int p, int e, int c) {
+            const float xh = normalize(row(p, e), s), gd = g(gain + c, e) * d(p, e);
+            sum_gd += gd;
+            sum_gdx += gd * xh;
+            dg.add(c, e, d(p, e) * xh);
+        });
+        float means[2] = {sum_gd, sum_gdx};
+        block_sums(means);
+        const float c1 = norm.center ? means[0] / C : 0.0f, c2 = means[1] / C;
         floatX* out = dx + n * C;
-        if (sum_to) {
-            const floatX* add = sum_to + n * C;
-            for (int c = threadIdx.x; c < C; c += blockDim.x)
-                out[c] = float(add[c]) + s.y * (float(gain[c]) * float(dyn[c]) - m.x - normalize(xn[c], s) * m.y);
-        } else {
-            for (int c = threadIdx.x; c < C; c += blockDim.x)
-                out[c] = s.y * (float(gain[c]) * float(dyn[c]) - m.x - normalize(xn[c], s) * m.y);
-        }
+        PackWriter write;
+        each<PACKS>(C, [&](int p, int e, int c) {
+            const float v = s.y * (g(gain + c, e) * d(p, e) - c1 - normalize(row(p, e), s) * c2);
+            write(out + c, e, sum_to ? add(p, e) + v : v);
+        });
     }
+    dg.write(partial, C);
 }
 
 void norm_backward(floatX* dx, Flat dgain, float* partial, const floatX* sum_to, const floatX* dy, const floatX* x,
                    const floatX* gain, const float2* stats, int N, int C, Norm norm, cudaStream_t stream) {
-    int blocks = row_blocks(N);
-    norm_backward_kernel<<<blocks, row_threads(C), 0, stream>>>(dx, partial, sum_to, dy, x, gain, stats, N, C, norm);
+    const int blocks = row_blocks(N, C);
+    row_shape(C, [&](auto packs, int threads) {
+        constexpr int P = packs.value;
+        const size_t shared = dynamic_shared(norm_backward_kernel<P>, ColumnSums::bytes(C));
+        norm_backward_kernel<P>
+            <<<blocks, threads, shared, stream>>>(dx, partial, sum_to, dy, x, gain, stats, N, C, norm);
+    });
     CHECK(cudaGetLastError());
     gain_grad(dgain, partial, blocks, C, C, stream);
 }
@@ -148,6 +200,7 @@ void norm_backward(floatX* dx, Flat dgain, float* partial, const floatX* sum_to,
 struct Heads {
     int B, T, NH, NKV, HS;
     __host__ __device__ int width(int part) const { return (part == 0 ? NH : NKV) * HS; }  // part 0: q, 1: k, 2: v
+    __host__ __device__ int begin(int part) const { return part == 0 ? 0 : part == 1 ? NH * HS : (NH + NKV) * HS; }
     __host__ __device__ int qkv() const { return (NH + 2 * NKV) * HS; }
 };
 
@@ -160,116 +213,167 @@ __device__ inline float2 rotate(float2 y, float2 angle) {
     return make_float2(y.x * angle.x - y.y * angle.y, y.x * angle.y + y.y * angle.x);
 }
 
-// where row (b, t) of a head begins in (B,H,T,HS)
-__device__ inline size_t head_row(int b, int head, int t, int H, Heads h) {
-    return ((size_t(b) * H + head) * h.T + t) * h.HS;
+// Where row (b, t) of the heads of a part begins in (B,H,T,HS); the next head is T HS further.
+__device__ inline size_t head_row(int part, size_t n, Heads h) {
+    const size_t H = part == 0 ? h.NH : h.NKV, b = n / h.T, t = n % h.T;
+    return (b * H * h.T + t) * h.HS;
 }
 
-__global__ void qkv_norm_rope_forward_kernel(floatX* q, floatX* k, floatX* v, float2* stats, const floatX* raw,
-                                             QkvGains gains, const float2* rope, Heads h, Norm norm) {
-    size_t n = blockIdx.x;
-    int b = n / h.T, t = n % h.T;
-    const floatX* x = raw + n * h.qkv();
-    for (int part = 0; part < 3; part++) {
-        int W = h.width(part), H = W / h.HS;
-        const floatX* gain = gains.of(part);
-        float2 s = gain ? row_stats(x, W, norm) : make_float2(0.0f, 1.0f);
-        if (threadIdx.x == 0) stats[3 * n + part] = s;
-        const float2* angle = rope && part < 2 ? rope + size_t(t) * (h.HS / 2) : nullptr;
-        for (int head = warp(); head < H; head += num_warps()) {  // one warp a head, a lane a pair
-            floatX* out = (part == 0 ? q : part == 1 ? k : v) + head_row(b, head, t, H, h);
-            const floatX* in = x + head * h.HS;
-            const floatX* g = gain ? gain + head * h.HS : nullptr;
-            for (int i = lane(); i < h.HS / 2; i += WARP_SIZE) {
-                float2 y = make_float2(normalize(in[2 * i], s), normalize(in[2 * i + 1], s));
-                if (g) y = make_float2(float(g[2 * i]) * y.x, float(g[2 * i + 1]) * y.y);
-                if (angle) y = rotate(y, angle[i]);
-                out[2 * i] = y.x;
-                out[2 * i + 1] = y.y;
+// A row (W) that is split into heads: as a Row, but columns of the next head lie h.T rows further.
+template <int PACKS>
+struct HeadRow : Row<PACKS> {
+    __device__ void load(const floatX* from, int W, Heads h) {
+        this->x = from;
+        if constexpr (!SERIAL) {
+            #pragma unroll
+            for (int p = 0; p < PACKS; p++) {
+                const int c = (p * blockDim.x + threadIdx.x) * PACK;
+                if (c < W) load_pack(this->v[p], from + size_t(c / h.HS) * h.T * h.HS + c % h.HS, PACK);
             }
         }
-        x += W;
+    }
+    // element e of pack p, which is the `at`-th from the row's begin
+    __device__ float operator()(int p, int e, size_t at) const {
+        return SERIAL ? float(this->x[at]) : unpack(this->v[p], e);
+    }
+};
+
+// f(p, e, c, at, i) for each pair of this thread's, the elements e and e + 1 of pack p: columns c and c + 1, in memory
+// that is split into heads the at-th from the row's begin, pair i of its head
+template <int PACKS, typename F>
+__device__ inline void each_pair(int W, Heads h, F f) {
+    const size_t next = size_t(h.T) * h.HS;
+    if constexpr (SERIAL) {
+        for (int head = 0; head < W / h.HS; head++) {
+            #pragma GCC ivdep
+            for (int i = 0; i < h.HS / 2; i++) {
+                const int c = head * h.HS + 2 * i;
+                f(0, c, c, head * next + 2 * i, i);
+            }
+        }
+    } else {
+        #pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+            const int c = (p * blockDim.x + threadIdx.x) * PACK, head = c / h.HS, first = c % h.HS;
+            if (c >= W) break;
+            #pragma unroll
+            for (int e = 0; e < PACK; e += 2) f(p, e, c + e, head * next + first + e, first / 2 + e / 2);
+        }
+    }
+}
+
+template <int PACKS>
+__global__ void __launch_bounds__(ROW_THREADS)
+    qkv_norm_rope_forward_kernel(floatX* q, floatX* k, floatX* v, float2* stats, const floatX* raw, QkvGains gains,
+                                 const float2* rope, Heads h, Norm norm, bool known) {
+    const size_t n = blockIdx.x;
+    const int W[3] = {h.width(0), h.width(1), h.width(2)};
+    Row<PACKS> x[3];
+    #pragma unroll
+    for (int part = 0; part < 3; part++) x[part].load(raw + n * h.qkv() + h.begin(part), W[part]);
+    float2 s[3];
+    if (gains.q) row_stats<PACKS, 3>(s, stats + 3 * n, known, x, W, norm);
+    #pragma unroll
+    for (int part = 0; part < 3; part++) {
+        const floatX* gain = gains.of(part);
+        const float2* angle = rope && part < 2 ? rope + n % h.T * (h.HS / 2) : nullptr;
+        floatX* out = (part == 0 ? q : part == 1 ? k : v) + head_row(part, n, h);
+        PackReader g;
+        PackWriter write;
+        each_pair<PACKS>(W[part], h, [&](int p, int e, int c, size_t at, int i) {
+            float2 y = make_float2(x[part](p, e), x[part](p, e + 1));
+            if (gain) {
+                y.x = g(gain + c, e) * normalize(y.x, s[part]);
+                y.y = g(gain + c + 1, e + 1) * normalize(y.y, s[part]);
+            }
+            if (angle) y = rotate(y, angle[i]);
+            write(out + at, e, y.x);
+            write(out + at + 1, e + 1, y.y);
+        });
     }
 }
 
 void qkv_norm_rope_forward(floatX* q, floatX* k, floatX* v, float2* stats, const floatX* raw, QkvGains gains,
-                           const float2* rope, Heads h, Norm norm, cudaStream_t stream) {
-    qkv_norm_rope_forward_kernel<<<h.B * h.T, row_threads(h.width(0)), 0, stream>>>(q, k, v, stats, raw, gains, rope, h,
-                                                                                    norm);
+                           const float2* rope, Heads h, Norm norm, cudaStream_t stream, bool known = false) {
+    row_shape(h.width(0), [&](auto packs, int threads) {
+        constexpr int P = packs.value;
+        qkv_norm_rope_forward_kernel<P>
+            <<<h.B * h.T, threads, 0, stream>>>(q, k, v, stats, raw, gains, rope, h, norm, known);
+    });
     CHECK(cudaGetLastError());
 }
 
-// The gradient of pair i of a head before the rotation: turned back by the same angle.
-__device__ inline float2 unrotate(const floatX* dy, int i, const float2* angle) {
-    float2 d = make_float2(float(dy[2 * i]), float(dy[2 * i + 1]));
-    return angle ? rotate(d, make_float2(angle[i].x, -angle[i].y)) : d;
-}
-
 // draw (B,T,QKV) floatX from dq (B,NH,T,HS), dk, dv (B,NKV,T,HS); partial (blocks, QKV) float.
-__global__ void qkv_norm_rope_backward_kernel(floatX* __restrict__ draw, float* __restrict__ partial,
-                                              const floatX* __restrict__ dq, const floatX* __restrict__ dk,
-                                              const floatX* __restrict__ dv, const floatX* __restrict__ raw,
-                                              QkvGains gains, const float2* __restrict__ stats,
-                                              const float2* __restrict__ rope, Heads h, Norm norm) {
+template <int PACKS>
+__global__ void __launch_bounds__(ROW_THREADS)
+    qkv_norm_rope_backward_kernel(floatX* draw, float* partial, const floatX* dq, const floatX* dk, const floatX* dv,
+                                  const floatX* raw, QkvGains gains, const float2* stats, const float2* rope, Heads h,
+                                  Norm norm) {
+    extern __shared__ __align__(16) float column_sums[];
     const size_t QKV = h.qkv();
     partial += blockIdx.x * QKV;
-    for (size_t n = blockIdx.x; n < size_t(h.B) * h.T; n += gridDim.x) {
-        int b = n / h.T, t = n % h.T;
-        bool first = n == blockIdx.x;
-        const floatX* x = raw + n * QKV;
-        floatX* dx = draw + n * QKV;
-        float* dg = partial;
+    float* sums = SERIAL ? partial : column_sums;
+    ColumnSums(sums).zero(QKV);
+    for (size_t n = blockIdx.x; n < size_t(h.B) * h.T; n += gridDim.x)
         for (int part = 0; part < 3; part++) {
-            int W = h.width(part), H = W / h.HS;
+            const int W = h.width(part);
             const floatX* gain = gains.of(part);
-            const floatX* dout = part == 0 ? dq : part == 1 ? dk : dv;
-            const float2* angle = rope && part < 2 ? rope + size_t(t) * (h.HS / 2) : nullptr;
-            float2 s = stats[3 * n + part], m = make_float2(0.0f, 0.0f);
-            if (gain) {  // the row's sums and the gain's gradient; a column is always the same thread's
-                float sum1 = 0.0f, sum2 = 0.0f;
-                for (int head = warp(); head < H; head += num_warps()) {
-                    const floatX* dy = dout + head_row(b, head, t, H, h);
-                    for (int i = lane(); i < h.HS / 2; i += WARP_SIZE) {
-                        int c = head * h.HS + 2 * i;
-                        float2 d = unrotate(dy, i, angle);
-                        float2 xh = make_float2(normalize(x[c], s), normalize(x[c + 1], s));
-                        float2 gd = make_float2(float(gain[c]) * d.x, float(gain[c + 1]) * d.y);
-                        sum1 += gd.x + gd.y;
-                        sum2 += gd.x * xh.x + gd.y * xh.y;
-                        dg[c] = (first ? 0.0f : dg[c]) + d.x * xh.x;
-                        dg[c + 1] = (first ? 0.0f : dg[c + 1]) + d.y * xh.y;
-                    }
-                }
-                m = row_means(sum1, sum2, W, norm);
+            const float2* angle = rope && part < 2 ? rope + n % h.T * (h.HS / 2) : nullptr;
+            const float2 s = stats[3 * n + part];
+            ColumnSums dg(sums + h.begin(part));
+            Row<PACKS> x;
+            HeadRow<PACKS> dy;
+            x.load(raw + n * QKV + h.begin(part), W);
+            dy.load((part == 0 ? dq : part == 1 ? dk : dv) + head_row(part, n, h), W, h);
+            // the gradient of a pair before the rotation: turned back by the same angle
+            auto gradient = [&](int p, int e, size_t at, int i) {
+                const float2 d = make_float2(dy(p, e, at), dy(p, e + 1, at + 1));
+                return angle ? rotate(d, make_float2(angle[i].x, -angle[i].y)) : d;
+            };
+            PackReader g;
+            float c1 = 0.0f, c2 = 0.0f;
+            if (gain) {
+                float sum_gd = 0.0f, sum_gdx = 0.0f;
+                each_pair<PACKS>(W, h, [&](int p, int e, int c, size_t at, int i) {
+                    const float2 d = gradient(p, e, at, i);
+                    const float2 xh = make_float2(normalize(x(p, e), s), normalize(x(p, e + 1), s));
+                    const float gd0 = g(gain + c, e) * d.x, gd1 = g(gain + c + 1, e + 1) * d.y;
+                    sum_gd += gd0 + gd1;
+                    sum_gdx += gd0 * xh.x + gd1 * xh.y;
+                    dg.add(c, e, d.x * xh.x);
+                    dg.add(c + 1, e + 1, d.y * xh.y);
+                });
+                float means[2] = {sum_gd, sum_gdx};
+                block_sums(means);
+                c1 = norm.center ? means[0] / W : 0.0f, c2 = means[1] / W;
             }
-            for (int head = warp(); head < H; head += num_warps()) {
-                const floatX* dy = dout + head_row(b, head, t, H, h);
-                for (int i = lane(); i < h.HS / 2; i += WARP_SIZE) {
-                    int c = head * h.HS + 2 * i;
-                    float2 d = unrotate(dy, i, angle);
-                    if (gain) {
-                        d.x = s.y * (float(gain[c]) * d.x - m.x - normalize(x[c], s) * m.y);
-                        d.y = s.y * (float(gain[c + 1]) * d.y - m.x - normalize(x[c + 1], s) * m.y);
-                    }
-                    dx[c] = d.x;
-                    dx[c + 1] = d.y;
+            floatX* out = draw + n * QKV + h.begin(part);
+            PackWriter write;
+            each_pair<PACKS>(W, h, [&](int p, int e, int c, size_t at, int i) {
+                float2 d = gradient(p, e, at, i);
+                if (gain) {
+                    d.x = s.y * (g(gain + c, e) * d.x - c1 - normalize(x(p, e), s) * c2);
+                    d.y = s.y * (g(gain + c + 1, e + 1) * d.y - c1 - normalize(x(p, e + 1), s) * c2);
                 }
-            }
-            x += W;
-            dx += W;
-            dg += W;
+                write(out + c, e, d.x);
+                write(out + c + 1, e + 1, d.y);
+            });
         }
-    }
+    for (int part = 0; part < 3; part++) ColumnSums(sums + h.begin(part)).write(partial + h.begin(part), h.width(part));
 }
 
 // dgain added to: the gradients of the gains there are, side by side from q's on, null if there are none.
-// partial (row_blocks(B T), QKV) float scratch.
+// partial (row_blocks(B T, NH HS), QKV) float scratch.
 void qkv_norm_rope_backward(floatX* draw, Flat dgain, float* partial, const floatX* dq, const floatX* dk,
                             const floatX* dv, const floatX* raw, QkvGains gains, const float2* stats,
                             const float2* rope, Heads h, Norm norm, cudaStream_t stream) {
-    int blocks = row_blocks(h.B * h.T);
-    qkv_norm_rope_backward_kernel<<<blocks, row_threads(h.width(0)), 0, stream>>>(draw, partial, dq, dk, dv, raw, gains,
-                                                                                  stats, rope, h, norm);
+    const int blocks = row_blocks(h.B * h.T, h.width(0));
+    row_shape(h.width(0), [&](auto packs, int threads) {
+        constexpr int P = packs.value;
+        const size_t shared = dynamic_shared(qkv_norm_rope_backward_kernel<P>, ColumnSums::bytes(h.qkv()));
+        qkv_norm_rope_backward_kernel<P>
+            <<<blocks, threads, shared, stream>>>(draw, partial, dq, dk, dv, raw, gains, stats, rope, h, norm);
+    });
     CHECK(cudaGetLastError());
     if (!dgain.p) return;
     int W = h.width(0) + h.width(1) + (gains.v ? h.width(2) : 0);
@@ -280,7 +384,8 @@ void qkv_norm_rope_backward(floatX* draw, Flat dgain, float* partial, const floa
 // Feed-forward activation of the normed linears.
 //   gated (SwiGLU): raw (N,2F) = w1 x | w3 x,  out[n,f] = silu(u) v,  u = No(w1 x), v = No(w3 x)
 //   else (GELU):    raw (N,F) = fc x,          out[n,f] = gelu(u),    u = No(fc x), gelu(u) = u/2 (1 + erf(u/sqrt 2))
-// out (N,F) floatX; gain (2F) or (F) floatX or null; stats (N,2) or (N,1) float2, written if gain.
+// out (N,F) floatX; gain (2F) or (F) floatX or null; stats (N,2) or (N,1) float2, written if gain
+// and not known.
 
 // one value of the activation and its two derivatives: f(u, v), df/du, df/dv
 struct Activation {
@@ -288,7 +393,7 @@ struct Activation {
 };
 
 __device__ inline Activation swiglu(float u, float v) {
-    float s = 1.0f / (1.0f + __expf(-u));
+    float s = __fdividef(1.0f, 1.0f + __expf(-u));
     return {u * s * v, v * s * (1.0f + u * (1.0f - s)), u * s};
 }
 
@@ -297,112 +402,161 @@ __device__ inline Activation gelu(float u) {
     return {u * cdf, cdf + u * 0.39894228f * __expf(-0.5f * u * u), 0.0f};
 }
 
-// u and v of column f
-template <bool GATED>
-__device__ inline float2 ffn_inputs(const floatX* x, const floatX* gain, int f, int F, float2 s1, float2 s3) {
-    float u = normalize(x[f], s1), v = GATED ? normalize(x[F + f], s3) : 0.0f;
-    if (gain) {
-        u *= float(gain[f]);
-        if (GATED) v *= float(gain[F + f]);
-    }
-    return make_float2(u, v);
-}
-
-template <bool GATED>
-__global__ void ffn_norm_act_forward_kernel(floatX* __restrict__ out, float2* stats, const floatX* __restrict__ raw,
-                                            const floatX* __restrict__ gain, int F, Norm norm) {
+template <int PACKS, bool GATED>
+__global__ void __launch_bounds__(ROW_THREADS)
+    ffn_norm_act_forward_kernel(floatX* out, float2* stats, const floatX* raw, const floatX* gain, int F, Norm norm,
+                                bool known) {
     constexpr int PARTS = GATED ? 2 : 1;
-    size_t n = blockIdx.x;
-    const floatX* x = raw + n * PARTS * F;
-    float2 s1 = make_float2(0.0f, 1.0f), s3 = s1;
-    if (gain) {
-        s1 = row_stats(x, F, norm);
-        if (GATED) s3 = row_stats(x + F, F, norm);
-        if (threadIdx.x == 0) {
-            stats[PARTS * n] = s1;
-            if (GATED) stats[PARTS * n + 1] = s3;
+    const size_t n = blockIdx.x;
+    Row<PACKS> x[PARTS];
+    int W[PARTS];
+    float2 s[PARTS];
+    #pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+        x[i].load(raw + (n * PARTS + i) * F, F);
+        W[i] = F, s[i] = make_float2(0.0f, 1.0f);
+    }
+    if (gain) row_stats<PACKS, PARTS>(s, stats + PARTS * n, known, x, W, norm);
+    out += n * F;
+    PackReader g[PARTS];
+    PackWriter write;
+    each<PACKS>(F, [&](int p, int e, int f) {
+        float u[PARTS];
+        #pragma unroll
+        for (int i = 0; i < PARTS; i++) {
+            u[i] = normalize(x[i](p, e), s[i]);
+            if (gain) u[i] *= g[i](gain + i * F + f, e);
         }
-    }
-    for (int f = threadIdx.x; f < F; f += blockDim.x) {
-        float2 uv = ffn_inputs<GATED>(x, gain, f, F, s1, s3);
-        out[n * F + f] = GATED ? swiglu(uv.x, uv.y).f : gelu(uv.x).f;
-    }
+        write(out + f, e, GATED ? swiglu(u[0], u[PARTS - 1]).f : gelu(u[0]).f);
+    });
 }
 
 void ffn_norm_act_forward(floatX* out, float2* stats, const floatX* raw, const floatX* gain, int N, int F, bool gated,
-                          Norm norm, cudaStream_t stream) {
-    if (gated)
-        ffn_norm_act_forward_kernel<true><<<N, row_threads(F), 0, stream>>>(out, stats, raw, gain, F, norm);
-    else
-        ffn_norm_act_forward_kernel<false><<<N, row_threads(F), 0, stream>>>(out, stats, raw, gain, F, norm);
+                          Norm norm, cudaStream_t stream, bool known = false) {
+    row_shape<8>(F, [&](auto packs, int threads) {
+        constexpr int P = packs.value;
+        if (gated)
+            ffn_norm_act_forward_kernel<P, true><<<N, threads, 0, stream>>>(out, stats, raw, gain, F, norm, known);
+        else
+            ffn_norm_act_forward_kernel<P, false><<<N, threads, 0, stream>>>(out, stats, raw, gain, F, norm, known);
+    });
     CHECK(cudaGetLastError());
 }
 
-// draw like raw, from dout (N,F); partial (blocks, 2F) or (blocks, F) float.
-template <bool GATED>
-__global__ void ffn_norm_act_backward_kernel(floatX* __restrict__ draw, float* __restrict__ partial,
-                                             const floatX* __restrict__ dout, const floatX* __restrict__ raw,
-                                             const floatX* __restrict__ gain, const float2* __restrict__ stats, int N,
-                                             int F, Norm norm) {
+// draw like raw, from dout (N,F); partial (blocks, 2F) or (blocks, F) float. The column sums of a wide row leave room for
+// one block on a multiprocessor, so that `staged` the next row is on its way to shared memory while this one is worked
+// on: each thread's packs, (3 or 2, PACKS, threads) of 16 bytes behind the sums. Rows too wide even for registers
+// (8 packs) are read twice, the second time from L2.
+template <int PACKS, bool GATED>
+__global__ void __launch_bounds__(ROW_THREADS)
+    ffn_norm_act_backward_kernel(floatX* draw, float* partial, const floatX* dout, const floatX* raw,
+                                 const floatX* gain, const float2* stats, int N, int F, Norm norm, bool staged) {
     constexpr int PARTS = GATED ? 2 : 1;
+    constexpr bool HELD = SERIAL || PACKS <= 4;
+    extern __shared__ __align__(16) float column_sums[];
     partial += size_t(blockIdx.x) * PARTS * F;
-    if (gain)
-        for (int c = threadIdx.x; c < F; c += blockDim.x) {
-            partial[c] = 0.0f;
-            if (GATED) partial[F + c] = 0.0f;
-        }
+    ColumnSums dg[PARTS];
+    #pragma unroll
+    for (int i = 0; i < PARTS; i++) dg[i] = ColumnSums((SERIAL ? partial : column_sums) + i * F);
+    if (gain) dg[0].zero(PARTS * F);
+    auto source = [&](int i, size_t n) { return i < PARTS ? raw + (n * PARTS + i) * F : dout + n * F; };
+    uint4* stage = reinterpret_cast<uint4*>(column_sums + PARTS * F);
+    auto fetch = [&](size_t n) {
+        if (!staged) return;
+        for (int i = 0; i <= PARTS && n < size_t(N); i++)
+            for (int p = 0; p < PACKS; p++) {
+                const int slot = p * blockDim.x + threadIdx.x;
+                if (slot * PACK < F)
+                    copy_async<16>(stage + i * PACKS * blockDim.x + slot, source(i, n) + slot * PACK, true);
+            }
+        copy_commit();
+    };
+    fetch(blockIdx.x);
     for (size_t n = blockIdx.x; n < size_t(N); n += gridDim.x) {
-        const floatX *x = raw + n * PARTS * F, *dy = dout + n * F;
-        floatX* dx = draw + n * PARTS * F;
-        if (!gain) {
-            float2 identity = make_float2(0.0f, 1.0f);
-            for (int f = threadIdx.x; f < F; f += blockDim.x) {
-                float2 uv = ffn_inputs<GATED>(x, nullptr, f, F, identity, identity);
-                Activation a = GATED ? swiglu(uv.x, uv.y) : gelu(uv.x);
-                dx[f] = float(dy[f]) * a.du;
-                if (GATED) dx[F + f] = float(dy[f]) * a.dv;
+        Row<PACKS> row[PARTS + 1];  // x of each part, dy
+        if (staged) copy_wait<0>();
+        #pragma unroll
+        for (int i = 0; i <= PARTS && HELD; i++)
+            staged ? row[i].take(stage + i * PACKS * blockDim.x, F) : row[i].load(source(i, n), F);
+        float2 s[PARTS];
+        #pragma unroll
+        for (int i = 0; i < PARTS; i++) s[i] = gain ? stats[PARTS * n + i] : make_float2(0.0f, 1.0f);
+        PackReader again[PARTS + 1];
+        auto value = [&](int i, int p, int e, int f) { return HELD ? row[i](p, e) : again[i](source(i, n) + f, e); };
+        PackReader reader[PARTS];
+        // xh, g and the gradient of y of both parts at element e of pack p, column f
+        struct Point {
+            float xh[PARTS], g[PARTS], d[PARTS];
+        };
+        auto point = [&](int p, int e, int f) {
+            Point a;
+            float y[PARTS];
+            #pragma unroll
+            for (int i = 0; i < PARTS; i++) {
+                a.xh[i] = normalize(value(i, p, e, f), s[i]);
+                a.g[i] = gain ? reader[i](gain + i * F + f, e) : 1.0f;
+                y[i] = a.g[i] * a.xh[i];
             }
-            continue;
+            const float d = value(PARTS, p, e, f);
+            const Activation act = GATED ? swiglu(y[0], y[PARTS - 1]) : gelu(y[0]);
+            #pragma unroll
+            for (int i = 0; i < PARTS; i++) a.d[i] = d * (i == 0 ? act.du : act.dv);
+            return a;
+        };
+        float means[2 * PARTS] = {};  // of g dy and of g dy xh, for each part
+        if (gain) {
+            float gd[PARTS] = {}, gdx[PARTS] = {};
+            each<PACKS, HELD>(F, [&](int p, int e, int f) {
+                const Point a = point(p, e, f);
+                #pragma unroll
+                for (int i = 0; i < PARTS; i++) {
+                    gd[i] += a.g[i] * a.d[i];
+                    gdx[i] += a.g[i] * a.d[i] * a.xh[i];
+                    dg[i].add(f, e, a.d[i] * a.xh[i]);
+                }
+            });
+            #pragma unroll
+            for (int i = 0; i < PARTS; i++) means[2 * i] = gd[i], means[2 * i + 1] = gdx[i];
+            block_sums(means);
         }
-        float2 s1 = stats[PARTS * n], s3 = GATED ? stats[PARTS * n + 1] : s1;
-        float sum_u = 0.0f, sum_ux = 0.0f, sum_v = 0.0f, sum_vx = 0.0f;
-        for (int f = threadIdx.x; f < F; f += blockDim.x) {
-            float2 uv = ffn_inputs<GATED>(x, gain, f, F, s1, s3);
-            Activation a = GATED ? swiglu(uv.x, uv.y) : gelu(uv.x);
-            float xh = normalize(x[f], s1), du = float(dy[f]) * a.du;
-            partial[f] += du * xh;
-            sum_u += float(gain[f]) * du;
-            sum_ux += float(gain[f]) * du * xh;
-            if (GATED) {
-                float xh3 = normalize(x[F + f], s3), dv = float(dy[f]) * a.dv;
-                partial[F + f] += dv * xh3;
-                sum_v += float(gain[F + f]) * dv;
-                sum_vx += float(gain[F + f]) * dv * xh3;
-            }
-        }
-        float2 m1 = row_means(sum_u, sum_ux, F, norm), m3 = m1;
-        if (GATED) m3 = row_means(sum_v, sum_vx, F, norm);
-        for (int f = threadIdx.x; f < F; f += blockDim.x) {
-            float2 uv = ffn_inputs<GATED>(x, gain, f, F, s1, s3);
-            Activation a = GATED ? swiglu(uv.x, uv.y) : gelu(uv.x);
-            float d = float(dy[f]);
-            dx[f] = s1.y * (float(gain[f]) * d * a.du - m1.x - normalize(x[f], s1) * m1.y);
-            if (GATED) dx[F + f] = s3.y * (float(gain[F + f]) * d * a.dv - m3.x - normalize(x[F + f], s3) * m3.y);
-        }
+        if (gain) fetch(n + gridDim.x);  // this row's packs have been used, not only asked for
+        float c1[PARTS], c2[PARTS];
+        #pragma unroll
+        for (int i = 0; i < PARTS; i++) c1[i] = norm.center ? means[2 * i] / F : 0.0f, c2[i] = means[2 * i + 1] / F;
+        PackWriter write[PARTS];
+        floatX* out = draw + n * PARTS * F;
+        each<PACKS, HELD>(F, [&](int p, int e, int f) {
+            const Point a = point(p, e, f);
+            #pragma unroll
+            for (int i = 0; i < PARTS; i++)
+                write[i](out + i * F + f, e, s[i].y * (a.g[i] * a.d[i] - c1[i] - a.xh[i] * c2[i]));
+        });
+        if (!gain) fetch(n + gridDim.x);
     }
+    if (gain)
+        #pragma unroll
+        for (int i = 0; i < PARTS; i++) dg[i].write(partial + i * F, F);
 }
 
-// dgain (2F) or (F), added to, null with gain null; partial (row_blocks(N), 2F) or (.., F) float scratch.
+// dgain (2F) or (F), added to, null with gain null; partial (row_blocks(N, F), 2F) or (.., F) float scratch.
 void ffn_norm_act_backward(floatX* draw, Flat dgain, float* partial, const floatX* dout, const floatX* raw,
                            const floatX* gain, const float2* stats, int N, int F, bool gated, Norm norm,
                            cudaStream_t stream) {
-    int blocks = row_blocks(N), W = gated ? 2 * F : F;
-    if (gated)
-        ffn_norm_act_backward_kernel<true>
-            <<<blocks, row_threads(F), 0, stream>>>(draw, partial, dout, raw, gain, stats, N, F, norm);
-    else
-        ffn_norm_act_backward_kernel<false>
-            <<<blocks, row_threads(F), 0, stream>>>(draw, partial, dout, raw, gain, stats, N, F, norm);
+    const int blocks = row_blocks(N, F), W = gated ? 2 * F : F;
+    row_shape<8>(F, [&](auto packs, int threads) {
+        constexpr int P = packs.value;
+        const size_t stage = BF16 && !SERIAL && P <= 4 ? size_t(gated ? 3 : 2) * P * threads * 16 : 0;
+        const bool staged = stage > 0 && ColumnSums::bytes(W) + stage <= device_shared;
+        auto shared = [&](auto* kernel) { return dynamic_shared(kernel, ColumnSums::bytes(W) + (staged ? stage : 0)); };
+        if (gated)
+            ffn_norm_act_backward_kernel<P, true>
+                <<<blocks, threads, shared(ffn_norm_act_backward_kernel<P, true>), stream>>>(
+                    draw, partial, dout, raw, gain, stats, N, F, norm, staged);
+        else
+            ffn_norm_act_backward_kernel<P, false>
+                <<<blocks, threads, shared(ffn_norm_act_backward_kernel<P, false>), stream>>>(
+                    draw, partial, dout, raw, gain, stats, N, F, norm, staged);
+    });
     CHECK(cudaGetLastError());
     if (gain) gain_grad(dgain, partial, blocks, W, W, stream);
 }

@@ -32,6 +32,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -374,16 +375,26 @@ __device__ inline float warp_max(float v) {
     return v;
 }
 
-// The block's sum or maximum, to all its threads. Every thread must call it; blocks of up to 32 warps.
+// The block's sums or maximum, to all its threads. Every thread must call it; blocks of up to 32 warps.
+template <int K, typename F>
+__device__ inline void block_sums(F (&v)[K]) {
+    __shared__ F part[32 * K];
+    #pragma unroll
+    for (F& x : v) x = warp_sum(x);
+    if (WARP_SIZE == 1) return;
+    __syncthreads();  // the last call's readers are done
+    #pragma unroll
+    for (int k = 0; k < K; k++)
+        if (lane() == 0) part[warp() * K + k] = v[k];
+    __syncthreads();
+    #pragma unroll
+    for (int k = 0; k < K; k++) v[k] = warp_sum(lane() < num_warps() ? part[lane() * K + k] : F(0));
+}
 template <typename F>
 __device__ inline F block_sum(F v) {
-    __shared__ F part[32];
-    v = warp_sum(v);
-    if (WARP_SIZE == 1) return v;
-    __syncthreads();  // the last call's readers are done
-    if (lane() == 0) part[warp()] = v;
-    __syncthreads();
-    return warp_sum(lane() < num_warps() ? part[lane()] : F(0));
+    F sums[1] = {v};
+    block_sums(sums);
+    return sums[0];
 }
 __device__ inline float block_max(float v) {
     __shared__ float part[32];
@@ -415,12 +426,11 @@ struct Flat {
     }
 };
 
-int device_sms = 0;  // multiprocessors, set by open_device
+int device_sms = 0;        // multiprocessors, and
+size_t device_shared = 0;  // bytes of shared memory that a block may have: set by open_device
 
-// Threads of a block that walks rows of C elements: whole warps, at most 512.
+// Threads of a block that strides over C elements: whole warps, at most 512.
 inline int row_threads(int C) { return std::min(512, (C + 127) / 128 * 32); }
-// Blocks of a kernel that walks N rows and keeps a partial sum a block.
-inline int row_blocks(int N) { return std::min(N, 2 * device_sms); }
 
 // =====================================================================================================================
 // Warp tiles: M x N floats held by one warp, and products of them with tiles in shared memory. On a GPU (and lane by
@@ -1025,6 +1035,164 @@ CUtensorMap tensor_map(const void* base, std::array<int64_t, 4> dims, std::array
 }
 
 // =====================================================================================================================
+// Rows, for the kernels that only move memory. A block has a row of W elements, a thread PACKS packs of it in
+// registers, 16 bytes each: every byte is read once, whatever the number of passes. Pack p of thread t begins at column
+// (p blockDim + t) PACK. In bf16 rows are multiples of 8 elements (finish() sees to it); fp32 takes any width, element
+// by element. In the serial geometry the one thread has one pack, the row where it lies.
+
+constexpr int PACK = 16 / int(sizeof(floatX));
+constexpr int ROW_THREADS = 448;  // a block's most: leaves a thread 128 registers
+constexpr int MAX_ROW = 4 * ROW_THREADS * PACK, MAX_FFN_ROW = 2 * MAX_ROW;  // widest rows that a block holds, elements
+
+// f(p, e, c) for each element of this thread's: element e of pack p, column c. Packs in registers need them unrolled.
+template <int PACKS, bool UNROLLED = true, typename F>
+__device__ inline void each(int W, F f) {
+    if constexpr (SERIAL) {
+        #pragma GCC ivdep
+        for (int c = 0; c < W; c++) f(0, c, c);
+    } else {
+        #pragma unroll (UNROLLED ? PACKS : 1)
+        for (int p = 0; p < PACKS; p++) {
+            const int c = (p * blockDim.x + threadIdx.x) * PACK;
+            if (c >= W) break;
+            #pragma unroll
+            for (int e = 0; e < PACK; e++)
+                if (BF16 || c + e < W) f(p, e, c + e);
+        }
+    }
+}
+
+__device__ inline float unpack(const unsigned* pack, int e) {
+    return __uint_as_float(!BF16 ? pack[e] : e % 2 ? pack[e / 2] & 0xffff0000u : pack[e / 2] << 16);
+}
+__device__ inline void load_pack(unsigned* pack, const floatX* from, int valid) {
+    if constexpr (BF16) {
+        const uint4 v = *reinterpret_cast<const uint4*>(from);
+        pack[0] = v.x, pack[1] = v.y, pack[2] = v.z, pack[3] = v.w;
+    } else {
+        #pragma unroll
+        for (int e = 0; e < PACK; e++) pack[e] = __float_as_uint(e < valid ? float(from[e]) : 0.0f);
+    }
+}
+
+// A row held between passes.
+template <int PACKS>
+struct Row {
+    const floatX* x = nullptr;
+    unsigned v[SERIAL ? 1 : PACKS][4];
+    __device__ void load(const floatX* from, int W) {
+        x = from;
+        if constexpr (!SERIAL) {
+            #pragma unroll
+            for (int p = 0; p < PACKS; p++) {
+                const int c = (p * blockDim.x + threadIdx.x) * PACK;
+                if (c < W) load_pack(v[p], from + c, W - c);
+            }
+        }
+    }
+    // from its packs in shared memory
+    __device__ void take(const uint4* packs, int W) {
+        #pragma unroll
+        for (int p = 0; p < PACKS && !SERIAL; p++) {
+            const int slot = p * blockDim.x + threadIdx.x;
+            if (slot * PACK < W) load_pack(v[p], reinterpret_cast<const floatX*>(packs + slot), PACK);
+        }
+    }
+    __device__ float operator()(int p, int e) const { return SERIAL ? float(x[e]) : unpack(v[p], e); }
+};
+
+// What is read or written once, element e at `at`, in the order of e; in bf16 a pack at a time, with its first or last
+// element.
+struct PackReader {
+    unsigned pack[4];
+    __device__ float operator()(const floatX* at, int e) {
+        if constexpr (SERIAL || !BF16) return float(*at);
+        if (e == 0) load_pack(pack, at, PACK);
+        return unpack(pack, e);
+    }
+};
+struct PackWriter {
+    unsigned pack[4];
+    float even = 0.0f;
+    __device__ void operator()(floatX* at, int e, float x) {
+        if constexpr (SERIAL || !BF16) {
+            *at = x;
+        } else {
+            if (e % 2 == 0) even = x;
+            if (e % 2 == 1) pack[e / 2] = pack_bf16(even, x);
+            if (e == PACK - 1)
+                *reinterpret_cast<uint4*>(at - (PACK - 1)) = make_uint4(pack[0], pack[1], pack[2], pack[3]);
+        }
+    }
+};
+
+// Sums over the rows that a block walks, a column each, in shared memory (in the serial geometry in its line of
+// `partial`). A column is always the same thread's. Of the two 16-byte halves of a pack's sums every other four lanes
+// take the second first: 8 lanes then reach all banks.
+struct ColumnSums {
+    float* sum;
+    float now[PACK];
+    static size_t bytes(int W) { return SERIAL ? 0 : W * sizeof(float); }
+    __device__ static int at(int c) { return SERIAL || !BF16 ? c : c ^ c / 32 % 2 * 4; }
+
+    __device__ explicit ColumnSums(float* sum = nullptr) : sum(sum) {}
+    // column c, element e of its pack
+    __device__ void add(int c, int e, float x) {
+        if constexpr (SERIAL || !BF16) {
+            sum[at(c)] += x;
+        } else {
+            float4* half = reinterpret_cast<float4*>(sum + at(c / 4 * 4));
+            if (e % 4 == 0) {
+                const float4 v = *half;
+                now[e] = v.x, now[e + 1] = v.y, now[e + 2] = v.z, now[e + 3] = v.w;
+            }
+            now[e] += x;
+            if (e % 4 == 3) *half = make_float4(now[e - 3], now[e - 2], now[e - 1], now[e]);
+        }
+    }
+    // both by the whole block
+    __device__ void zero(int W) {
+        for (int c = threadIdx.x; c < W; c += blockDim.x) sum[c] = 0.0f;
+        __syncthreads();
+    }
+    __device__ void write(float* line, int W) const {
+        if (SERIAL) return;
+        __syncthreads();
+        for (int c = threadIdx.x; c < W; c += blockDim.x) line[c] = sum[at(c)];
+    }
+};
+
+// Packs a thread (at most MOST) and threads a block for rows of W elements: the split with the fewest idle packs; in
+// doubt more packs a thread, as then a block's barriers bind fewer warps, and more rows are under way on a
+// multiprocessor. Calls f(std::integral_constant<int, PACKS>, threads).
+template <int MOST = 4, typename F>
+void row_shape(int W, F f) {
+    if constexpr (SERIAL) {
+        f(std::integral_constant<int, 1>(), 1);
+    } else {
+        const int packs = (W + PACK - 1) / PACK;
+        auto threads = [&](int P) { return (packs + 32 * P - 1) / (32 * P) * 32; };
+        int best = MOST;
+        for (int P = MOST / 2; P > 0; P /= 2)
+            if (threads(P) <= ROW_THREADS && threads(P) * P < threads(best) * best) best = P;
+        if (best == 1) f(std::integral_constant<int, 1>(), threads(1));
+        if (best == 2) f(std::integral_constant<int, 2>(), threads(2));
+        if (best == 4) f(std::integral_constant<int, 4>(), threads(4));
+        if constexpr (MOST == 8)
+            if (best == 8) f(std::integral_constant<int, 8>(), threads(8));
+    }
+}
+
+// Blocks of a kernel that walks N rows of W elements and leaves a line of partial sums a block: what is resident at a
+// time, ROW_THREADS threads a multiprocessor.
+inline int row_blocks(int N, int W) {
+    int blocks = 2 * device_sms;
+    auto shape = [&](auto, int threads) { blocks = device_sms * std::max(1, ROW_THREADS / threads); };
+    if (!SERIAL) row_shape<8>(W, shape);
+    return std::min(N, blocks);
+}
+
+// =====================================================================================================================
 // SimpleNorm: the paper's operator and its fused consumers
 
 #include "simplenorm.cuh"
@@ -1033,16 +1201,24 @@ CUtensorMap tensor_map(const void* base, std::array<int64_t, 4> dims, std::array
 // Embedding: x[n,c] = tok[token[n],c] + pos[t,c]; pos only with learned positions, t = n mod T. One block a token.
 // x (N,C) floatX; tok (Vp,C), pos (max_T,C) floatX, pos null for none; tokens (N) int.
 
-__global__ void embedding_forward_kernel(floatX* x, const int* tokens, const floatX* tok, const floatX* pos, int T,
-                                         int C) {
-    size_t n = blockIdx.x, token = tokens[n], t = n % T;
-    for (int c = threadIdx.x; c < C; c += blockDim.x)
-        x[n * C + c] = float(tok[token * C + c]) + (pos ? float(pos[t * C + c]) : 0.0f);
+template <int PACKS>
+__global__ void __launch_bounds__(ROW_THREADS)
+    embedding_forward_kernel(floatX* x, const int* tokens, const floatX* tok, const floatX* pos, int T, int C) {
+    const size_t n = blockIdx.x, token = tokens[n], t = n % T;
+    PackReader a, b;
+    PackWriter write;
+    each<PACKS>(C, [&](int, int e, int c) {
+        const float v = a(tok + token * C + c, e);
+        write(x + n * C + c, e, pos ? v + b(pos + t * C + c, e) : v);
+    });
 }
 
 void embedding_forward(floatX* x, const int* tokens, const floatX* tok, const floatX* pos, int N, int T, int C,
                        cudaStream_t stream) {
-    embedding_forward_kernel<<<N, row_threads(C), 0, stream>>>(x, tokens, tok, pos, T, C);
+    row_shape(C, [&](auto packs, int threads) {
+        constexpr int P = packs.value;
+        embedding_forward_kernel<P><<<N, threads, 0, stream>>>(x, tokens, tok, pos, T, C);
+    });
     CHECK(cudaGetLastError());
 }
 
@@ -1517,7 +1693,8 @@ void row_stats_from_partials(float2* stats, const float* sums, int N, const std:
 
 // out (N,M) = inp (N,K) w^T with a norm behind it, M the sum of its parts' widths. True if stats (N,parts) float2 are
 // there too: on Hopper, bf16, RMSNorm, K and M multiples of 8, all parts but the last of 64, and only for shapes that
-// were timed (time_matmuls) and found faster than by cuBLASLt. sums: scratch, ceil(M / 64) N floats.
+// were timed (time_matmuls) and found faster than by cuBLASLt. sums: scratch, ceil(M / 64) N floats. With stats null,
+// the same product alone, by the same way: out has the same bits.
 bool linear_forward_stats(floatX* out, float2* stats, float* sums, const floatX* inp, const floatX* w, int N, int K,
                           const std::vector<int>& widths, Norm norm, cudaStream_t stream) {
     int M = 0;
@@ -1531,9 +1708,10 @@ bool linear_forward_stats(floatX* out, float2* stats, float* sums, const floatX*
         auto found = matmul.ways.find(shape);
         if (found != matmul.ways.end()) way = found->second;
     }
-    linear_way(way, out, sums, inp, w, N, K, M, stream);
-    if (way > 0) row_stats_from_partials(stats, sums, N, widths, norm.eps, stream);
-    return way > 0;
+    linear_way(way, out, stats ? sums : nullptr, inp, w, N, K, M, stream);
+    if (way == 0 || !stats) return false;
+    row_stats_from_partials(stats, sums, N, widths, norm.eps, stream);
+    return true;
 }
 
 // =====================================================================================================================
@@ -1928,32 +2106,60 @@ void attention_backward(floatX* dq, floatX* dk, floatX* dv, float* scratch, cons
 //   loss[n] = lse - logit[target],   lse = log sum_v exp(logit[v])
 //   dlogit[v] = weight (exp(logit[v] - lse) - [v = target])
 // logits (rows,Vp) floatX, columns from V on are padding: not in the sum, gradient 0. losses (rows) float.
-// One block a row.
+// One block a row. It reads the row twice, the second time from L2: maximum and sum in one pass, each thread's sum
+// relative to its own maximum so far, then the gradient.
 
-__global__ void cross_entropy_kernel(float* losses, floatX* logits, const int* targets, int V, int Vp, float weight,
-                                     bool backward) {
-    size_t n = blockIdx.x;
+__global__ void __launch_bounds__(1024) cross_entropy_kernel(float* losses, floatX* logits, const int* targets, int V,
+                                                             int Vp, float weight, bool backward) {
+    const size_t n = blockIdx.x;
     floatX* x = logits + n * Vp;
     const int target = targets[n];
-    float top = -INFINITY;
-    for (int v = threadIdx.x; v < V; v += blockDim.x) top = fmaxf(top, float(x[v]));
-    top = block_max(top);
-    float sum = 0.0f;
-    for (int v = threadIdx.x; v < V; v += blockDim.x) sum += __expf(float(x[v]) - top);
+    float top = -INFINITY, sum = 0.0f;
+    if constexpr (SERIAL) {
+        for (int v = 0; v < V; v++) top = fmaxf(top, float(x[v]));
+        for (int v = 0; v < V; v++) sum += __expf(float(x[v]) - top);
+    } else {
+        for (int v = threadIdx.x * PACK; v < V; v += blockDim.x * PACK) {
+            float logit[PACK], highest = top;
+            PackReader read;
+            #pragma unroll
+            for (int e = 0; e < PACK; e++) {  // Vp is a multiple of PACK: beyond V there is padding to read
+                logit[e] = read(x + v + e, e);
+                if (v + e >= V) logit[e] = -INFINITY;
+                highest = fmaxf(highest, logit[e]);
+            }
+            if (highest > top) sum *= __expf(top - highest), top = highest;
+            #pragma unroll
+            for (int e = 0; e < PACK; e++) sum += __expf(logit[e] - top);
+        }
+        const float own = top;
+        top = block_max(top);
+        sum *= own > -INFINITY ? __expf(own - top) : 0.0f;
+    }
     const float lse = top + logf(block_sum(sum));
-    const float target_logit = float(x[target]);
-    if (threadIdx.x == 0) losses[n] = lse - target_logit;
+    if (threadIdx.x == 0) losses[n] = lse - float(x[target]);
     if (!backward) return;
-    __syncthreads();  // everyone has read the target's logit
-    for (int v = threadIdx.x; v < V; v += blockDim.x) x[v] = weight * __expf(float(x[v]) - lse);
-    for (int v = V + threadIdx.x; v < Vp; v += blockDim.x) x[v] = 0.0f;
-    __syncthreads();
-    if (threadIdx.x == 0) x[target] = weight * (__expf(target_logit - lse) - 1.0f);
+    __syncthreads();  // the target's logit has been read
+    auto gradient = [&](float logit, int v) { return weight * (__expf(logit - lse) - (v == target ? 1.0f : 0.0f)); };
+    if constexpr (SERIAL) {
+        for (int v = 0; v < V; v++) x[v] = gradient(x[v], v);
+        for (int v = V; v < Vp; v++) x[v] = 0.0f;
+    } else {
+        for (int v = threadIdx.x * PACK; v < Vp; v += blockDim.x * PACK) {
+            PackReader read;
+            PackWriter write;
+            #pragma unroll
+            for (int e = 0; e < PACK; e++) {
+                const float logit = read(x + v + e, e);
+                write(x + v + e, e, v + e < V ? gradient(logit, v + e) : 0.0f);
+            }
+        }
+    }
 }
 
 void cross_entropy(float* losses, floatX* logits, const int* targets, int rows, int V, int Vp, float weight,
                    bool backward, cudaStream_t stream) {
-    cross_entropy_kernel<<<rows, 512, 0, stream>>>(losses, logits, targets, V, Vp, weight, backward);
+    cross_entropy_kernel<<<rows, 1024, 0, stream>>>(losses, logits, targets, V, Vp, weight, backward);
     CHECK(cudaGetLastError());
 }
 
@@ -2039,7 +2245,7 @@ struct Model {
     floatX* logits = nullptr;                  // (logit_rows,Vp)
     int logit_rows = 0;
     float *losses = nullptr, *loss = nullptr, *grad_norm = nullptr;  // (N), (1), (1): neighbours, read as one Report
-    float *partial = nullptr, *square_sums = nullptr;
+    float *partial = nullptr, *square_sums = nullptr, *row_sums = nullptr;
     float2* rope = nullptr;                                                          // (T,HS/2) cos, sin
     int *tokens = nullptr, *targets = nullptr, *places = nullptr, *begin = nullptr;  // (N) (N) (N) (N+1), neighbours
 
@@ -2161,9 +2367,13 @@ void lay_out(Model& m, bool training) {
     char* workspace = nullptr;
     a.take(workspace, MATMUL_WORKSPACE);
     matmul.workspace = workspace;
+    if (BF16) a.take(m.row_sums, (std::max({C, QKV, FF}) + SUMS_COLS - 1) / SUMS_COLS * N);
     if (training) {
         a.take(m.square_sums, chunks(P));
-        a.take(m.partial, size_t(row_blocks(int(N))) * std::max({C, QKV, FF}));
+        size_t partial = 0;
+        for (auto [W, lines] : {std::pair{c.C, c.C}, {c.C, c.QKV()}, {c.F(), c.FF()}})
+            partial = std::max(partial, row_blocks(int(N), W) * size_t(lines));
+        a.take(m.partial, partial);
         a.section("gradients of activations");
         for (floatX** p : {&m.dres, &m.dbranch, &m.dmid, &m.dnormed}) a.take(*p, N * C);
         a.take(m.dqkv_raw, N * QKV);
@@ -2190,6 +2400,7 @@ void open_device() {
     CHECK(cudaSetDevice(0));
     CHECK(cudaGetDeviceProperties(&device, 0));
     device_sms = device.multiProcessorCount;
+    device_shared = device.sharedMemPerBlockOptin;
     hopper = device.major == 9 && device.minor == 0;
     if (!matmul.handle) CHECK_CUBLAS(cublasLtCreate(&matmul.handle));
 }
@@ -2203,6 +2414,11 @@ void plan(Model& m, const Config& config, int B, bool training, Storage storage 
     m.table = build_table(m.c);
     if (double(B) * m.c.T > double(1 << 30))
         throw Error(format("--batch-size: %d sequences of %d tokens are too many. Use --grad-accum.", B, m.c.T));
+    if (!SERIAL && (m.c.C > MAX_ROW || m.c.F() > MAX_FFN_ROW))
+        throw Error(
+            format("--dim: width %d and hidden width %d are more than a block of threads holds, %d and %d. "
+                   "Choose less.",
+                   m.c.C, m.c.F(), MAX_ROW, MAX_FFN_ROW));
     lay_out(m, training);
 }
 
@@ -2342,30 +2558,47 @@ void block_forward(Model& m, int l, floatX* next, int B, int T) {
     const LayerOffsets& at = m.table.layers[l];
     LayerActivations& a = m.acts[l];
     const Norm norm = m.norm();
-    const int N = B * T, C = m.c.C, F = m.c.F(), FF = m.c.FF();
+    const int N = B * T, C = m.c.C, F = m.c.F();
     const Heads h = heads(m, B, T);
 
     auto missing = [&](Recompute level) { return next || m.storage.recompute >= level; };
     const bool replay_norm = missing(Recompute::norm), replay_ffn = missing(Recompute::ffn),
                replay_block = missing(Recompute::block);
+    // A linear and, true if they are there then, the stats of the norm behind it. A replay finds them from the forward.
+    auto linear = [&](floatX* out, float2* stats, const floatX* inp, size_t w, size_t gain, int K,
+                      const std::vector<int>& widths) {
+        if (gain != NONE)
+            return linear_forward_stats(out, next ? stats : nullptr, m.row_sums, inp, m.w(w), N, K, widths, norm,
+                                        m.stream);
+        linear_forward(out, inp, m.w(w), N, K, std::accumulate(widths.begin(), widths.end(), 0), m.stream);
+        return false;
+    };
+    bool known = false;
 
     if (replay_norm && at.norm1 != NONE)
-        norm_residual_forward(a.n1, a.n1_stats, a.x, nullptr, m.w(at.norm1), N, C, norm, m.stream);
-    if (replay_block) linear_forward(a.qkv_raw, a.n1, m.w(at.qkv), N, C, m.c.QKV(), m.stream);
+        norm_residual_forward(a.n1, a.n1_stats, a.x, nullptr, m.w(at.norm1), N, C, norm, m.stream, !next);
+    if (replay_block)
+        known = linear(a.qkv_raw, a.qkv_stats, a.n1, at.qkv, at.qkv_gain, C, {h.width(0), h.width(1), h.width(2)});
     if (replay_norm)
-        qkv_norm_rope_forward(a.q, a.k, a.v, a.qkv_stats, a.qkv_raw, qkv_gains(m, at), m.rope, h, norm, m.stream);
+        qkv_norm_rope_forward(a.q, a.k, a.v, a.qkv_stats, a.qkv_raw, qkv_gains(m, at), m.rope, h, norm, m.stream,
+                              known || !next);
     if (replay_block) attention_forward(a.att, a.lse, a.q, a.k, a.v, h, m.stream);
-    if (replay_block) linear_forward(a.o_raw, a.att, m.w(at.o), N, C, C, m.stream);
-    if (replay_norm) norm_residual_forward(a.h, a.o_stats, a.o_raw, a.x, m.w(at.o_gain), N, C, norm, m.stream);
+    if (replay_block) known = linear(a.o_raw, a.o_stats, a.att, at.o, at.o_gain, C, {C});
+    if (replay_norm)
+        norm_residual_forward(a.h, a.o_stats, a.o_raw, a.x, m.w(at.o_gain), N, C, norm, m.stream, known || !next);
 
     if (replay_norm && at.norm2 != NONE)
-        norm_residual_forward(a.n2, a.n2_stats, a.h, nullptr, m.w(at.norm2), N, C, norm, m.stream);
-    if (replay_ffn) linear_forward(a.w13_raw, a.n2, m.w(at.w13), N, C, FF, m.stream);
+        norm_residual_forward(a.n2, a.n2_stats, a.h, nullptr, m.w(at.norm2), N, C, norm, m.stream, !next);
+    if (replay_ffn) {
+        const std::vector<int> widths = m.c.gated() ? std::vector<int>{F, F} : std::vector<int>{F};
+        known = linear(a.w13_raw, a.w13_stats, a.n2, at.w13, at.w13_gain, C, widths);
+    }
     if (replay_norm)
-        ffn_norm_act_forward(a.act, a.w13_stats, a.w13_raw, m.w(at.w13_gain), N, F, m.c.gated(), norm, m.stream);
+        ffn_norm_act_forward(a.act, a.w13_stats, a.w13_raw, m.w(at.w13_gain), N, F, m.c.gated(), norm, m.stream,
+                             known || !next);
     if (!next) return;
-    linear_forward(a.w2_raw, a.act, m.w(at.w2), N, F, C, m.stream);
-    norm_residual_forward(next, a.w2_stats, a.w2_raw, a.h, m.w(at.w2_gain), N, C, norm, m.stream);
+    known = linear(a.w2_raw, a.w2_stats, a.act, at.w2, at.w2_gain, F, {C});
+    norm_residual_forward(next, a.w2_stats, a.w2_raw, a.h, m.w(at.w2_gain), N, C, norm, m.stream, known);
 }
 
 // m.dres: on entry the gradient of the block's output, on return that of its input. Gradients of weights are added to
