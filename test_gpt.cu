@@ -460,6 +460,7 @@ TEST(attention) {
     struct Shape {
         Heads h;
         double scale;  // of q: large scores try the online softmax
+        bool hopper = false;
     };
     std::vector<Shape> shapes = {{{2, 1, 2, 1, 16}, 1},   {{1, 5, 4, 4, 32}, 1},  {{1, 64, 2, 1, 64}, 1},
                                  {{1, 65, 4, 2, 16}, 10}, {{1, 66, 1, 1, 72}, 1}, {{2, 63, 4, 1, 16}, 1},
@@ -470,7 +471,20 @@ TEST(attention) {
                                      {{1, 129, 2, 1, 128}, 1},
                                      {{1, 270, 2, 1, 72}, 1},
                                      {{9, 193, 2, 2, 16}, 1}});
-    for (auto [h, q_scale] : shapes) {
+    // Hopper's kernels, on such a device and in the exact geometry: 1 and 3 blocks, so that each takes several tiles
+    const bool had_hopper = hopper;
+    const int sms = device_sms;
+    if (BF16 && (EXACT || hopper))
+        for (int HS : {64, 128}) {
+            shapes.insert(shapes.end(), {{{1, 1, 2, 1, HS}, 1, true},
+                                         {{2, 63, 3, 1, HS}, 1, true},
+                                         {{1, 64, 1, 1, HS}, 10, true},
+                                         {{1, 65, 2, 2, HS}, 1, true},
+                                         {{2, 130, 4, 1, HS}, 3, true}});
+            if (!quick) shapes.insert(shapes.end(), {{{1, 257, 4, 2, HS}, 1, true}, {{1, 400, 1, 1, HS}, 5, true}});
+        }
+    for (auto [h, q_scale, on_hopper] : shapes) {
+        hopper = on_hopper;
         Random r{uint64_t(h.T * h.HS)};
         const size_t q_size = size_t(h.B) * h.T * h.width(0), kv_size = size_t(h.B) * h.T * h.width(1),
                      rows = size_t(h.B) * h.NH * h.T;
@@ -479,6 +493,15 @@ TEST(attention) {
         DevX dq(q_size), dk(kv_size), dv(kv_size);
         DevF lse(rows), scratch(attention_scratch(h));
         attention_forward(out.p, lse.p, q.p, k.p, v.p, h, 0);
+        for (int blocks : {1, 3}) {  // the same bits, however the tiles are handed out
+            if (!hopper) break;
+            DevX again(q_size);
+            DevF again_lse(rows);
+            device_sms = blocks;
+            attention_forward(again.p, again_lse.p, q.p, k.p, v.p, h, 0);
+            device_sms = sms;
+            EXPECT(again.get() == out.get() && again_lse.get() == lse.get());
+        }
         Vec want(q_size), want_lse(rows), want_dq(q_size), want_dk(kv_size), want_dv(kv_size);
         const double scale = 1 / sqrt(double(h.HS));
         const int HS = h.HS;
@@ -510,7 +533,7 @@ TEST(attention) {
                         }
                     }
                 }
-        std::string what = format(" T %d HS %d NH %d NKV %d", h.T, h.HS, h.NH, h.NKV);
+        std::string what = format(" T %d HS %d NH %d NKV %d%s", h.T, h.HS, h.NH, h.NKV, hopper ? " Hopper" : "");
         expect_close(out.get(), want, TOL_ATTENTION, "out" + what);
         expect_close(lse.get(), want_lse, TOL_FLOAT, "lse" + what);
         attention_backward(dq.p, dk.p, dv.p, scratch.p, dout.p, out.p, q.p, k.p, v.p, lse.p, h, 0);
@@ -518,6 +541,7 @@ TEST(attention) {
         expect_close(dk.get(), want_dk, TOL_SCORES, "dk" + what, 1.0);
         expect_close(dq.get(), want_dq, TOL_SCORES, "dq" + what, 1.0);
     }
+    hopper = had_hopper;
 }
 
 TEST(cross_entropy) {

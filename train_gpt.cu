@@ -1007,6 +1007,19 @@ __device__ inline void registers_less() {
 constexpr bool HOPPER_CODE = true;
 #endif
 
+// A box of a bulk store: 16 rows of 64 columns of a warp's accumulators c, rounded. The 8 rows of a matrix fall into 8
+// different sets of 4 banks.
+__device__ inline void store_box(unsigned char* to, const float* c) {
+    const int row = lane() % 16;  // where this lane's 16 bytes of an stmatrix go
+    #pragma unroll
+    for (int j = 0; j < 4; j++) {  // 16 columns: matrices of rows 0-7 and 8-15, then 8 columns on
+        unsigned r[4];
+        #pragma unroll
+        for (int i = 0; i < 4; i++) r[i] = pack_bf16(c[8 * j + 2 * i], c[8 * j + 2 * i + 1]);
+        stmatrix_x4(to + row * 128 + ((2 * j + lane() / 16) ^ row % 8) * 16, r);
+    }
+}
+
 // The map of a bf16 tensor for the copies above, dims in elements from the innermost, strides in bytes of dims 1 to 3
 // (multiples of 16), box in elements, its first 64. Reads outside give zero, writes outside are dropped. Kernels take it
 // by value as `const __grid_constant__ CUtensorMap`. Throws where the driver refuses.
@@ -1747,6 +1760,57 @@ __device__ inline Place attention_place(int n, int heads, int tiles) {
 
 __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// The steps of the online softmax on a tile of scores, rows are queries. What is beyond the row's last visible column,
+// row + diagonal:
+template <int M, int N>
+__device__ inline void mask_scores(Tile<M, N, BY_COLUMN>& p, int diagonal) {
+    #pragma unroll
+    for (int e = 0; e < p.PER_ROW; e++)
+        #pragma unroll
+        for (int s = 0; s < p.SLOTS; s++) p.at(s, e) = p.col(e) <= p.row(s) + diagonal ? p.at(s, e) : -INFINITY;
+}
+// p will be taken relative to 2^(scale2 top). What was summed is rescaled to the new maximum only when that has grown by
+// more than 2^8, which p bears. True, for the whole warp, if so: `top` is new, and sums so far are to be multiplied by
+// `keep`. Column 0 is in everyone's first tile, so the maximum is finite from there on.
+template <int M, int N>
+__device__ inline bool softmax_top(const Tile<M, N, BY_COLUMN>& p, float* top, float* keep, float scale2) {
+    float most[p.SLOTS];
+    bool grown = false;
+    for (int s = 0; s < p.SLOTS; s++) most[s] = top[s];
+    #pragma unroll
+    for (int e = 0; e < p.PER_ROW; e++)
+        #pragma unroll
+        for (int s = 0; s < p.SLOTS; s++) most[s] = fmaxf(most[s], p.at(s, e));
+    #pragma unroll
+    for (int s = 0; s < p.SLOTS; s++) {
+        most[s] = tile_row_max(most[s]);
+        grown |= scale2 * (most[s] - top[s]) > 8.0f;
+    }
+    grown = __any_sync(ALL_LANES, grown);
+    if (grown) {
+        #pragma unroll
+        for (int s = 0; s < p.SLOTS; s++) {
+            keep[s] = fast_exp2(scale2 * (top[s] - most[s]));
+            top[s] = most[s];
+        }
+    }
+    return grown;
+}
+// p from the scores; their part of the rows' sums, those of this thread's columns
+template <int M, int N>
+__device__ inline void softmax_exp(Tile<M, N, BY_COLUMN>& p, const float* top, float* sum, float scale2) {
+    float most[p.SLOTS];
+    for (int s = 0; s < p.SLOTS; s++) most[s] = scale2 * top[s];
+    #pragma unroll
+    for (int e = 0; e < p.PER_ROW; e++)
+        #pragma unroll
+        for (int s = 0; s < p.SLOTS; s++) {
+            const float x = fast_exp2(scale2 * p.at(s, e) - most[s]);
+            p.at(s, e) = x;
+            sum[s] += x;
+        }
+}
+
 // One block FORWARD_ROWS queries of a head, those with the most keys first.
 template <int HS>
 __global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
@@ -1797,46 +1861,17 @@ __global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
         Scores p;
         if (some) {
             mma_nt(p, rows, stream(2 * step), part);
-            if (!all) {
-                #pragma unroll
-                for (int e = 0; e < p.PER_ROW; e++)
-                    #pragma unroll
-                    for (int s = 0; s < p.SLOTS; s++)
-                        p.at(s, e) = p.col(e) <= p.row(s) + diagonal ? p.at(s, e) : -INFINITY;
-            }
-            // Online softmax. What was summed is rescaled to the new maximum only when that has grown by more than
-            // 2^8, which p bears. Column 0 is in everyone's first tile, so the maximum is finite from there on.
-            float most[Out::SLOTS];
-            bool grown = false;
-            for (int s = 0; s < p.SLOTS; s++) most[s] = top[s];
-            #pragma unroll
-            for (int e = 0; e < p.PER_ROW; e++)
-                #pragma unroll
-                for (int s = 0; s < p.SLOTS; s++) most[s] = fmaxf(most[s], p.at(s, e));
-            #pragma unroll
-            for (int s = 0; s < p.SLOTS; s++) {
-                most[s] = tile_row_max(most[s]);
-                grown |= scale2 * (most[s] - top[s]) > 8.0f;
-            }
-            if (__any_sync(ALL_LANES, grown)) {
+            if (!all) mask_scores(p, diagonal);
+            float keep[Out::SLOTS];
+            if (softmax_top(p, top, keep, scale2)) {
                 #pragma unroll
                 for (int s = 0; s < p.SLOTS; s++) {
-                    const float keep = fast_exp2(scale2 * (top[s] - most[s]));
-                    top[s] = most[s];
-                    sum[s] *= keep;
+                    sum[s] *= keep[s];
                     #pragma unroll
-                    for (int e = 0; e < acc.PER_ROW; e++) acc.at(s, e) *= keep;
+                    for (int e = 0; e < acc.PER_ROW; e++) acc.at(s, e) *= keep[s];
                 }
             }
-            for (int s = 0; s < p.SLOTS; s++) most[s] = scale2 * top[s];
-            #pragma unroll
-            for (int e = 0; e < p.PER_ROW; e++)
-                #pragma unroll
-                for (int s = 0; s < p.SLOTS; s++) {
-                    const float x = fast_exp2(scale2 * p.at(s, e) - most[s]);
-                    p.at(s, e) = x;
-                    sum[s] += x;
-                }
+            softmax_exp(p, top, sum, scale2);
         }
         copy_wait<FORWARD_AHEAD / 2>();
         __syncthreads();
@@ -1853,6 +1888,223 @@ __global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
     }
     store_tile<HS>(out + ((size_t(b) * T + row0 + first) * NH + head) * HS, size_t(NH) * HS, T - row0 - first, acc,
                    sq + first * STRIDE<W>);
+}
+
+// Forward on Hopper, head sizes 64 and 128, FlashAttention-3's way (Shah et al. 2024). Blocks stay on their
+// multiprocessors and take tiles of ROWS queries of a head, those with the most keys first. The last warpgroup loads:
+// one thread fills two places for q (the next tile's comes while this one is worked on) and two rings, for k and for v,
+// of tiles of KEYS keys, by bulk copies. Each of the other GROUPS warpgroups has 64 queries:
+//   p = q k_n^T, both from shared memory;  acc += p v_{n-1}, p from registers;  meanwhile the softmax of k_n's scores
+// and the groups take turns at starting their products, so that one's softmax runs under the others' products.
+// In shared memory tiles are rows of 64 columns, 128 bytes, swizzled; head size 128 is two such halves one after the
+// other. full: a tile has landed; empty: every multiplying warp is done with it. In clocks of the tensor cores (4096
+// FLOP each) a step of 64 queries by 128 keys takes 8 HS, its exponentials take 512 at 16 a clock.
+template <int HS>
+struct HopperForward {
+    static constexpr int GROUPS = HS == 64 ? 3 : 2, ROWS = 64 * GROUPS, KEYS = 128, STAGES = HS == 64 ? 4 : 2;
+    static constexpr int THREADS = 128 * (GROUPS + 1), REGISTERS = HS == 64 ? 160 : 240;  // of who multiplies
+    static constexpr int LINE = 128, HALVES = HS / 64;                                    // bytes
+    static constexpr int Q = ROWS * HS * 2, TILE = KEYS * HS * 2;                         // bytes
+    static constexpr int SMEM = 2 * Q + 2 * STAGES * TILE + (4 + 4 * STAGES) * 8 + 2 * 4;  // mbarriers, tile numbers
+};
+
+// The tile after those that blocks begin with. Counts up to the number of tiles and wraps to 0, as often as there are
+// tiles, so that every launch finds it at 0; launches must not overlap.
+__device__ unsigned attention_next_tile = 0;
+
+template <int HS>
+__global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
+    attention_forward_hopper_kernel(const __grid_constant__ CUtensorMap out, float* lse,
+                                    const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
+                                    const __grid_constant__ CUtensorMap v, int B, int T, int NH, int NKV, float scale) {
+    if (!HOPPER_CODE) return;
+    using F = HopperForward<HS>;
+    constexpr int KEYS = F::KEYS, LINE = F::LINE, STAGES = F::STAGES;
+    extern __shared__ __align__(1024) unsigned char attention_hopper_smem[];
+    unsigned char *sq = attention_hopper_smem, *sk = sq + 2 * F::Q, *sv = sk + STAGES * F::TILE;
+    uint64_t *q_full = reinterpret_cast<uint64_t*>(sv + STAGES * F::TILE), *q_empty = q_full + 2;
+    uint64_t *k_full = q_empty + 2, *k_empty = k_full + STAGES, *v_full = k_empty + STAGES, *v_empty = v_full + STAGES;
+    int* place_tile = reinterpret_cast<int*>(v_empty + STAGES);  // which tile's q is in each place
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; i++) mbarrier_init(q_full + i, 1), mbarrier_init(q_empty + i, 4 * F::GROUPS);
+        for (int i = 0; i < STAGES; i++) {
+            mbarrier_init(k_full + i, 1), mbarrier_init(k_empty + i, 4 * F::GROUPS);
+            mbarrier_init(v_full + i, 1), mbarrier_init(v_empty + i, 4 * F::GROUPS);
+        }
+        mbarrier_fence_init();
+    }
+    __syncthreads();
+    const int tiles = ceil_div(T, F::ROWS), all_tiles = B * NH * tiles;
+    const int group = __shfl_sync(ALL_LANES, int(threadIdx.x) / 128, 0);  // the compiler sees that a warp agrees
+    auto first_row = [&](const Place& place) { return (tiles - 1 - place.tile) * F::ROWS; };
+    auto steps_of = [&](int row0) { return ceil_div(min(row0 + F::ROWS, T), KEYS); };
+    int stage = 0;  // of k's ring, and of v's in the same step
+    unsigned phase = 0;
+    auto advance = [&] {
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    };
+
+    if (group == F::GROUPS) {
+        registers_less<32>();
+        if (threadIdx.x % 128) return;
+        // columns 0-63, then 64-127, of `rows` rows from row t of a head
+        auto load = [&](unsigned char* to, const CUtensorMap* map, uint64_t* full, int rows, int t, int head) {
+            mbarrier_arrive_expect(full, rows * HS * 2);
+            #pragma unroll
+            for (int i = 0; i < F::HALVES; i++) tma_load(to + i * rows * LINE, map, full, 64 * i, t, head);
+        };
+        int tile = blockIdx.x;
+        for (int i = 0;; i++) {
+            const int buffer = i % 2;
+            mbarrier_wait(q_empty + buffer, i / 2 % 2 ^ 1);  // at first, the phase before the first counts as completed
+            place_tile[buffer] = tile;
+            if (tile >= all_tiles) {
+                mbarrier_arrive(q_full + buffer);
+                return;
+            }
+            const int next = gridDim.x + atomicInc(&attention_next_tile, all_tiles - 1);  // here while the copies run
+            const Place place = attention_place(tile, B * NH, tiles);
+            const int row0 = first_row(place), steps = steps_of(row0);
+            const int kv_head = place.head / NH * NKV + place.head % NH / (NH / NKV);
+            load(sq + buffer * F::Q, &q, q_full + buffer, F::ROWS, row0, place.head);
+            #pragma unroll 1
+            for (int n = 0; n < steps; n++, advance()) {
+                mbarrier_wait(k_empty + stage, phase ^ 1);
+                load(sk + stage * F::TILE, &k, k_full + stage, KEYS, n * KEYS, kv_head);
+                mbarrier_wait(v_empty + stage, phase ^ 1);
+                load(sv + stage * F::TILE, &v, v_full + stage, KEYS, n * KEYS, kv_head);
+            }
+            tile = next;
+        }
+    }
+
+    registers_more<F::REGISTERS>();
+    // Turns: barrier 1 + group is waited at by the group and arrived at by the one before it.
+    auto turn_wait = [&] { named_barrier_sync(1 + group, 256); };
+    auto turn_pass = [&] { named_barrier_arrive(1 + (group + 1) % F::GROUPS, 256); };
+    auto release = [&](uint64_t* empty) {
+        if (lane() == 0) mbarrier_arrive(empty);
+    };
+    const float scale2 = scale * LOG2E;
+    const int first = group * 64 + warp() % 4 * 16;  // this warp's rows in the tile
+    const uint64_t k_tiles = wgmma_descriptor(sk, 16, 8 * LINE), v_tiles = wgmma_descriptor(sv, KEYS * LINE, 8 * LINE);
+    if (group == F::GROUPS - 1) turn_pass();
+    for (int i = 0;; i++) {
+        const int buffer = i % 2;
+        mbarrier_wait(q_full + buffer, i / 2 % 2);
+        const int tile = place_tile[buffer];
+        if (tile >= all_tiles) break;
+        const Place place = attention_place(tile, B * NH, tiles);
+        const int row0 = first_row(place), steps = steps_of(row0);
+        unsigned char* rows = sq + buffer * F::Q + group * 64 * LINE;  // this group's, all columns
+        const uint64_t q_rows = wgmma_descriptor(rows, 16, 8 * LINE);
+
+        Tile<16, KEYS, BY_COLUMN> p;
+        Tile<16, HS> acc;
+        unsigned weights[KEYS / 16][4];  // p as the A operand of acc's product
+        acc.zero();
+        float top[2], sum[2], keep[2];  // p are taken relative to 2^(scale2 top)
+        for (int s = 0; s < 2; s++) top[s] = -INFINITY, sum[s] = 0.0f;
+        auto multiply_keys = [&](int stage) {  // p = q k^T
+            wgmma_fence();
+            #pragma unroll
+            for (int c = 0; c < HS / 16; c++)  // 16 columns: 32 bytes on, or in the next half
+                wgmma_ss<KEYS, 0, 0>(p.v, q_rows + (c / 4 * F::ROWS * LINE + c % 4 * 32) / 16,
+                                     k_tiles + (stage * F::TILE + c / 4 * KEYS * LINE + c % 4 * 32) / 16, c > 0);
+            wgmma_commit();
+        };
+        auto multiply_values = [&](int stage) {  // acc += p v
+            wgmma_fence();
+            #pragma unroll
+            for (int j = 0; j < KEYS / 16; j++)
+                wgmma_rs<HS, 1>(acc.v, weights[j], v_tiles + (stage * F::TILE + j * 16 * LINE) / 16, 1);
+            wgmma_commit();
+        };
+        auto softmax = [&](int n) {  // true: sums before are to be multiplied by keep
+            const int diagonal = row0 + first - n * KEYS;
+            if (diagonal < KEYS - 1) mask_scores(p, diagonal);
+            const bool grown = softmax_top(p, top, keep, scale2);
+            for (int s = 0; s < 2 && grown; s++) sum[s] *= keep[s];
+            softmax_exp(p, top, sum, scale2);
+            return grown;
+        };
+        auto round_weights = [&] {
+            #pragma unroll
+            for (int j = 0; j < KEYS / 16; j++)
+                #pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    const float* from = p.fragment(0, 2 * j + x / 2) + x % 2 * 2;
+                    weights[j][x] = pack_bf16(from[0], from[1]);
+                }
+        };
+
+        mbarrier_wait(k_full + stage, phase);
+        turn_wait();
+        multiply_keys(stage);
+        turn_pass();
+        wgmma_wait<0>();
+        wgmma_registers<KEYS / 2>(p.v);
+        release(k_empty + stage);
+        softmax(0);
+        round_weights();
+        for (int n = 1; n < steps; n++) {
+            const int before = stage;
+            const unsigned before_phase = phase;
+            advance();
+            mbarrier_wait(k_full + stage, phase);
+            turn_wait();
+            multiply_keys(stage);
+            mbarrier_wait(v_full + before, before_phase);
+            multiply_values(before);
+            turn_pass();
+            wgmma_wait<1>();
+            wgmma_registers<KEYS / 2>(p.v);
+            release(k_empty + stage);
+            const bool grown = softmax(n);
+            wgmma_wait<0>();
+            wgmma_registers<HS / 2>(acc.v);
+            release(v_empty + before);
+            if (grown) {
+                #pragma unroll
+                for (int s = 0; s < 2; s++)
+                    #pragma unroll
+                    for (int e = 0; e < acc.PER_ROW; e++) acc.at(s, e) *= keep[s];
+            }
+            round_weights();
+        }
+        mbarrier_wait(v_full + stage, phase);
+        multiply_values(stage);
+        wgmma_wait<0>();
+        wgmma_registers<HS / 2>(acc.v);
+        release(v_empty + stage);
+        advance();
+
+        #pragma unroll
+        for (int s = 0; s < 2; s++) {
+            const float total = tile_row_sum(sum[s]);
+            const int t = row0 + first + acc.row(s);
+            #pragma unroll
+            for (int e = 0; e < acc.PER_ROW; e++) acc.at(s, e) *= 1.0f / total;
+            if (lane() % 4 == 0 && t < T) lse[size_t(place.head) * T + t] = scale * top[s] + logf(total);
+        }
+        // out goes through the rows that q had: nobody in the group reads them any more
+        named_barrier_sync(1 + F::GROUPS + group, 128);
+        unsigned char* own = rows + warp() % 4 * 16 * LINE;
+        #pragma unroll
+        for (int c = 0; c < F::HALVES; c++) store_box(own + c * F::ROWS * LINE, acc.v + 32 * c);
+        fence_async_shared();
+        __syncwarp();
+        if (lane() == 0) {
+            for (int c = 0; c < F::HALVES; c++)
+                if (row0 + first < T)
+                    tma_store(&out, own + c * F::ROWS * LINE, place.head % NH * HS + 64 * c, row0 + first,
+                              place.head / NH);
+            tma_store_commit();
+            tma_store_wait<0>();
+            mbarrier_arrive(q_empty + buffer);
+        }
+    }
+    if (group == 0) turn_wait();  // what the last group passed on
 }
 
 // delta[b,h,t] = sum_d dout[b,t,h,d] out[b,t,h,d]: the softmax backward's row sum. One block a token; DELTA_LANES lanes
@@ -2057,6 +2309,29 @@ void attention_forward_hs(floatX* out, float* lse, const floatX* q, const floatX
     CHECK(cudaGetLastError());
 }
 
+// The map of x (heads,T,HS) for boxes of `rows` rows and 64 columns; rows beyond T are zero.
+CUtensorMap heads_map(const floatX* x, int heads, int T, int HS, int rows) {
+    const int64_t row = 2 * HS, head = T * row;
+    return tensor_map(x, {HS, T, heads, 1}, {row, head, heads * head}, {64, rows, 1, 1});
+}
+
+template <int HS>
+void attention_forward_hopper(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
+                              cudaStream_t stream) {
+    using F = HopperForward<HS>;
+    const int64_t row = 2 * int64_t(h.NH) * HS, batch = h.T * row;
+    const CUtensorMap map_q = heads_map(q, h.B * h.NH, h.T, HS, F::ROWS);
+    const CUtensorMap map_k = heads_map(k, h.B * h.NKV, h.T, HS, F::KEYS);
+    const CUtensorMap map_v = heads_map(v, h.B * h.NKV, h.T, HS, F::KEYS);
+    const CUtensorMap map_out = tensor_map(out, {h.NH * HS, h.T, h.B, 1}, {row, batch, h.B * batch}, {64, 16, 1, 1});
+    const int blocks = std::min(h.B * h.NH * ceil_div(h.T, F::ROWS), device_sms);
+    auto kernel = attention_forward_hopper_kernel<HS>;
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, F::SMEM));
+    attention_forward_hopper_kernel<HS><<<blocks, F::THREADS, F::SMEM, stream>>>(
+        map_out, lse, map_q, map_k, map_v, h.B, h.T, h.NH, h.NKV, 1.0f / sqrtf(float(HS)));
+    CHECK(cudaGetLastError());
+}
+
 template <int HS>
 void attention_backward_hs(floatX* dq, floatX* dk, floatX* dv, float* scratch, const floatX* dout, const floatX* out,
                            const floatX* q, const floatX* k, const floatX* v, const float* lse, Heads h,
@@ -2079,6 +2354,8 @@ void attention_backward_hs(floatX* dq, floatX* dk, floatX* dv, float* scratch, c
 
 void attention_forward(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
                        cudaStream_t stream) {
+    if (BF16 && hopper && h.HS == 64) return attention_forward_hopper<64>(out, lse, q, k, v, h, stream);
+    if (BF16 && hopper && h.HS == 128) return attention_forward_hopper<128>(out, lse, q, k, v, h, stream);
     switch (h.HS) {
         case 16: return attention_forward_hs<16>(out, lse, q, k, v, h, stream);
         case 32: return attention_forward_hs<32>(out, lse, q, k, v, h, stream);
