@@ -1007,6 +1007,12 @@ __device__ inline void registers_less() {
 constexpr bool HOPPER_CODE = true;
 #endif
 
+// What is volatile behind this, such as a wait for wgmma, stays behind the arithmetic that gives x, which is never
+// negative: the store never happens. (Left alone, ptxas moves the wait above arithmetic that is to run meanwhile.)
+__device__ inline void keep_after(float x, volatile float* shared) {
+    if (x < 0.0f) *shared = x;
+}
+
 // A box of a bulk store: 16 rows of 64 columns of a warp's accumulators c, rounded. The 8 rows of a matrix fall into 8
 // different sets of 4 banks.
 __device__ inline void store_box(unsigned char* to, const float* c) {
@@ -2061,6 +2067,7 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
             wgmma_registers<KEYS / 2>(p.v);
             release(k_empty + stage);
             const bool grown = softmax(n);
+            keep_after(sum[0] + sum[1], reinterpret_cast<float*>(sq));
             wgmma_wait<0>();
             wgmma_registers<HS / 2>(acc.v);
             release(v_empty + before);

@@ -68,8 +68,9 @@ template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> void __stcs(T* p, T value) { *p = value; }
 template <class T> void __stcg(T* p, T value) { *p = value; }
 inline unsigned atomicInc(unsigned* p, unsigned most) {
-    unsigned old = __atomic_load_n(p, __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(p, &old, old >= most ? 0 : old + 1, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+    unsigned old = *p;
+    while (!__atomic_compare_exchange_n(p, &old, old < most ? old + 1 : 0, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
     return old;
 }
 
