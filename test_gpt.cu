@@ -540,6 +540,9 @@ TEST(attention) {
         expect_close(dv.get(), want_dv, TOL_ATTENTION, "dv" + what);
         expect_close(dk.get(), want_dk, TOL_SCORES, "dk" + what, 1.0);
         expect_close(dq.get(), want_dq, TOL_SCORES, "dq" + what, 1.0);
+        DevX dq_again(q_size), dk_again(kv_size), dv_again(kv_size);
+        attention_backward(dq_again.p, dk_again.p, dv_again.p, scratch.p, dout.p, out.p, q.p, k.p, v.p, lse.p, h, 0);
+        EXPECT(dq_again.get() == dq.get() && dk_again.get() == dk.get() && dv_again.get() == dv.get());
     }
     hopper = had_hopper;
 }

@@ -1013,17 +1013,18 @@ __device__ inline void keep_after(float x, volatile float* shared) {
     if (x < 0.0f) *shared = x;
 }
 
-// A box of a bulk store: 16 rows of 64 columns of a warp's accumulators c, rounded. The 8 rows of a matrix fall into 8
-// different sets of 4 banks.
-__device__ inline void store_box(unsigned char* to, const float* c) {
+// 16 columns of a warp's accumulators at a time, rounded: c (16,N) as the A operand of a product over N
+template <int N>
+__device__ inline void round_operand(unsigned (*a)[4], const float* c) {
+    #pragma unroll
+    for (int i = 0; i < N / 4; i++) a[i / 4][i % 4] = pack_bf16(c[2 * i], c[2 * i + 1]);
+}
+// 64 columns of such an operand to a box of a bulk store, 16 rows. The 8 rows of a matrix fall into 8 different sets of
+// 4 banks.
+__device__ inline void store_box(unsigned char* to, const unsigned (*a)[4]) {
     const int row = lane() % 16;  // where this lane's 16 bytes of an stmatrix go
     #pragma unroll
-    for (int j = 0; j < 4; j++) {  // 16 columns: matrices of rows 0-7 and 8-15, then 8 columns on
-        unsigned r[4];
-        #pragma unroll
-        for (int i = 0; i < 4; i++) r[i] = pack_bf16(c[8 * j + 2 * i], c[8 * j + 2 * i + 1]);
-        stmatrix_x4(to + row * 128 + ((2 * j + lane() / 16) ^ row % 8) * 16, r);
-    }
+    for (int j = 0; j < 4; j++) stmatrix_x4(to + row * 128 + ((2 * j + lane() / 16) ^ row % 8) * 16, a[j]);
 }
 
 // The map of a bf16 tensor for the copies above, dims in elements from the innermost, strides in bytes of dims 1 to 3
@@ -2034,16 +2035,6 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
             softmax_exp(p, top, sum, scale2);
             return grown;
         };
-        auto round_weights = [&] {
-            #pragma unroll
-            for (int j = 0; j < KEYS / 16; j++)
-                #pragma unroll
-                for (int x = 0; x < 4; x++) {
-                    const float* from = p.fragment(0, 2 * j + x / 2) + x % 2 * 2;
-                    weights[j][x] = pack_bf16(from[0], from[1]);
-                }
-        };
-
         mbarrier_wait(k_full + stage, phase);
         turn_wait();
         multiply_keys(stage);
@@ -2052,7 +2043,7 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
         wgmma_registers<KEYS / 2>(p.v);
         release(k_empty + stage);
         softmax(0);
-        round_weights();
+        round_operand<KEYS>(weights, p.v);
         for (int n = 1; n < steps; n++) {
             const int before = stage;
             const unsigned before_phase = phase;
@@ -2077,7 +2068,7 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
                     #pragma unroll
                     for (int e = 0; e < acc.PER_ROW; e++) acc.at(s, e) *= keep[s];
             }
-            round_weights();
+            round_operand<KEYS>(weights, p.v);
         }
         mbarrier_wait(v_full + stage, phase);
         multiply_values(stage);
@@ -2097,8 +2088,10 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
         // out goes through the rows that q had: nobody in the group reads them any more
         named_barrier_sync(1 + F::GROUPS + group, 128);
         unsigned char* own = rows + warp() % 4 * 16 * LINE;
+        unsigned rounded[HS / 16][4];
+        round_operand<HS>(rounded, acc.v);
         #pragma unroll
-        for (int c = 0; c < F::HALVES; c++) store_box(own + c * F::ROWS * LINE, acc.v + 32 * c);
+        for (int c = 0; c < F::HALVES; c++) store_box(own + c * F::ROWS * LINE, rounded + 4 * c);
         fence_async_shared();
         __syncwarp();
         if (lane() == 0) {
@@ -2299,10 +2292,257 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
     }
 }
 
+// Backward on Hopper, head sizes 64 and 128: the same sums by blocks of KEYS keys, in the same turns. The last
+// warpgroup loads k and v once and then a ring of tiles of q and dout by bulk copies, lse and delta by a warp's own
+// loads. Each of the other two has 64 of the keys, scores transposed: p (64,QUERIES) = k q^T, dp = v dout^T,
+//   dv += p dout,  dk += ds q,  p and ds from registers;  dq += ds^T k,  ds of all keys through shared memory
+// where a group has half of the columns of dq (head size 128) or half of its queries (64): 64 x 64 in both cases.
+// The next tile's scores are under way while dq is written. A step of 128 keys and QUERIES queries is 2560 clocks of
+// the tensor cores, and 64 KB of dq to and from L2.
+template <int HS>
+struct HopperBackward {
+    static constexpr int KEYS = 128, QUERIES = HS == 64 ? 128 : 64, STAGES = 2, THREADS = 384;
+    static constexpr int LINE = 128, HALVES = HS / 64;                                           // bytes
+    static constexpr int KV = KEYS * HS * 2, TILE = QUERIES * HS * 2, DS = KEYS * QUERIES * 2;   // bytes
+    static constexpr int STATS = 2 * QUERIES * int(sizeof(float));                               // bytes
+    static constexpr int SMEM = 2 * KV + STAGES * (2 * TILE + DS + STATS) + (1 + 2 * STAGES) * 8;
+};
+
+template <int HS>
+__global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
+    attention_backward_hopper_kernel(floatX* dq, const __grid_constant__ CUtensorMap dk,
+                                     const __grid_constant__ CUtensorMap dv, float* sum, int* turns,
+                                     const __grid_constant__ CUtensorMap dout, const __grid_constant__ CUtensorMap q,
+                                     const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,
+                                     const float* lse, const float* delta, int B, int T, int NH, int NKV, float scale) {
+    if (!HOPPER_CODE) return;
+    using F = HopperBackward<HS>;
+    constexpr int KEYS = F::KEYS, QUERIES = F::QUERIES, LINE = F::LINE, STAGES = F::STAGES;
+    extern __shared__ __align__(1024) unsigned char attention_hopper_smem[];
+    unsigned char *sk = attention_hopper_smem, *sv = sk + F::KV, *sq = sv + F::KV, *sdo = sq + STAGES * F::TILE;
+    unsigned char* sds = sdo + STAGES * F::TILE;                  
+    float* stats = reinterpret_cast<float*>(sds + STAGES * F::DS);    // lse log2(e), delta
+    uint64_t* kv_full = reinterpret_cast<uint64_t*>(stats + STAGES * 2 * QUERIES);
+    uint64_t *full = kv_full + 1, *empty = full + STAGES;
+    if (threadIdx.x == 0) {
+        mbarrier_init(kv_full, 1);
+        for (int i = 0; i < STAGES; i++) mbarrier_init(full + i, WARP_SIZE), mbarrier_init(empty + i, 8);
+        mbarrier_fence_init();
+    }
+    __syncthreads();
+    const int tiles = ceil_div(T, QUERIES);
+    const Place place = attention_place(blockIdx.x, B * NKV, ceil_div(T, KEYS));
+    const int block = place.tile, row0 = block * KEYS;
+    const int first_head = place.head * (NH / NKV), end_head = first_head + NH / NKV;  // of all in the batch
+    const int group = __shfl_sync(ALL_LANES, int(threadIdx.x) / 128, 0);  // the compiler sees that a warp agrees
+    int stage = 0;
+    unsigned phase = 0;
+    auto advance = [&] {
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    };
+
+    if (group == 2) {
+        registers_less<32>();
+        if (threadIdx.x % 128 >= WARP_SIZE) return;
+        if (lane() == 0) {
+            mbarrier_arrive_expect(kv_full, 2 * F::KV);
+            for (int i = 0; i < F::HALVES; i++) {
+                tma_load(sk + i * KEYS * LINE, &k, kv_full, 64 * i, row0, place.head);
+                tma_load(sv + i * KEYS * LINE, &v, kv_full, 64 * i, row0, place.head);
+            }
+        }
+        auto load = [&](int head, int t0) {
+            const size_t at = size_t(head) * T + t0;
+            float l[QUERIES / WARP_SIZE], d[QUERIES / WARP_SIZE];
+            #pragma unroll
+            for (int i = 0; i < QUERIES / WARP_SIZE; i++) {
+                const int t = i * WARP_SIZE + lane();
+                l[i] = t0 + t < T ? LOG2E * lse[at + t] : 0.0f;
+                d[i] = t0 + t < T ? delta[at + t] : 0.0f;
+            }
+            mbarrier_wait(empty + stage, phase ^ 1);  // at first, the phase before the first counts as completed
+            float* to = stats + stage * 2 * QUERIES + lane();
+            #pragma unroll
+            for (int i = 0; i < QUERIES / WARP_SIZE; i++)
+                to[i * WARP_SIZE] = l[i], to[QUERIES + i * WARP_SIZE] = d[i];
+            if (lane() > 0) {
+                mbarrier_arrive(full + stage);
+            } else {
+                mbarrier_arrive_expect(full + stage, 2 * F::TILE);
+                for (int i = 0; i < F::HALVES; i++) {
+                    const int to = stage * F::TILE + i * QUERIES * LINE;
+                    tma_load(sq + to, &q, full + stage, 64 * i, t0, head);
+                    tma_load(sdo + to, &dout, full + stage, head % NH * HS + 64 * i, t0, head / NH);
+                }
+            }
+            advance();
+        };
+        for (int head = first_head; head < end_head; head++)
+            for (int tile = tiles - 1; tile >= row0 / QUERIES; tile--) load(head, tile * QUERIES);
+        return;
+    }
+
+    registers_more<240>();
+    const float scale2 = scale * LOG2E;
+    const int first = group * 64 + warp() % 4 * 16;  // this warp's rows of the keys
+    // its rows and columns of dq's tile
+    const int dq_row = (HS == 64 ? group * 64 : 0) + warp() % 4 * 16, dq_col = HS == 64 ? 0 : group * 64;
+    const uint64_t k_rows = wgmma_descriptor(sk + group * 64 * LINE, 16, 8 * LINE);
+    const uint64_t v_rows = wgmma_descriptor(sv + group * 64 * LINE, 16, 8 * LINE);
+    const uint64_t k_columns = wgmma_descriptor(sk + dq_col / 64 * KEYS * LINE, KEYS * LINE, 8 * LINE);
+    const uint64_t ds_columns = wgmma_descriptor(sds + dq_row / 64 * KEYS * LINE, KEYS * LINE, 8 * LINE);
+    const uint64_t q_rows = wgmma_descriptor(sq, 16, 8 * LINE), do_rows = wgmma_descriptor(sdo, 16, 8 * LINE);
+    const uint64_t q_columns = wgmma_descriptor(sq, QUERIES * LINE, 8 * LINE);
+    const uint64_t do_columns = wgmma_descriptor(sdo, QUERIES * LINE, 8 * LINE);
+    // tiles are worked on 64 queries at a time
+    typedef Tile<16, 64, BY_COLUMN> Scores;
+    constexpr int PIECES = QUERIES / 64, UNDER_WAY = 2 * PIECES - 1;
+    Tile<16, HS> acc_k, acc_v;
+    acc_k.zero();
+    acc_v.zero();
+    // c = a b^T over the head: a this group's keys, b queries
+    auto multiply_rows = [&](Scores& c, uint64_t a, uint64_t b) {
+        wgmma_fence();
+        #pragma unroll
+        for (int i = 0; i < HS / 16; i++)
+            wgmma_ss<64, 0, 0>(c.v, a + (i / 4 * KEYS * LINE + i % 4 * 32) / 16,
+                               b + (i / 4 * QUERIES * LINE + i % 4 * 32) / 16, i > 0);
+        wgmma_commit();
+    };
+    // c += a b over the queries
+    auto multiply_columns = [&](Tile<16, HS>& c, const unsigned (*a)[4], uint64_t b) {
+        wgmma_fence();
+        #pragma unroll
+        for (int i = 0; i < 4; i++) wgmma_rs<HS, 1>(c.v, a[i], b + i * LINE, 1);
+        wgmma_commit();
+    };
+    mbarrier_wait(kv_full, 0);
+    int given = -1;  // the turn that is to be passed on
+    auto step = [&](int head, int tile) {
+        Scores p[PIECES], ds[PIECES];
+        unsigned rounded_p[PIECES][4][4], rounded_ds[PIECES][4][4];
+        auto piece_at = [&](int i) { return uint64_t((stage * F::TILE + i * 64 * LINE) / 16); };
+        mbarrier_wait(full + stage, phase);
+        #pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            multiply_rows(p[i], k_rows, q_rows + piece_at(i));
+            multiply_rows(ds[i], v_rows, do_rows + piece_at(i));
+        }
+        #pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            const float *piece_lse = stats + stage * 2 * QUERIES + 64 * i, *piece_delta = piece_lse + QUERIES;
+            const int diagonal = row0 + first - tile * QUERIES - 64 * i;  // columns from row + diagonal on
+            wgmma_wait<UNDER_WAY>();
+            wgmma_registers<32>(p[i].v);
+            #pragma unroll
+            for (int e = 0; e < Scores::PER_ROW; e += 2) {
+                const float2 l = *reinterpret_cast<const float2*>(piece_lse + Scores::col(e));
+                #pragma unroll
+                for (int s = 0; s < 2; s++) {
+                    p[i].at(s, e) = fast_exp2(scale2 * p[i].at(s, e) - l.x);
+                    p[i].at(s, e + 1) = fast_exp2(scale2 * p[i].at(s, e + 1) - l.y);
+                }
+            }
+            // Queries beyond T have dout and delta 0 and add nothing; keys beyond T are after every query
+            if (diagonal > -16) {
+                #pragma unroll
+                for (int e = 0; e < Scores::PER_ROW; e++)
+                    #pragma unroll
+                    for (int s = 0; s < 2; s++)
+                        p[i].at(s, e) = Scores::col(e) >= Scores::row(s) + diagonal ? p[i].at(s, e) : 0.0f;
+            }
+            round_operand<64>(rounded_p[i], p[i].v);
+            multiply_columns(acc_v, rounded_p[i], do_columns + piece_at(i));
+            wgmma_wait<UNDER_WAY>();
+            wgmma_registers<32>(ds[i].v);
+            #pragma unroll
+            for (int e = 0; e < Scores::PER_ROW; e += 2) {
+                const float2 d = *reinterpret_cast<const float2*>(piece_delta + Scores::col(e));
+                #pragma unroll
+                for (int s = 0; s < 2; s++) {
+                    ds[i].at(s, e) = p[i].at(s, e) * (ds[i].at(s, e) - d.x);
+                    ds[i].at(s, e + 1) = p[i].at(s, e + 1) * (ds[i].at(s, e + 1) - d.y);
+                }
+            }
+            round_operand<64>(rounded_ds[i], ds[i].v);
+            multiply_columns(acc_k, rounded_ds[i], q_columns + piece_at(i));
+            store_box(sds + stage * F::DS + (i * KEYS + first) * LINE, rounded_ds[i]);
+        }
+        fence_async_shared();
+        named_barrier_sync(1, 256);  // ds is there; the last step's dq is written, its ds read
+        if (given >= 0 && threadIdx.x == 0) flag_write(turns + given, block + 1);
+
+        const int turn = head * ceil_div(T, BACKWARD_QUERIES) + tile;
+        const bool ends = block == min(tile * QUERIES + QUERIES - 1, T - 1) / KEYS;
+        float4* part_sum =
+            reinterpret_cast<float4*>(sum + size_t(head * tiles + tile) * QUERIES * HS) + group * 8 * 128 + threadIdx.x % 128;
+        Tile<16, 64> acc;
+        wgmma_fence();
+        #pragma unroll
+        for (int i = 0; i < KEYS / 16; i++)
+            wgmma_ss<64, 1, 1>(acc.v, ds_columns + (stage * F::DS + i * 16 * LINE) / 16, k_columns + i * LINE, i > 0);
+        wgmma_commit();
+        wgmma_wait<1>();
+        wgmma_registers<HS / 2>(acc_k.v);
+        wgmma_registers<HS / 2>(acc_v.v);
+        if (lane() == 0) mbarrier_arrive(empty + stage);
+        float4 before[8] = {};
+        if (block > 0) {
+            if (lane() == 0)
+                while (flag_read(turns + turn) != block) flag_pause();
+            __syncwarp();
+            #pragma unroll
+            for (int i = 0; i < 8; i++) before[i] = __ldcg(part_sum + i * 128);
+        }
+        wgmma_wait<0>();
+        wgmma_registers<32>(acc.v);
+        #pragma unroll
+        for (int i = 0; i < 32; i++) acc.v[i] += reinterpret_cast<const float*>(before)[i];
+        if (ends) {
+            #pragma unroll
+            for (int s = 0; s < 2; s++) {
+                const int t = tile * QUERIES + dq_row + acc.row(s);
+                floatX* row = dq + (size_t(head) * T + t) * HS + dq_col;
+                #pragma unroll
+                for (int e = 0; e < acc.PER_ROW; e += 2)
+                    if (t < T) store_pair(row + acc.col(e), scale * acc.at(s, e), scale * acc.at(s, e + 1));
+            }
+        } else {
+            #pragma unroll
+            for (int i = 0; i < 8; i++) __stcg(part_sum + i * 128, reinterpret_cast<const float4*>(acc.v)[i]);
+        }
+        given = ends ? -1 : turn;
+        advance();
+    };
+    for (int head = first_head; head < end_head; head++)
+        for (int tile = tiles - 1; tile >= row0 / QUERIES; tile--) step(head, tile);
+    // dk and dv go through the rows that k and v had
+    named_barrier_sync(1, 256);
+    if (given >= 0 && threadIdx.x == 0) flag_write(turns + given, block + 1);
+    #pragma unroll
+    for (float& x : acc_k.v) x *= scale;
+    unsigned rounded[HS / 16][4];
+    round_operand<HS>(rounded, acc_k.v);
+    for (int c = 0; c < F::HALVES; c++) store_box(sk + (c * KEYS + first) * LINE, rounded + 4 * c);
+    round_operand<HS>(rounded, acc_v.v);
+    for (int c = 0; c < F::HALVES; c++) store_box(sv + (c * KEYS + first) * LINE, rounded + 4 * c);
+    fence_async_shared();
+    __syncwarp();
+    if (lane() == 0) {
+        for (int c = 0; c < F::HALVES; c++) {
+            if (row0 + first >= T) break;
+            tma_store(&dk, sk + (c * KEYS + first) * LINE, 64 * c, row0 + first, place.head);
+            tma_store(&dv, sv + (c * KEYS + first) * LINE, 64 * c, row0 + first, place.head);
+        }
+        tma_store_commit();
+        tma_store_wait<0>();
+    }
+}
+
 // floats of attention_backward's scratch: the sums of dq, delta, the turns
 size_t attention_scratch(Heads h) {
-    const size_t rows = size_t(h.B) * h.NH, tiles = ceil_div(h.T, BACKWARD_QUERIES);
-    return rows * (tiles * BACKWARD_QUERIES * ((h.HS + 15) / 16 * 16) + h.T + tiles);
+    const size_t rows = size_t(h.B) * h.NH, tiles = ceil_div(h.T, BACKWARD_QUERIES), padded = ceil_div(h.T, 128) * 128;
+    return rows * (padded * ((h.HS + 15) / 16 * 16) + h.T + tiles);
 }
 
 template <int HS>
@@ -2321,16 +2561,20 @@ CUtensorMap heads_map(const floatX* x, int heads, int T, int HS, int rows) {
     const int64_t row = 2 * HS, head = T * row;
     return tensor_map(x, {HS, T, heads, 1}, {row, head, heads * head}, {64, rows, 1, 1});
 }
+// the same of x (B,T,NH HS)
+CUtensorMap tokens_map(const floatX* x, Heads h, int rows) {
+    const int64_t row = 2 * h.NH * h.HS, batch = h.T * row;
+    return tensor_map(x, {h.NH * h.HS, h.T, h.B, 1}, {row, batch, h.B * batch}, {64, rows, 1, 1});
+}
 
 template <int HS>
 void attention_forward_hopper(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
                               cudaStream_t stream) {
     using F = HopperForward<HS>;
-    const int64_t row = 2 * int64_t(h.NH) * HS, batch = h.T * row;
     const CUtensorMap map_q = heads_map(q, h.B * h.NH, h.T, HS, F::ROWS);
     const CUtensorMap map_k = heads_map(k, h.B * h.NKV, h.T, HS, F::KEYS);
     const CUtensorMap map_v = heads_map(v, h.B * h.NKV, h.T, HS, F::KEYS);
-    const CUtensorMap map_out = tensor_map(out, {h.NH * HS, h.T, h.B, 1}, {row, batch, h.B * batch}, {64, 16, 1, 1});
+    const CUtensorMap map_out = tokens_map(out, h, 16);
     const int blocks = std::min(h.B * h.NH * ceil_div(h.T, F::ROWS), device_sms);
     auto kernel = attention_forward_hopper_kernel<HS>;
     CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, F::SMEM));
@@ -2340,15 +2584,36 @@ void attention_forward_hopper(floatX* out, float* lse, const floatX* q, const fl
 }
 
 template <int HS>
+void attention_backward_hopper(floatX* dq, floatX* dk, floatX* dv, float* sum, int* turns, const floatX* dout,
+                               const floatX* q, const floatX* k, const floatX* v, const float* lse, const float* delta,
+                               Heads h, cudaStream_t stream) {
+    using F = HopperBackward<HS>;
+    const CUtensorMap map_q = heads_map(q, h.B * h.NH, h.T, HS, F::QUERIES);
+    const CUtensorMap map_k = heads_map(k, h.B * h.NKV, h.T, HS, F::KEYS);
+    const CUtensorMap map_v = heads_map(v, h.B * h.NKV, h.T, HS, F::KEYS);
+    const CUtensorMap map_dk = heads_map(dk, h.B * h.NKV, h.T, HS, 16), map_dv = heads_map(dv, h.B * h.NKV, h.T, HS, 16);
+    const CUtensorMap map_dout = tokens_map(dout, h, F::QUERIES);
+    auto kernel = attention_backward_hopper_kernel<HS>;
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, F::SMEM));
+    attention_backward_hopper_kernel<HS><<<h.B * h.NKV * ceil_div(h.T, F::KEYS), F::THREADS, F::SMEM, stream>>>(
+        dq, map_dk, map_dv, sum, turns, map_dout, map_q, map_k, map_v, lse, delta, h.B, h.T, h.NH, h.NKV,
+        1.0f / sqrtf(float(HS)));
+    CHECK(cudaGetLastError());
+}
+
+template <int HS>
 void attention_backward_hs(floatX* dq, floatX* dk, floatX* dv, float* scratch, const floatX* dout, const floatX* out,
                            const floatX* q, const floatX* k, const floatX* v, const float* lse, Heads h,
                            cudaStream_t stream) {
-    const size_t rows = size_t(h.B) * h.NH, tiles = ceil_div(h.T, BACKWARD_QUERIES);
-    float *sum = scratch, *delta = sum + rows * tiles * BACKWARD_QUERIES * WIDTH<HS>;
+    const size_t rows = size_t(h.B) * h.NH;
+    float *sum = scratch, *delta = sum + rows * ceil_div(h.T, 128) * 128 * WIDTH<HS>;
     int* turns = reinterpret_cast<int*>(delta + rows * h.T);
     attention_delta_kernel<HS><<<h.B * h.T, std::min(256, (h.NH * DELTA_LANES<HS> + 31) / 32 * 32), 0, stream>>>(
         delta, turns, dout, out, h.T, h.NH);
     CHECK(cudaGetLastError());
+    if constexpr (BF16 && (HS == 64 || HS == 128))
+        if (hopper)
+            return attention_backward_hopper<HS>(dq, dk, dv, sum, turns, dout, q, k, v, lse, delta, h, stream);
     constexpr int ROWS = (SERIAL ? 3 : 2) * BACKWARD_KEYS + 2 * (BACKWARD_AHEAD + 1) * BACKWARD_QUERIES;
     constexpr int smem = (ROWS * STRIDE<WIDTH<HS>> + BACKWARD_KEYS * STRIDE<BACKWARD_QUERIES>)*sizeof(SharedX) +
                          2 * (BACKWARD_AHEAD + 1) * BACKWARD_QUERIES * sizeof(float);
