@@ -1,6 +1,7 @@
 # The SimpleGPT trainer. `make help` lists what can be made.
 #   PRECISION=fp32|bf16   of ./train_gpt (fp32 on a CPU, bf16 on a GPU)
 #   TEXT=path             a file or folder to train on with `make run` (the sources of Python's standard library)
+#   PART=ceilings|kernels|steps|all, MODEL=flavour   of `make bench` (all; flavours that fit the device)
 
 CUDA     ?= /usr/local/cuda
 NVCC     ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA)/bin/nvcc))
@@ -49,9 +50,21 @@ test:  ## all tests that need no GPU
 gpu-check:  ## on a machine with a GPU: build, tests, compute-sanitizer, short runs, benches
 	@NVCC=$(NVCC) PYTHON=$(PYTHON) dev/gpu_check.sh
 
-bench:  ## on the CPU: a training step against PyTorch (needs torch)
-	@$(MAKE) --no-print-directory cpu
-	$(PYTHON) dev/bench/step.py
+DEVICE  := $(if $(HAVE_GPU),gpu_bf16,cpu_fp32)
+PART    ?= all
+RESULTS ?= dev/bench/results
+
+bench:  ## the machine's limits, every kernel beside them, whole steps beside PyTorch (with torch): PART=, MODEL=
+	@[ -n '$(filter ceilings kernels steps all,$(PART))' ] || \
+	    { echo "make bench: PART '$(PART)' is none of ceilings, kernels, steps, all." >&2; exit 1; }
+	@$(MAKE) --no-print-directory build/train_gpt_$(DEVICE) build/bench_$(DEVICE)
+ifneq ($(filter ceilings kernels all,$(PART)),)
+	build/bench_$(DEVICE) --part $(PART:all=kernels) --results $(RESULTS) $(MODEL:%=--model %)
+endif
+ifneq ($(filter steps all,$(PART)),)
+	$(PYTHON) dev/bench/step.py --trainer build/train_gpt_$(DEVICE) --bench build/bench_$(DEVICE) \
+	    --device $(if $(HAVE_GPU),cuda,cpu) --results $(RESULTS) $(MODEL:%=--model %)
+endif
 
 clean:  ## remove everything that make has built (not runs/ and data/)
 	rm -rf build train_gpt
@@ -88,6 +101,9 @@ build/test_standin_serial: build/src/dev/cpu/test_standin.cu $(STANDIN)
 build/test_standin_exact: build/src/dev/cpu/test_standin.cu $(STANDIN)
 	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY -x c++ $< -lopenblas -lboost_context -o $@
 
+build/bench_cpu_%: build/src/dev/bench/bench.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN)
+	g++ $(CXXFLAGS) $($*) -x c++ build/src/dev/bench/bench.cu -lopenblas -o $@
+
 build/test_dataloader: dev/test/test_dataloader.cpp dataloader.h
 	g++ -std=c++17 -O1 -g1 -pthread -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined -I. $< -o $@
 
@@ -104,3 +120,7 @@ build/train_gpt_gpu_%: $(SOURCES)
 build/test_gpu_%: test_gpt.cu $(SOURCES)
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) $($*) test_gpt.cu -lcublasLt -o $@
+
+build/bench_gpu_%: dev/bench/bench.cu $(SOURCES)
+	@mkdir -p build
+	$(NVCC) $(NVCCFLAGS) $($*) dev/bench/bench.cu -lcublasLt -o $@
