@@ -59,11 +59,13 @@ bench:  ## the machine's limits, every kernel beside them, whole steps beside Py
 	    { echo "make bench: PART '$(PART)' is none of ceilings, kernels, steps, all." >&2; exit 1; }
 	@$(MAKE) --no-print-directory build/train_gpt_$(DEVICE) build/bench_$(DEVICE)
 ifneq ($(filter ceilings kernels all,$(PART)),)
-	build/bench_$(DEVICE) --part $(PART:all=kernels) --results $(RESULTS) $(MODEL:%=--model %)
+	@for model in $(or $(MODEL),$(if $(HAVE_GPU),1B 7B,60M)); do \
+	    build/bench_$(DEVICE) --part $(PART:all=kernels) --model $$model --results $(RESULTS) || exit 1; \
+	done
 endif
 ifneq ($(filter steps all,$(PART)),)
-	$(PYTHON) dev/bench/step.py --trainer build/train_gpt_$(DEVICE) --bench build/bench_$(DEVICE) \
-	    --device $(if $(HAVE_GPU),cuda,cpu) --results $(RESULTS) $(MODEL:%=--model %)
+	@$(PYTHON) dev/bench/step.py --trainer build/train_gpt_$(DEVICE) --bench build/bench_$(DEVICE) \
+	    --device $(if $(HAVE_GPU),cuda,cpu) --results $(RESULTS) $(if $(MODEL),--model $(MODEL))
 endif
 
 clean:  ## remove everything that make has built (not runs/ and data/)

@@ -1,12 +1,15 @@
 #!/bin/sh
 # Everything that needs a GPU, in one go; `make gpu-check` calls it.
-#   dev/gpu_check.sh [STAGE ...]     build tests sanitize train bench; each takes under nine minutes
-# Environment: NVCC, PYTHON, RESULTS (default dev/bench/results: where reports land, with date and device in them).
+#   dev/gpu_check.sh [STAGE ...]     build tests sanitize train bench; each takes under nine minutes, but bench
+# stands for: kernels steps-162M steps-1B steps-7B steps-llama3-8B report, each under nine minutes.
+# Environment: NVCC, PYTHON, RESULTS (default dev/bench/results: where reports land, with date and device in them),
+# MINUTES (8.5: of each steps-MODEL).
 # Exit status 1 if a stage failed; the others run all the same.
 set -u
 cd "$(dirname "$0")/.."
 NVCC=${NVCC:-nvcc} PYTHON=${PYTHON:-python3} RESULTS=${RESULTS:-dev/bench/results}
-stages=${*:-build tests sanitize train bench}
+stages=$(echo " ${*:-build tests sanitize train bench} " |
+    sed 's/ bench / kernels steps-162M steps-1B steps-7B steps-llama3-8B report /')
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
 [ -n "$device" ] || { echo "gpu_check: no GPU is visible to nvidia-smi. Run it on a machine that has one." >&2; exit 1; }
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
@@ -36,7 +39,7 @@ for stage in $stages; do
     case $stage in
     build)
         check build make -j4 NVCC="$NVCC" GPU_ARCH="-gencode=arch=compute_$capability,code=sm_$capability" \
-            build/train_gpt_gpu_bf16 build/train_gpt_gpu_fp32 build/test_gpu_bf16 build/test_gpu_fp32
+            build/train_gpt_gpu_bf16 build/train_gpt_gpu_fp32 build/test_gpu_bf16 build/test_gpu_fp32 build/bench_gpu_bf16
         ;;
     tests)
         check test_fp32 build/test_gpu_fp32
@@ -58,12 +61,20 @@ for stage in $stages; do
         check train_llama3-8B train llama3-8B 200 --model llama3-8B --vocab-size 128256 --seq-len 2048 \
             --batch-size auto --recompute norm --moments bf16 --steps 4
         ;;
-    bench)
-        check bench "$PYTHON" dev/bench/step.py --trainer build/train_gpt_gpu_bf16 --device cuda --model 162M \
-            --batch-size 16 --seq-len 1024 --results "$RESULTS"
+    kernels)
+        check kernels_1B timeout 260 build/bench_gpu_bf16 --part kernels --model 1B --results "$RESULTS"
+        check kernels_7B timeout 260 build/bench_gpu_bf16 --part kernels --model 7B --results "$RESULTS"
+        ;;
+    steps-*)
+        check "$stage" "$PYTHON" dev/bench/step.py --trainer build/train_gpt_gpu_bf16 --bench build/bench_gpu_bf16 \
+            --device cuda --model "${stage#steps-}" --minutes "${MINUTES:-8.5}" --results "$RESULTS"
+        ;;
+    report)
+        check bench_report "$PYTHON" dev/bench/report.py --trainer build/train_gpt_gpu_bf16 --results "$RESULTS"
+        cp build/log/gpu_bench_report.txt "$RESULTS/$(date +%Y-%m-%d)-bench.md"
         ;;
     *)
-        echo "gpu_check: '$stage' is no stage. Choose of: build tests sanitize train bench." >&2
+        echo "gpu_check: '$stage' is no stage. The head of dev/gpu_check.sh lists them." >&2
         exit 1
         ;;
     esac
