@@ -494,6 +494,16 @@ std::string utc(const char* pattern) {
     return text;
 }
 
+// Cores' worth of time that threads which never rest get of the machine.
+double free_cores() {
+    const double begin = now();
+    const clock_t used = clock();
+#pragma omp parallel
+    while (now() - begin < 0.3) {
+    }
+    return double(clock() - used) / CLOCKS_PER_SEC / (now() - begin);
+}
+
 struct Row {
     Case test;
     Time time;
@@ -507,6 +517,7 @@ struct Bench {
     bool quick = false;
     Config config;
     std::string device;
+    double cores = 0;  // that this process gets, where it is the device
     Ceilings ceilings;
     std::vector<Row> rows;
 
@@ -541,8 +552,8 @@ struct Bench {
         std::string s =
             format("{\n \"date\": \"%s\",\n \"device\": %s,\n \"precision\": \"%s\",\n \"threads\": %d,\n",
                    utc("%Y-%m-%dT%H:%MZ").c_str(), quoted(device).c_str(), PRECISION, omp_get_max_threads());
-        s += format(" \"part\": \"%s\",\n \"model\": %s,\n \"batch_size\": %d,\n \"seq_len\": %d,\n", part.c_str(),
-                    quoted(model).c_str(), B, config.T);
+        s += format(" \"cores\": %.2f,\n \"part\": \"%s\",\n \"model\": %s,\n \"batch_size\": %d,\n \"seq_len\": %d,\n",
+                    cores, part.c_str(), quoted(model).c_str(), B, config.T);
         s += format(" \"copy_gb_s\": %.6g,\n \"matmul_tflops\": %.6g,\n", ceilings.copy() / 1e9,
                     ceilings.matmul() / 1e12);
         s += " \"copies\": " + json_of(ceilings.copies, "gb_s", 1e9) +
@@ -566,6 +577,10 @@ struct Bench {
         cudaDeviceProp properties;
         CHECK(cudaGetDeviceProperties(&properties, 0));
         device = properties.name;
+        if (SERIAL) cores = free_cores();
+        if (SERIAL && cores < 0.9 * omp_get_max_threads())
+            fprintf(stderr, "bench: other work leaves %.1f of %d cores: times are too long.\n", cores,
+                    omp_get_max_threads());
         Tensors workspace;
         matmul.workspace = workspace.take<char>(MATMUL_WORKSPACE);
         matmul.timing = true;
