@@ -5,9 +5,10 @@ usage: dev/bench/step.py [--model 162M 1B 7B llama3-8B] [--variant simplegpt pre
                          [--torch compile eager] [--device cpu|cuda] [--bench build/bench_...] [--results DIR] ...
 
 One step: forward, backward, clipping, AdamW on random tokens. CPU in fp32, GPU in bf16; the twin (dev/reference) then
-by autocast, with fused AdamW and flash attention. They take turns, as many as the minutes allow; what finds no time or
-memory is named in the table, and if it is the trainer, the exit status is 1. The twin has the trainer's batch, or the
-largest half, quarter, .. of it that fits.
+by autocast, with fused AdamW and flash attention; for models whose float32 weights and moments would fill the GPU
+wholly in bf16, which spares it the masters that the trainer keeps. They take turns, as many as the minutes allow; what
+finds no time or memory is named in the table, and if it is the trainer, the exit status is 1. The twin has the
+trainer's batch, or the largest half, quarter, .. of it that fits.
 
 Per line: tokens/s; MFU, the share of the datasheet's peak at 6 FLOPs a parameter and token and causal attention's; the
 same of the matmul rate that --bench measures now; memory; and the least time that --plan gives for that rate, over the
@@ -34,11 +35,12 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 VARIANTS = ["simplegpt", "prenorm", "preqknorm"]
 
-# sequences of a micro-batch, tokens of a sequence, the trainer's other options: what suits 139 GiB, and two cores
-LARGE = ("auto", 2048, "--recompute norm --moments bf16")
+# sequences of a micro-batch, tokens of a sequence, the trainer's other options, the twin's weights: what suits 139 GiB,
+# and two cores
+LARGE = ("auto", 2048, "--recompute norm --moments bf16", "bf16")
 SETTINGS = {
-    "cuda": {"162M": ("32", 1024, ""), "1B": ("64", 512, ""), "7B": LARGE, "llama3-8B": LARGE},
-    "cpu": {"60M": ("4", 512, "")},
+    "cuda": {"162M": ("32", 1024, "", "fp32"), "1B": ("64", 512, "", "fp32"), "7B": LARGE, "llama3-8B": LARGE},
+    "cpu": {"60M": ("4", 512, "", "fp32")},
 }
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # dense bf16, datasheets
 WARM_UP = {"cuda": 3, "cpu": 2}                        # steps of a turn that are not counted
@@ -170,10 +172,11 @@ def write_tokens(path, vocabulary, windows, seq_len):
 
 
 class Twin:
-    def __init__(self, args, config, variant, mode, seq_len):
-        self.name = f"{'torch.compile' if mode == 'compile' else 'torch eager'} {variant}"
+    def __init__(self, args, config, variant, mode, seq_len, weights):
+        how = ("torch.compile" if mode == "compile" else "torch eager") + (" bf16" if weights == "bf16" else "")
+        self.name = f"{how} {variant}"
         self.job = dict(config=dict(config, variant=variant, max_seq_len=seq_len), mode=mode, seq_len=seq_len,
-                        device=args.device, threads=args.threads, attention=args.torch_attention)
+                        device=args.device, threads=args.threads, attention=args.torch_attention, weights=weights)
         self.batch, self.seq_len, self.process, self.lines = "0", seq_len, None, None
         self.seconds, self.error, self.memory_gib, self.version = [], None, 0.0, None
 
@@ -218,7 +221,7 @@ class Twin:
                 if str(error) == "out of memory" and int(self.batch) > 1:
                     self.batch = str(int(self.batch) // 2)
                     continue
-                self.error = f"{error}, B {self.batch}"
+                self.error = str(error)
             self.seconds += seconds[warm_up:]
             return
 
@@ -254,6 +257,9 @@ def work(job):
         with torch.device(job["device"]):
             model = Model(Config(**job["config"]))
         model.init_weights()
+        if job["weights"] == "bf16":
+            model.to(torch.bfloat16)
+        autocast = torch.autocast(job["device"], torch.bfloat16, enabled=cuda and job["weights"] == "fp32")
         adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         loss_of = torch.compile(model.loss) if job["mode"] == "compile" else model.loss
         for line in sys.stdin:
@@ -262,7 +268,7 @@ def work(job):
                                        device=job["device"])
                 begin = time.perf_counter()
                 adamw.zero_grad()
-                with sdpa_kernel(backends), torch.autocast(job["device"], torch.bfloat16, enabled=cuda):
+                with sdpa_kernel(backends), autocast:
                     loss = loss_of(tokens)
                     loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -286,11 +292,11 @@ def work(job):
 
 def measure(args, model, ceilings, deadline):
     config = flavour(args.trainer, model)
-    batch, seq_len, options = SETTINGS[args.device].get(model, ("4", 1024, ""))
+    batch, seq_len, options, weights = SETTINGS[args.device].get(model, ("4", 1024, "", "fp32"))
     batch, seq_len = args.batch_size or batch, args.seq_len or seq_len
     options = shlex.split(options if args.options is None else args.options)
     trainers = [Trainer(args, model, variant, batch, seq_len, options) for variant in args.variant]
-    twins = [Twin(args, config, args.variant[0], mode, seq_len) for mode in args.torch]
+    twins = [Twin(args, config, args.variant[0], mode, seq_len, args.torch_weights or weights) for mode in args.torch]
     runs = trainers + twins
     weight = {Trainer: 1, Twin: 2}  # of the time: a twin may have to compile
     with tempfile.TemporaryDirectory() as work_dir:
@@ -348,19 +354,19 @@ def print_table(record):
 
     first = record["runs"][0]
     print(f"\n{' '.join([record['model'] + ', T', str(record['seq_len']), *record['options']])}; {record['device']}")
-    print(f"{'':26}{'B':>5}{'s/step':>10}{'tokens/s':>11}{'MFU':>8}{'of rate':>9}{'GiB':>8}{'of plan':>9}"
+    print("MFU: of the datasheet's peak; of rate: of the measured matmul rate; GiB: the most; of plan: least time over "
+          "time; first is: as fast")
+    print(f"{'':30}{'B':>5}{'s/step':>10}{'tokens/s':>11}{'MFU':>8}{'of rate':>9}{'GiB':>8}{'of plan':>9}"
           f"{'first is':>10}")
     for run in record["runs"]:
         if run["error"]:
-            print(f"{run['name']:26}{run['batch_size']:>5}  {run['error']}")
+            print(f"{run['name']:30}{run['batch_size']:>5}  {run['error']}")
             continue
         of_plan = run["plan_s"] / run["seconds_per_step"] if "plan_s" in run else None
         first_is = "" if first["error"] else f"{first['tokens_per_s'] / run['tokens_per_s']:.3f} x"
-        print(f"{run['name']:26}{run['batch_size']:>5}{run['seconds_per_step']:10.3f}{run['tokens_per_s']:11.0f}"
+        print(f"{run['name']:30}{run['batch_size']:>5}{run['seconds_per_step']:10.3f}{run['tokens_per_s']:11.0f}"
               f"{percent(run['mfu']):>8}{percent(run['of_matmul_rate']):>9}{run['memory_gib']:8.2f}"
               f"{percent(of_plan):>9}{first_is:>10}")
-    print("MFU: of the datasheet's peak; of rate: of the measured matmul rate; GiB: the most; of plan: least time over "
-          "time; first is: as fast")
 
 
 def main():
@@ -374,6 +380,8 @@ def main():
                         help="how the twin runs (compile, on a CPU also eager)")
     parser.add_argument("--torch-attention", choices=["flash", "cudnn", "default"],
                         help="the twin's attention (flash, on a CPU default)")
+    parser.add_argument("--torch-weights", choices=["fp32", "bf16"],
+                        help="the twin's weights, gradients and moments (what suits the model)")
     parser.add_argument("--batch-size", help="sequences, or auto (what suits the model)")
     parser.add_argument("--seq-len", type=int, help="tokens of a sequence (what suits the model)")
     parser.add_argument("--options", help="the trainer's others, in one word (what suits the model)")
@@ -405,12 +413,12 @@ def main():
     for i, model in enumerate(args.model):
         now = time.monotonic()
         record = measure(args, model, ceilings, now + (deadline - now) / (len(args.model) - i))
-        print_table(record)
         name = f"{record['date'][:10]}-steps-{record['device']}-{model}".lower()
         path = os.path.join(args.results, re.sub(r"[^a-z0-9.-]", "-", name) + ".json")
         with open(path, "w") as f:
             json.dump(record, f, indent=1)
         print("written", os.path.relpath(path))
+        print_table(record)
         failed = failed or any(run["error"] for run in record["runs"] if run["name"].startswith("train_gpt"))
     return failed
 
