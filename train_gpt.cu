@@ -879,6 +879,9 @@ __device__ inline void mbarrier_wait(uint64_t* bar, unsigned parity) {
 // this thread's ordinary writes to shared memory, before bulk copies and wgmma that read them
 __device__ inline void fence_async_shared() { HOPPER_ASM("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// what this thread knows to be in global memory, before its bulk copies that add to it
+__device__ inline void fence_async_global() { HOPPER_ASM("fence.proxy.async.global;" ::: "memory"); }
+
 // id 1 to 15; threads: of all warps that sync or arrive
 __device__ inline void named_barrier_sync(int id, int threads) {
     HOPPER_ASM("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -916,6 +919,23 @@ __device__ inline void tma_store_commit() { HOPPER_ASM("cp.async.bulk.commit_gro
 template <int N>  // until at most the last N groups of this thread still read
 __device__ inline void tma_store_wait() {
     HOPPER_ASM("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+template <int N>  // until all but the last N groups of this thread are written, too
+__device__ inline void tma_store_wait_written() {
+    HOPPER_ASM("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+}
+// The same without a map, of floats side by side: to = from, or to += from. Both aligned to 16 bytes, bytes a multiple.
+__device__ inline void bulk_store(float* to, const float* from, int bytes) {
+    HOPPER_ASM("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+__device__ inline void bulk_add(float* to, const float* from, int bytes) {
+    HOPPER_ASM(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+            __cvta_generic_to_global(to)),
+        "r"(shared_address(from)), "r"(bytes)
+        : "memory");
 }
 
 // wgmma: c (64,N) += a (64,16) b (16,N), bf16, by the 128 threads of a warpgroup. Warp w has rows 16w + lane/4 and 8
@@ -994,7 +1014,9 @@ __device__ __forceinline__ void wgmma_rs(float* c, const unsigned* a, uint64_t b
     if constexpr (N == 256) WGMMA_RS(256, 128, 128, 129, 130, 131, 132, 133, 134);
 }
 
-// The warpgroup takes or gives back registers, R a thread from here on. The kernel needs __launch_bounds__(threads, 1).
+// The warpgroup takes or gives back registers, R a thread from here on. The kernel needs __launch_bounds__(threads, 1);
+// what it has to share out is 65536 / threads, rounded down to a multiple of 8, times the threads. Who asks for more
+// waits for ever.
 template <int R>
 __device__ inline void registers_more() {
     HOPPER_ASM("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(R));
@@ -1909,7 +1931,8 @@ __global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
 template <int HS>
 struct HopperForward {
     static constexpr int GROUPS = HS == 64 ? 3 : 2, ROWS = 64 * GROUPS, KEYS = 128, STAGES = HS == 64 ? 4 : 2;
-    static constexpr int THREADS = 128 * (GROUPS + 1), REGISTERS = HS == 64 ? 160 : 240;  // of who multiplies
+    static constexpr int THREADS = 128 * (GROUPS + 1);
+    static constexpr int REGISTERS = HS == 64 ? 160 : 240, LOADER_REGISTERS = HS == 64 ? 32 : 24;
     static constexpr int LINE = 128, HALVES = HS / 64;                                    // bytes
     static constexpr int Q = ROWS * HS * 2, TILE = KEYS * HS * 2;                         // bytes
     static constexpr int SMEM = 2 * Q + 2 * STAGES * TILE + (4 + 4 * STAGES) * 8 + 2 * 4;  // mbarriers, tile numbers
@@ -1952,7 +1975,7 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
     };
 
     if (group == F::GROUPS) {
-        registers_less<32>();
+        registers_less<F::LOADER_REGISTERS>();
         if (threadIdx.x % 128) return;
         // columns 0-63, then 64-127, of `rows` rows from row t of a head
         auto load = [&](unsigned char* to, const CUtensorMap* map, uint64_t* full, int rows, int t, int head) {
@@ -2304,8 +2327,8 @@ struct HopperBackward {
     static constexpr int KEYS = 128, QUERIES = HS == 64 ? 128 : 64, STAGES = 2, THREADS = 384;
     static constexpr int LINE = 128, HALVES = HS / 64;                                           // bytes
     static constexpr int KV = KEYS * HS * 2, TILE = QUERIES * HS * 2, DS = KEYS * QUERIES * 2;   // bytes
-    static constexpr int STATS = 2 * QUERIES * int(sizeof(float));                               // bytes
-    static constexpr int SMEM = 2 * KV + STAGES * (2 * TILE + DS + STATS) + (1 + 2 * STAGES) * 8;
+    static constexpr int STATS = 2 * QUERIES * 4, DQ = QUERIES * HS * 4;                         // bytes
+    static constexpr int SMEM = 2 * KV + STAGES * (2 * TILE + DS + STATS) + 2 * DQ + (1 + 2 * STAGES) * 8;
 };
 
 template <int HS>
@@ -2320,13 +2343,14 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     constexpr int KEYS = F::KEYS, QUERIES = F::QUERIES, LINE = F::LINE, STAGES = F::STAGES;
     extern __shared__ __align__(1024) unsigned char attention_hopper_smem[];
     unsigned char *sk = attention_hopper_smem, *sv = sk + F::KV, *sq = sv + F::KV, *sdo = sq + STAGES * F::TILE;
-    unsigned char* sds = sdo + STAGES * F::TILE;                  
-    float* stats = reinterpret_cast<float*>(sds + STAGES * F::DS);    // lse log2(e), delta
+    unsigned char* sds = sdo + STAGES * F::TILE;
+    float* sdq = reinterpret_cast<float*>(sds + STAGES * F::DS);  // two places that are used in turn
+    float* stats = sdq + 2 * QUERIES * HS;                        // lse log2(e), delta
     uint64_t* kv_full = reinterpret_cast<uint64_t*>(stats + STAGES * 2 * QUERIES);
     uint64_t *full = kv_full + 1, *empty = full + STAGES;
     if (threadIdx.x == 0) {
         mbarrier_init(kv_full, 1);
-        for (int i = 0; i < STAGES; i++) mbarrier_init(full + i, WARP_SIZE), mbarrier_init(empty + i, 8);
+        for (int i = 0; i < STAGES; i++) mbarrier_init(full + i, WARP_SIZE + 1), mbarrier_init(empty + i, 8);
         mbarrier_fence_init();
     }
     __syncthreads();
@@ -2335,15 +2359,56 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     const int block = place.tile, row0 = block * KEYS;
     const int first_head = place.head * (NH / NKV), end_head = first_head + NH / NKV;  // of all in the batch
     const int group = __shfl_sync(ALL_LANES, int(threadIdx.x) / 128, 0);  // the compiler sees that a warp agrees
-    int stage = 0;
+    // of this block: all query heads and tiles that see its keys; dq's place in memory; whether it is the last to add
+    auto for_each_tile = [&](auto work) {
+        for (int head = first_head; head < end_head; head++)
+            for (int tile = tiles - 1; tile >= row0 / QUERIES; tile--) work(head, tile);
+    };
+    auto sum_at = [&](int head, int tile) { return sum + size_t(head * tiles + tile) * QUERIES * HS; };
+    auto turn_of = [&](int head, int tile) { return turns + head * ceil_div(T, BACKWARD_QUERIES) + tile; };
+    auto is_last = [&](int tile) { return block == min(tile * QUERIES + QUERIES - 1, T - 1) / KEYS; };
+    // dq goes to memory through two places in turn, each with a warp that adds. Named barriers between it and those that
+    // multiply:
+    auto place_free = [](int place) { return 2 + place; };
+    auto place_full = [](int place) { return 4 + place; };
+    constexpr int PLACE_THREADS = 256 + WARP_SIZE;
+    int stage = 0, next_place = 0;
     unsigned phase = 0;
     auto advance = [&] {
         if (++stage == STAGES) stage = 0, phase ^= 1;
     };
 
     if (group == 2) {
-        registers_less<32>();
-        if (threadIdx.x % 128 >= WARP_SIZE) return;
+        registers_less<40>();
+        const int adder = warp() % 4 - 1;  // the first warp loads
+        if (adder == 0 || adder == 1) {
+            float* from = sdq + adder * QUERIES * HS;
+            named_barrier_arrive(place_free(adder), PLACE_THREADS);
+            for_each_tile([&](int head, int tile) {
+                if (is_last(tile)) return;
+                const bool mine = next_place == adder;
+                next_place ^= 1;
+                if (!mine) return;
+                int* turn = turn_of(head, tile);
+                if (lane() == 0)
+                    while (flag_read(turn) != block) flag_pause();
+                named_barrier_sync(place_full(adder), PLACE_THREADS);
+                if (lane() == 0) {
+                    fence_async_global();
+                    if (block == 0) bulk_store(sum_at(head, tile), from, F::DQ);
+                    else bulk_add(sum_at(head, tile), from, F::DQ);
+                    tma_store_commit();
+                    tma_store_wait<0>();
+                }
+                __syncwarp();
+                named_barrier_arrive(place_free(adder), PLACE_THREADS);
+                if (lane() == 0) {
+                    tma_store_wait_written<0>();
+                    flag_write(turn, block + 1);
+                }
+            });
+        }
+        if (adder >= 0) return;
         if (lane() == 0) {
             mbarrier_arrive_expect(kv_full, 2 * F::KV);
             for (int i = 0; i < F::HALVES; i++) {
@@ -2351,23 +2416,11 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
                 tma_load(sv + i * KEYS * LINE, &v, kv_full, 64 * i, row0, place.head);
             }
         }
-        auto load = [&](int head, int t0) {
+        auto load = [&](int head, int tile) {
+            const int t0 = tile * QUERIES;
             const size_t at = size_t(head) * T + t0;
-            float l[QUERIES / WARP_SIZE], d[QUERIES / WARP_SIZE];
-            #pragma unroll
-            for (int i = 0; i < QUERIES / WARP_SIZE; i++) {
-                const int t = i * WARP_SIZE + lane();
-                l[i] = t0 + t < T ? LOG2E * lse[at + t] : 0.0f;
-                d[i] = t0 + t < T ? delta[at + t] : 0.0f;
-            }
             mbarrier_wait(empty + stage, phase ^ 1);  // at first, the phase before the first counts as completed
-            float* to = stats + stage * 2 * QUERIES + lane();
-            #pragma unroll
-            for (int i = 0; i < QUERIES / WARP_SIZE; i++)
-                to[i * WARP_SIZE] = l[i], to[QUERIES + i * WARP_SIZE] = d[i];
-            if (lane() > 0) {
-                mbarrier_arrive(full + stage);
-            } else {
+            if (lane() == 0) {
                 mbarrier_arrive_expect(full + stage, 2 * F::TILE);
                 for (int i = 0; i < F::HALVES; i++) {
                     const int to = stage * F::TILE + i * QUERIES * LINE;
@@ -2375,14 +2428,19 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
                     tma_load(sdo + to, &dout, full + stage, head % NH * HS + 64 * i, t0, head / NH);
                 }
             }
+            for (int i = lane(); i < QUERIES; i += WARP_SIZE) {
+                float* to = stats + stage * 2 * QUERIES + i;
+                to[0] = t0 + i < T ? LOG2E * lse[at + i] : 0.0f;
+                to[QUERIES] = t0 + i < T ? delta[at + i] : 0.0f;
+            }
+            mbarrier_arrive(full + stage);
             advance();
         };
-        for (int head = first_head; head < end_head; head++)
-            for (int tile = tiles - 1; tile >= row0 / QUERIES; tile--) load(head, tile * QUERIES);
+        for_each_tile(load);
         return;
     }
 
-    registers_more<240>();
+    registers_more<232>();
     const float scale2 = scale * LOG2E;
     const int first = group * 64 + warp() % 4 * 16;  // this warp's rows of the keys
     // its rows and columns of dq's tile
@@ -2396,7 +2454,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     const uint64_t do_columns = wgmma_descriptor(sdo, QUERIES * LINE, 8 * LINE);
     // tiles are worked on 64 queries at a time
     typedef Tile<16, 64, BY_COLUMN> Scores;
-    constexpr int PIECES = QUERIES / 64, UNDER_WAY = 2 * PIECES - 1;
+    constexpr int PIECES = QUERIES / 64;
     Tile<16, HS> acc_k, acc_v;
     acc_k.zero();
     acc_v.zero();
@@ -2417,22 +2475,19 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
         wgmma_commit();
     };
     mbarrier_wait(kv_full, 0);
-    int given = -1;  // the turn that is to be passed on
-    auto step = [&](int head, int tile) {
+    for_each_tile([&](int head, int tile) {
         Scores p[PIECES], ds[PIECES];
         unsigned rounded_p[PIECES][4][4], rounded_ds[PIECES][4][4];
         auto piece_at = [&](int i) { return uint64_t((stage * F::TILE + i * 64 * LINE) / 16); };
         mbarrier_wait(full + stage, phase);
-        #pragma unroll
-        for (int i = 0; i < PIECES; i++) {
-            multiply_rows(p[i], k_rows, q_rows + piece_at(i));
-            multiply_rows(ds[i], v_rows, do_rows + piece_at(i));
-        }
+        multiply_rows(p[0], k_rows, q_rows + piece_at(0));
+        multiply_rows(ds[0], v_rows, do_rows + piece_at(0));
+        if constexpr (PIECES == 2) multiply_rows(p[1], k_rows, q_rows + piece_at(1));
         #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             const float *piece_lse = stats + stage * 2 * QUERIES + 64 * i, *piece_delta = piece_lse + QUERIES;
             const int diagonal = row0 + first - tile * QUERIES - 64 * i;  // columns from row + diagonal on
-            wgmma_wait<UNDER_WAY>();
+            i == 0 ? wgmma_wait<PIECES>() : wgmma_wait<3>();  // behind p: dp, p[1]; at last dv, dk, dp
             wgmma_registers<32>(p[i].v);
             #pragma unroll
             for (int e = 0; e < Scores::PER_ROW; e += 2) {
@@ -2453,7 +2508,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
             }
             round_operand<64>(rounded_p[i], p[i].v);
             multiply_columns(acc_v, rounded_p[i], do_columns + piece_at(i));
-            wgmma_wait<UNDER_WAY>();
+            i == 0 ? wgmma_wait<PIECES>() : wgmma_wait<1>();  // behind dp: p[1], dv; at last dv
             wgmma_registers<32>(ds[i].v);
             #pragma unroll
             for (int e = 0; e < Scores::PER_ROW; e += 2) {
@@ -2466,16 +2521,12 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
             }
             round_operand<64>(rounded_ds[i], ds[i].v);
             multiply_columns(acc_k, rounded_ds[i], q_columns + piece_at(i));
+            if (i + 1 < PIECES) multiply_rows(ds[i + 1], v_rows, do_rows + piece_at(i + 1));
             store_box(sds + stage * F::DS + (i * KEYS + first) * LINE, rounded_ds[i]);
         }
         fence_async_shared();
-        named_barrier_sync(1, 256);  // ds is there; the last step's dq is written, its ds read
-        if (given >= 0 && threadIdx.x == 0) flag_write(turns + given, block + 1);
+        named_barrier_sync(1, 256);  // ds is there, and the last tile's is read
 
-        const int turn = head * ceil_div(T, BACKWARD_QUERIES) + tile;
-        const bool ends = block == min(tile * QUERIES + QUERIES - 1, T - 1) / KEYS;
-        float4* part_sum =
-            reinterpret_cast<float4*>(sum + size_t(head * tiles + tile) * QUERIES * HS) + group * 8 * 128 + threadIdx.x % 128;
         Tile<16, 64> acc;
         wgmma_fence();
         #pragma unroll
@@ -2486,19 +2537,21 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
         wgmma_registers<HS / 2>(acc_k.v);
         wgmma_registers<HS / 2>(acc_v.v);
         if (lane() == 0) mbarrier_arrive(empty + stage);
-        float4 before[8] = {};
-        if (block > 0) {
-            if (lane() == 0)
-                while (flag_read(turns + turn) != block) flag_pause();
-            __syncwarp();
-            #pragma unroll
-            for (int i = 0; i < 8; i++) before[i] = __ldcg(part_sum + i * 128);
-        }
         wgmma_wait<0>();
         wgmma_registers<32>(acc.v);
-        #pragma unroll
-        for (int i = 0; i < 32; i++) acc.v[i] += reinterpret_cast<const float*>(before)[i];
-        if (ends) {
+        const int at = group * 8 * 128 + threadIdx.x % 128;
+        if (is_last(tile)) {
+            if (block > 0) {
+                if (lane() == 0)
+                    while (flag_read(turn_of(head, tile)) != block) flag_pause();
+                __syncwarp();
+                #pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const float4 before = __ldcg(reinterpret_cast<const float4*>(sum_at(head, tile)) + at + i * 128);
+                    acc.v[4 * i] += before.x, acc.v[4 * i + 1] += before.y;
+                    acc.v[4 * i + 2] += before.z, acc.v[4 * i + 3] += before.w;
+                }
+            }
             #pragma unroll
             for (int s = 0; s < 2; s++) {
                 const int t = tile * QUERIES + dq_row + acc.row(s);
@@ -2508,17 +2561,19 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
                     if (t < T) store_pair(row + acc.col(e), scale * acc.at(s, e), scale * acc.at(s, e + 1));
             }
         } else {
+            float4* to = reinterpret_cast<float4*>(sdq + next_place * QUERIES * HS) + at;
+            named_barrier_sync(place_free(next_place), PLACE_THREADS);
             #pragma unroll
-            for (int i = 0; i < 8; i++) __stcg(part_sum + i * 128, reinterpret_cast<const float4*>(acc.v)[i]);
+            for (int i = 0; i < 8; i++) to[i * 128] = reinterpret_cast<const float4*>(acc.v)[i];
+            fence_async_shared();
+            named_barrier_arrive(place_full(next_place), PLACE_THREADS);
+            next_place ^= 1;
         }
-        given = ends ? -1 : turn;
         advance();
-    };
-    for (int head = first_head; head < end_head; head++)
-        for (int tile = tiles - 1; tile >= row0 / QUERIES; tile--) step(head, tile);
+    });
+    for (int i = 0; i < 2; i++) named_barrier_sync(place_free(i), PLACE_THREADS);
     // dk and dv go through the rows that k and v had
     named_barrier_sync(1, 256);
-    if (given >= 0 && threadIdx.x == 0) flag_write(turns + given, block + 1);
     #pragma unroll
     for (float& x : acc_k.v) x *= scale;
     unsigned rounded[HS / 16][4];

@@ -695,6 +695,33 @@ __global__ void tma_box_kernel(unsigned short* out, const __grid_constant__ CUte
     tma_store_wait<0>();
 }
 
+// out (64) = 2 threadIdx.x, by a store and an addition of floats side by side
+__global__ void bulk_kernel(float* out) {
+    extern __shared__ __align__(1024) float bulk_smem[];
+    bulk_smem[threadIdx.x] = threadIdx.x;
+    fence_async_shared();
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    bulk_store(out, bulk_smem, 64 * 4);
+    tma_store_commit();
+    tma_store_wait_written<0>();
+    bulk_add(out, bulk_smem, 64 * 4);
+    tma_store_commit();
+    tma_store_wait_written<0>();
+}
+
+__global__ void registers_kernel() {  // of 504 for a thread of each group 512
+    if (threadIdx.x < 128) registers_less<32>();
+    else registers_more<240>();
+}
+
+static void test_bulk() {
+    Device<float> out(std::vector<float>(65, NAN));
+    bulk_kernel<<<1, 64, 64 * 4>>>(out);
+    for (int i = 0; i < 64; i++) EXPECT(out[i] == 2 * i, "%d: %g", i, out[i]);
+    EXPECT(std::isnan(out[64]), "written beyond the end");
+}
+
 static void test_tma_boxes() {
     const int D[4] = {72, 5, 4, 3}, BOX[4] = {64, 3, 2, 2};
     const size_t size = 72 * 5 * 4 * 3;
@@ -841,6 +868,7 @@ static int mistake(const std::string& name) {
     if (name == "no_init_fence") tma_matmul<64, 0, 0, 0, NO_INIT_FENCE>(128);
     if (name == "three_warps") tma_matmul<64, 0, 0, 0, THREE_WARPS>(128);
     if (name == "no_store_wait") tma_matmul<64, 0, 0, 0, NO_STORE_WAIT>(128);
+    if (name == "registers") registers_kernel<<<1, 384>>>();
     if (name == "overwrite_store") tma_matmul<64, 0, 0, 0, OVERWRITE_STORE>(128);
     if (name == "mbarrier_stuck") mbarrier_stuck_kernel<<<1, 32>>>(32);
     if (name == "no_mbarrier") no_mbarrier_kernel<<<1, 32>>>();
@@ -891,6 +919,7 @@ static void test_hopper_reports() {
     expect_report("two_arrivals", {"is at mbarrier_arrive", "more arrivals"});
     expect_report("no_init_fence", {"before mbarrier_fence_init"});
     expect_report("three_warps", {"warp 3 left out a wgmma"});
+    expect_report("registers", {"the warps ask for 2048 registers together", "of 2016"});
     for (const char* name : {"early_read", "no_wait", "no_empty", "no_store_wait"}) {  // a copy may always be in time
         int caught = 0;
         for (int seed = 1; seed <= 5; seed++) {
@@ -1015,6 +1044,7 @@ int main(int argc, char** argv) {
     test("uninitialised_shared", test_uninitialised_shared);
     test("tma_wgmma", test_tma_wgmma);
     test("tma_boxes", test_tma_boxes);
+    test("bulk", test_bulk);
     test("named_barriers", test_named_barriers);
     test("reports", test_reports);
     test("hopper_reports", test_hopper_reports);

@@ -37,13 +37,17 @@ inline void mbarrier_arrive(uint64_t*) { abort(); }
 inline void mbarrier_arrive_expect(uint64_t*, unsigned) { abort(); }
 inline void mbarrier_wait(uint64_t*, unsigned) { abort(); }
 inline void fence_async_shared() { abort(); }
+inline void fence_async_global() { abort(); }
 inline void stmatrix_x4(void*, const unsigned*) { abort(); }
 inline void named_barrier_sync(int, int) { abort(); }
 inline void named_barrier_arrive(int, int) { abort(); }
 inline void tma_load(void*, const CUtensorMap*, uint64_t*, int, int, int = 0, int = 0) { abort(); }
 inline void tma_store(const CUtensorMap*, const void*, int, int, int = 0, int = 0) { abort(); }
+inline void bulk_store(float*, const float*, int) { abort(); }
+inline void bulk_add(float*, const float*, int) { abort(); }
 inline void tma_store_commit() { abort(); }
 template <int N> void tma_store_wait() { abort(); }
+template <int N> void tma_store_wait_written() { abort(); }
 inline uint64_t wgmma_descriptor(const void*, int, int) { abort(); }
 inline void wgmma_fence() { abort(); }
 inline void wgmma_commit() { abort(); }

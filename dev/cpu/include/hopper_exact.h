@@ -42,6 +42,9 @@ struct CudaCopy {
     int at[4];
     uint64_t* bar;
     int thread, group;
+    float* to = nullptr;  // bulk_store and bulk_add, which have no map
+    int bytes = 0;
+    bool add = false;
 };
 struct CudaNamedBarrier {
     int threads = 0, arrived = 0;
@@ -57,6 +60,7 @@ struct CudaHopper {
     std::vector<uint64_t> sequence[8];           // of wgmma, by warpgroup
     std::vector<char> seen;                      // dynamic shared memory as the copy engine and wgmma see it
     int queued = 0;                              // wgmma not yet run
+    int registers[32] = {};                      // a thread, by warp; 0: as at the start
 };
 inline CudaHopper cuda_hopper;
 
@@ -166,6 +170,7 @@ inline size_t cuda_shared_offset(const void* p, const char* op, const char* file
 inline void fence_async_shared() {
     memcpy(cuda_hopper.seen.data(), cuda_block.dynamic, cuda_block.dynamic_bytes);
 }
+inline void fence_async_global() {}
 // n bytes at an address; all of them were there when a thread last said fence_async_shared
 inline const char* cuda_seen(size_t address, size_t n, const char* op, const char* file, int line) {
     if (address + n > cuda_block.dynamic_bytes) cuda_die(cuda_where(op, file, line) + " reads beyond shared memory");
@@ -193,6 +198,12 @@ inline CudaCopy cuda_copy(bool load, const CUtensorMap* map, const void* smem, i
 }
 
 inline void cuda_run_copy(const CudaCopy& copy) {
+    if (copy.to) {
+        const char* op = copy.add ? "bulk_add" : "bulk_store";
+        const float* from = (const float*)cuda_seen(copy.smem - (char*)cuda_block.dynamic, copy.bytes, op, "", 0);
+        for (int i = 0; i < copy.bytes / 4; i++) copy.to[i] = (copy.add ? copy.to[i] : 0.0f) + from[i];
+        return;
+    }
     const CUtensorMap& m = copy.map;
     char* shared = (char*)cuda_block.dynamic;
     const size_t base = copy.smem - shared;
@@ -236,6 +247,20 @@ inline void tma_store(const CUtensorMap* map, const void* smem, int c0, int c1, 
     copy.group = cuda_hopper.store_groups[copy.thread];
     cuda_hopper.stores.push_back(copy);
 }
+inline void cuda_bulk(float* to, const float* from, int bytes, bool add, const char* file, int line) {
+    const char* op = add ? "bulk_add" : "bulk_store";
+    if ((cuda_shared_offset(from, op, file, line) | (uintptr_t)to | bytes) % 16)
+        cuda_die_at(op, file, line, "an address or the size is not a multiple of 16");
+    CudaCopy copy{false, {}, (char*)from, {}, nullptr, cuda_block.current, 0, to, bytes, add};
+    copy.group = cuda_hopper.store_groups[copy.thread];
+    cuda_hopper.stores.push_back(copy);
+}
+inline void bulk_store(float* to, const float* from, int bytes, CUDA_HERE) {
+    cuda_bulk(to, from, bytes, false, file, line);
+}
+inline void bulk_add(float* to, const float* from, int bytes, CUDA_HERE) {
+    cuda_bulk(to, from, bytes, true, file, line);
+}
 inline void tma_store_commit() { cuda_hopper.store_groups[cuda_block.current]++; }
 template <int N> void tma_store_wait() {
     auto& copies = cuda_hopper.stores;
@@ -249,6 +274,7 @@ template <int N> void tma_store_wait() {
         copies.erase(copies.begin() + i);
     }
 }
+template <int N> void tma_store_wait_written() { tma_store_wait<N>(); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // wgmma: c (64,N) += a (64,16) b (16,N). Warp w of the group has rows 16w + lane/4 and 8 further, columns 8j + 2(lane%4)
@@ -406,8 +432,12 @@ template <int N> void wgmma_wait(CUDA_HERE) {
 }
 template <int COUNT> void wgmma_registers(float*) {}
 
-template <int R> void registers_more() { static_assert(R % 8 == 0 && R >= 24 && R <= 256); }
-template <int R> void registers_less() { static_assert(R % 8 == 0 && R >= 24 && R <= 256); }
+// Checked at the block's end: all together no more than the block got when it started.
+template <int R> void registers_more() {
+    static_assert(R % 8 == 0 && R >= 24 && R <= 256);
+    cuda_hopper.registers[cuda_block.current / 32] = R;
+}
+template <int R> void registers_less() { registers_more<R>(); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What the scheduler calls
@@ -447,6 +477,12 @@ inline void cuda_hopper_end() {
         if (h.warps[warp].issued != h.sequence[warp / 4].size())
             cuda_die("warp " + std::to_string(warp) + " left out a wgmma of its warpgroup");
     }
+    const int warps = cuda_block.threads.size() / 32, at_start = std::min(65536 / 32 / std::max(warps, 1) / 8 * 8, 255);
+    int registers = 0;
+    for (int warp = 0; warp < warps; warp++) registers += h.registers[warp] ? h.registers[warp] : at_start;
+    if (registers > warps * at_start)
+        cuda_die("the warps ask for " + std::to_string(registers) + " registers together, a thread of each, of " +
+                 std::to_string(warps * at_start));
     for (int id = 1; id < 16; id++)
         if (h.named[id].arrived)
             cuda_die("named barrier " + std::to_string(id) + " was left with " + std::to_string(h.named[id].arrived) +
