@@ -243,7 +243,7 @@ std::vector<Case> norm_cases(const Config& c, int B) {
             floatX *dx = t.x(NC), *dy = t.x(NC), *x = t.x(NC), *sum_to = residual ? t.x(NC) : nullptr,
                    *gain = t.gain(C);
             float2* stats = t.stats(N);
-            float *dgain = t.floats(C), *partial = t.floats(size_t(row_blocks(N)) * C);
+            float *dgain = t.floats(C), *partial = t.floats(size_t(row_blocks(N, C)) * C);
             return
                 [=](cudaStream_t s) { norm_backward(dx, dgain, partial, sum_to, dy, x, gain, stats, N, C, norm, s); };
         };
@@ -271,7 +271,7 @@ std::vector<Case> norm_cases(const Config& c, int B) {
                    *raw = t.x(size_t(N) * QKV);
             float2 *stats = t.stats(3 * size_t(N)), *rope = rope_of(t);
             const QkvGains gains = qkv_gains(t, normed);
-            float *partial = t.floats(size_t(row_blocks(N)) * QKV), *sums = t.floats(QKV);
+            float *partial = t.floats(size_t(row_blocks(N, C)) * QKV), *sums = t.floats(QKV);
             const Flat dgain = normed ? Flat(sums) : Flat();
             return [=](cudaStream_t s) {
                 qkv_norm_rope_backward(draw, dgain, partial, dq, dk, dv, raw, gains, stats, rope, h, norm, s);
@@ -295,7 +295,7 @@ std::vector<Case> norm_cases(const Config& c, int B) {
             floatX *draw = t.x(size_t(N) * FF), *dout = t.x(size_t(N) * F), *raw = t.x(size_t(N) * FF),
                    *gain = normed ? t.gain(FF) : nullptr;
             float2* stats = t.stats(2 * size_t(N));
-            float *dgain = t.floats(FF), *partial = t.floats(size_t(row_blocks(N)) * FF);
+            float *dgain = t.floats(FF), *partial = t.floats(size_t(row_blocks(N, F)) * FF);
             return [=](cudaStream_t s) {
                 ffn_norm_act_backward(draw, dgain, partial, dout, raw, gain, stats, N, F, gated, norm, s);
             };
@@ -306,7 +306,7 @@ std::vector<Case> norm_cases(const Config& c, int B) {
     add("ffn_norm_act_backward", ffn, backward, L, X * (2 * FF + F), ffn_backward(true));
     add("ffn_norm_act_backward, no norm", ffn, "", 0, X * (2 * FF + F), ffn_backward(false));
 
-    const int blocks = row_blocks(N);  // part of each backward above
+    const int blocks = row_blocks(N, F);  // part of each backward above
     add("gain_grad", format("%d x %d", blocks, FF), "", 0, 4.0 * FF * (blocks + 2), [=](Tensors& t) -> Launch {
         float *dgain = t.floats(FF), *partial = t.floats(size_t(blocks) * FF);
         return [=](cudaStream_t s) { gain_grad(dgain, partial, blocks, FF, FF, s); };
@@ -504,7 +504,7 @@ double free_cores() {
     return double(clock() - used) / CLOCKS_PER_SEC / (now() - begin);
 }
 
-struct Row {
+struct Result {
     Case test;
     Time time;
     double bound_ms;
@@ -519,7 +519,7 @@ struct Bench {
     std::string device;
     double cores = 0;  // that this process gets, where it is the device
     Ceilings ceilings;
-    std::vector<Row> rows;
+    std::vector<Result> rows;
 
     void print_ceilings(const char* title, const std::vector<Ceiling>& all, const char* unit, double scale) const {
         printf("%-48s %10s %8s %10s\n", title, "ms", "spread", unit);
@@ -532,7 +532,7 @@ struct Bench {
         printf("%-50s %-42s %9s %7s %9s %9s %7s %9s\n", "kernel", "shape", "ms", "spread", "GB/s", "TFLOP/s", "share",
                "x cuBLAS");
     }
-    void print(const Row& r) const {
+    void print(const Result& r) const {
         const Case& c = r.test;
         auto number = [](double x) { return x > 0 ? format("%.4g", x) : std::string(); };
         printf("%-50s %-42s %9.4g %6.1f%% %9.4g %9s %6.1f%% %9s\n", c.name.c_str(), c.shape.c_str(), r.time.ms,
