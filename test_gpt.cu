@@ -481,7 +481,11 @@ TEST(attention) {
                                          {{1, 64, 1, 1, HS}, 10, true},
                                          {{1, 65, 2, 2, HS}, 1, true},
                                          {{2, 130, 4, 1, HS}, 3, true}});
-            if (!quick) shapes.insert(shapes.end(), {{{1, 257, 4, 2, HS}, 1, true}, {{1, 400, 1, 1, HS}, 5, true}});
+            if (!quick)
+                shapes.insert(
+                    shapes.end(),
+                    {{{1, 257, 4, 2, HS}, 1, true}, {{1, 400, 1, 1, HS}, 5, true}, {{9, 66, 4, 2, HS}, 1, true}});
+            if (!quick && !EXACT) shapes.push_back({{2, 1000, 4, 2, HS}, 3, true});
         }
     for (auto [h, q_scale, on_hopper] : shapes) {
         hopper = on_hopper;

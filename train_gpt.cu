@@ -931,11 +931,10 @@ __device__ inline void bulk_store(float* to, const float* from, int bytes) {
                : "memory");
 }
 __device__ inline void bulk_add(float* to, const float* from, int bytes) {
-    HOPPER_ASM(
-        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-            __cvta_generic_to_global(to)),
-        "r"(shared_address(from)), "r"(bytes)
-        : "memory");
+    HOPPER_ASM("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                   __cvta_generic_to_global(to)),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
 }
 
 // wgmma: c (64,N) += a (64,16) b (16,N), bf16, by the 128 threads of a warpgroup. Warp w has rows 16w + lane/4 and 8
@@ -1933,8 +1932,8 @@ struct HopperForward {
     static constexpr int GROUPS = HS == 64 ? 3 : 2, ROWS = 64 * GROUPS, KEYS = 128, STAGES = HS == 64 ? 4 : 2;
     static constexpr int THREADS = 128 * (GROUPS + 1);
     static constexpr int REGISTERS = HS == 64 ? 160 : 240, LOADER_REGISTERS = HS == 64 ? 32 : 24;
-    static constexpr int LINE = 128, HALVES = HS / 64;                                    // bytes
-    static constexpr int Q = ROWS * HS * 2, TILE = KEYS * HS * 2;                         // bytes
+    static constexpr int LINE = 128, HALVES = HS / 64;  // LINE and below: bytes
+    static constexpr int Q = ROWS * HS * 2, TILE = KEYS * HS * 2;
     static constexpr int SMEM = 2 * Q + 2 * STAGES * TILE + (4 + 4 * STAGES) * 8 + 2 * 4;  // mbarriers, tile numbers
 };
 
@@ -2058,6 +2057,7 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
             softmax_exp(p, top, sum, scale2);
             return grown;
         };
+
         mbarrier_wait(k_full + stage, phase);
         turn_wait();
         multiply_keys(stage);
@@ -2316,18 +2316,21 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
 }
 
 // Backward on Hopper, head sizes 64 and 128: the same sums by blocks of KEYS keys, in the same turns. The last
-// warpgroup loads k and v once and then a ring of tiles of q and dout by bulk copies, lse and delta by a warp's own
-// loads. Each of the other two has 64 of the keys, scores transposed: p (64,QUERIES) = k q^T, dp = v dout^T,
-//   dv += p dout,  dk += ds q,  p and ds from registers;  dq += ds^T k,  ds of all keys through shared memory
-// where a group has half of the columns of dq (head size 128) or half of its queries (64): 64 x 64 in both cases.
-// The next tile's scores are under way while dq is written. A step of 128 keys and QUERIES queries is 2560 clocks of
-// the tensor cores, and 64 KB of dq to and from L2.
+// warpgroup's first warp loads: k and v once, then a ring of tiles of q, dout (bulk copies), lse and delta. Each of the
+// other two groups has 64 of the keys, scores transposed: p (64,QUERIES) = k q^T, dp = v dout^T,
+//   dv += p dout,  dk += ds q,  p and ds from registers;  dq = ds^T k over all keys, ds through shared memory
+// where a group has half of the columns of dq (head size 128) or half of its queries (64): 64 x 64 in both cases. What
+// a block has of dq it leaves in shared memory; two warps of the last group, for every other tile each, wait for the
+// turn and add it to `sum`: one bulk addition, so that each element has one order of adding. The last block to add to a
+// tile adds in registers, scales and rounds. A tile is 2560 clocks of the tensor cores (4096 FLOP each), loads 32 KB
+// and adds 32 KB.
+// sum (B NH, query tiles, QUERIES HS) float, in the order of the threads' registers; turns as above.
 template <int HS>
 struct HopperBackward {
     static constexpr int KEYS = 128, QUERIES = HS == 64 ? 128 : 64, STAGES = 2, THREADS = 384;
-    static constexpr int LINE = 128, HALVES = HS / 64;                                           // bytes
-    static constexpr int KV = KEYS * HS * 2, TILE = QUERIES * HS * 2, DS = KEYS * QUERIES * 2;   // bytes
-    static constexpr int STATS = 2 * QUERIES * 4, DQ = QUERIES * HS * 4;                         // bytes
+    static constexpr int LINE = 128, HALVES = HS / 64;  // LINE and below: bytes
+    static constexpr int KV = KEYS * HS * 2, TILE = QUERIES * HS * 2, DS = KEYS * QUERIES * 2;
+    static constexpr int STATS = 2 * QUERIES * 4, DQ = QUERIES * HS * 4;
     static constexpr int SMEM = 2 * KV + STAGES * (2 * TILE + DS + STATS) + 2 * DQ + (1 + 2 * STAGES) * 8;
 };
 
@@ -2359,7 +2362,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     const int block = place.tile, row0 = block * KEYS;
     const int first_head = place.head * (NH / NKV), end_head = first_head + NH / NKV;  // of all in the batch
     const int group = __shfl_sync(ALL_LANES, int(threadIdx.x) / 128, 0);  // the compiler sees that a warp agrees
-    // of this block: all query heads and tiles that see its keys; dq's place in memory; whether it is the last to add
+    // all query heads and tiles that see the block's keys; where their dq is summed; is this block the last to add to it
     auto for_each_tile = [&](auto work) {
         for (int head = first_head; head < end_head; head++)
             for (int tile = tiles - 1; tile >= row0 / QUERIES; tile--) work(head, tile);
@@ -2395,8 +2398,10 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
                 named_barrier_sync(place_full(adder), PLACE_THREADS);
                 if (lane() == 0) {
                     fence_async_global();
-                    if (block == 0) bulk_store(sum_at(head, tile), from, F::DQ);
-                    else bulk_add(sum_at(head, tile), from, F::DQ);
+                    if (block == 0)
+                        bulk_store(sum_at(head, tile), from, F::DQ);
+                    else
+                        bulk_add(sum_at(head, tile), from, F::DQ);
                     tma_store_commit();
                     tma_store_wait<0>();
                 }
@@ -2468,7 +2473,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
         wgmma_commit();
     };
     // c += a b over the queries
-    auto multiply_columns = [&](Tile<16, HS>& c, const unsigned (*a)[4], uint64_t b) {
+    auto multiply_columns = [&](Tile<16, HS>& c, const unsigned(*a)[4], uint64_t b) {
         wgmma_fence();
         #pragma unroll
         for (int i = 0; i < 4; i++) wgmma_rs<HS, 1>(c.v, a[i], b + i * LINE, 1);
@@ -2487,7 +2492,8 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
         for (int i = 0; i < PIECES; i++) {
             const float *piece_lse = stats + stage * 2 * QUERIES + 64 * i, *piece_delta = piece_lse + QUERIES;
             const int diagonal = row0 + first - tile * QUERIES - 64 * i;  // columns from row + diagonal on
-            i == 0 ? wgmma_wait<PIECES>() : wgmma_wait<3>();  // behind p: dp, p[1]; at last dv, dk, dp
+            // behind p are dp and p[1]; at last dv, dk and dp
+            i == 0 ? wgmma_wait<PIECES>() : wgmma_wait<3>();
             wgmma_registers<32>(p[i].v);
             #pragma unroll
             for (int e = 0; e < Scores::PER_ROW; e += 2) {
@@ -2508,7 +2514,8 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
             }
             round_operand<64>(rounded_p[i], p[i].v);
             multiply_columns(acc_v, rounded_p[i], do_columns + piece_at(i));
-            i == 0 ? wgmma_wait<PIECES>() : wgmma_wait<1>();  // behind dp: p[1], dv; at last dv
+            // behind dp are p[1] and dv; at last dv
+            i == 0 ? wgmma_wait<PIECES>() : wgmma_wait<1>();
             wgmma_registers<32>(ds[i].v);
             #pragma unroll
             for (int e = 0; e < Scores::PER_ROW; e += 2) {
@@ -2594,21 +2601,10 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     }
 }
 
-// floats of attention_backward's scratch: the sums of dq, delta, the turns
+// floats of attention_backward's scratch: the sums of dq in tiles of up to 128 queries, delta, the turns
 size_t attention_scratch(Heads h) {
     const size_t rows = size_t(h.B) * h.NH, tiles = ceil_div(h.T, BACKWARD_QUERIES), padded = ceil_div(h.T, 128) * 128;
     return rows * (padded * ((h.HS + 15) / 16 * 16) + h.T + tiles);
-}
-
-template <int HS>
-void attention_forward_hs(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
-                          cudaStream_t stream) {
-    constexpr int ROWS = FORWARD_ROWS + (FORWARD_AHEAD + 1) * FORWARD_KEYS;
-    constexpr int smem = ROWS * STRIDE<WIDTH<HS>> * sizeof(SharedX);
-    CHECK(cudaFuncSetAttribute(attention_forward_kernel<HS>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
-    attention_forward_kernel<HS><<<h.B * h.NH * ceil_div(h.T, FORWARD_ROWS), FORWARD_THREADS, smem, stream>>>(
-        out, lse, q, k, v, h.B, h.T, h.NH, h.NKV, 1.0f / sqrtf(float(HS)));
-    CHECK(cudaGetLastError());
 }
 
 // The map of x (heads,T,HS) for boxes of `rows` rows and 64 columns; rows beyond T are zero.
@@ -2639,6 +2635,19 @@ void attention_forward_hopper(floatX* out, float* lse, const floatX* q, const fl
 }
 
 template <int HS>
+void attention_forward_hs(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
+                          cudaStream_t stream) {
+    if constexpr (BF16 && (HS == 64 || HS == 128))
+        if (hopper) return attention_forward_hopper<HS>(out, lse, q, k, v, h, stream);
+    constexpr int ROWS = FORWARD_ROWS + (FORWARD_AHEAD + 1) * FORWARD_KEYS;
+    constexpr int smem = ROWS * STRIDE<WIDTH<HS>> * sizeof(SharedX);
+    CHECK(cudaFuncSetAttribute(attention_forward_kernel<HS>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
+    attention_forward_kernel<HS><<<h.B * h.NH * ceil_div(h.T, FORWARD_ROWS), FORWARD_THREADS, smem, stream>>>(
+        out, lse, q, k, v, h.B, h.T, h.NH, h.NKV, 1.0f / sqrtf(float(HS)));
+    CHECK(cudaGetLastError());
+}
+
+template <int HS>
 void attention_backward_hopper(floatX* dq, floatX* dk, floatX* dv, float* sum, int* turns, const floatX* dout,
                                const floatX* q, const floatX* k, const floatX* v, const float* lse, const float* delta,
                                Heads h, cudaStream_t stream) {
@@ -2646,7 +2655,8 @@ void attention_backward_hopper(floatX* dq, floatX* dk, floatX* dv, float* sum, i
     const CUtensorMap map_q = heads_map(q, h.B * h.NH, h.T, HS, F::QUERIES);
     const CUtensorMap map_k = heads_map(k, h.B * h.NKV, h.T, HS, F::KEYS);
     const CUtensorMap map_v = heads_map(v, h.B * h.NKV, h.T, HS, F::KEYS);
-    const CUtensorMap map_dk = heads_map(dk, h.B * h.NKV, h.T, HS, 16), map_dv = heads_map(dv, h.B * h.NKV, h.T, HS, 16);
+    const CUtensorMap map_dk = heads_map(dk, h.B * h.NKV, h.T, HS, 16);
+    const CUtensorMap map_dv = heads_map(dv, h.B * h.NKV, h.T, HS, 16);
     const CUtensorMap map_dout = tokens_map(dout, h, F::QUERIES);
     auto kernel = attention_backward_hopper_kernel<HS>;
     CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, F::SMEM));
@@ -2667,8 +2677,7 @@ void attention_backward_hs(floatX* dq, floatX* dk, floatX* dv, float* scratch, c
         delta, turns, dout, out, h.T, h.NH);
     CHECK(cudaGetLastError());
     if constexpr (BF16 && (HS == 64 || HS == 128))
-        if (hopper)
-            return attention_backward_hopper<HS>(dq, dk, dv, sum, turns, dout, q, k, v, lse, delta, h, stream);
+        if (hopper) return attention_backward_hopper<HS>(dq, dk, dv, sum, turns, dout, q, k, v, lse, delta, h, stream);
     constexpr int ROWS = (SERIAL ? 3 : 2) * BACKWARD_KEYS + 2 * (BACKWARD_AHEAD + 1) * BACKWARD_QUERIES;
     constexpr int smem = (ROWS * STRIDE<WIDTH<HS>> + BACKWARD_KEYS * STRIDE<BACKWARD_QUERIES>)*sizeof(SharedX) +
                          2 * (BACKWARD_AHEAD + 1) * BACKWARD_QUERIES * sizeof(float);
@@ -2681,8 +2690,6 @@ void attention_backward_hs(floatX* dq, floatX* dk, floatX* dv, float* scratch, c
 
 void attention_forward(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
                        cudaStream_t stream) {
-    if (BF16 && hopper && h.HS == 64) return attention_forward_hopper<64>(out, lse, q, k, v, h, stream);
-    if (BF16 && hopper && h.HS == 128) return attention_forward_hopper<128>(out, lse, q, k, v, h, stream);
     switch (h.HS) {
         case 16: return attention_forward_hs<16>(out, lse, q, k, v, h, stream);
         case 32: return attention_forward_hs<32>(out, lse, q, k, v, h, stream);
