@@ -2725,10 +2725,21 @@ __global__ void __launch_bounds__(1024) cross_entropy_kernel(float* losses, floa
     const size_t n = blockIdx.x;
     floatX* x = logits + n * Vp;
     const int target = targets[n];
+    const float target_logit = x[target];
+    constexpr bool KEPT = SERIAL && !BF16;  // the exponentials, in the logits' place
     float top = -INFINITY, sum = 0.0f;
     if constexpr (SERIAL) {
-        for (int v = 0; v < V; v++) top = fmaxf(top, float(x[v]));
-        for (int v = 0; v < V; v++) sum += __expf(float(x[v]) - top);
+        float most[16];  // apart, so that the loop vectorises
+        for (float& m : most) m = -INFINITY;
+        for (int v = 0; v < V / 16 * 16; v += 16)
+            for (int j = 0; j < 16; j++) most[j] = fmaxf(most[j], float(x[v + j]));
+        for (int v = V / 16 * 16; v < V; v++) most[0] = fmaxf(most[0], float(x[v]));
+        for (float m : most) top = fmaxf(top, m);
+        for (int v = 0; v < V; v++) {
+            const float e = __expf(float(x[v]) - top);
+            if (KEPT && backward) x[v] = e;
+            sum += e;
+        }
     } else {
         for (int v = threadIdx.x * PACK; v < V; v += blockDim.x * PACK) {
             float logit[PACK], highest = top;
@@ -2747,12 +2758,17 @@ __global__ void __launch_bounds__(1024) cross_entropy_kernel(float* losses, floa
         top = block_max(top);
         sum *= own > -INFINITY ? __expf(own - top) : 0.0f;
     }
-    const float lse = top + logf(block_sum(sum));
-    if (threadIdx.x == 0) losses[n] = lse - float(x[target]);
+    sum = block_sum(sum);
+    const float lse = top + logf(sum);
+    if (threadIdx.x == 0) losses[n] = lse - target_logit;
     if (!backward) return;
-    __syncthreads();  // the target's logit has been read
+    __syncthreads();  // everyone has read the target's logit
     auto gradient = [&](float logit, int v) { return weight * (__expf(logit - lse) - (v == target ? 1.0f : 0.0f)); };
-    if constexpr (SERIAL) {
+    if constexpr (KEPT) {
+        for (int v = 0; v < V; v++) x[v] = float(x[v]) * (weight / sum);
+        for (int v = V; v < Vp; v++) x[v] = 0.0f;
+        x[target] = float(x[target]) - weight;
+    } else if constexpr (SERIAL) {
         for (int v = 0; v < V; v++) x[v] = gradient(x[v], v);
         for (int v = V; v < Vp; v++) x[v] = 0.0f;
     } else {
@@ -3431,11 +3447,12 @@ __device__ inline void store_randomly(__nv_bfloat16& to, float x, unsigned r) {
 template <typename G>
 __global__ void square_sum_kernel(float* sums, const G* grads, size_t size) {
     size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
-    float sum = 0.0f;
+    float part[FOUR] = {}, sum = 0.0f;
     for (size_t i = begin + threadIdx.x * FOUR; i < end; i += blockDim.x * FOUR) {
         const Four<G> g = four(grads, i);
-        for (G x : g.v) sum += float(x) * float(x);
+        for (int j = 0; j < FOUR; j++) part[j] += float(g.v[j]) * float(g.v[j]);
     }
+    for (float x : part) sum += x;
     sum = block_sum(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
