@@ -3686,7 +3686,7 @@ void make_dirs(const std::string& path) {  // with the folders above it
     for (size_t at = path.find('/', 1);; at = path.find('/', at + 1)) {
         const std::string part = path.substr(0, at);
         if (mkdir(part.c_str(), 0777) && errno != EEXIST)
-            throw Error(part + ": cannot be made: " + strerror(errno) + ". Choose another --out.");
+            throw Error(part + ": cannot be made: " + strerror(errno) + ". Choose another folder.");
         if (at == std::string::npos) return;
     }
 }

@@ -622,7 +622,6 @@ struct Bench {
     void write() const {
         std::string name = utc("%Y-%m-%d") + "-" + part + "-" + device + "-" + model;
         for (char& c : name) c = isalnum((unsigned char)c) || c == '.' || c == '-' ? char(tolower(c)) : '-';
-        make_dirs(results);
         OutFile file(results + "/" + name + ".json");
         const std::string text = json();
         file.write(text.data(), text.size());
@@ -669,6 +668,7 @@ int main(int argc, char** argv) {
         apply_flavour(b.config, b.model);
         if (double(b.B) * b.config.T > 1 << 24)
             throw Error(format("--batch-size: %d sequences of %d tokens are too many.", b.B, b.config.T));
+        if (!b.results.empty()) make_dirs(b.results);
         b.measure();
         if (!b.results.empty()) b.write();
     } catch (const std::exception& e) {

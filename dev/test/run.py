@@ -29,6 +29,7 @@ JOBS = {
     "standin_serial": (["build/test_standin_serial"], ["build/test_standin_serial"], [1]),
     "dataloader": (["build/test_dataloader"], ["build/test_dataloader"], [1]),
     "tokenizer": (["build/test_tokenizer"], ["build/test_tokenizer"], [1]),
+    "bench": (["build/bench_cpu_fp32"], [sys.executable, "dev/test/test_bench.py", "build/bench_cpu_fp32"], [1]),
     "prepare": ([], [sys.executable, "dev/test/test_prepare.py"], [1]),
 }
 

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Tests of dev/bench/bench.cu (its --quick run) and report.py through their command lines. Standard library only.
+
+usage: dev/test/test_bench.py BENCH
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+REPORT = os.path.join(ROOT, "dev", "bench", "report.py")
+BENCH = sys.argv[1] if len(sys.argv) > 1 else os.path.join(ROOT, "build", "bench_cpu_fp32")
+KERNELS = ["norm_residual_forward", "norm_backward", "qkv_norm_rope_forward", "qkv_norm_rope_backward",
+           "ffn_norm_act_forward", "ffn_norm_act_backward", "gain_grad", "embedding_forward", "embedding_backward",
+           "cross_entropy", "attention_forward", "attention_backward", "linear_forward", "linear_backward, inputs",
+           "linear_backward, weights", "gradient norm", "AdamW"]
+
+
+def run(*command):
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+class Bench(unittest.TestCase):
+    def setUp(self):
+        self.dir = tempfile.TemporaryDirectory()
+        self.addCleanup(self.dir.cleanup)
+
+    def quick(self, *flags):
+        done = run(BENCH, "--quick", "--results", self.dir.name, *flags)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        path, = (os.path.join(self.dir.name, name) for name in os.listdir(self.dir.name))
+        with open(path) as f:
+            return path, json.load(f), done.stdout
+
+    def refused(self, done, *words):
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+        for word in words:
+            self.assertIn(word, done.stderr)
+
+    def test_every_kernel_has_a_time_and_a_bound(self):
+        path, record, out = self.quick()
+        self.assertEqual({k["name"] for k in record["kernels"]} & set(KERNELS), set(KERNELS))
+        for kernel in record["kernels"]:
+            self.assertGreater(kernel["ms"], 0)
+            self.assertGreater(kernel["bound_ms"], 0)
+            self.assertIn(kernel["name"], out)
+        for key in ("date", "device", "precision"):
+            self.assertTrue(record[key])
+        self.assertGreater(record["copy_gb_s"], 0)
+        self.assertGreater(record["matmul_tflops"], 0)
+        report = run(sys.executable, REPORT, path)
+        self.assertEqual(report.returncode, 0, report.stderr)
+        for kernel in record["kernels"]:
+            self.assertIn(f"| {kernel['name']} | {kernel['shape']} |", report.stdout)
+
+    def test_a_filter_leaves_the_others_out(self):
+        _, record, _ = self.quick("--filter", "attention")
+        self.assertEqual({k["name"] for k in record["kernels"]}, {"attention_forward", "attention_backward"})
+
+    def test_ceilings_alone(self):
+        _, record, _ = self.quick("--part", "ceilings")
+        self.assertFalse(record.get("kernels"))
+        self.assertGreater(record["matmul_tflops"], 0)
+
+    def test_bad_input_is_one_line(self):
+        self.refused(run(BENCH, "--part", "some"), "--part", "some")
+        self.refused(run(BENCH, "--model", "1T"), "--model", "1T")
+        self.refused(run(BENCH, "--wrong"), "--wrong", "--help")
+        self.refused(run(BENCH, "--seq-len"), "--seq-len", "needs a value")
+        self.refused(run(BENCH, "--quick", "--results", __file__ + "/x"), "test_bench.py")
+        bad = os.path.join(self.dir.name, "bad.json")
+        self.refused(run(sys.executable, REPORT, bad), "bad.json")
+        with open(bad, "w") as f:
+            f.write("{")
+        self.refused(run(sys.executable, REPORT, bad), "bad.json")
+
+
+class Lines(unittest.TestResult):
+    passed = 0
+
+    def addSuccess(self, test):
+        self.passed += 1
+        print("ok", test.id().split(".", 1)[1], flush=True)
+
+    def addFailure(self, test, error):
+        super().addFailure(test, error)
+        print(f"FAIL {test.id().split('.', 1)[1]}: {' '.join(str(error[1]).split())[:300]}", flush=True)
+
+    addError = addFailure
+
+
+if __name__ == "__main__":
+    result = Lines()
+    unittest.defaultTestLoader.loadTestsFromModule(sys.modules["__main__"]).run(result)
+    print(f"test_bench: {result.passed} passed, {len(result.failures)} failed")
+    sys.exit(bool(result.failures))
