@@ -16,8 +16,8 @@
 // A gain that is null means: no such norm in this variant (y = x), so all variants of the model share these kernels.
 //
 // Layout of the work (see "Rows" in train_gpt.cu): forward one block a row, which stays in registers between its
-// passes. Backward as many blocks as fit on the device, each walks rows blockIdx.x, + gridDim.x, ... and adds dy xh into
-// its own line of `partial` (gridDim.x, width); gain_grad sums the lines in order: no atomics, same bits.
+// passes. Backward as many blocks as fit on the device, each walks rows blockIdx.x, + gridDim.x, ... and adds dy xh
+// into its own line of `partial` (gridDim.x, width); gain_grad sums the lines in order: no atomics, same bits.
 //
 // A forward kernel with `known` finds (mean, rstd) in stats, left there by the matmul (linear_forward_stats) or, when
 // the backward replays a block, by the forward.
@@ -443,10 +443,10 @@ void ffn_norm_act_forward(floatX* out, float2* stats, const floatX* raw, const f
     CHECK(cudaGetLastError());
 }
 
-// draw like raw, from dout (N,F); partial (blocks, 2F) or (blocks, F) float. The column sums of a wide row leave room for
-// one block on a multiprocessor, so that `staged` the next row is on its way to shared memory while this one is worked
-// on: each thread's packs, (3 or 2, PACKS, threads) of 16 bytes behind the sums. Rows too wide even for registers
-// (8 packs) are read twice, the second time from L2.
+// draw like raw, from dout (N,F); partial (blocks, 2F) or (blocks, F) float. The column sums of a wide row leave room
+// for one block on a multiprocessor, so that `staged` the next row is on its way to shared memory while this one is
+// worked on: each thread's packs, (3 or 2, PACKS, threads) of 16 bytes behind the sums. Rows too wide even for
+// registers (8 packs) are read twice, the second time from L2.
 template <int PACKS, bool GATED>
 __global__ void __launch_bounds__(ROW_THREADS)
     ffn_norm_act_backward_kernel(floatX* draw, float* partial, const floatX* dout, const floatX* raw,

@@ -703,8 +703,8 @@ TEST(adamw) {
     }
 }
 
-// bf16 moments and weights without masters: each value within one step of bf16 (2^-7 of it), their mean kept, also where
-// every single update is too small for bf16's 8 bits; other bits at every update.
+// bf16 moments and weights without masters: each value within one step of bf16 (2^-7 of it), their mean kept, also
+// where every single update is too small for bf16's 8 bits; other bits at every update.
 TEST(random_rounding) {
     Config c = small_config(Backbone::llama, Variant::simplegpt);
     c.V = 600;
@@ -941,8 +941,8 @@ TEST(recompute) {
     }
 }
 
-// A captured micro-batch gives the bits of a launched one; so does one whose matmuls were chosen by time and whose choices
-// were written down and read.
+// A captured micro-batch gives the bits of a launched one; so does one whose matmuls were chosen by time and whose
+// choices were written down and read.
 TEST(graph_and_algorithms) {
     std::vector<float> last[3];  // launched, captured, timed
     for (int way = 0; way < 3; way++) {

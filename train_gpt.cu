@@ -2,9 +2,9 @@
 // through the stand-in in dev/cpu (g++). Read it from top to bottom; every section has a heading of its own:
 //
 //   errors            configuration     tensor table      device helpers    warp tiles      Hopper instructions
-//   SimpleNorm        embedding         matmul            attention         head and loss
-//   the model         optimizer         safetensors       checkpoint        sampling
-//   the run's log     command line      main
+//   rows              SimpleNorm        embedding         matmul            Matmul on Hopper
+//   attention         head and loss     the model         optimizer         files           checkpoint
+//   sampling          the run's log     speed of light    command line      main
 //
 // Shapes: B batch, T sequence length, N = B T tokens, C width, V vocabulary, Vp padded, L layers, NH query heads, NKV
 // key/value heads, HS head size, F feed-forward width. Activations are row-major. `d` before a name is its gradient.
@@ -898,9 +898,9 @@ __device__ inline void stmatrix_x4(void* row, const unsigned* r) {
                : "memory");
 }
 
-// Bulk tensor copies, by one thread: the box of a tensor_map at element (c0, c1, c2, c3), c0 innermost. In shared memory
-// the box is rows of 128 bytes from an address aligned to 1024, the 16-byte chunk i of row r at chunk i XOR r % 8.
-// A load's bytes (always those of the whole box) count on the mbarrier; a store is waited for in groups, until its
+// Bulk tensor copies, by one thread: the box of a tensor_map at element (c0, c1, c2, c3), c0 innermost. In shared
+// memory the box is rows of 128 bytes from an address aligned to 1024, the 16-byte chunk i of row r at chunk i XOR r %
+// 8. A load's bytes (always those of the whole box) count on the mbarrier; a store is waited for in groups, until its
 // shared memory may be written again.
 __device__ inline void tma_load(void* smem, const CUtensorMap* map, uint64_t* bar, int c0, int c1, int c2 = 0,
                                 int c3 = 0) {
@@ -1049,8 +1049,8 @@ __device__ inline void store_box(unsigned char* to, const unsigned (*a)[4]) {
 }
 
 // The map of a bf16 tensor for the copies above, dims in elements from the innermost, strides in bytes of dims 1 to 3
-// (multiples of 16), box in elements, its first 64. Reads outside give zero, writes outside are dropped. Kernels take it
-// by value as `const __grid_constant__ CUtensorMap`. Throws where the driver refuses.
+// (multiples of 16), box in elements, its first 64. Reads outside give zero, writes outside are dropped. Kernels take
+// it by value as `const __grid_constant__ CUtensorMap`. Throws where the driver refuses.
 CUtensorMap tensor_map(const void* base, std::array<int64_t, 4> dims, std::array<int64_t, 3> strides,
                        std::array<int, 4> box) {
     static decltype(&cuTensorMapEncodeTiled) encode = [] {
@@ -1764,8 +1764,8 @@ bool linear_forward_stats(floatX* out, float2* stats, float* sums, const floatX*
 
 constexpr float LOG2E = 1.44269504f;
 
-// Forward: a warp has QUERY_ROWS queries, a block FORWARD_WARPS warps; keys come in tiles of FORWARD_KEYS. With bf16 two
-// rows of fragments a warp, so that a fragment of k or v, read from shared memory, feeds two mma.
+// Forward: a warp has QUERY_ROWS queries, a block FORWARD_WARPS warps; keys come in tiles of FORWARD_KEYS. With bf16
+// two rows of fragments a warp, so that a fragment of k or v, read from shared memory, feeds two mma.
 constexpr int QUERY_ROWS = SERIAL ? 64 : BF16 ? 32 : 16, FORWARD_WARPS = SERIAL ? 1 : 4, FORWARD_KEYS = 64;
 constexpr int FORWARD_THREADS = FORWARD_WARPS * WARP_SIZE, FORWARD_ROWS = FORWARD_WARPS * QUERY_ROWS;
 // Backward: a warp has KEY_ROWS keys, a block BACKWARD_KEYS; queries come in tiles of BACKWARD_QUERIES.
@@ -1797,9 +1797,9 @@ __device__ inline void mask_scores(Tile<M, N, BY_COLUMN>& p, int diagonal) {
         #pragma unroll
         for (int s = 0; s < p.SLOTS; s++) p.at(s, e) = p.col(e) <= p.row(s) + diagonal ? p.at(s, e) : -INFINITY;
 }
-// p will be taken relative to 2^(scale2 top). What was summed is rescaled to the new maximum only when that has grown by
-// more than 2^8, which p bears. True, for the whole warp, if so: `top` is new, and sums so far are to be multiplied by
-// `keep`. Column 0 is in everyone's first tile, so the maximum is finite from there on.
+// p will be taken relative to 2^(scale2 top). What was summed is rescaled to the new maximum only when that has grown
+// by more than 2^8, which p bears. True, for the whole warp, if so: `top` is new, and sums so far are to be multiplied
+// by `keep`. Column 0 is in everyone's first tile, so the maximum is finite from there on.
 template <int M, int N>
 __device__ inline bool softmax_top(const Tile<M, N, BY_COLUMN>& p, float* top, float* keep, float scale2) {
     float most[p.SLOTS];
@@ -2362,7 +2362,8 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     const int block = place.tile, row0 = block * KEYS;
     const int first_head = place.head * (NH / NKV), end_head = first_head + NH / NKV;  // of all in the batch
     const int group = __shfl_sync(ALL_LANES, int(threadIdx.x) / 128, 0);  // the compiler sees that a warp agrees
-    // all query heads and tiles that see the block's keys; where their dq is summed; is this block the last to add to it
+    // all query heads and tiles that see the block's keys; where their dq is summed; is this block the last to add to
+    // it
     auto for_each_tile = [&](auto work) {
         for (int head = first_head; head < end_head; head++)
             for (int tile = tiles - 1; tile >= row0 / QUERIES; tile--) work(head, tile);
@@ -2370,8 +2371,8 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     auto sum_at = [&](int head, int tile) { return sum + size_t(head * tiles + tile) * QUERIES * HS; };
     auto turn_of = [&](int head, int tile) { return turns + head * ceil_div(T, BACKWARD_QUERIES) + tile; };
     auto is_last = [&](int tile) { return block == min(tile * QUERIES + QUERIES - 1, T - 1) / KEYS; };
-    // dq goes to memory through two places in turn, each with a warp that adds. Named barriers between it and those that
-    // multiply:
+    // dq goes to memory through two places in turn, each with a warp that adds. Named barriers between it and those
+    // that multiply:
     auto place_free = [](int place) { return 2 + place; };
     auto place_full = [](int place) { return 4 + place; };
     constexpr int PLACE_THREADS = 256 + WARP_SIZE;
@@ -2880,7 +2881,7 @@ struct Model {
     floatX *dres = nullptr, *dbranch = nullptr, *dmid = nullptr, *dnormed = nullptr;  // (N,C)
     floatX *dqkv_raw = nullptr, *dq = nullptr, *dk = nullptr, *dv = nullptr;          // (N,QKV), attention's layouts
     floatX *dw13_raw = nullptr, *dact = nullptr;                                      // (N,FF) (N,F)
-    float* delta = nullptr;                                                           // (B,NH,T)
+    float* attention_scratch = nullptr;  // the backward's, see attention_scratch()
 
     void* memory = nullptr;
     Arena arena;
@@ -3009,7 +3010,7 @@ void lay_out(Model& m, bool training) {
         a.take(m.dv, N * kv);
         a.take(m.dw13_raw, N * FF);
         a.take(m.dact, N * F);
-        a.take(m.delta, attention_scratch({m.B, c.T, c.NH, c.NKV, c.HS()}));
+        a.take(m.attention_scratch, attention_scratch({m.B, c.T, c.NH, c.NKV, c.HS()}));
     }
 }
 
@@ -3265,14 +3266,14 @@ void block_backward(Model& m, int l, int B, int T, float beta) {
     // h = x + No Wo att
     const floatX* dwo = into_branch(at.o_gain, a.o_raw, a.o_stats);
     linear_backward(m.dmid, false, m.g(at.o), beta, dwo, a.att, m.w(at.o), N, C, C, stream);
-    attention_backward(m.dq, m.dk, m.dv, m.delta, m.dmid, a.att, a.q, a.k, a.v, a.lse, h, stream);
+    attention_backward(m.dq, m.dk, m.dv, m.attention_scratch, m.dmid, a.att, a.q, a.k, a.v, a.lse, h, stream);
     qkv_norm_rope_backward(m.dqkv_raw, m.g(at.qkv_gain), m.partial, m.dq, m.dk, m.dv, a.qkv_raw, qkv_gains(m, at),
                            a.qkv_stats, m.rope, h, norm, stream);
     out_of_branch(at.norm1, a.x, a.n1_stats, m.dqkv_raw, a.n1, at.qkv, m.c.QKV());
 }
 
-// Takes B windows of T+1 tokens to the device, without waiting: the first T of each are inputs, the last T targets. With
-// `places`, for the embedding's backward, also the TokenPlaces, `begin` filled up with N.
+// Takes B windows of T+1 tokens to the device, without waiting: the first T of each are inputs, the last T targets.
+// With `places`, for the embedding's backward, also the TokenPlaces, `begin` filled up with N.
 void set_batch(Model& m, const int32_t* windows, int B, int T, bool places) {
     const size_t N = size_t(B) * T;
     Staging& s = m.staging[m.next_staging];
@@ -4089,9 +4090,9 @@ std::string duration(double seconds) {
 }
 
 // =====================================================================================================================
-// Speed of light: what a step must compute and move at the least, and how long that takes on a device; --plan prints it.
-// A matmul takes its FLOPs at the device's matmul rate or its bytes at copy speed, whichever is longer, the rest its
-// bytes, every tensor moved once; kinds follow one another. d, k, f as in Recompute, in elements a token and layer:
+// Speed of light: what a step must compute and move at the least, and how long that takes on a device; --plan prints
+// it. A matmul takes its FLOPs at the device's matmul rate or its bytes at copy speed, whichever is longer, the rest
+// its bytes, every tensor moved once; kinds follow one another. d, k, f as in Recompute, in elements a token and layer:
 // simplegpt's norms, RoPE and SwiGLU move 8d + 4k + 3f forward and 9d + 6k + 5f backward.
 
 struct Device {
@@ -4529,7 +4530,8 @@ void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
     }
 }
 
-// The largest micro-batch, a divisor of `total` sequences unless that is 0, whose plan fits into `room` bytes; 0 if none.
+// The largest micro-batch, a divisor of `total` sequences unless that is 0, whose plan fits into `room` bytes; 0 if
+// none.
 int largest_batch(const Options& o, size_t room) {
     int64_t fits = 0, fails = 1;
     auto needs = [&](int64_t B) {

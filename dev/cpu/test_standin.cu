@@ -678,7 +678,8 @@ static void test_tma_wgmma() {  // 200: the last box is half outside
     }
 }
 
-// Loads: outside the tensor zero, also at negative coordinates; the swizzle; four dimensions. Stores drop what is outside.
+// Loads: outside the tensor zero, also at negative coordinates; the swizzle; four dimensions. Stores drop what is
+// outside.
 __global__ void tma_box_kernel(unsigned short* out, const __grid_constant__ CUtensorMap in,
                                const __grid_constant__ CUtensorMap back, int c0, int c1, int c2, int c3) {
     extern __shared__ __align__(1024) char tma_smem[];

@@ -6,8 +6,9 @@
 //                 quarter runs for itself, and the four warps of a group must issue the same sequence
 // Reported: threads that wait for ever, accumulators touched before the wait, operands in shared memory that ordinary
 // stores changed without fence_async_shared (the copy engine and wgmma see shared memory as it was at the last fence of
-// any thread), mbarriers used before mbarrier_fence_init or with too many arrivals, groups of wgmma without a fence, and
-// work still under way when the block ends. An address in shared memory is the offset from the dynamic array's begin.
+// any thread), mbarriers used before mbarrier_fence_init or with too many arrivals, groups of wgmma without a fence,
+// and work still under way when the block ends. An address in shared memory is the offset from the dynamic array's
+// begin.
 #pragma once
 #include <array>
 #include <deque>
@@ -277,11 +278,13 @@ template <int N> void tma_store_wait() {
 template <int N> void tma_store_wait_written() { tma_store_wait<N>(); }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// wgmma: c (64,N) += a (64,16) b (16,N). Warp w of the group has rows 16w + lane/4 and 8 further, columns 8j + 2(lane%4)
-// and the next; c[4j + 2 half + odd]. Matrices in shared memory, from a descriptor (PTX ISA, "Matrix descriptor"): bits
-// 0-13 address / 16, 16-29 leading offset / 16, 32-45 stride offset / 16, 49-51 base offset, 62-63 swizzle (1: 128 B).
+// wgmma: c (64,N) += a (64,16) b (16,N). Warp w of the group has rows 16w + lane/4 and 8 further, columns 8j +
+// 2(lane%4) and the next; c[4j + 2 half + odd]. Matrices in shared memory, from a descriptor (PTX ISA, "Matrix
+// descriptor"): bits 0-13 address / 16, 16-29 leading offset / 16, 32-45 stride offset / 16, 49-51 base offset, 62-63
+// swizzle (1: 128 B).
 //   K-major:   rows of 128 bytes, 8 rows an atom, the next 8 rows `stride` further
-//   MN-major:  64 rows (of a; columns of b) in 128 bytes, 8 k an atom, the next 8 k `stride`, the next 64 rows `leading`
+//   MN-major:  64 rows (of a; columns of b) in 128 bytes, 8 k an atom, the next 8 k `stride`, the next 64 rows
+// `leading`
 //              further
 // and then bits 4-6 of the address are XORed with bits 7-9.
 
