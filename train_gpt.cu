@@ -836,7 +836,7 @@ __device__ inline void store_tile(floatX* dst, size_t stride, int valid, const T
 // architectures they are empty, and kernels that use them begin with `if (!HOPPER_CODE) return;`. The CPU stand-in
 // emulates them (dev/cpu/include/hopper_exact.h).
 
-bool hopper = false;  // the device has them; set by open_device
+bool hopper = false;  // the device has them, and so has this build; set by open_device
 
 #ifdef __CUDACC__
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -2396,6 +2396,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
                 int* turn = turn_of(head, tile);
                 if (lane() == 0)
                     while (flag_read(turn) != block) flag_pause();
+                __syncwarp();
                 named_barrier_sync(place_full(adder), PLACE_THREADS);
                 if (lane() == 0) {
                     fence_async_global();
@@ -2787,7 +2788,8 @@ __global__ void __launch_bounds__(1024) cross_entropy_kernel(float* losses, floa
 
 void cross_entropy(float* losses, floatX* logits, const int* targets, int rows, int V, int Vp, float weight,
                    bool backward, cudaStream_t stream) {
-    cross_entropy_kernel<<<rows, 1024, 0, stream>>>(losses, logits, targets, V, Vp, weight, backward);
+    const int threads = std::min(1024, (Vp / PACK + 31) / 32 * 32);
+    cross_entropy_kernel<<<rows, threads, 0, stream>>>(losses, logits, targets, V, Vp, weight, backward);
     CHECK(cudaGetLastError());
 }
 
@@ -3020,6 +3022,9 @@ std::string memory_plan(const Model& m) {
     return s + format("  %-32s %10.1f MiB\n", "total", m.arena.used / 1048576.0);
 }
 
+// Whether the code that the device runs has Hopper's instructions: it lacks them if built for sm_90 without the a.
+__global__ void hopper_code_kernel(int* there) { *there = HOPPER_CODE; }
+
 void open_device() {
     int count = 0;
     if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0)
@@ -3029,7 +3034,15 @@ void open_device() {
     CHECK(cudaGetDeviceProperties(&device, 0));
     device_sms = device.multiProcessorCount;
     device_shared = device.sharedMemPerBlockOptin;
-    hopper = device.major == 9 && device.minor == 0;
+    if (device.major == 9 && device.minor == 0) {
+        int code = 0, *there = nullptr;
+        CHECK(cudaMalloc((void**)&there, sizeof(int)));
+        hopper_code_kernel<<<1, 1>>>(there);
+        CHECK(cudaMemcpy(&code, there, sizeof(int), cudaMemcpyDeviceToHost));
+        CHECK(cudaFree(there));
+        hopper = code;
+        if (!hopper) fprintf(stderr, "train_gpt: built without sm_90a, so without Hopper's kernels. Build by make gpu.\n");
+    }
     if (!matmul.handle) CHECK_CUBLAS(cublasLtCreate(&matmul.handle));
 }
 
