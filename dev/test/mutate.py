@@ -165,7 +165,7 @@ MUTATIONS = [
      "exact_bf16", "cross_entropy"),
     ("cross-entropy: target not subtracted", MAIN, "(v == target ? 1.0f : 0.0f)", "0.0f", "exact_fp32", "cross_entropy"),
     ("cross-entropy: target read after it is overwritten", MAIN,
-     "    __syncthreads();  // the target's logit has been read\n",
+     "    __syncthreads();  // everyone has read the target's logit\n",
      "",
      "exact_bf16", "cross_entropy"),
     # attention, one source for all GPUs
