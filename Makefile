@@ -13,8 +13,10 @@ STANDIN   = $(wildcard dev/cpu/include/*.h)
 NVCCFLAGS = -std=c++17 -O3 -Xcompiler -fopenmp,-pthread,-Wall $(GPU_ARCH)
 # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
 OPTIMIZE ?= -O3
-CXXFLAGS  = -std=c++17 $(OPTIMIZE) -march=native -mprefer-vector-width=512 --param max-unswitch-insns=200 -fopenmp -pthread -fno-strict-aliasing \
-            -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -Wall -Wextra -Wno-unknown-pragmas -Idev/cpu/include -I.
+# Loops with a choice in them are split into one loop a way, so that each vectorises; gcc's limit is too low for some.
+CXXFLAGS  = -std=c++17 $(OPTIMIZE) -march=native -mprefer-vector-width=512 --param max-unswitch-insns=200 \
+            -fopenmp -pthread -fno-strict-aliasing -fno-math-errno -fno-trapping-math -fassociative-math \
+            -fno-signed-zeros -Wall -Wextra -Wno-unknown-pragmas -Idev/cpu/include -I.
 bf16      = -DPRECISION_BF16
 
 HAVE_GPU := $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | head -n 1))

@@ -3041,7 +3041,8 @@ void open_device() {
         CHECK(cudaMemcpy(&code, there, sizeof(int), cudaMemcpyDeviceToHost));
         CHECK(cudaFree(there));
         hopper = code;
-        if (!hopper) fprintf(stderr, "train_gpt: built without sm_90a, so without Hopper's kernels. Build by make gpu.\n");
+        if (!hopper)
+            fprintf(stderr, "train_gpt: built without sm_90a, so without Hopper's kernels. Build by make gpu.\n");
     }
     if (!matmul.handle) CHECK_CUBLAS(cublasLtCreate(&matmul.handle));
 }
