@@ -433,7 +433,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
 
 void ffn_norm_act_forward(floatX* out, float2* stats, const floatX* raw, const floatX* gain, int N, int F, bool gated,
                           Norm norm, cudaStream_t stream, bool known = false) {
-    row_shape<8>(F, [&](auto packs, int threads) {
+    row_shape<true>(F, [&](auto packs, int threads) {
         constexpr int P = packs.value;
         if (gated)
             ffn_norm_act_forward_kernel<P, true><<<N, threads, 0, stream>>>(out, stats, raw, gain, F, norm, known);
@@ -446,13 +446,13 @@ void ffn_norm_act_forward(floatX* out, float2* stats, const floatX* raw, const f
 // draw like raw, from dout (N,F); partial (blocks, 2F) or (blocks, F) float. The column sums of a wide row leave room
 // for one block on a multiprocessor, so that `staged` the next row is on its way to shared memory while this one is
 // worked on: each thread's packs, (3 or 2, PACKS, threads) of 16 bytes behind the sums. Rows too wide even for
-// registers (8 packs) are read twice, the second time from L2.
+// registers (10 packs) are read twice, the second time from L2.
 template <int PACKS, bool GATED>
 __global__ void __launch_bounds__(ROW_THREADS)
     ffn_norm_act_backward_kernel(floatX* draw, float* partial, const floatX* dout, const floatX* raw,
                                  const floatX* gain, const float2* stats, int N, int F, Norm norm, bool staged) {
     constexpr int PARTS = GATED ? 2 : 1;
-    constexpr bool HELD = SERIAL || PACKS <= 4;
+    constexpr bool HELD = SERIAL || PACKS <= 5;
     extern __shared__ __align__(16) float column_sums[];
     partial += size_t(blockIdx.x) * PARTS * F;
     ColumnSums dg[PARTS];
@@ -543,9 +543,9 @@ void ffn_norm_act_backward(floatX* draw, Flat dgain, float* partial, const float
                            const floatX* gain, const float2* stats, int N, int F, bool gated, Norm norm,
                            cudaStream_t stream) {
     const int blocks = row_blocks(N, F), W = gated ? 2 * F : F;
-    row_shape<8>(F, [&](auto packs, int threads) {
+    row_shape<true>(F, [&](auto packs, int threads) {
         constexpr int P = packs.value;
-        const size_t stage = BF16 && !SERIAL && P <= 4 ? size_t(gated ? 3 : 2) * P * threads * 16 : 0;
+        const size_t stage = BF16 && !SERIAL && P <= 5 ? size_t(gated ? 3 : 2) * P * threads * 16 : 0;
         const bool staged = stage > 0 && ColumnSums::bytes(W) + stage <= device_shared;
         auto shared = [&](auto* kernel) { return dynamic_shared(kernel, ColumnSums::bytes(W) + (staged ? stage : 0)); };
         if (gated)

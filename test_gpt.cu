@@ -158,7 +158,7 @@ TEST(norm_residual) {
                         {33, RAGGED(130)},
                         {5, 2048},
                         {2, EXACT || !BF16 ? 1000 : 11008},
-                        {1, BF16 ? 14336 : 7168},
+                        {1, BF16 ? 12288 : 6144},
                         {70, RAGGED(1)}})
         for (Norm norm : NORMS)
             for (int option = 0; option < 4; option++) {
@@ -189,7 +189,7 @@ TEST(norm_backward) {
                         {67, RAGGED(130)},
                         {5, 2048},
                         {2, EXACT || !BF16 ? 1000 : 11008},
-                        {1, BF16 ? 14336 : 7168}})
+                        {1, BF16 ? 12288 : 6144}})
         for (Norm norm : NORMS)
             for (int add = 0; add < 3; add++) {  // nothing, another buffer, dx itself
                 Random r{uint64_t(N * 37 + C)};
@@ -306,6 +306,7 @@ TEST(ffn_norm_act) {
                         {9, RAGGED(172)},
                         {3, RAGGED(1001)},
                         {2, EXACT || !BF16 ? 600 : 11008},
+                        {1, BF16 ? 14336 : 7168},
                         {1, BF16 ? 28672 : 14336}})
         for (Norm norm : NORMS)
             for (int option = 0; option < 4; option++) {

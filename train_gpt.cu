@@ -1082,8 +1082,8 @@ CUtensorMap tensor_map(const void* base, std::array<int64_t, 4> dims, std::array
 // by element. In the serial geometry the one thread has one pack, the row where it lies.
 
 constexpr int PACK = 16 / int(sizeof(floatX));
-constexpr int ROW_THREADS = 448;  // a block's most: leaves a thread 128 registers
-constexpr int MAX_ROW = 4 * ROW_THREADS * PACK, MAX_FFN_ROW = 2 * MAX_ROW;  // widest rows that a block holds, elements
+constexpr int ROW_THREADS = 384;  // a block's most: 3 warps a quarter of a multiprocessor, 168 registers a thread
+constexpr int MAX_ROW = 4 * ROW_THREADS * PACK, MAX_FFN_ROW = 10 * ROW_THREADS * PACK;  // widest rows, elements
 
 // f(p, e, c) for each element of this thread's: element e of pack p, column c. Packs in registers need them unrolled.
 template <int PACKS, bool UNROLLED = true, typename F>
@@ -1203,24 +1203,27 @@ struct ColumnSums {
     }
 };
 
-// Packs a thread (at most MOST) and threads a block for rows of W elements: the split with the fewest idle packs; in
+// Packs a thread and threads a block for rows of W elements: 4, 2 or 1 packs, the split with the fewest idle ones; in
 // doubt more packs a thread, as then a block's barriers bind fewer warps, and more rows are under way on a
-// multiprocessor. Calls f(std::integral_constant<int, PACKS>, threads).
-template <int MOST = 4, typename F>
+// multiprocessor. Feed-forward rows may be WIDE: 5 packs, or 10. Calls f(std::integral_constant<int, PACKS>, threads).
+template <bool WIDE = false, typename F>
 void row_shape(int W, F f) {
     if constexpr (SERIAL) {
         f(std::integral_constant<int, 1>(), 1);
     } else {
         const int packs = (W + PACK - 1) / PACK;
         auto threads = [&](int P) { return (packs + 32 * P - 1) / (32 * P) * 32; };
-        int best = MOST;
-        for (int P = MOST / 2; P > 0; P /= 2)
-            if (threads(P) <= ROW_THREADS && threads(P) * P < threads(best) * best) best = P;
+        int best = 0;
+        for (int P : {4, 2, 1})
+            if (threads(P) <= ROW_THREADS && (!best || threads(P) * P < threads(best) * best)) best = P;
         if (best == 1) f(std::integral_constant<int, 1>(), threads(1));
         if (best == 2) f(std::integral_constant<int, 2>(), threads(2));
         if (best == 4) f(std::integral_constant<int, 4>(), threads(4));
-        if constexpr (MOST == 8)
-            if (best == 8) f(std::integral_constant<int, 8>(), threads(8));
+        if constexpr (WIDE) {
+            const bool five = threads(5) <= ROW_THREADS;
+            if (!best && five) f(std::integral_constant<int, 5>(), threads(5));
+            if (!best && !five) f(std::integral_constant<int, 10>(), threads(10));
+        }
     }
 }
 
@@ -1229,7 +1232,7 @@ void row_shape(int W, F f) {
 inline int row_blocks(int N, int W) {
     int blocks = 2 * device_sms;
     auto shape = [&](auto, int threads) { blocks = device_sms * std::max(1, ROW_THREADS / threads); };
-    if (!SERIAL) row_shape<8>(W, shape);
+    if (!SERIAL) row_shape<true>(W, shape);
     return std::min(N, blocks);
 }
 
