@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Breaks the kernels, one line at a time, and looks whether a test notices. Standard library only.
+"""Breaks the kernels and the model, one place at a time, and looks whether a test notices. Standard library only.
 
 usage: dev/test/mutate.py [FILTER ...]     only mutations whose name holds one of the words
 
@@ -322,9 +322,10 @@ MUTATIONS = [
      "            mbarrier_wait(full + stage, phase);\n            const unsigned char* slot",
      "            const unsigned char* slot",
      "exact_bf16", "matmul_sums"),
-    ("matmul: slot given back while it is read", MAIN,
-     "wgmma_wait<1>();  // this step's products run on",
-     "wgmma_wait<2>();  // this step's products run on",
+    ("matmul: slot filled before it is given back", MAIN,
+     "mbarrier_wait(empty + stage, phase ^ 1);  // at first, the phase before the first counts as completed\n"
+     "                mbarrier_arrive_expect(full + stage, S::SLOT);",
+     "mbarrier_arrive_expect(full + stage, S::SLOT);",
      "exact_bf16", "matmul_sums"),
     ("matmul: box written before its last store has left", MAIN,
      "if (lane() == 0) tma_store_wait<1>();  // the store",
