@@ -2730,7 +2730,7 @@ __global__ void __launch_bounds__(1024) cross_entropy_kernel(float* losses, floa
     const size_t n = blockIdx.x;
     floatX* x = logits + n * Vp;
     const int target = targets[n];
-    const float target_logit = x[target];
+    const float target_logit = x[target];  // read by all before the barriers of block_max, so before it is overwritten
     constexpr bool KEPT = SERIAL && !BF16;  // the exponentials, in the logits' place
     float top = -INFINITY, sum = 0.0f;
     if constexpr (SERIAL) {
@@ -2767,7 +2767,6 @@ __global__ void __launch_bounds__(1024) cross_entropy_kernel(float* losses, floa
     const float lse = top + logf(sum);
     if (threadIdx.x == 0) losses[n] = lse - target_logit;
     if (!backward) return;
-    __syncthreads();  // everyone has read the target's logit
     auto gradient = [&](float logit, int v) { return weight * (__expf(logit - lse) - (v == target ? 1.0f : 0.0f)); };
     if constexpr (KEPT) {
         for (int v = 0; v < V; v++) x[v] = float(x[v]) * (weight / sum);
