@@ -164,6 +164,7 @@ MUTATIONS = [
      "sum *= own > -INFINITY ? 1.0f : 0.0f;",
      "exact_bf16", "cross_entropy"),
     ("cross-entropy: target not subtracted", MAIN, "(v == target ? 1.0f : 0.0f)", "0.0f", "exact_fp32", "cross_entropy"),
+    # attention, one source for all GPUs
     ("tile: columns of a lane", MAIN,
      "e / 2 * 8 + lane() % 4 * 2 + e % 2; }",
      "e / 2 * 8 + lane() % 4 + e % 2 * 4; }",
