@@ -1595,7 +1595,6 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 1)
     }
 
     registers_more<232>();
-    const int row = lane() % 16;  // of the warp's 16, where this lane's 16 bytes of an stmatrix go
     unsigned char* const box = boxes + 2 * warp() * MATMUL_BOX;
     for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
         float c[BANDS][COLS / 2];
@@ -1633,18 +1632,15 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 1)
             float square[2] = {0.0f, 0.0f};        // of rows lane / 4 and lane / 4 + 8
             if (lane() == 0) tma_store_wait<1>();  // the store before the last has left this box
             __syncwarp();
+            unsigned r[4][4];  // of 16 columns each: matrices of rows 0-7 and 8-15, then 8 columns on
+            round_operand<64>(r, c[band] + piece % (COLS / 64) * 32);
             #pragma unroll
-            for (int j = 0; j < 4; j++) {  // 16 columns: matrices of rows 0-7 and 8-15, then 8 columns on
-                const float* d = c[band] + piece % (COLS / 64) * 32 + 8 * j;
-                unsigned r[4];
-                #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    r[i] = pack_bf16(d[2 * i], d[2 * i + 1]);
-                    const float low = __uint_as_float(r[i] << 16), high = __uint_as_float(r[i] & 0xffff0000u);
-                    square[i % 2] += low * low + high * high;
-                }
-                stmatrix_x4(to + row * MATMUL_LINE + ((2 * j + lane() / 16) ^ row % 8) * 16, r);
+            for (int i = 0; i < 16; i++) {
+                const unsigned pair = r[i / 4][i % 4];
+                const float low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000u);
+                square[i % 2] += low * low + high * high;
             }
+            store_box(to, r);
             fence_async_shared();
             __syncwarp();
             if (lane() == 0) {
@@ -2730,7 +2726,7 @@ __global__ void __launch_bounds__(1024) cross_entropy_kernel(float* losses, floa
     const size_t n = blockIdx.x;
     floatX* x = logits + n * Vp;
     const int target = targets[n];
-    const float target_logit = x[target];  // read by all before the barriers of block_max, so before it is overwritten
+    const float target_logit = x[target];   // read by all before the barriers of block_max, so before it is overwritten
     constexpr bool KEPT = SERIAL && !BF16;  // the exponentials, in the logits' place
     float top = -INFINITY, sum = 0.0f;
     if constexpr (SERIAL) {
@@ -3208,16 +3204,17 @@ void block_forward(Model& m, int l, floatX* next, int B, int T) {
     auto missing = [&](Recompute level) { return next || m.storage.recompute >= level; };
     const bool replay_norm = missing(Recompute::norm), replay_ffn = missing(Recompute::ffn),
                replay_block = missing(Recompute::block);
-    // A linear and, true if they are there then, the stats of the norm behind it. A replay finds them from the forward.
+    // A linear; true if the stats of the norm behind it are there then: left by it or, in a replay, by the forward.
     auto linear = [&](floatX* out, float2* stats, const floatX* inp, size_t w, size_t gain, int K,
                       const std::vector<int>& widths) {
         if (gain != NONE)
             return linear_forward_stats(out, next ? stats : nullptr, m.row_sums, inp, m.w(w), N, K, widths, norm,
-                                        m.stream);
+                                        m.stream) ||
+                   !next;
         linear_forward(out, inp, m.w(w), N, K, std::accumulate(widths.begin(), widths.end(), 0), m.stream);
-        return false;
+        return !next;
     };
-    bool known = false;
+    bool known = !next;
 
     if (replay_norm && at.norm1 != NONE)
         norm_residual_forward(a.n1, a.n1_stats, a.x, nullptr, m.w(at.norm1), N, C, norm, m.stream, !next);
@@ -3225,11 +3222,10 @@ void block_forward(Model& m, int l, floatX* next, int B, int T) {
         known = linear(a.qkv_raw, a.qkv_stats, a.n1, at.qkv, at.qkv_gain, C, {h.width(0), h.width(1), h.width(2)});
     if (replay_norm)
         qkv_norm_rope_forward(a.q, a.k, a.v, a.qkv_stats, a.qkv_raw, qkv_gains(m, at), m.rope, h, norm, m.stream,
-                              known || !next);
+                              known);
     if (replay_block) attention_forward(a.att, a.lse, a.q, a.k, a.v, h, m.stream);
     if (replay_block) known = linear(a.o_raw, a.o_stats, a.att, at.o, at.o_gain, C, {C});
-    if (replay_norm)
-        norm_residual_forward(a.h, a.o_stats, a.o_raw, a.x, m.w(at.o_gain), N, C, norm, m.stream, known || !next);
+    if (replay_norm) norm_residual_forward(a.h, a.o_stats, a.o_raw, a.x, m.w(at.o_gain), N, C, norm, m.stream, known);
 
     if (replay_norm && at.norm2 != NONE)
         norm_residual_forward(a.n2, a.n2_stats, a.h, nullptr, m.w(at.norm2), N, C, norm, m.stream, !next);
@@ -3238,8 +3234,7 @@ void block_forward(Model& m, int l, floatX* next, int B, int T) {
         known = linear(a.w13_raw, a.w13_stats, a.n2, at.w13, at.w13_gain, C, widths);
     }
     if (replay_norm)
-        ffn_norm_act_forward(a.act, a.w13_stats, a.w13_raw, m.w(at.w13_gain), N, F, m.c.gated(), norm, m.stream,
-                             known || !next);
+        ffn_norm_act_forward(a.act, a.w13_stats, a.w13_raw, m.w(at.w13_gain), N, F, m.c.gated(), norm, m.stream, known);
     if (!next) return;
     known = linear(a.w2_raw, a.w2_stats, a.act, at.w2, at.w2_gain, F, {C});
     norm_residual_forward(next, a.w2_stats, a.w2_raw, a.h, m.w(at.w2_gain), N, C, norm, m.stream, known);
