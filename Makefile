@@ -19,9 +19,18 @@ CXXFLAGS  = -std=c++17 $(OPTIMIZE) -march=native -mprefer-vector-width=512 --par
             -fno-signed-zeros -Wall -Wextra -Wno-unknown-pragmas -Idev/cpu/include -I.
 bf16      = -DPRECISION_BF16
 
+# Several ranks on the CPU go over MPI, if there is one; test builds under the sanitizers do without.
+MPICXX   := $(shell command -v mpicxx 2>/dev/null)
+ifneq ($(MPICXX),)
+MPI_INC  := $(patsubst -I%,-isystem %,$(shell $(MPICXX) --showme:compile 2>/dev/null))
+MPI_LIB  := $(shell $(MPICXX) --showme:link 2>/dev/null)
+MPI      := $(if $(MPI_LIB),-DUSE_MPI $(MPI_INC))
+endif
+MPI_STAMP = build/mpi.flags
+
 HAVE_GPU := $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | head -n 1))
 
-.PHONY: all cpu gpu run test gpu-check bench clean help
+.PHONY: FORCE all cpu gpu run test gpu-check bench clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -83,17 +92,23 @@ build/src/%: % dev/cpu/rewrite.sed
 	@mkdir -p $(@D)
 	@(echo '#line 1 "$<"'; sed -E -f dev/cpu/rewrite.sed $<) > $@
 
+# changes when MPI comes or goes, so that what was built without it is built again
+$(MPI_STAMP): FORCE
+	@mkdir -p $(@D)
+	@echo '$(MPI) $(MPI_LIB)' | cmp -s - $@ || echo '$(MPI) $(MPI_LIB)' > $@
+
 CPU_SOURCES = build/src/train_gpt.cu build/src/simplenorm.cuh
 
-build/train_gpt_cpu_%: $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN)
-	g++ $(CXXFLAGS) $($*) -x c++ build/src/train_gpt.cu -lopenblas -o $@
+build/train_gpt_cpu_%: $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN) $(MPI_STAMP)
+	g++ $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/train_gpt.cu -lopenblas $(MPI_LIB) -o $@
 
 # tests, in both geometries and both precisions; exact ones at -O1, what they check is not speed
-build/test_serial_%: build/src/test_gpt.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN)
-	g++ $(CXXFLAGS) $($*) -x c++ build/src/test_gpt.cu -lopenblas -o $@
+build/test_serial_%: build/src/test_gpt.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN) $(MPI_STAMP)
+	g++ $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/test_gpt.cu -lopenblas $(MPI_LIB) -o $@
 
-build/test_exact_%: build/src/test_gpt.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN)
-	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY $($*) -x c++ build/src/test_gpt.cu -lopenblas -lboost_context -o $@
+build/test_exact_%: build/src/test_gpt.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN) $(MPI_STAMP)
+	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY $($*) $(MPI) -x c++ build/src/test_gpt.cu -lopenblas $(MPI_LIB) \
+	    -lboost_context -o $@
 
 build/test_sanitized_%: build/src/test_gpt.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN)
 	g++ $(CXXFLAGS) -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -DEXACT_GEOMETRY $($*) \
@@ -105,8 +120,11 @@ build/test_standin_serial: build/src/dev/cpu/test_standin.cu $(STANDIN)
 build/test_standin_exact: build/src/dev/cpu/test_standin.cu $(STANDIN)
 	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY -x c++ $< -lopenblas -lboost_context -o $@
 
-build/bench_cpu_%: build/src/dev/bench/bench.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN)
-	g++ $(CXXFLAGS) $($*) -x c++ build/src/dev/bench/bench.cu -lopenblas -o $@
+build/test_nccl: dev/cpu/test_nccl.cpp $(STANDIN) $(MPI_STAMP)
+	g++ $(CXXFLAGS) $(MPI) $< $(MPI_LIB) -o $@
+
+build/bench_cpu_%: build/src/dev/bench/bench.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN) $(MPI_STAMP)
+	g++ $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/dev/bench/bench.cu -lopenblas $(MPI_LIB) -o $@
 
 build/test_dataloader: dev/test/test_dataloader.cpp dataloader.h
 	g++ -std=c++17 -O1 -g1 -pthread -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined -I. $< -o $@

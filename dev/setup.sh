@@ -11,7 +11,10 @@ fail() {
 
 case "${1-}" in
 run) needed="g++ libopenblas-openmp-dev python3 python3-numpy python3-matplotlib" ;;
-test) needed="g++ libopenblas-openmp-dev python3 python3-numpy python3-matplotlib libboost-context-dev" ;;
+test)
+    needed="g++ libopenblas-openmp-dev python3 python3-numpy python3-matplotlib"
+    needed="$needed libboost-context-dev libopenmpi-dev openmpi-bin"
+    ;;
 *) fail "'${1-}' is neither run nor test. Say what to set up for." ;;
 esac
 
@@ -48,4 +51,5 @@ else
 fi
 ${PYTHON:-/usr/bin/python3} -c 'import numpy, matplotlib' 2>/dev/null ||
     missing="$missing, python3 with numpy and matplotlib"
+[ "$1" = run ] || command -v mpirun >/dev/null || missing="$missing, Open MPI"
 [ -z "$missing" ] || fail "missing: ${missing#, }. Install them with the system's package manager."

@@ -14,6 +14,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 GOLDEN = "dev/test/golden"
 CLI = [sys.executable, "dev/test/test_cli.py"]
+MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none"]
 
 # name: make targets, command, seeds of the lanes' order (one run each); the long ones first
 JOBS = {
@@ -27,6 +28,7 @@ JOBS = {
     "cli_bf16": (["build/train_gpt_cpu_bf16"], [*CLI, "build/train_gpt_cpu_bf16", GOLDEN, "--bf16"], [1]),
     "standin_exact": (["build/test_standin_exact"], ["build/test_standin_exact"], [1]),
     "standin_serial": (["build/test_standin_serial"], ["build/test_standin_serial"], [1]),
+    **{f"nccl_{n}": (["build/test_nccl"], [*MPIRUN, "-n", str(n), "build/test_nccl"], [1]) for n in range(1, 5)},
     "dataloader": (["build/test_dataloader"], ["build/test_dataloader"], [1]),
     "tokenizer": (["build/test_tokenizer"], ["build/test_tokenizer"], [1]),
     "bench": (["build/bench_cpu_fp32"], [sys.executable, "dev/test/test_bench.py", "build/bench_cpu_fp32"], [1]),
@@ -45,8 +47,9 @@ def job(name):
         if make and make.returncode:
             return name, 0, 1, time.time() - begin, [f"FAIL {name} did not build"]
         for seed in seeds:
-            # two jobs at a time have a core each
-            env = {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_CPU_SEED": str(seed)}
+            # two jobs at a time have a core each; mpirun asks to be told that root may run it
+            env = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+                   **os.environ, "CUDA_CPU_SEED": str(seed)}
             run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, errors="replace")
             f.write(run.stdout)
             total = re.findall(r"^\S+: (\d+) passed, (\d+) failed$", run.stdout, re.M)
@@ -65,7 +68,7 @@ def main():
     os.makedirs("build/log", exist_ok=True)
     # what several jobs share is made once, before they start
     subprocess.run(["make", "--no-print-directory", "build/src/train_gpt.cu", "build/src/simplenorm.cuh",
-                    "build/src/test_gpt.cu"], check=True, stdout=subprocess.DEVNULL)
+                    "build/src/test_gpt.cu", "build/mpi.flags", "build/test_nccl"], check=True, stdout=subprocess.DEVNULL)
     names = [n for n in JOBS if not sys.argv[1:] or any(word in n for word in sys.argv[1:])]
     passed = failed = 0
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -147,30 +147,20 @@ inline const float* cublasLt_float(std::unique_ptr<float[]>& copy, const void* d
     return to;
 }
 
-inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void* alpha, const void* A,
-                                     cublasLtMatrixLayout_t Adesc, const void* B, cublasLtMatrixLayout_t Bdesc,
-                                     const void* beta, const void* C, cublasLtMatrixLayout_t Cdesc, void* D,
-                                     cublasLtMatrixLayout_t Ddesc, const cublasLtMatmulAlgo_t*, void*, size_t,
-                                     cudaStream_t) {
-    cublasStatus_t status = cublasLt_check(desc, Adesc, Bdesc, Cdesc, Ddesc);
-    if (status != CUBLAS_STATUS_SUCCESS) return status;
-    if (cuda_captured) {
-        cuda_captured->push_back([=, alpha = *(const float*)alpha, beta = *(const float*)beta] {
-            cublasLtMatmul({}, desc, &alpha, A, Adesc, B, Bdesc, &beta, C, Cdesc, D, Ddesc, {}, {}, 0, {});
-        });
-        return CUBLAS_STATUS_SUCCESS;
-    }
-    if (C != D) return CUBLAS_STATUS_NOT_SUPPORTED;
-    bool ta = desc->transa != CUBLAS_OP_N, tb = desc->transb != CUBLAS_OP_N;
-    float scale = *(const float*)beta;
+// Descriptions and scalars are copies: they may be gone when the work runs.
+inline cublasStatus_t cublasLt_run(cublasLtMatmulDescOpaque_t desc, float alpha, const void* A,
+                                   cublasLtMatrixLayoutOpaque_t Adesc, const void* B,
+                                   cublasLtMatrixLayoutOpaque_t Bdesc, float beta, void* D,
+                                   cublasLtMatrixLayoutOpaque_t Ddesc) {
+    bool ta = desc.transa != CUBLAS_OP_N, tb = desc.transb != CUBLAS_OP_N;
     std::unique_ptr<float[]> a_copy, b_copy, d_copy;
-    const float* a = cublasLt_float(a_copy, A, Adesc);
-    const float* b = cublasLt_float(b_copy, B, Bdesc);
-    float* d = (float*)cublasLt_float(d_copy, D, Ddesc, scale != 0.0f);  // beta 0: D is not read
+    const float* a = cublasLt_float(a_copy, A, &Adesc);
+    const float* b = cublasLt_float(b_copy, B, &Bdesc);
+    float* d = (float*)cublasLt_float(d_copy, D, &Ddesc, beta != 0.0f);  // beta 0: D is not read
     if (!a || !b || !d) return CUBLAS_STATUS_ALLOC_FAILED;
     // One thread's OpenBLAS is faster than its own threads at a model's shapes (7% of a step of 60M on two cores), so
     // each thread has a block of D, cut along its longer side. (OpenBLAS with threads other than OpenMP's cannot know.)
-    const int64_t rows = Ddesc->rows, cols = Ddesc->cols;
+    const int64_t rows = Ddesc.rows, cols = Ddesc.cols;
     const bool by_cols = cols >= rows;
     const int threads = openblas_get_parallel() == OPENBLAS_OPENMP ? omp_get_max_threads() : 1;
     const int64_t share = ((by_cols ? cols : rows) + 16 * threads - 1) / (16 * threads) * 16;
@@ -180,13 +170,32 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc
         const int64_t m = by_cols ? rows : std::min(share, rows - row), n = by_cols ? std::min(share, cols - col) : cols;
         if (m <= 0 || n <= 0) continue;
         cblas_sgemm(CblasColMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, m, n,
-                    ta ? Adesc->rows : Adesc->cols, *(const float*)alpha, a + (ta ? row * Adesc->ld : row), Adesc->ld,
-                    b + (tb ? col : col * Bdesc->ld), Bdesc->ld, scale, d + row + col * Ddesc->ld, Ddesc->ld);
+                    ta ? Adesc.rows : Adesc.cols, alpha, a + (ta ? row * Adesc.ld : row), Adesc.ld,
+                    b + (tb ? col : col * Bdesc.ld), Bdesc.ld, beta, d + row + col * Ddesc.ld, Ddesc.ld);
     }
-    if (Ddesc->type == CUDA_R_32F) return CUBLAS_STATUS_SUCCESS;
+    if (Ddesc.type == CUDA_R_32F) return CUBLAS_STATUS_SUCCESS;
     __nv_bfloat16* out = (__nv_bfloat16*)D;
     #pragma omp parallel for
-    for (uint64_t col = 0; col < Ddesc->cols; col++)
-        for (uint64_t row = 0; row < Ddesc->rows; row++) out[col * Ddesc->ld + row] = d[col * Ddesc->ld + row];
+    for (uint64_t col = 0; col < Ddesc.cols; col++)
+        for (uint64_t row = 0; row < Ddesc.rows; row++) out[col * Ddesc.ld + row] = d[col * Ddesc.ld + row];
     return CUBLAS_STATUS_SUCCESS;
+}
+
+inline cublasStatus_t cublasLt_status = CUBLAS_STATUS_SUCCESS;  // of the matmul that ran last
+
+inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void* alpha, const void* A,
+                                     cublasLtMatrixLayout_t Adesc, const void* B, cublasLtMatrixLayout_t Bdesc,
+                                     const void* beta, const void* C, cublasLtMatrixLayout_t Cdesc, void* D,
+                                     cublasLtMatrixLayout_t Ddesc, const cublasLtMatmulAlgo_t*, void*, size_t,
+                                     cudaStream_t stream) {
+    cublasStatus_t status = cublasLt_check(desc, Adesc, Bdesc, Cdesc, Ddesc);
+    if (status != CUBLAS_STATUS_SUCCESS) return status;
+    if (C != D) return CUBLAS_STATUS_NOT_SUPPORTED;
+    auto label = cuda_label("matmul %zu %zu %zu", size_t(Ddesc->rows), size_t(Ddesc->cols),
+                            size_t(desc->transa != CUBLAS_OP_N ? Adesc->rows : Adesc->cols));
+    cuda_enqueue(stream, label, [=, desc = *desc, alpha = *(const float*)alpha, Adesc = *Adesc, Bdesc = *Bdesc,
+                                 beta = *(const float*)beta, Ddesc = *Ddesc] {
+        cublasLt_status = cublasLt_run(desc, alpha, A, Adesc, B, Bdesc, beta, D, Ddesc);
+    });
+    return cublasLt_status;
 }

@@ -4,6 +4,7 @@
 //   geometry_exact.h   real blocks and warps, each CUDA thread a fiber, everything checked: -DEXACT_GEOMETRY
 // Sources pass through ../rewrite.sed first. Template arguments of a kernel are given at its launch, not deduced.
 #pragma once
+#include <errno.h>
 #include <math.h>
 #include <malloc.h>
 #include <stddef.h>
@@ -193,14 +194,66 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Launches: the geometry runs the blocks, here are the limits that hold for any
+// The trace, for tests. CUDA_CPU_TRACE=PREFIX: what the host issues and what then runs, a line each, in PREFIX.RANK:
+//   issue STREAM WORK     "issue 1 kernel adamw_kernel<float>", "issue 2 allreduce 4096 2048"; stream 0 is the null stream
+//   capture STREAM WORK   in place of issue, for what goes into a graph
+//   run STREAM WORK       when the work begins
 
-typedef struct CUstream_st* cudaStream_t;
+inline FILE* cuda_trace = [] {
+    const char *prefix = getenv("CUDA_CPU_TRACE"), *rank = getenv("OMPI_COMM_WORLD_RANK");
+    if (!prefix) return (FILE*)nullptr;
+    std::string path = std::string(prefix) + "." + (rank ? rank : "0");
+    FILE* file = fopen(path.c_str(), "w");
+    if (!file) {
+        fprintf(stderr, "cuda: %s: %s. CUDA_CPU_TRACE must be a path that can be written to.\n", path.c_str(),
+                strerror(errno));
+        exit(1);
+    }
+    return file;
+}();
+
+// The text of a line's WORK; empty without a trace, so that nothing is formatted for nobody.
+template <class... A> std::string cuda_label(const char* format, A... args) {
+    if (__builtin_expect(cuda_trace == nullptr, 1)) return {};
+    char text[512];
+    snprintf(text, sizeof text, format, args...);
+    return text;
+}
+inline void cuda_trace_line(const char* what, int stream, const std::string& work) {
+    fprintf(cuda_trace, "%s %d %s\n", what, stream, work.c_str());
+    fflush(cuda_trace);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Work of streams
+
+struct CUstream_st { int id; };  // from 1, in order of creation
+typedef CUstream_st* cudaStream_t;
 
 // Work that a stream gets while it is captured is not done but written down, to be done at each cudaGraphLaunch.
 typedef std::vector<std::function<void()>>* cudaGraph_t;
 typedef std::vector<std::function<void()>>* cudaGraphExec_t;
 inline cudaGraph_t cuda_captured = nullptr;
+
+// All work of streams passes here.
+template <class F> void cuda_enqueue(cudaStream_t stream, const std::string& label, F work) {
+    if (__builtin_expect(cuda_trace != nullptr, 0)) {
+        const int id = stream ? stream->id : 0;
+        cuda_trace_line(cuda_captured ? "capture" : "issue", id, label);
+        auto traced = [=]() mutable {
+            cuda_trace_line("run", id, label);
+            work();
+        };
+        if (cuda_captured) cuda_captured->push_back(traced);
+        else traced();
+        return;
+    }
+    if (cuda_captured) cuda_captured->push_back(work);
+    else work();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launches: the geometry runs the blocks, here are the limits that hold for any
 
 constexpr size_t CUDA_SHARED_DEFAULT = 48 << 10;   // bytes a block may have without asking
 constexpr size_t CUDA_SHARED_OPTIN = 227 << 10;    // and after cudaFuncSetAttribute
@@ -253,18 +306,17 @@ template <class F, class... P> CudaKernel<F, P...> cuda_kernel(const char* name,
     cuda_kernel(#__VA_ARGS__, __VA_ARGS__, [&](auto&... args) { __VA_ARGS__(args...); })
 
 template <class F, class... P>
-auto cuda_launch(CudaKernel<F, P...> kernel, dim3 grid, dim3 block, size_t shared = 0, cudaStream_t = 0) {
+auto cuda_launch(CudaKernel<F, P...> kernel, dim3 grid, dim3 block, size_t shared = 0,
+                 cudaStream_t stream = 0) {
     return [=](P... args) {
         cudaError_t error = cuda_check_launch((const void*)kernel.address, grid, block, shared);
         if (error != cudaSuccess) {
             cuda_fail(error);
             return;
         }
-        if (cuda_captured)
-            cuda_captured->push_back(
-                [=]() mutable { cuda_run_blocks(kernel.name, grid, block, shared, [&] { kernel.call(args...); }); });
-        else
+        cuda_enqueue(stream, cuda_label("kernel %s", kernel.name), [=]() mutable {
             cuda_run_blocks(kernel.name, grid, block, shared, [&] { kernel.call(args...); });
+        });
     };
 }
 
@@ -285,8 +337,15 @@ inline size_t cuda_proc_number(const std::string& path, const char* key) {
 
 inline size_t cuda_allocated = 0;  // bytes of cudaMalloc and cudaMallocHost now held
 
-// Bytes that can still be had: what the machine, the cgroup and the address space limit (ulimit -v) leave, less
-// what has been allocated here and not touched yet.
+// Ranks on this machine, which share its memory.
+inline size_t cuda_local_ranks() {
+    for (const char* name : {"OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"})
+        if (const char* value = getenv(name)) return std::max(1, atoi(value));
+    return 1;
+}
+
+// Bytes that can still be had: this rank's share of what the machine and the cgroup leave, less what has been allocated
+// here and not touched yet; at most what the address space limit (ulimit -v) leaves.
 inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
     size_t free = cuda_proc_number("/proc/meminfo", "MemAvailable:") << 10;
     size_t total = cuda_proc_number("/proc/meminfo", "MemTotal:") << 10;
@@ -305,6 +364,8 @@ inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
         size_t used = cuda_proc_number(cgroup + "/memory.current", "");
         limit(most, used - std::min(used, cuda_proc_number(cgroup + "/memory.stat", "inactive_file ")));
     }
+    total /= cuda_local_ranks();
+    free /= cuda_local_ranks();
     size_t untouched = cuda_allocated - std::min(cuda_allocated, cuda_proc_number("/proc/self/status", "VmRSS:") << 10);
     free -= std::min(free, untouched);
     rlimit space;
@@ -347,18 +408,17 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
     if (bytes > 0) memcpy(to, from, bytes);
     return cudaSuccess;
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t = 0) {
-    if (!cuda_captured) return cudaMemcpy(to, from, bytes, kind);
-    cuda_captured->push_back([=] { cudaMemcpy(to, from, bytes, kind); });
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                                   cudaStream_t stream = 0) {
+    cuda_enqueue(stream, cuda_label("memcpy %zu", bytes), [=] { cudaMemcpy(to, from, bytes, kind); });
     return cudaSuccess;
 }
 inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
     if (bytes > 0) memset(to, value, bytes);
     return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = 0) {
-    if (!cuda_captured) return cudaMemset(to, value, bytes);
-    cuda_captured->push_back([=] { cudaMemset(to, value, bytes); });
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream = 0) {
+    cuda_enqueue(stream, cuda_label("memset %zu", bytes), [=] { cudaMemset(to, value, bytes); });
     return cudaSuccess;
 }
 
@@ -368,9 +428,18 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 typedef std::chrono::steady_clock::time_point* cudaEvent_t;
 enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
 
-inline cudaError_t cudaStreamCreate(cudaStream_t* stream) { return *stream = nullptr, cudaSuccess; }
+inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+    static int created = 0;
+    *stream = new CUstream_st{++created};
+    return cudaSuccess;
+}
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
-inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) { return cudaStreamCreate(stream); }
+inline cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+    *least = 0, *greatest = -5;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 
@@ -389,8 +458,10 @@ inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long = 0) {
     return *exec = new std::vector<std::function<void()>>(*graph), cudaSuccess;
 }
-inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
-    for (auto& work : *exec) work();
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+    cuda_enqueue(stream, cuda_label("graph"), [=] {
+        for (auto& work : *exec) work();
+    });
     return cudaSuccess;
 }
 inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
