@@ -15,11 +15,27 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <getopt.h>
+#include <nccl.h>
+#include <arpa/inet.h>
+#include <ifaddrs.h>
+#include <net/if.h>
+#include <netdb.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#ifdef USE_MPI
+#define OMPI_SKIP_MPICXX 1
+#define MPICH_SKIP_MPICXX 1
+#include <mpi.h>
+#endif
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cmath>
@@ -30,11 +46,16 @@
 #include <cstring>
 #include <ctime>
 #include <functional>
+#include <condition_variable>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <numeric>
+#include <random>
+#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -45,10 +66,12 @@
 #ifdef PRECISION_BF16
 typedef __nv_bfloat16 floatX;
 constexpr cudaDataType_t CUDA_FLOATX = CUDA_R_16BF;
+constexpr ncclDataType_t NCCL_FLOATX = ncclBfloat16;
 constexpr const char *PRECISION = "bf16", *DTYPE = "BF16";  // for people; in safetensors files
 #else
 typedef float floatX;
 constexpr cudaDataType_t CUDA_FLOATX = CUDA_R_32F;
+constexpr ncclDataType_t NCCL_FLOATX = ncclFloat32;
 constexpr const char *PRECISION = "fp32", *DTYPE = "F32";
 #endif
 constexpr bool BF16 = sizeof(floatX) == 2;
@@ -80,6 +103,11 @@ inline void check_cublas(cublasStatus_t status, const char* call, const char* fi
 }
 #define CHECK(call) check_cuda(call, #call, __FILE__, __LINE__)
 #define CHECK_CUBLAS(call) check_cublas(call, #call, __FILE__, __LINE__)
+inline void check_nccl(ncclResult_t status, const char* call, const char* file, int line) {
+    if (status != ncclSuccess)
+        throw Error(format("%s:%d: %s: %s: %s", file, line, call, ncclGetErrorString(status), ncclGetLastError(nullptr)));
+}
+#define CHECK_NCCL(call) check_nccl(call, #call, __FILE__, __LINE__)
 
 // =====================================================================================================================
 // Configuration. A flavour is a preset of these numbers; every one of them is also a flag.
@@ -211,6 +239,14 @@ struct Storage {
     bool half_gradients = false;  // in bf16: 2 bytes a parameter instead of 4, each micro-batch's sum rounded
     bool half_moments = false;    // AdamW's moments in bf16, rounded at random: 4 bytes a parameter, not 8
     bool no_master = false;       // no float weights beside the bf16 ones, which are rounded at random: 4 bytes less
+    // ZeRO (Rajbhandari et al. 2020): of `ranks` ranks each keeps 1/ranks of nothing (0), of masters and moments (1), of
+    // gradients too (2), of weights too (3).
+    int ranks = 1, zero = 0;
+    bool whole_gradients = false;  // even so not gradients: they are summed over micro-batches, then reduced once
+
+    bool cut_state() const { return zero >= 1; }
+    bool cut_gradients() const { return zero >= 2 && !whole_gradients; }
+    bool cut_weights() const { return zero == 3; }
 };
 
 // =====================================================================================================================
@@ -218,6 +254,10 @@ struct Storage {
 // moments are flat buffers of this one layout. File names are those of the paper's released code. The order is the
 // order in memory: neighbours that are multiplied together lie together (q, k, v; w1, w3; their gains likewise), and
 // backward finishes the tensors from the end.
+//
+// Units are what ranks gather and reduce as one: the embedding, each layer, the final norm with the head. A unit is cut
+// by position into as many equal pieces as there are ranks; a rank's pieces of all units, one after another, are its
+// shard, 1/ranks of a flat buffer.
 
 enum class Init { normal, truncated, ones };  // truncated: normal, drawn again beyond 3 std
 
@@ -231,6 +271,7 @@ struct Tensor {
     Init init;
     float std;
     size_t size() const { return rows * std::max<size_t>(cols, 1); }
+    size_t padded_size() const { return padded_rows * std::max<size_t>(cols, 1); }
 };
 
 struct LayerOffsets {
@@ -239,8 +280,19 @@ struct LayerOffsets {
     size_t norm1, norm2;                         // pre-norms (C)
 };
 
+struct Unit {
+    size_t begin, size;       // in a flat buffer; both multiples of 64 ranks
+    size_t tensor, tensors;  // its first one and their number
+};
+
+struct Piece {
+    size_t whole, shard, size;  // where it begins in a flat buffer and in a shard
+};
+
 struct TensorTable {
     std::vector<Tensor> tensors;
+    std::vector<Unit> units;  // embedding, layers, norm and head
+    int ranks = 1;
     size_t tok = NONE, pos = NONE, norm = NONE, head = NONE;
     std::vector<LayerOffsets> layers;
     size_t size = 0;        // elements of a flat buffer
@@ -248,22 +300,40 @@ struct TensorTable {
 
     size_t add(const std::string& name, size_t rows, size_t cols, Init init, float std, size_t padded_rows = 0) {
         Tensor t{name, rows, cols, std::max(rows, padded_rows), size, init, std};
-        size += t.padded_rows * std::max<size_t>(cols, 1);
+        size += t.padded_size();
         parameters += t.size();
         tensors.push_back(t);
         return t.offset;
     }
-    void align() { size = (size + 63) / 64 * 64; }  // a matmul's operand begins at 16 bytes at least
+    void align(size_t to = 64) { size = (size + to - 1) / to * to; }  // a matmul's operand begins at 16 bytes at least
+    void end_unit() {
+        align(64 * size_t(ranks));
+        const Unit last = units.empty() ? Unit{0, 0, 0, 0} : units.back();
+        const size_t begin = last.begin + last.size, first = last.tensor + last.tensors;
+        units.push_back({begin, size - begin, first, tensors.size() - first});
+    }
+    int unit_of(size_t offset) const {
+        auto behind = [](size_t at, const Unit& u) { return at < u.begin; };
+        return int(std::upper_bound(units.begin(), units.end(), offset, behind) - units.begin()) - 1;
+    }
+    Piece piece(int unit, int rank) const {
+        const Unit& u = units[unit];
+        return {u.begin + u.size / ranks * rank, u.begin / ranks, u.size / ranks};
+    }
+    size_t shard_size() const { return size / ranks; }
+    bool tied() const { return tok == head; }
 };
 
-TensorTable build_table(const Config& c) {
+TensorTable build_table(const Config& c, int ranks = 1) {
     TensorTable t;
+    t.ranks = ranks;
     const bool llama = c.backbone == Backbone::llama, simple = c.simple(), qk = c.variant == Variant::preqknorm;
     const float std = 0.02f;
     const size_t q_width = c.C, kv_width = size_t(c.NKV) * c.HS(), F = c.F(), C = c.C;
     t.tok = t.add(llama ? "tok_embeddings.weight" : "wte.weight", c.V, C, Init::normal, llama ? 1.0f : std, c.Vp());
     t.align();
     if (!llama) t.pos = t.add("wpe.weight", c.max_T, C, Init::normal, std);
+    t.end_unit();
     for (int l = 0; l < c.L; l++) {
         const std::string layer = "layers." + std::to_string(l) + ".";
         const std::string attention = layer + (llama ? "attention." : ""), ffn = layer + (llama ? "feed_forward." : "");
@@ -280,7 +350,6 @@ TensorTable build_table(const Config& c) {
         LayerOffsets at = {NONE, NONE, NONE, NONE, NONE, NONE, NONE, NONE, NONE, NONE};
         auto ones = [&](const std::string& name, size_t rows) { return t.add(name, rows, 0, Init::ones, 0.0f); };
 
-        t.align();
         at.qkv = t.add(q + weight, q_width, C, Init::normal, std);
         t.add(k + weight, kv_width, C, Init::normal, std);
         t.add(v + weight, kv_width, C, Init::normal, std);
@@ -309,12 +378,12 @@ TensorTable build_table(const Config& c) {
             at.norm2 = ones(layer + (llama ? "ffn_norm.weight" : "norm2.weight"), C);
         }
         t.layers.push_back(at);
+        t.end_unit();
     }
-    t.align();
     t.norm = t.add("norm.weight", C, 0, Init::ones, 0.0f);
     t.align();
     t.head = llama ? t.add("output.weight", c.V, C, Init::truncated, 1.0f / sqrtf(float(C)), c.Vp()) : t.tok;
-    t.align();
+    t.end_unit();
     return t;
 }
 
@@ -336,19 +405,20 @@ inline double random_normal(uint64_t seed, uint64_t stream, uint64_t i) {  // Bo
     return sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v);
 }
 
-// Initial values of a tensor, padding rows zero. out (padded_rows, cols).
-void initial_values(std::vector<float>& out, const Tensor& t, uint64_t seed, uint64_t stream) {
-    out.assign(t.padded_rows * std::max<size_t>(t.cols, 1), 0.0f);
+// Initial values of `count` elements of a tensor from its `first` on, padding rows zero.
+void initial_values(std::vector<float>& out, const Tensor& t, uint64_t seed, uint64_t stream, size_t first,
+                    size_t count) {
+    out.assign(count, 0.0f);
     #pragma omp parallel for
-    for (size_t i = 0; i < t.size(); i++) {
+    for (size_t i = first; i < std::min(first + count, t.size()); i++) {
         if (t.init == Init::ones) {
-            out[i] = 1.0f;
+            out[i - first] = 1.0f;
             continue;
         }
         double z = random_normal(seed, stream, i);
         for (uint64_t again = 1; t.init == Init::truncated && fabs(z) > 3.0; again++)
             z = random_normal(seed, stream + (again << 32), i);
-        out[i] = float(t.std * z);
+        out[i - first] = float(t.std * z);
     }
 }
 
@@ -415,6 +485,8 @@ struct Flat {
     Flat(__nv_bfloat16* p) : p(p), half(true) {}
     size_t width() const { return half ? 2 : 4; }
     const char* dtype() const { return half ? "BF16" : "F32"; }
+    const char* name() const { return half ? "bf16" : "fp32"; }
+    ncclDataType_t nccl() const { return half ? ncclBfloat16 : ncclFloat32; }
     Flat at(size_t element) const {
         char* there = static_cast<char*>(p) + element * width();
         return half ? Flat(reinterpret_cast<__nv_bfloat16*>(there)) : Flat(reinterpret_cast<float*>(there));
@@ -425,6 +497,20 @@ struct Flat {
         half ? f(static_cast<__nv_bfloat16*>(p)) : f(static_cast<float*>(p));
     }
 };
+
+constexpr int FOUR = WARP_SIZE == 1 ? 16 : 4;  // neighbours that a thread loads at once: 16 bytes of floats
+template <typename F>
+struct alignas(FOUR * sizeof(F)) Four {
+    F v[FOUR];
+};
+template <typename F>
+__device__ inline Four<F>& four(F* p, size_t i) {
+    return *reinterpret_cast<Four<F>*>(p + i);
+}
+template <typename F>
+__device__ inline const Four<F>& four(const F* p, size_t i) {
+    return *reinterpret_cast<const Four<F>*>(p + i);
+}
 
 int device_sms = 0;        // multiprocessors, and
 size_t device_shared = 0;  // bytes of shared memory that a block may have: set by open_device
@@ -2800,6 +2886,80 @@ __global__ void loss_sum_kernel(float* mean, const float* losses, int N, float w
 }
 
 // =====================================================================================================================
+// Ranks: processes, each with a GPU, that train one model, each on its part of a step's sequences. NCCL's collectives
+// run on a stream beside the model's; the two wait for each other by events. Every rank calls the same collectives in
+// the same order. What a rank sends at the least (n ranks, b bytes in the whole buffer), and a ring sends just that:
+//   reduce-scatter, all-gather   b (n-1)/n          all-reduce   2 b (n-1)/n
+
+struct Ranks {
+    int rank = 0, size = 1;
+    ncclComm_t comm = nullptr;
+    cudaStream_t stream = nullptr;
+    cudaEvent_t moment = nullptr;
+    double* values = nullptr;  // (size) on the device, for exchange()
+    double sent = 0;           // bytes, by the formulas above
+
+    // The stream `later` goes on only when all that `earlier` has been given so far is done.
+    void order(cudaStream_t later, cudaStream_t earlier) {
+        CHECK(cudaEventRecord(moment, earlier));
+        CHECK(cudaStreamWaitEvent(later, moment, 0));
+    }
+    void count(double bytes, int times) { sent += times * bytes * (size - 1) / size; }
+
+    // p (elements): the sum over ranks, on all of them
+    void all_reduce(void* p, size_t elements, ncclDataType_t type, size_t width) {
+        CHECK_NCCL(ncclAllReduce(p, p, elements, type, ncclSum, comm, stream));
+        count(double(elements) * width, 2);
+    }
+    // out (piece) = this rank's piece of the sum over ranks of inp (size pieces); in place: out is that piece of inp
+    void reduce_scatter(Flat out, Flat inp, size_t piece) {
+        CHECK_NCCL(ncclReduceScatter(inp.p, out.p, piece, inp.nccl(), ncclSum, comm, stream));
+        count(double(piece) * size * inp.width(), 1);
+    }
+    // out (size pieces) from every rank's inp (piece); in place: inp is this rank's piece of out
+    void all_gather(void* out, const void* inp, size_t piece, ncclDataType_t type, size_t width) {
+        CHECK_NCCL(ncclAllGather(inp, out, piece, type, comm, stream));
+        count(double(piece) * size * width, 1);
+    }
+
+    // Every rank's number, known to all when it returns.
+    std::vector<double> exchange(double mine) {
+        std::vector<double> all(size, mine);
+        if (size == 1) return all;
+        CHECK(cudaMemcpy(values + rank, &mine, sizeof(double), cudaMemcpyHostToDevice));
+        all_gather(values, values + rank, 1, ncclFloat64, sizeof(double));
+        CHECK(cudaStreamSynchronize(stream));
+        CHECK(cudaMemcpy(all.data(), values, size * sizeof(double), cudaMemcpyDeviceToHost));
+        return all;
+    }
+    double least(double mine) {
+        const std::vector<double> all = exchange(mine);
+        return *std::min_element(all.begin(), all.end());
+    }
+    double most(double mine) { return -least(-mine); }
+
+    // id: that of rank 0's ncclGetUniqueId
+    void open(const ncclUniqueId& id, int rank_, int size_) {
+        int least_priority, priority;
+        rank = rank_, size = size_;
+        CHECK(cudaDeviceGetStreamPriorityRange(&least_priority, &priority));
+        CHECK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, priority));
+        CHECK(cudaEventCreateWithFlags(&moment, cudaEventDisableTiming));
+        CHECK(cudaMalloc(&values, size * sizeof(double)));
+        CHECK_NCCL(ncclCommInitRank(&comm, size, id, rank));
+    }
+    void close() {
+        if (comm) {
+            CHECK_NCCL(ncclCommDestroy(comm));
+            CHECK(cudaFree(values));
+            CHECK(cudaEventDestroy(moment));
+            CHECK(cudaStreamDestroy(stream));
+        }
+        *this = Ranks();
+    }
+} ranks;
+
+// =====================================================================================================================
 // The model: parameters, gradients, activations, and the way through a block, forward and backward.
 
 // What a layer leaves for its backward. N = B T rows each; x is the block's input, h its middle. What the layer does
@@ -2841,11 +3001,32 @@ struct Staging {
     cudaEvent_t copied = nullptr;
 };
 
-// What a step tells the host, which need not wait for it: loss and gradient norm, there once `done` has happened.
+// A step's numbers, on the device, the same on all ranks once summed.
+struct Numbers {
+    float loss, grad_norm;
+    int stop;                         // ranks that were asked to stop
+    int skip;                         // loss or gradient norm is not finite: no update
+    long long updates, skipped;       // so far
+    float scale, correction1, correction2;  // of the update: clipping, 1 - beta^updates
+    double summed[3];                 // over ranks: loss, square of the gradient norm, stop
+};
+
+// What a step tells the host, which need not wait for it: there once `done` has happened.
 struct Report {
-    float* values = nullptr;  // pinned: loss, gradient norm
+    Numbers* numbers = nullptr;             // pinned
+    unsigned long long* hashes = nullptr;   // (ranks) pinned: of each rank's weights, if this step checks them
     cudaEvent_t done = nullptr;
 };
+
+// Where units pass by whose weights or gradients are cut over the ranks: a layer's in one of two by turns, so that the
+// next is gathered, or the last reduced, while this one computes; embedding and head share one, but if they are tied.
+struct Slot {
+    floatX* w = nullptr;
+    Flat g;
+    int held = -1;                  // unit whose weights are there
+    cudaEvent_t reduced = nullptr;  // its gradients have been, it may be overwritten
+};
+constexpr int SLOTS = 4;  // embedding and head, odd layers, even layers, final norm without a head
 
 // A micro-batch's kernels as one CUDA graph, made the second time it runs: the first makes what capturing must not.
 struct Graph {
@@ -2861,18 +3042,24 @@ struct Model {
     bool training = false;
     cudaStream_t stream = nullptr;
 
-    // flat buffers of the table's layout; master is null where the parameters are their own masters (fp32, no_master);
-    // grads, m, v and master only exist for training
+    // flat buffers of the table's layout, or this rank's shard of them (Storage); master is null where the parameters
+    // are their own masters (fp32, no_master); grads, m, v and master only exist for training
     floatX* params = nullptr;
     Flat grads, m, v;
     float* master = nullptr;
+    Slot slots[SLOTS];
+    std::vector<floatX*> unit_weights;  // where each unit's are when it computes: in params, grads or in a slot
+    std::vector<Flat> unit_grads;
+    std::vector<cudaEvent_t> gathered;  // a unit's weights are there
 
     std::vector<LayerActivations> acts;
     floatX *out = nullptr, *normed = nullptr;  // (N,C) last residual, final norm
     float2* norm_stats = nullptr;              // (N)
     floatX* logits = nullptr;                  // (logit_rows,Vp)
     int logit_rows = 0;
-    float *losses = nullptr, *loss = nullptr, *grad_norm = nullptr;  // (N), (1), (1): neighbours, read as one Report
+    Numbers* numbers = nullptr;
+    float *losses = nullptr, *loss = nullptr, *grad_norm = nullptr;  // (N), and two of the numbers
+    unsigned long long *hashes = nullptr, *hash_parts = nullptr;     // (ranks), (chunks)
     float *partial = nullptr, *square_sums = nullptr, *row_sums = nullptr;
     float2* rope = nullptr;                                                          // (T,HS/2) cos, sin
     int *tokens = nullptr, *targets = nullptr, *places = nullptr, *begin = nullptr;  // (N) (N) (N) (N+1), neighbours
@@ -2884,6 +3071,7 @@ struct Model {
     float* attention_scratch = nullptr;  // the backward's, see attention_scratch()
 
     void* memory = nullptr;
+    size_t state_bytes = 0;  // at its begin: weights, gradients, masters, moments, slots
     Arena arena;
     Staging staging[2];
     int next_staging = 0;
@@ -2893,8 +3081,22 @@ struct Model {
 
     size_t N() const { return size_t(B) * c.T; }
     Norm norm() const { return {c.norm_eps, c.layernorm}; }
-    floatX* w(size_t offset) const { return offset == NONE ? nullptr : params + offset; }
-    Flat g(size_t offset) const { return offset == NONE ? Flat() : grads.at(offset); }
+    floatX* w(size_t offset) const {
+        if (offset == NONE) return nullptr;
+        const int u = table.unit_of(offset);
+        return unit_weights[u] + (offset - table.units[u].begin);
+    }
+    Flat g(size_t offset) const {
+        if (offset == NONE) return Flat();
+        const int u = table.unit_of(offset);
+        return unit_grads[u].at(offset - table.units[u].begin);
+    }
+    Piece piece(int unit) const { return table.piece(unit, ranks.rank); }
+    int units() const { return int(table.units.size()); }
+    Slot& slot(int unit) {
+        if (unit == units() - 1 && table.tied()) return slots[3];
+        return slots[unit == 0 || unit == units() - 1 ? 0 : 1 + unit % 2];
+    }
 };
 
 constexpr size_t CHUNK = 16384;  // elements a block of the flat kernels (norm, AdamW)
@@ -2910,20 +3112,40 @@ void lay_out(Model& m, bool training) {
     Arena& a = m.arena;
     a.used = 0;
     a.plan.clear();
-    a.section(format("weights (%s)", PRECISION));
-    a.take(m.params, P);
+    const Storage& s = m.storage;
+    auto section = [&](const char* what, const char* type, bool cut) {
+        a.section(format("%s (%s%s)", what, type, cut ? format(", 1/%d", s.ranks).c_str() : ""));
+        return cut ? P / s.ranks : P;
+    };
+    size_t slot_sizes[SLOTS] = {};
+    for (int u = 0; u < m.units(); u++) {
+        size_t& size = slot_sizes[&m.slot(u) - m.slots];
+        size = std::max(size, m.table.units[u].size);
+    }
+    a.take(m.params, section("weights", PRECISION, s.cut_weights()));
+    if (s.cut_weights()) {
+        a.section(format("gathered weights (%s)", PRECISION));
+        for (int i = 0; i < SLOTS; i++) a.take(m.slots[i].w, slot_sizes[i]);
+    }
     if (training) {
-        a.section(m.storage.half_gradients ? "gradients (bf16)" : "gradients (fp32)");
-        m.grads.half = m.storage.half_gradients;
-        a.take(m.grads, P);
-        if (BF16 && !m.storage.no_master) {
-            a.section("master weights (fp32)");
-            a.take(m.master, P);
+        m.grads.half = s.half_gradients;
+        a.take(m.grads, section("gradients", m.grads.name(), s.cut_gradients()));
+        if (s.cut_gradients()) {
+            a.section(format("gradients to be reduced (%s)", m.grads.name()));
+            for (int i = 0; i < SLOTS; i++) m.slots[i].g.half = s.half_gradients, a.take(m.slots[i].g, slot_sizes[i]);
         }
-        a.section(m.storage.half_moments ? "AdamW moments (bf16)" : "AdamW moments (fp32)");
-        m.m.half = m.v.half = m.storage.half_moments;
-        a.take(m.m, P);
-        a.take(m.v, P);
+        if (BF16 && !s.no_master) a.take(m.master, section("master weights", "fp32", s.cut_state()));
+        m.m.half = m.v.half = s.half_moments;
+        const size_t state = section("AdamW moments", m.m.name(), s.cut_state());
+        a.take(m.m, state);
+        a.take(m.v, state);
+    }
+    m.state_bytes = a.used;
+    m.unit_weights.resize(m.units()), m.unit_grads.resize(m.units());
+    for (int u = 0; a.base && u < m.units(); u++) {
+        const size_t begin = m.table.units[u].begin;
+        m.unit_weights[u] = s.cut_weights() ? m.slot(u).w : m.params + begin;
+        m.unit_grads[u] = s.cut_gradients() ? m.slot(u).g : m.grads.at(begin);
     }
 
     // Each of a layer's tensors is kept for every layer or shared by all. Without training nothing is kept. Without a
@@ -2931,7 +3153,7 @@ void lay_out(Model& m, bool training) {
     // has.
     using A = LayerActivations;
     using R = Recompute;
-    const R level = m.storage.recompute;
+    const R level = s.recompute;
     const bool all = level == R::none, qk_norm = c.simple() || c.variant == Variant::preqknorm;
     m.acts.assign(c.L, LayerActivations());
     auto keep = [&](auto member, size_t count) {
@@ -2985,8 +3207,8 @@ void lay_out(Model& m, bool training) {
     a.take(m.logits, m.logit_rows * Vp);
     a.section("batch, tables, scratch");
     a.take(m.losses, N);
-    a.take(m.loss, 2);
-    m.grad_norm = m.loss + 1;
+    a.take(m.numbers, 1);
+    if (a.base) m.loss = &m.numbers->loss, m.grad_norm = &m.numbers->grad_norm;
     a.take(m.tokens, batch_ints(N));
     if (!c.gated())
         m.rope = nullptr;
@@ -2997,7 +3219,11 @@ void lay_out(Model& m, bool training) {
     matmul.workspace = workspace;
     if (BF16) a.take(m.row_sums, (std::max({C, QKV, FF}) + SUMS_COLS - 1) / SUMS_COLS * N);
     if (training) {
-        a.take(m.square_sums, chunks(P));
+        a.take(m.square_sums, chunks(P) + m.units());
+        if (s.ranks > 1) {
+            a.take(m.hashes, s.ranks);
+            a.take(m.hash_parts, chunks(P));
+        }
         size_t partial = 0;
         for (auto [W, lines] : {std::pair{c.C, c.C}, {c.C, c.QKV()}, {c.F(), c.FF()}})
             partial = std::max(partial, row_blocks(int(N), W) * size_t(lines));
@@ -3023,13 +3249,17 @@ std::string memory_plan(const Model& m) {
 // Whether the code that the device runs has Hopper's instructions: it lacks them if built for sm_90 without the a.
 __global__ void hopper_code_kernel(int* there) { *there = HOPPER_CODE; }
 
-void open_device() {
+// local: this process's number on its node. It takes the GPU of that number, or the only one it is shown.
+void open_device(int local = 0) {
     int count = 0;
     if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0)
         throw Error("device: no CUDA device is visible. Check nvidia-smi, or build for the CPU: make cpu.");
+    if (count > 1 && local >= count)
+        throw Error(format("device: local rank %d, but this node shows %d GPUs. Start a process a GPU.", local, count));
     cudaDeviceProp device;
-    CHECK(cudaSetDevice(0));
-    CHECK(cudaGetDeviceProperties(&device, 0));
+    const int mine = count > 1 ? local : 0;
+    CHECK(cudaSetDevice(mine));
+    CHECK(cudaGetDeviceProperties(&device, mine));
     device_sms = device.multiProcessorCount;
     device_shared = device.sharedMemPerBlockOptin;
     if (device.major == 9 && device.minor == 0) {
@@ -3051,7 +3281,7 @@ void plan(Model& m, const Config& config, int B, bool training, Storage storage 
     m.storage = storage;
     m.B = B;
     m.training = training;
-    m.table = build_table(m.c);
+    m.table = build_table(m.c, storage.ranks);
     if (double(B) * m.c.T > double(1 << 30))
         throw Error(format("--batch-size: %d sequences of %d tokens are too many. Use --grad-accum.", B, m.c.T));
     if (!SERIAL && (m.c.C > MAX_ROW || m.c.F() > MAX_FFN_ROW))
@@ -3062,27 +3292,37 @@ void plan(Model& m, const Config& config, int B, bool training, Storage storage 
     lay_out(m, training);
 }
 
-// The mildest change of options with which the plan fits into `room` bytes: recompute more, else fewer sequences, else
-// less precise moments and weights. "" if none does.
+// The mildest change of options with which the plan fits into `room` bytes: cut more over the ranks, recompute more,
+// else fewer sequences, else less precise moments and weights. "" if none does.
 std::string advice(const Model& m, size_t room) {
+    const Storage& had = m.storage;
+    std::vector<Storage> cuts;
+    for (int zero = had.zero; zero <= (had.ranks > 1 ? 3 : had.zero); zero++)
+        for (bool whole : {had.whole_gradients, false}) {
+            cuts.push_back(had);
+            cuts.back().zero = zero, cuts.back().whole_gradients = whole;
+        }
     for (int precision = 0; precision <= (m.training ? BF16 ? 3 : 1 : 0); precision++)
         for (int B = m.B; B > 0; B /= 2)
-            for (Storage s = m.storage; s.recompute <= Recompute::block;
-                 s.recompute = Recompute(int(s.recompute) + 1)) {
-                s.half_moments |= precision > 0;
-                s.half_gradients |= precision > 1;
-                s.no_master |= precision > 2;
-                Model other;
-                plan(other, m.c, B, m.training, s);
-                if (other.arena.used > room) continue;
-                std::string text = "Give";
-                if (s.recompute != m.storage.recompute) text += format(" --recompute %s", RECOMPUTE[int(s.recompute)]);
-                if (B < m.B) text += format(" --batch-size %d", B);
-                if (s.half_gradients != m.storage.half_gradients) text += " --gradients bf16";
-                if (s.half_moments != m.storage.half_moments) text += " --moments bf16";
-                if (s.no_master != m.storage.no_master) text += " --no-master";
-                return text + format(", which needs %.1f GiB.", other.arena.used / 1073741824.0);
-            }
+            for (Recompute level = had.recompute; level <= Recompute::block; level = Recompute(int(level) + 1))
+                for (Storage s : cuts) {
+                    s.recompute = level;
+                    s.half_moments |= precision > 0;
+                    s.half_gradients |= precision > 1;
+                    s.no_master |= precision > 2;
+                    Model other;
+                    plan(other, m.c, B, m.training, s);
+                    if (other.arena.used > room) continue;
+                    std::string text = "Give";
+                    if (s.zero != had.zero) text += format(" --zero %d", s.zero);
+                    if (s.whole_gradients != had.whole_gradients) text += " --reduce each";
+                    if (s.recompute != had.recompute) text += format(" --recompute %s", RECOMPUTE[int(s.recompute)]);
+                    if (B < m.B) text += format(" --batch-size %d", B);
+                    if (s.half_gradients != had.half_gradients) text += " --gradients bf16";
+                    if (s.half_moments != had.half_moments) text += " --moments bf16";
+                    if (s.no_master != had.no_master) text += " --no-master";
+                    return text + format(", which needs %.1f GiB.", other.arena.used / 1073741824.0);
+                }
     return "Choose a smaller model or --seq-len.";
 }
 
@@ -3104,15 +3344,16 @@ void create(Model& m) {
         CHECK(cudaEventRecord(s.copied, m.stream));
     }
     for (Report& r : m.reports) {
-        CHECK(cudaMallocHost(&r.values, 2 * sizeof(float)));
+        CHECK(cudaMallocHost(&r.numbers, sizeof(Numbers)));
+        CHECK(cudaMallocHost(&r.hashes, m.storage.ranks * sizeof(*r.hashes)));
         CHECK(cudaEventCreateWithFlags(&r.done, cudaEventDisableTiming));
     }
-    // padding between tensors and rows beyond V stay zero for good
-    CHECK(cudaMemsetAsync(m.params, 0, m.table.size * sizeof(floatX), m.stream));
-    if (training) {
-        if (m.master) CHECK(cudaMemsetAsync(m.master, 0, m.table.size * sizeof(float), m.stream));
-        for (const Flat& f : {m.grads, m.m, m.v}) CHECK(cudaMemsetAsync(f.p, 0, m.table.size * f.width(), m.stream));
-    }
+    m.gathered.resize(m.units());
+    for (cudaEvent_t& e : m.gathered) CHECK(cudaEventCreateWithFlags(&e, cudaEventDisableTiming));
+    for (Slot& s : m.slots) CHECK(cudaEventCreateWithFlags(&s.reduced, cudaEventDisableTiming));
+    // padding between tensors and rows beyond V stay zero for good, and so do gradients of what a slot does not hold
+    CHECK(cudaMemsetAsync(m.memory, 0, m.state_bytes, m.stream));
+    CHECK(cudaMemsetAsync(m.numbers, 0, sizeof(Numbers), m.stream));
     if (m.rope) {  // (cos, sin) of t theta^(-2i/HS), as the paper's code: float32 frequencies
         const int half = m.c.HS() / 2;
         std::vector<float2> rope(size_t(m.c.T) * half);
@@ -3136,20 +3377,41 @@ void destroy(Model& m) {
         if (s.copied) CHECK(cudaEventDestroy(s.copied));
     }
     for (Report& r : m.reports) {
-        if (r.values) CHECK(cudaFreeHost(r.values));
+        if (r.numbers) CHECK(cudaFreeHost(r.numbers));
+        if (r.hashes) CHECK(cudaFreeHost(r.hashes));
         if (r.done) CHECK(cudaEventDestroy(r.done));
     }
+    for (cudaEvent_t e : m.gathered) CHECK(cudaEventDestroy(e));
+    for (Slot& s : m.slots)
+        if (s.reduced) CHECK(cudaEventDestroy(s.reduced));
     if (m.stream) CHECK(cudaStreamDestroy(m.stream));
     if (m.memory) CHECK(cudaFree(m.memory));
     m = Model();
 }
 
-// Sets a tensor's parameters (and masters) from float values (padded_rows, cols).
-void set_tensor(Model& m, const Tensor& t, const std::vector<float>& values) {
-    std::vector<floatX> rounded(values.begin(), values.end());
-    CHECK(cudaMemcpy(m.params + t.offset, rounded.data(), rounded.size() * sizeof(floatX), cudaMemcpyHostToDevice));
-    if (m.master)
-        CHECK(cudaMemcpy(m.master + t.offset, values.data(), values.size() * sizeof(float), cudaMemcpyHostToDevice));
+// Calls f(whole, shard, count) for what this rank's pieces hold of the `count` elements from `begin` on.
+template <typename F>
+void own_parts(const Model& m, size_t begin, size_t count, F f) {
+    for (int u = m.table.unit_of(begin); u < m.units() && m.table.units[u].begin < begin + count; u++) {
+        const Piece p = m.piece(u);
+        const size_t first = std::max(begin, p.whole), last = std::min(begin + count, p.whole + p.size);
+        if (first < last) f(first, p.shard + first - p.whole, last - first);
+    }
+}
+
+// Sets elements of the flat parameters from `begin` on, and their masters, as far as they are here.
+void set_parameters(Model& m, size_t begin, const std::vector<float>& values) {
+    auto set = [&](auto* to, bool cut) {
+        using F = std::decay_t<decltype(*to)>;
+        const std::vector<F> rounded(values.begin(), values.end());
+        auto copy = [&](size_t whole, size_t at, size_t count) {
+            CHECK(cudaMemcpy(to + at, rounded.data() + (whole - begin), count * sizeof(F), cudaMemcpyHostToDevice));
+        };
+        if (!cut) return copy(begin, begin, values.size());
+        own_parts(m, begin, values.size(), copy);
+    };
+    set(m.params, m.storage.cut_weights());
+    if (m.master) set(m.master, m.storage.cut_state());
 }
 
 // `count` elements from `offset` on of a flat buffer, as float.
@@ -3166,18 +3428,139 @@ std::vector<float> get_floats(const Flat& f, size_t offset, size_t count) {
     return values;
 }
 
-// A tensor's parameters as float, from the masters where there are some.
-std::vector<float> get_tensor(const Model& m, const Tensor& t) {
-    return get_floats(m.master ? Flat(m.master) : Flat(m.params), t.offset, t.size());
+// A unit of a flat buffer, which is cut over the ranks or not, in its own type; with `cut` all ranks must call. Passes
+// by where the logits are between steps.
+std::vector<char> get_unit(const Model& m, const Flat& f, bool cut, int unit) {
+    const Unit& u = m.table.units[unit];
+    const size_t width = f.width();
+    std::vector<char> all(u.size * width);
+    if (!cut) {
+        CHECK(cudaMemcpy(all.data(), f.at(u.begin).p, all.size(), cudaMemcpyDeviceToHost));
+        return all;
+    }
+    const Piece mine = m.piece(unit);
+    const size_t room = m.logit_rows * size_t(m.c.Vp()) * sizeof(floatX) / (width * ranks.size);
+    char* passing = reinterpret_cast<char*>(m.logits);
+    CHECK(cudaStreamSynchronize(m.stream));
+    for (size_t at = 0; at < mine.size; at += room) {
+        const size_t count = std::min(room, mine.size - at);
+        ranks.all_gather(passing, f.at(mine.shard + at).p, count, f.nccl(), width);
+        CHECK(cudaStreamSynchronize(ranks.stream));
+        for (int r = 0; r < ranks.size; r++)
+            CHECK(cudaMemcpy(&all[(m.table.piece(unit, r).whole - u.begin + at) * width], passing + r * count * width,
+                             count * width, cudaMemcpyDeviceToHost));
+    }
+    return all;
+}
+
+constexpr size_t HOST_CHUNK = size_t(1) << 22;  // elements that pass through host memory at a time
+
+// Gives every parameter that is kept here its value: f(values, tensor, number, first, count) fills those of a tensor
+// from `first` on; beyond t.size() there is padding.
+template <typename F>
+void fill_parameters(Model& m, F f) {
+    std::vector<float> values;
+    for (size_t i = 0; i < m.table.tensors.size(); i++) {
+        const Tensor& t = m.table.tensors[i];
+        for (size_t first = 0; first < t.padded_size(); first += HOST_CHUNK) {
+            const size_t count = std::min(HOST_CHUNK, t.padded_size() - first);
+            bool here = !m.storage.cut_weights();
+            own_parts(m, t.offset + first, count, [&](size_t, size_t, size_t) { here = true; });
+            if (!here) continue;
+            f(values, t, i, first, count);
+            set_parameters(m, t.offset + first, values);
+        }
+    }
 }
 
 void initialize(Model& m, uint64_t seed) {
-    std::vector<float> values;
-    for (size_t i = 0; i < m.table.tensors.size(); i++) {
-        initial_values(values, m.table.tensors[i], seed, i);
-        set_tensor(m, m.table.tensors[i], values);
+    fill_parameters(m, [&](std::vector<float>& values, const Tensor& t, size_t i, size_t first, size_t count) {
+        initial_values(values, t, seed, i, first, count);
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Units over ranks. With one rank nothing here does anything but begin_gradients.
+
+// Weights cut over ranks: unit u's to its slot, unless they are there or under way. What the model's stream was given
+// before has used the slot for the last time.
+void gather_weights(Model& m, int u) {
+    Slot& s = m.slot(u);
+    if (s.held == u) return;
+    const Piece p = m.piece(u);
+    ranks.order(ranks.stream, m.stream);
+    ranks.all_gather(s.w, m.params + p.shard, p.size, NCCL_FLOATX, sizeof(floatX));
+    CHECK(cudaEventRecord(m.gathered[u], ranks.stream));
+    s.held = u;
+}
+
+// Before the model's stream uses unit u's weights: waits until they are there; `next` (-1: none) may come meanwhile.
+void need_weights(Model& m, int u, int next) {
+    if (m.storage.ranks == 1) return;
+    if (m.storage.cut_weights()) gather_weights(m, u);
+    CHECK(cudaStreamWaitEvent(m.stream, m.gathered[u], 0));
+    if (m.storage.cut_weights() && next >= 0) gather_weights(m, next);
+}
+
+// Before unit u's gradients are written. In a step's first micro-batch, and where every micro-batch's are reduced, they
+// begin anew: a matmul then overwrites its own (the beta returned is 0), and what is only ever added to is zeroed here,
+// gains, embedding and positions. A tied embedding's begins as the head's.
+float begin_gradients(Model& m, int u, bool first) {
+    if (m.storage.cut_gradients()) {
+        CHECK(cudaStreamWaitEvent(m.stream, m.slot(u).reduced, 0));
+        first = true;
+    }
+    if (!first) return 1.0f;
+    const Unit& unit = m.table.units[u];
+    size_t done = unit.begin;
+    auto zero_to = [&](size_t end) {
+        if (done < end) CHECK(cudaMemsetAsync(m.g(done).p, 0, (end - done) * m.grads.width(), m.stream));
+    };
+    for (size_t i = unit.tensor; i < unit.tensor + unit.tensors; i++) {
+        const Tensor& t = m.table.tensors[i];
+        if (t.cols == 0 || t.offset == m.table.pos || (t.offset == m.table.tok && !m.table.tied())) continue;
+        zero_to(t.offset);
+        done = t.offset + t.padded_size();
+    }
+    zero_to(unit.begin + unit.size);
+    return 0.0f;
+}
+
+// sum[i] += x[i] for i < count, a multiple of FOUR
+template <typename G>
+__global__ void add_kernel(G* sum, const G* x, size_t count) {
+    const size_t stride = size_t(gridDim.x) * blockDim.x * FOUR;
+    for (size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * FOUR; i < count; i += stride) {
+        Four<G> a = four(sum, i);
+        const Four<G> b = four(x, i);
+        for (int j = 0; j < FOUR; j++) a.v[j] = float(a.v[j]) + float(b.v[j]);
+        four(sum, i) = a;
     }
 }
+
+// Unit u's gradients are complete: their sum over ranks, of which each rank needs its piece (zero 0: all of it), is on
+// its way while the backward goes on. `first`: the micro-batch is a step's first.
+void reduce_gradients(Model& m, int u, bool first) {
+    if (m.storage.ranks == 1) return;
+    const Piece p = m.piece(u);
+    const Unit& unit = m.table.units[u];
+    const Flat all = m.g(unit.begin), own = all.at(p.whole - unit.begin), shard = m.grads.at(p.shard);
+    ranks.order(ranks.stream, m.stream);
+    if (!m.storage.cut_state()) return ranks.all_reduce(all.p, unit.size, all.nccl(), all.width());
+    ranks.reduce_scatter(m.storage.cut_gradients() && first ? shard : own, all, p.size);
+    if (!m.storage.cut_gradients()) return;
+    if (!first)
+        shard.visit([&](auto* sum) {
+            using G = std::decay_t<decltype(*sum)>;
+            const int blocks = std::min(chunks(p.size), 4 * device_sms);
+            add_kernel<G><<<blocks, 256, 0, ranks.stream>>>(sum, static_cast<const G*>(own.p), p.size);
+            CHECK(cudaGetLastError());
+        });
+    CHECK(cudaEventRecord(m.slot(u).reduced, ranks.stream));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward and backward
 
 // B sequences of T tokens; the model may run fewer and shorter ones than it has memory for
 Heads heads(const Model& m, int B, int T) { return {B, T, m.c.NH, m.c.NKV, m.c.HS()}; }
@@ -3309,8 +3692,13 @@ void set_batch(Model& m, const int32_t* windows, int B, int T, bool places) {
 // Tokens to m.normed, the final norm's output: all but the head.
 void forward(Model& m, int B, int T) {
     const int N = B * T, C = m.c.C, L = m.c.L;
+    need_weights(m, 0, 1);
     embedding_forward(m.acts[0].x, m.tokens, m.w(m.table.tok), m.w(m.table.pos), N, T, C, m.stream);
-    for (int l = 0; l < L; l++) block_forward(m, l, l + 1 < L ? m.acts[l + 1].x : m.out, B, T);
+    for (int l = 0; l < L; l++) {
+        need_weights(m, l + 1, l + 2);
+        block_forward(m, l, l + 1 < L ? m.acts[l + 1].x : m.out, B, T);
+    }
+    need_weights(m, L + 1, m.table.unit_of(m.table.head));
     norm_residual_forward(m.normed, m.norm_stats, m.out, nullptr, m.w(m.table.norm), N, C, m.norm(), m.stream);
 }
 
@@ -3335,50 +3723,47 @@ void loss_forward(Model& m, int B, int T, float weight, bool backward, float bet
     CHECK(cudaGetLastError());
 }
 
-// Gradients that start at 0 before a step's first micro-batch, with the loss: those that are only ever added to, of
-// gains, embedding and positions. A tied embedding's begins as the head's.
-void zero_gradients(Model& m) {
-    CHECK(cudaMemsetAsync(m.loss, 0, sizeof(float), m.stream));
-    const std::vector<Tensor>& tensors = m.table.tensors;
-    auto added = [&](size_t i) {
-        const size_t at = tensors[i].offset;
-        return tensors[i].cols == 0 || at == m.table.pos || (at == m.table.tok && at != m.table.head);
-    };
-    for (size_t i = 0, j; i < tensors.size(); i = j) {  // runs of neighbours
-        for (j = i + 1; j < tensors.size() && added(j) == added(i); j++) {
-        }
-        const size_t end = j < tensors.size() ? tensors[j].offset : m.table.size;
-        if (added(i))
-            CHECK(cudaMemsetAsync(m.g(tensors[i].offset).p, 0, (end - tensors[i].offset) * m.grads.width(), m.stream));
-    }
-}
+// Before a step's first micro-batch.
+void begin_step(Model& m) { CHECK(cudaMemsetAsync(m.loss, 0, sizeof(float), m.stream)); }
 
-// The kernels of a micro-batch.
-void launch_micro_batch(Model& m, int B, int T, float weight, bool first) {
-    const float beta = first ? 0.0f : 1.0f;
+// The kernels of a micro-batch, and after a step's last (with gradients cut over ranks, after each) their reduction.
+void launch_micro_batch(Model& m, int B, int T, float weight, bool first, bool last) {
+    const int L = m.c.L, top = L + 1;
+    auto finished = [&](int unit) {
+        if (last || m.storage.cut_gradients()) reduce_gradients(m, unit, first);
+    };
     forward(m, B, T);
+    float beta = begin_gradients(m, top, first);
+    if (m.table.tied()) beta = begin_gradients(m, 0, first);
     loss_forward(m, B, T, weight, true, beta);
     norm_backward(m.dres, m.g(m.table.norm), m.partial, nullptr, m.dnormed, m.out, m.w(m.table.norm), m.norm_stats,
                   B * T, m.c.C, m.norm(), m.stream);
-    for (int l = m.c.L - 1; l >= 0; l--) block_backward(m, l, B, T, beta);
+    finished(top);
+    for (int l = L - 1; l >= 0; l--) {
+        need_weights(m, l + 1, l > 0 ? l : -1);
+        block_backward(m, l, B, T, begin_gradients(m, l + 1, first));
+        finished(l + 1);
+    }
+    if (!m.table.tied()) begin_gradients(m, 0, first);
     embedding_backward(m.g(m.table.tok), m.g(m.table.pos), m.dres, m.tokens, m.places, m.begin, B * T, B, T, m.c.C,
                        m.stream);
+    finished(0);
 }
 
-// One micro-batch, weight 1 / their number: adds to m.loss and to the gradients; `first` overwrites those that
-// zero_gradients leaves alone.
-void forward_backward(Model& m, const int32_t* windows, int B, int T, float weight, bool first = false) {
+// One micro-batch of a step, weight 1 / their number on all ranks: adds to m.loss and to the gradients, which the
+// `first` begins anew and the `last` sums over ranks.
+void forward_backward(Model& m, const int32_t* windows, int B, int T, float weight, bool first, bool last = true) {
     set_batch(m, windows, B, T, true);
     Graph& g = m.graphs[first];
     if (!m.use_graphs || B != m.B || T != m.c.T || g.weight != weight) {
-        launch_micro_batch(m, B, T, weight, first);
+        launch_micro_batch(m, B, T, weight, first, last);
         if (!g.exec) g.weight = weight;
         return;
     }
     if (!g.exec) {
         cudaGraph_t graph = nullptr;
         CHECK(cudaStreamBeginCapture(m.stream, cudaStreamCaptureModeThreadLocal));
-        launch_micro_batch(m, B, T, weight, first);
+        launch_micro_batch(m, B, T, weight, first, last);
         CHECK(cudaStreamEndCapture(m.stream, &graph));
         CHECK(cudaGraphInstantiate(&g.exec, graph, 0));
         CHECK(cudaGraphDestroy(graph));
@@ -3392,7 +3777,7 @@ void time_matmuls(Model& m) {
     std::vector<int32_t> windows(size_t(m.B) * (m.c.T + 1));
     for (size_t i = 0; i < windows.size(); i++) windows[i] = int32_t(random_bits(1, 3, i) % m.c.V);
     matmul.timing = true;
-    zero_gradients(m);
+    begin_step(m);
     forward_backward(m, windows.data(), m.B, m.c.T, 1.0f, true);
     matmul.timing = false;
 }
@@ -3418,27 +3803,17 @@ float evaluate(Model& m, const int32_t* windows, int B, int T) {
 //   g = grad min(1, clip / (norm + 1e-6)),   m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
 //   w = w (1 - lr decay) - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps),   t = 1, 2, ...
 // All over the flat buffers, each read and written once, CHUNK elements a block, FOUR a thread at a time. Bytes a
-// parameter in bf16: 4 for the norm, 30 for the update (22 with bf16 moments).
+// parameter in bf16: 4 for the norm, 30 for the update (22 with bf16 moments). Over ranks, each takes the norm of its
+// pieces and, unless nothing is cut (zero 0), updates only those; the weights are then gathered unit by unit.
+//
+// A step whose loss or gradient norm is not finite updates nothing and is counted; t counts the updates. The decision is
+// the device's, so that the host need not wait.
 
 struct AdamW {
     float lr = 1e-3f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, clip = 1.0f;  // clip 0: none
     bool decay_1d = true;
     uint64_t seed = 1;  // of the random rounding
 };
-
-constexpr int FOUR = WARP_SIZE == 1 ? 16 : 4;  // neighbours that a thread loads at once: 16 bytes of floats
-template <typename F>
-struct alignas(FOUR * sizeof(F)) Four {
-    F v[FOUR];
-};
-template <typename F>
-__device__ inline Four<F>& four(F* p, size_t i) {
-    return *reinterpret_cast<Four<F>*>(p + i);
-}
-template <typename F>
-__device__ inline const Four<F>& four(const F* p, size_t i) {
-    return *reinterpret_cast<const Four<F>*>(p + i);
-}
 
 // 32 bits for element i of update `key` (the finisher of MurmurHash3)
 __device__ inline unsigned rounding_bits(size_t i, unsigned key) {
@@ -3469,21 +3844,34 @@ __global__ void square_sum_kernel(float* sums, const G* grads, size_t size) {
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-__global__ void grad_norm_kernel(float* norm, const float* sums, int count) {
+// What the ranks sum: this one's loss, its part of the square of the gradient norm, whether it was asked to stop.
+__global__ void numbers_kernel(Numbers* n, const float* sums, int count, bool stop) {
     double sum = 0.0;
     for (int i = threadIdx.x; i < count; i += blockDim.x) sum += sums[i];
     sum = block_sum(sum);
-    if (threadIdx.x == 0) norm[0] = float(sqrt(sum));
+    if (threadIdx.x > 0) return;
+    n->summed[0] = n->loss, n->summed[1] = sum, n->summed[2] = stop;
 }
 
-// master null: params are their own masters. G is the gradients' type, S the moments'. first and last are multiples of
-// FOUR.
+// What the update needs to know, from the sums over ranks. One thread.
+__global__ void decide_kernel(Numbers* n, AdamW o) {
+    n->loss = float(n->summed[0]), n->grad_norm = float(sqrt(n->summed[1])), n->stop = int(n->summed[2]);
+    n->skip = !(fabsf(n->loss) < INFINITY && n->grad_norm < INFINITY);
+    n->skip ? n->skipped++ : n->updates++;
+    n->scale = o.clip > 0.0f ? fminf(1.0f, o.clip / (n->grad_norm + 1e-6f)) : 1.0f;
+    n->correction1 = float(1.0 - pow(double(o.beta1), double(n->updates)));
+    n->correction2 = float(1.0 - pow(double(o.beta2), double(n->updates)));
+}
+
+// `count` elements, a multiple of FOUR, whose first is number `index` in the flat buffers (for the random rounding).
+// master null: params are their own masters. G is the gradients' type, S the moments'.
 template <typename G, typename S>
-__global__ void adamw_kernel(floatX* params, float* master, S* m, S* v, const G* grads, const float* grad_norm,
-                             size_t first, size_t last, AdamW o, float correction1, float correction2, unsigned key) {
-    const float scale = o.clip > 0.0f ? fminf(1.0f, o.clip / (*grad_norm + 1e-6f)) : 1.0f;
-    const float step = o.lr / correction1, root2 = rsqrtf(correction2), keep = 1.0f - o.lr * o.weight_decay;
-    size_t begin = first + blockIdx.x * CHUNK, end = min(begin + CHUNK, last);
+__global__ void adamw_kernel(floatX* params, float* master, S* m, S* v, const G* grads, const Numbers* n, size_t count,
+                             size_t index, AdamW o, unsigned key) {
+    if (n->skip) return;
+    const float scale = n->scale, step = o.lr / n->correction1, root2 = rsqrtf(n->correction2),
+                keep = 1.0f - o.lr * o.weight_decay;
+    size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, count);
     for (size_t i = begin + threadIdx.x * FOUR; i < end; i += blockDim.x * FOUR) {
         const Four<G> g4 = four(grads, i);
         Four<S> m4 = four(m, i), v4 = four(v, i);
@@ -3500,7 +3888,7 @@ __global__ void adamw_kernel(floatX* params, float* master, S* m, S* v, const G*
             const float mj = o.beta1 * float(m4.v[j]) + (1.0f - o.beta1) * g;
             const float vj = o.beta2 * float(v4.v[j]) + (1.0f - o.beta2) * g * g;
             w4.v[j] = w4.v[j] * keep - step * mj / (sqrtf(vj) * root2 + o.eps);
-            const unsigned r = sizeof(S) == 2 ? rounding_bits(i + j, key) : 0;
+            const unsigned r = sizeof(S) == 2 ? rounding_bits(index + i + j, key) : 0;
             store_randomly(m4.v[j], mj, r);
             store_randomly(v4.v[j], vj, r >> 16);
         }
@@ -3508,7 +3896,7 @@ __global__ void adamw_kernel(floatX* params, float* master, S* m, S* v, const G*
             four(master, i) = w4;
             for (int j = 0; j < FOUR; j++) p4.v[j] = w4.v[j];
         } else {
-            for (int j = 0; j < FOUR; j++) store_randomly(p4.v[j], w4.v[j], BF16 ? rounding_bits(i + j, ~key) : 0);
+            for (int j = 0; j < FOUR; j++) store_randomly(p4.v[j], w4.v[j], BF16 ? rounding_bits(index + i + j, ~key) : 0);
         }
         four(params, i) = p4;
         four(m, i) = m4;
@@ -3516,39 +3904,104 @@ __global__ void adamw_kernel(floatX* params, float* master, S* m, S* v, const G*
     }
 }
 
-// t: updates done so far, with this one
-void update(Model& m, AdamW o, int64_t t) {
-    const size_t size = m.table.size;
-    m.grads.visit([&](auto* grads) {
-        using G = std::decay_t<decltype(*grads)>;
-        square_sum_kernel<G><<<chunks(size), 256, 0, m.stream>>>(m.square_sums, grads, size);
-    });
+// Ends a step, whose number is `step`; `stop`: this rank was asked to stop. All ranks learn of it in m.numbers.
+void update(Model& m, const AdamW& o, int64_t step, bool stop = false) {
+    const Storage& s = m.storage;
+    if (s.ranks > 1) ranks.order(m.stream, ranks.stream);  // the gradients are reduced
+    int sums = 0;
+    for (int u = 0; u < m.units(); u++) {
+        const Piece p = m.piece(u);
+        m.grads.at(s.cut_gradients() ? p.shard : p.whole).visit([&](auto* grads) {
+            using G = std::decay_t<decltype(*grads)>;
+            square_sum_kernel<G><<<chunks(p.size), 256, 0, m.stream>>>(m.square_sums + sums, grads, p.size);
+        });
+        CHECK(cudaGetLastError());
+        sums += chunks(p.size);
+    }
+    numbers_kernel<<<1, 512, 0, m.stream>>>(m.numbers, m.square_sums, sums, stop);
     CHECK(cudaGetLastError());
-    grad_norm_kernel<<<1, 512, 0, m.stream>>>(m.grad_norm, m.square_sums, chunks(size));
+    if (s.ranks > 1) {
+        ranks.order(ranks.stream, m.stream);
+        ranks.all_reduce(m.numbers->summed, 3, ncclFloat64, sizeof(double));
+        ranks.order(m.stream, ranks.stream);
+    }
+    decide_kernel<<<1, 1, 0, m.stream>>>(m.numbers, o);
     CHECK(cudaGetLastError());
-    const unsigned key = unsigned(random_bits(o.seed, 2, uint64_t(t)));
-    const float correction1 = float(1.0 - pow(o.beta1, double(t))), correction2 = float(1.0 - pow(o.beta2, double(t)));
-    auto walk = [&](size_t first, size_t last, float weight_decay) {
+
+    const unsigned key = unsigned(random_bits(o.seed, 2, uint64_t(step)));
+    // elements from `begin` on, all of one decay; `at` is where they are in a shard
+    auto walk = [&](size_t begin, size_t at, size_t count, float weight_decay) {
         AdamW part = o;
         part.weight_decay = weight_decay;
-        m.grads.visit([&](auto* grads) {
-            m.m.visit([&](auto* moments) {
+        const size_t state = s.cut_state() ? at : begin;
+        floatX* params = m.params + (s.cut_weights() ? at : begin);
+        float* master = m.master ? m.master + state : nullptr;
+        m.grads.at(s.cut_gradients() ? at : begin).visit([&](auto* grads) {
+            m.m.at(state).visit([&](auto* moments) {
                 using G = std::decay_t<decltype(*grads)>;
                 using S = std::decay_t<decltype(*moments)>;
-                adamw_kernel<G, S><<<chunks(last - first), 256, 0, m.stream>>>(
-                    m.params, m.master, moments, static_cast<S*>(m.v.p), grads, m.grad_norm, first, last, part,
-                    correction1, correction2, key);
+                adamw_kernel<G, S><<<chunks(count), 256, 0, m.stream>>>(
+                    params, master, moments, static_cast<S*>(m.v.at(state).p), grads, m.numbers, count, begin, part,
+                    key);
             });
         });
         CHECK(cudaGetLastError());
     };
-    if (o.decay_1d) return walk(0, size, o.weight_decay);
-    auto decay = [&](size_t i) { return m.table.tensors[i].cols ? o.weight_decay : 0.0f; };
-    for (size_t i = 0, j; i < m.table.tensors.size(); i = j) {  // runs of neighbours of one decay
-        for (j = i + 1; j < m.table.tensors.size() && decay(j) == decay(i); j++) {
+    auto decay = [&](size_t i) { return m.table.tensors[i].cols || o.decay_1d ? o.weight_decay : 0.0f; };
+    for (int u = 0; u < m.units(); u++) {
+        const Unit& unit = m.table.units[u];
+        const size_t end = unit.tensor + unit.tensors;
+        for (size_t i = unit.tensor, j; i < end; i = j) {  // runs of neighbours of one decay
+            for (j = i + 1; j < end && decay(j) == decay(i); j++) {
+            }
+            const size_t from = m.table.tensors[i].offset;
+            const size_t to = j < end ? m.table.tensors[j].offset : unit.begin + unit.size;
+            if (!s.cut_state())
+                walk(from, from, to - from, decay(i));
+            else
+                own_parts(m, from, to - from,
+                          [&](size_t whole, size_t shard, size_t count) { walk(whole, shard, count, decay(i)); });
         }
-        walk(m.table.tensors[i].offset, j < m.table.tensors.size() ? m.table.tensors[j].offset : size, decay(i));
+        if (s.cut_weights()) {
+            m.slot(u).held = -1;
+        } else if (s.cut_state()) {
+            const Piece p = m.piece(u);
+            ranks.order(ranks.stream, m.stream);
+            ranks.all_gather(m.params + unit.begin, m.params + p.whole, p.size, NCCL_FLOATX, sizeof(floatX));
+            CHECK(cudaEventRecord(m.gathered[u], ranks.stream));
+        }
     }
+}
+
+// hash[0..blocks) of the weights as they lie in memory, each of a CHUNK: sum of mixed words, the same whatever the order
+__global__ void weights_hash_kernel(unsigned long long* parts, const unsigned* words, size_t count) {
+    size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, count);
+    unsigned long long sum[1] = {0};
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+        unsigned long long x = (words[i] + 0x9e3779b97f4a7c15ull * (i + 1)) * 0xbf58476d1ce4e5b9ull;
+        sum[0] += (x ^ (x >> 29)) * 0x94d049bb133111ebull;
+    }
+    block_sums(sum);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum[0];
+}
+__global__ void hash_sum_kernel(unsigned long long* hash, const unsigned long long* parts, int count) {
+    unsigned long long sum[1] = {0};
+    for (int i = threadIdx.x; i < count; i += blockDim.x) sum[0] += parts[i];
+    block_sums(sum);
+    if (threadIdx.x == 0) *hash = sum[0];
+}
+
+// Each rank's hash of the weights, which must be the same on all, to m.hashes. Not with weights that are cut.
+void hash_weights(Model& m) {
+    const size_t words = m.table.size * sizeof(floatX) / sizeof(unsigned);
+    for (const cudaEvent_t& there : m.gathered) CHECK(cudaStreamWaitEvent(m.stream, there, 0));
+    weights_hash_kernel<<<chunks(words), 256, 0, m.stream>>>(m.hash_parts, reinterpret_cast<unsigned*>(m.params), words);
+    CHECK(cudaGetLastError());
+    hash_sum_kernel<<<1, 512, 0, m.stream>>>(m.hashes + ranks.rank, m.hash_parts, chunks(words));
+    CHECK(cudaGetLastError());
+    ranks.order(ranks.stream, m.stream);
+    ranks.all_gather(m.hashes, m.hashes + ranks.rank, 1, ncclUint64, sizeof(*m.hashes));
+    ranks.order(m.stream, ranks.stream);
 }
 
 // Learning rate of 0-based step s of S: (s+1)/(W+1) of the peak while s < W, then linear to 0 over the other S-W steps.
@@ -3556,6 +4009,662 @@ double learning_rate(double peak, int64_t s, int64_t W, int64_t S) {
     if (s < W) return peak * double(s + 1) / double(W + 1);
     return peak * (1.0 - double(s - W) / double(S - W));
 }
+
+// =====================================================================================================================
+// Ranks: who am I, and a channel beside NCCL by which they meet, watch each other and end as one.
+// Needs <arpa/inet.h> <fcntl.h> <ifaddrs.h> <net/if.h> <netdb.h> <netinet/tcp.h> <poll.h> <signal.h> <sys/socket.h>
+// <unistd.h>, <condition_variable> <functional> <mutex> <random> <sstream> <thread>.
+
+struct World {
+    int rank = 0, size = 1, local = 0;
+    const char* launcher = "";
+};
+
+// The value of an environment variable as a number; `fallback` if it is not set.
+int64_t environment_number(const char* name, int64_t fallback, int64_t least, int64_t most, const char* what) {
+    const char* text = getenv(name);
+    if (!text) return fallback;
+    char* stop = nullptr;
+    errno = 0;
+    const long long n = strtoll(text, &stop, 10);
+    if (!isdigit((unsigned char)*text) || *stop || errno || n < least || n > most)
+        throw Error(format("%s=%s: is no %s (%lld to %lld). Start with the launcher again, or unset it.", name, text, what,
+                           (long long)least, (long long)most));
+    return n;
+}
+
+// The first launcher whose variables are all there; without one, a world of one rank.
+World find_world() {
+    static const char* const launchers[][4] = {
+        {"torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"},
+        {"Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"},
+        {"MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"},
+        {"Slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"}};  // STEP: srun's, not the batch script's
+    World w;
+    for (auto& [launcher, rank, size, local] : launchers) {
+        if (!getenv(rank) || !getenv(size) || !getenv(local)) continue;
+        w.size = int(environment_number(size, 1, 1, 1 << 20, "number of ranks"));
+        w.rank = int(environment_number(rank, 0, 0, w.size - 1, "rank of this world"));
+        w.local = int(environment_number(local, 0, 0, w.size - 1, "local rank of this world"));
+        w.launcher = launcher;
+        break;
+    }
+    return w;
+}
+
+// HOST:PORT at which ranks meet if nobody gives an address and there is no MPI.
+std::string default_address() {
+    auto port = [](int64_t otherwise) { return environment_number("MASTER_PORT", otherwise, 1, 65534, "port"); };
+    const char *host = getenv("MASTER_ADDR"), *nodes = getenv("SLURM_STEP_NODELIST");
+    if (host && *host) {
+        const char* agent = getenv("TORCHELASTIC_USE_AGENT_STORE");  // torchrun itself listens at MASTER_PORT then
+        return format("%s:%lld", host, (long long)port(29500) + (agent && !strcmp(agent, "True")));
+    }
+    if (!nodes) nodes = getenv("SLURM_JOB_NODELIST");
+    if (!nodes || !getenv("SLURM_JOB_ID"))
+        throw Error("rendezvous: no address to meet at. Set MASTER_ADDR and MASTER_PORT, or give --rendezvous HOST:PORT.");
+    std::string first;  // node[003-010,012],gpu7: node003
+    for (const char* p = nodes; *p && *p != ','; p++) {
+        if (*p != '[') {
+            first += *p;
+            continue;
+        }
+        while (*++p && !strchr("-,]", *p)) first += *p;
+        while (*p && *p != ']') p++;
+        if (!*p) break;
+    }
+    // below 32768, where the kernel begins to give ports to outgoing connections
+    const int64_t job = environment_number("SLURM_JOB_ID", 0, 0, INT64_MAX, "number of a job");
+    return format("%s:%lld", first.c_str(), (long long)port(20000 + job % 12768));
+}
+
+// TCP connections of all ranks to rank 0. They carry the rendezvous and its payload (the NCCL id), heartbeats, errors,
+// short reports and the goodbye. One thread a process owns the sockets; other threads leave it notes under `mutex`.
+// Whatever ends the job, one process says why in one line on stderr, and all end with status 1:
+//   a rank k > 0 that fails tells rank 0 and waits for its "stop"; rank 0 collects reasons for a moment, says the best
+//   one and stops everyone; without rank 0, its speakers (rank 1; the first rank on another host, since hosts go down
+//   whole) say that.
+// An Error out of open() goes to fail() like any other: rank 0 still holds connections of ranks that wait for its word.
+struct Channel {
+    void open(const World& world, const std::string& address, double timeout_s,
+              const std::function<void(void*, size_t)>& broadcast, std::string& id) {
+        me = world;
+        limit = timeout_s;
+        beat = std::min(0.5, limit / 10);
+        if (me.size == 1) return;
+        std::string where = address.empty() && !broadcast ? default_address() : address, cookie = "-";
+        std::vector<std::string> hosts;
+        int port = 0, listener = -1;
+        if (!broadcast) {
+            const size_t colon = where.rfind(':');
+            const std::string digits = colon == std::string::npos ? "" : where.substr(colon + 1);
+            port = digits.size() < 6 && digits.find_first_not_of("0123456789") == std::string::npos ? atoi(digits.c_str()) : 0;
+            hosts = {where.substr(0, port ? colon : 0)};
+            if (hosts[0].size() > 2 && hosts[0][0] == '[') hosts[0] = hosts[0].substr(1, hosts[0].size() - 2);
+            if (port < 1 || port > 65535 || hosts[0].empty())
+                throw Error(format("rendezvous: %s: is not HOST:PORT. Give the host of rank 0 and a free port there.",
+                                   where.c_str()));
+        }
+        if (me.rank == 0) listener = listen_at(port);
+        if (broadcast) {
+            std::string card = me.rank == 0 ? calling_card(port) : "";
+            uint64_t bytes = card.size();
+            broadcast(&bytes, sizeof(bytes));
+            if (bytes > MOST) throw Error("rendezvous: the broadcast is broken. Start all ranks with one command.");
+            card.resize(bytes);
+            broadcast(&card[0], bytes);
+            std::istringstream in(card);
+            in >> port >> cookie;
+            for (std::string host; in >> host;) hosts.push_back(host);
+            where = format("%s:%d", hosts.empty() ? "?" : hosts[0].c_str(), port);
+        }
+        me.rank == 0 ? gather(listener, where, cookie, id) : join(hosts, port, where, cookie, id);
+        for (Peer& p : peers) p.heard = p.moved = now();
+        if (pipe2(wake, O_CLOEXEC | O_NONBLOCK)) throw Error(std::string("rendezvous: no pipe: ") + strerror(errno) + ".");
+        sigset_t all, before;  // signals are for the main thread
+        sigfillset(&all);
+        pthread_sigmask(SIG_BLOCK, &all, &before);
+        running = true;
+        thread = std::thread(&Channel::watch, this);
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+
+    // This rank moved. The same words again tell of movement, not of a new place: long work of one rank alone may call
+    // this as often as it likes. Otherwise all ranks make the same calls.
+    void progress(const char* doing, int64_t step) {
+        std::lock_guard<std::mutex> lock(place_mutex);
+        place.moves++;
+        if (step != place.step) place.stage = 0;
+        else if (doing != place.doing) place.stage++;
+        place.step = step;
+        place.doing = doing;
+    }
+
+    // Asked at every heartbeat: words mean that this rank failed so. Returns when the former hook is no longer running.
+    void set_check(std::function<std::string()> hook) {
+        std::lock_guard<std::mutex> lock(check_mutex);
+        check = std::move(hook);
+    }
+
+    void report(const std::string& text) {
+        if (text.size() > MOST) throw Error("channel: a report of more than 1 MiB. Send less.");
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            if (me.rank == 0) reports.emplace_back(0, text);
+            else outbox.push_back(text);
+        }
+        changed.notify_all();
+        nudge();
+    }
+
+    std::vector<std::pair<int, std::string>> take_reports(bool wait, double seconds) {
+        std::unique_lock<std::mutex> lock(mutex);
+        if (wait) changed.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return !reports.empty(); });
+        return std::exchange(reports, {});
+    }
+
+    [[noreturn]] void fail(const std::string& message) {
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            if (!running) end_job(message);
+            if (failure.empty()) failure = message.empty() ? "unknown error" : message.substr(0, 1 << 16);
+        }
+        nudge();
+        for (;;) sleep(1000);  // the thread ends the process
+    }
+
+    // All ranks come here; none leaves before all have come. A rank that does not come is found by the watch.
+    void close() { leave(leaving); }
+    ~Channel() { leave(abandoned); }
+
+private:
+    enum Kind : uint32_t { GREETING = 1, HELLO, GO, BEAT, FAIL, REPORT, BYE, STOP };
+    static constexpr uint32_t MAGIC = 0x53677000, MOST = 1 << 20;  // head of each frame, above its kind; bytes in one
+    static constexpr int VERSION = 1;
+
+    struct Place {
+        long long moves = 0, step = 0, stage = 0;  // stage within the step
+        std::string doing = "starting";
+    };
+    struct Peer {
+        int fd = -1, rank = -1;
+        std::string host, name, in, out, gone;  // gone: why the connection is closed
+        double heard = 0, moved = 0;            // when
+        Place place;
+        bool bye = false, failed = false;
+        std::string at() const { return bye ? "the end" : format("step %lld (%s)", place.step, place.doing.c_str()); }
+        void move_to(const Place& to) {
+            if (to.moves != place.moves) moved = now();
+            place = to;
+        }
+        void leave() {  // a goodbye is a move, too
+            if (!bye) bye = true, moved = now();
+        }
+    };
+
+    World me;
+    double limit = 0, beat = 0;
+    bool speaks = false;      // says it when rank 0 is lost
+    std::vector<Peer> peers;  // on rank 0 by rank, itself included; elsewhere rank 0 alone. The thread's.
+    int wake[2] = {-1, -1};
+    std::thread thread;
+    struct { std::string text; double time = 0; int rank = 0; bool death = false; } reason;  // rank 0: why the job ends
+    double told = 0;  // the others: when rank 0 was told of a failure
+    bool said_bye = false;
+
+    std::mutex mutex;  // of these
+    std::condition_variable changed;
+    bool running = false, leaving = false, abandoned = false;
+    std::string failure;
+    std::vector<std::string> outbox;
+    std::vector<std::pair<int, std::string>> reports;
+
+    std::mutex place_mutex, check_mutex;
+    Place place;
+    std::function<std::string()> check;
+
+    static double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+    static std::string list(const std::vector<int>& ranks) {  // "rank 3", "ranks 1, 2, 3, 4 and 59 more"
+        std::string s = ranks.size() == 1 ? "rank " : "ranks ";
+        for (size_t i = 0; i < ranks.size() && i < 4; i++) s += (i ? ", " : "") + std::to_string(ranks[i]);
+        return ranks.size() > 4 ? s + format(" and %zu more", ranks.size() - 4) : s;
+    }
+
+    void nudge() {
+        if (wake[1] >= 0 && write(wake[1], "", 1) < 0) return;  // full: it will wake anyway
+    }
+
+    void leave(bool& how) {
+        if (!thread.joinable()) return;
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            how = true;
+        }
+        nudge();
+        thread.join();
+        std::lock_guard<std::mutex> lock(mutex);
+        running = false;
+        for (Peer& p : peers) drop(p, "closed");
+        for (int& fd : wake) ::close(fd), fd = -1;
+    }
+
+    // -----------------------------------------------------------------------------------------------------------------
+    // Frames {kind, length, body} over non-blocking sockets.
+
+    static void drop(Peer& p, const std::string& why) {
+        if (p.fd >= 0) ::close(p.fd);
+        if (p.gone.empty()) p.gone = why;
+        p.fd = -1;
+    }
+
+    static void put(Peer& p, Kind kind, const std::string& body = "") {
+        const uint32_t head[2] = {MAGIC | kind, uint32_t(body.size())};
+        p.out.append(reinterpret_cast<const char*>(head), sizeof(head)).append(body);
+    }
+
+    // The next whole frame of p, if there is one. What is no frame ends the connection.
+    static bool take(Peer& p, uint32_t& kind, std::string& body) {
+        uint32_t head[2];
+        if (p.in.size() < sizeof(head)) return false;
+        memcpy(head, p.in.data(), sizeof(head));
+        if ((head[0] & ~255u) != MAGIC || head[1] > MOST) {
+            p.in.clear();
+            drop(p, "it sent what is no message");
+            return false;
+        }
+        if (p.in.size() - sizeof(head) < head[1]) return false;
+        kind = head[0] & 255;
+        body = p.in.substr(sizeof(head), head[1]);
+        p.in.erase(0, sizeof(head) + head[1]);
+        return true;
+    }
+
+    static void flush(Peer& p) {  // a broken connection shows when it is read
+        while (p.fd >= 0 && !p.out.empty()) {
+            const ssize_t n = send(p.fd, p.out.data(), p.out.size(), MSG_NOSIGNAL);
+            if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
+            p.out.erase(0, n < 0 ? std::string::npos : size_t(n));
+        }
+    }
+
+    // Writes and reads what goes without waiting, after at most `seconds` of waiting for it. True: `also` is readable.
+    static bool exchange(std::vector<Peer>& who, int also, double seconds) {
+        std::vector<pollfd> fds = {{also, POLLIN, 0}};
+        for (Peer& p : who) {
+            flush(p);
+            fds.push_back({p.fd, short(p.out.empty() ? POLLIN : POLLIN | POLLOUT), 0});
+        }
+        if (poll(fds.data(), fds.size(), int(std::ceil(std::clamp(seconds, 0.0, 60.0) * 1e3))) <= 0) return false;
+        static thread_local char buffer[1 << 16];
+        for (size_t i = 0; i < who.size(); i++) {
+            if (!fds[i + 1].revents) continue;
+            flush(who[i]);
+            const ssize_t n = recv(who[i].fd, buffer, sizeof(buffer), 0);
+            if (n > 0) who[i].in.append(buffer, n);
+            else if (n == 0) drop(who[i], "its connection closed");
+            else if (errno != EAGAIN && errno != EINTR) drop(who[i], strerror(errno));
+        }
+        return fds[0].revents != 0;
+    }
+
+    // -----------------------------------------------------------------------------------------------------------------
+    // The rendezvous.
+
+    static int listen_at(int& port) {  // 0: any, and says which
+        int fd = -1, on = 1, off = 0, bad = 0;
+        sockaddr_in6 any = {};  // as far as it matters here, a sockaddr_in too
+        socklen_t size = sizeof(any);
+        any.sin6_port = htons(port);
+        for (int family : {AF_INET6, AF_INET}) {  // IPv6 takes IPv4 too, where there is IPv6
+            fd = socket(any.sin6_family = family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+            if (fd < 0) continue;
+            setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+            if (family == AF_INET6) setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof(off));
+            bad = bind(fd, (sockaddr*)&any, family == AF_INET6 ? sizeof(any) : sizeof(sockaddr_in));
+            if (!bad || errno == EADDRINUSE || errno == EACCES) break;
+            ::close(fd), fd = -1;
+        }
+        if (fd < 0 || bad || listen(fd, SOMAXCONN)) {
+            const int why = errno;
+            if (fd >= 0) ::close(fd);
+            throw Error(format("rendezvous: rank 0 cannot listen at port %d: %s. Choose another (MASTER_PORT, or --rendezvous "
+                               "HOST:PORT), or end the job that has it.", port, strerror(why)));
+        }
+        getsockname(fd, (sockaddr*)&any, &size);
+        port = ntohs(any.sin6_port);
+        return fd;
+    }
+
+    static std::string calling_card(int port) {  // port, cookie, addresses of this host
+        std::random_device random;
+        std::string card = format("%d ", port);
+        for (int i = 0; i < 4; i++) card += format("%08x", random());
+        ifaddrs* all = nullptr;
+        if (getifaddrs(&all) == 0)
+            for (ifaddrs* i = all; i; i = i->ifa_next) {
+                char text[INET_ADDRSTRLEN];
+                if (!i->ifa_addr || i->ifa_addr->sa_family != AF_INET || !(i->ifa_flags & IFF_UP) ||
+                    (i->ifa_flags & IFF_LOOPBACK))
+                    continue;
+                card += std::string(" ") + inet_ntop(AF_INET, &((sockaddr_in*)i->ifa_addr)->sin_addr, text, sizeof(text));
+            }
+        if (all) freeifaddrs(all);
+        return card + " 127.0.0.1";
+    }
+
+    static std::string host_name() {
+        char host[64] = "?";
+        gethostname(host, sizeof(host) - 1);
+        return host;
+    }
+
+    // Reads a guest's hello. What is wrong with it goes into `trouble`; a stranger is dropped.
+    void admit(Peer& guest, const std::string& body, const std::string& cookie, std::vector<bool>& came,
+               const std::vector<Peer>& guests, std::string& trouble) {
+        int version = 0, rank = 0, size = 0, pid = 0;
+        char key[40] = "", host[65] = "";
+        if (sscanf(body.c_str(), "%d %39s %d %d %d %64s", &version, key, &rank, &size, &pid, host) != 6 || cookie != key)
+            return drop(guest, "a stranger");
+        std::string wrong;
+        const std::string name = format("(%s, pid %d)", host, pid);
+        if (version != VERSION)
+            wrong = format("rank %d %s runs another version of train_gpt. Start one build everywhere.", rank, name.c_str());
+        else if (size != me.size)
+            wrong = format("rank %d %s was started in a world of %d, rank 0 in one of %d. Start all ranks with one command.",
+                           rank, name.c_str(), size, me.size);
+        else if (rank < 1 || rank >= size)
+            wrong = format("%s was started as rank %d of %d. Start all ranks with one command.", name.c_str(), rank, size);
+        else if (came[rank])
+            for (const Peer& other : guests)
+                if (other.rank == rank)
+                    wrong = format("rank %d came twice, %s and %s. Start all ranks with one command, and one job at an "
+                                   "address.", rank, other.name.c_str(), name.c_str());
+        guest.rank = std::max(rank, 0), guest.host = host, guest.name = name;
+        if (rank >= 0 && rank < me.size) came[rank] = true;
+        if (trouble.empty()) trouble = wrong;
+    }
+
+    // Rank 0: waits for all. After the first trouble it waits a second more, so that those on their way hear of it too.
+    void gather(int listener, const std::string& where, const std::string& cookie, const std::string& id) {
+        std::vector<Peer> guests;
+        std::vector<bool> came(me.size);
+        came[0] = true;
+        std::string trouble;
+        for (double end = now() + limit; std::count(came.begin(), came.end(), false) && now() < end;) {
+            const bool calm = trouble.empty();
+            if (exchange(guests, listener, end - now())) {
+                const int fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK), on = 1;
+                if (fd >= 0) {
+                    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+                    guests.emplace_back();
+                    guests.back().fd = fd;
+                    put(guests.back(), GREETING);
+                }
+            }
+            uint32_t kind;
+            std::string body;
+            for (Peer& g : guests) {
+                while (g.rank < 0 && take(g, kind, body))
+                    kind == HELLO ? admit(g, body, cookie, came, guests, trouble) : drop(g, "a stranger");
+                if (g.rank >= 0 && !g.gone.empty() && trouble.empty())
+                    trouble = format("rank %d %s died: %s. See its own messages.", g.rank, g.name.c_str(), g.gone.c_str());
+            }
+            auto strange = [](const Peer& g) { return g.rank < 0 && g.fd < 0; };
+            guests.erase(std::remove_if(guests.begin(), guests.end(), strange), guests.end());
+            if (calm && !trouble.empty()) end = std::min(end, now() + 1);
+        }
+        ::close(listener);
+        std::vector<int> missing;
+        for (int r = 0; r < me.size; r++)
+            if (!came[r]) missing.push_back(r);
+        if (trouble.empty() && !missing.empty())
+            trouble = format("%s of %d did not come to %s within %g s. Check that they were started and can reach it.",
+                             list(missing).c_str(), me.size, where.c_str(), limit);
+        if (!trouble.empty()) {
+            peers = std::move(guests);  // whom fail() stops
+            throw Error("rendezvous: " + trouble);
+        }
+        peers.resize(me.size);
+        peers[0].host = host_name();
+        peers[0].name = format("(%s, pid %d)", peers[0].host.c_str(), int(getpid()));
+        for (Peer& g : guests)
+            if (g.rank > 0) peers[g.rank] = std::move(g);
+            else drop(g, "a stranger");
+        int second = 1;  // the first rank on another host than rank 0
+        while (second < me.size && peers[second].host == peers[0].host) second++;
+        for (int r = 1; r < me.size; r++)
+            put(peers[r], GO, format("%d %s\n", r == 1 || r == second, peers[0].name.c_str()) + id);
+    }
+
+    // The others: try every address of rank 0 until one lets them in.
+    void join(const std::vector<std::string>& hosts, int port, const std::string& where, const std::string& cookie,
+              std::string& id) {
+        std::string why = "no address", unresolved;
+        const double end = now() + limit;
+        for (; now() < end; usleep(100000))
+            for (const std::string& host : hosts) {
+                addrinfo hints = {}, *all = nullptr;
+                hints.ai_socktype = SOCK_STREAM;
+                const int bad = getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &all);
+                unresolved = bad ? gai_strerror(bad) : "";
+                bool in = false;
+                for (addrinfo* a = bad ? nullptr : all; a && !in; a = a->ai_next) in = knock(*a, port, end, cookie, id, why);
+                if (!bad) freeaddrinfo(all);
+                if (in) return;
+            }
+        if (!unresolved.empty())
+            throw Error(format("rendezvous: the host of %s is unknown here: %s. Give a name or an address that this host "
+                               "resolves.", where.c_str(), unresolved.c_str()));
+        throw Error(format("rendezvous: rank 0 does not answer at %s within %g s (%s). Check that it was started, that this "
+                           "is its host, and that no firewall is between.", where.c_str(), limit, why.c_str()));
+    }
+
+    // Rank 0 greets first: whoever does not is somebody else, and hears nothing from us.
+    bool knock(const addrinfo& a, int port, double end, const std::string& cookie, std::string& id, std::string& why) {
+        std::vector<Peer> door(1);
+        Peer& p = door[0];
+        p.fd = socket(a.ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+        int on = 1, refused = p.fd < 0 || (connect(p.fd, a.ai_addr, a.ai_addrlen) && errno != EINPROGRESS);
+        if (refused) drop(p, strerror(errno));
+        setsockopt(p.fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+        sockaddr_in6 mine = {};
+        socklen_t size = sizeof(mine);
+        if (!getsockname(p.fd, (sockaddr*)&mine, &size) && ntohs(mine.sin6_port) == port)
+            drop(p, "the kernel gave us that port");  // TCP would connect us to ourselves
+        bool greeted = false;
+        for (double until = std::min(end, now() + 2); p.gone.empty() && now() < until;) {
+            exchange(door, -1, until - now());
+            uint32_t kind;
+            std::string body;
+            while (take(p, kind, body)) {
+                if (kind == STOP) _exit(1);  // rank 0 says why
+                const size_t line = body.find('\n');
+                if (kind == GREETING && !greeted) {
+                    greeted = true;
+                    put(p, HELLO, format("%d %s %d %d %d %s", VERSION, cookie.c_str(), me.rank, me.size, int(getpid()),
+                                         host_name().c_str()));
+                    until = now() + limit + 2;  // rank 0 decides within its own limit
+                } else if (kind == GO && greeted && line != std::string::npos && line >= 2) {
+                    speaks = body[0] == '1';
+                    p.name = body.substr(2, line - 2);
+                    id = body.substr(line + 1);
+                    peers = std::move(door);
+                    return true;
+                } else {
+                    drop(p, "it sent what is no message");
+                }
+            }
+        }
+        drop(p, "no answer");
+        why = p.gone;
+        return false;
+    }
+
+    // -----------------------------------------------------------------------------------------------------------------
+    // The watch: the thread.
+
+    // Says the one line, by one write, stops the others and ends this process. They hang up when they have read it; to
+    // leave before that could take the message back.
+    [[noreturn]] void end_job(std::string line) {
+        for (char& c : line) c = (unsigned char)c < ' ' ? ' ' : c;
+        line = "train_gpt: " + line + "\n";
+        if (write(2, line.data(), line.size()) < 0) errno = 0;  // nobody is left to be told
+        linger(STOP);
+        _exit(1);
+    }
+
+    void linger(Kind last) {
+        for (Peer& p : peers) put(p, last);
+        auto open = [](const Peer& p) { return p.fd >= 0; };
+        for (double end = now() + 1; now() < end && std::any_of(peers.begin(), peers.end(), open);) {
+            exchange(peers, -1, end - now());
+            for (Peer& p : peers) p.in.clear();
+        }
+    }
+
+    // Rank 0 has a reason to end the job; the first counts. A death beats the errors that it causes elsewhere, and what
+    // rank 0 says itself needs no "rank k:".
+    void blame(int rank, const std::string& why, bool death) {
+        if (why.empty()) return;
+        if (reason.text.empty()) reason.time = now();
+        else if (!(death && !reason.death) && !(rank == 0 && why == reason.text)) return;
+        reason = {why, reason.time, rank, death};
+    }
+
+    void read(Peer& p, uint32_t kind, const std::string& body) {
+        p.heard = now();
+        if (kind == STOP) _exit(1);  // somebody else has said why
+        if (kind == BYE) p.leave();
+        if (kind == FAIL && me.rank == 0) p.failed = true, blame(p.rank, body, false);
+        if (kind == BEAT) {
+            Place to;
+            int words = 0;
+            if (sscanf(body.c_str(), "%lld %lld %lld %n", &to.moves, &to.step, &to.stage, &words) == 3 && words)
+                to.doing = body.substr(words), p.move_to(to);
+        }
+        if (kind == REPORT && me.rank == 0) {
+            std::lock_guard<std::mutex> lock(mutex);
+            reports.emplace_back(p.rank, body);
+            changed.notify_all();
+        }
+    }
+
+    std::string death(int rank, const Peer& p, double t) const {  // what is wrong with p's connection, or nothing
+        if (p.bye || p.failed) return "";
+        if (!p.gone.empty())
+            return format("rank %d %s died at %s: %s. See its own messages, and the system log of its host (out of memory?).",
+                          rank, p.name.c_str(), p.at().c_str(), p.gone.c_str());
+        if (t - p.heard > limit)
+            return format("rank %d %s has not been heard of for %g s, last at %s. Check that its host is up and that the "
+                          "process is not stopped.", rank, p.name.c_str(), limit, p.at().c_str());
+        return "";
+    }
+
+    // If all ranks stand still, which of them is behind? Those that have left are in front.
+    std::string hang(double t) const {
+        auto order = [](const Peer& p) {
+            return p.bye ? std::make_pair(LLONG_MAX, 0ll) : std::make_pair(p.place.step, p.place.stage);
+        };
+        const Peer *last = &peers[0], *first = last;
+        for (const Peer& p : peers) {
+            if (t - p.moved <= limit) return "";
+            if (order(p) < order(*last)) last = &p;
+            if (order(*first) < order(p)) first = &p;
+        }
+        if (last->bye) return "";
+        if (last->at() == first->at())
+            return format("no rank has moved for %g s at %s: a collective, the storage or a GPU hangs. Try NCCL_DEBUG=INFO, "
+                          "look at the hosts' system logs.", limit, last->at().c_str());
+        std::vector<int> behind;
+        for (size_t r = 0; r < peers.size(); r++)
+            if (order(peers[r]) == order(*last)) behind.push_back(int(r));
+        const std::string name = behind.size() == 1 ? " " + last->name + " hangs" : " hang";
+        return format("%s%s at %s for %g s, the others are at %s. Look at its host: GPU, storage, network.",
+                      list(behind).c_str(), name.c_str(), last->at().c_str(), limit, first->at().c_str());
+    }
+
+    // What rank 0 makes of the others. True: all have said goodbye, itself too.
+    bool judge(double t, const std::string& failed, bool done) {
+        if (done) peers[0].leave();
+        bool all = true;
+        for (int r = 1; r < me.size; r++) {
+            const std::string why = death(r, peers[r], t);
+            if (!why.empty()) blame(0, why, true);
+            all = all && peers[r].bye;
+        }
+        if (!failed.empty()) blame(0, failed, false);
+        if (reason.text.empty()) blame(0, hang(t), true);
+        if (!reason.text.empty() && t >= reason.time + 0.2)  // time for reasons to gather
+            end_job(reason.rank ? format("rank %d: ", reason.rank) + reason.text : reason.text);
+        return done && all && reason.text.empty();
+    }
+
+    // What another rank tells rank 0 and makes of it. True: rank 0 has said goodbye.
+    bool follow(double t, const std::string& failed, bool done) {
+        if (peers[0].bye) return true;
+        if (done && !said_bye) put(peers[0], BYE), said_bye = true;
+        if (!failed.empty() && !told) put(peers[0], FAIL, failed), told = t;
+        const std::string why = death(0, peers[0], t);
+        if (!why.empty() && speaks) end_job(why);
+        if (!why.empty()) {
+            linger(STOP);
+            sleep(1);  // a launcher that sees us end ends the speaker
+            _exit(1);
+        }
+        if (told && t - told > 3) end_job(format("rank %d: ", me.rank) + failed);  // rank 0 does not take it
+        return false;
+    }
+
+    void watch() {
+        double next = now(), last = now();
+        for (;;) {
+            char notes[64];
+            const double until = reason.text.empty() ? next : std::min(next, reason.time + 0.2);
+            if (exchange(peers, wake[0], until - now()))
+                while (::read(wake[0], notes, sizeof(notes)) > 0) {}
+            const double t = now();
+            if (t - last > 4 * beat)  // stopped ourselves (a debugger, a sleeping machine): accuse nobody of that time
+                for (Peer& p : peers) p.heard += t - last, p.moved += t - last;
+            last = t;
+            uint32_t kind;
+            std::string body;
+            for (Peer& p : peers)
+                while (take(p, kind, body)) read(p, kind, body);
+            body.clear();
+            if (t >= next) {
+                next = t + beat;
+                send_beat();
+                std::lock_guard<std::mutex> lock(check_mutex);
+                if (check) body = check();
+            }
+            std::unique_lock<std::mutex> lock(mutex);
+            if (failure.empty()) failure = body;
+            const std::string failed = failure;
+            const bool done = leaving, abandon = abandoned;
+            for (const std::string& text : outbox) put(peers[0], REPORT, text);
+            outbox.clear();
+            lock.unlock();
+            if (abandon) return;
+            if (me.rank == 0 ? judge(t, failed, done) : follow(t, failed, done)) {
+                if (me.rank == 0) linger(BYE);
+                return;
+            }
+        }
+    }
+
+    void send_beat() {
+        std::unique_lock<std::mutex> lock(place_mutex);
+        const Place p = place;
+        lock.unlock();
+        if (me.rank == 0) peers[0].move_to(p);
+        const std::string body = format("%lld %lld %lld %s", p.moves, p.step, p.stage, p.doing.c_str());
+        for (Peer& to : peers)
+            if (to.fd >= 0 && to.out.empty()) put(to, BEAT, body);  // one that does not read gets no more
+    }
+};
+
+Channel job;  // this process's
 
 // =====================================================================================================================
 // Files. JSON as far as safetensors headers and our own state need it, safetensors in and out, writing without loss.
@@ -3657,28 +4766,88 @@ Json parse_json(const std::string& s) {
     return j;
 }
 
+// XXH64, as github.com/Cyan4973/xxHash's doc/xxhash_spec.md defines it, seed 0; `xxhsum -H1` gives the same.
+struct Hash {
+    static constexpr uint64_t P1 = 0x9E3779B185EBCA87, P2 = 0xC2B2AE3D27D4EB4F, P3 = 0x165667B19E3779F9,
+                              P4 = 0x85EBCA77C2B2AE63, P5 = 0x27D4EB2F165667C5;
+    uint64_t lanes[4] = {P1 + P2, P2, 0, 0 - P1}, total = 0;
+    unsigned char rest[32];
+
+    static uint64_t rotate(uint64_t x, int by) { return x << by | x >> (64 - by); }
+    static uint64_t round(uint64_t lane, uint64_t word) { return rotate(lane + word * P2, 31) * P1; }
+    template <typename W>
+    static W load(const unsigned char* p) {
+        W word;
+        memcpy(&word, p, sizeof(W));
+        return word;
+    }
+    void block(const unsigned char* p) {
+        for (int i = 0; i < 4; i++) lanes[i] = round(lanes[i], load<uint64_t>(p + 8 * i));
+    }
+    void add(const void* data, size_t bytes) {
+        auto* p = static_cast<const unsigned char*>(data);
+        const size_t had = total % 32, taken = had ? std::min(bytes, 32 - had) : 0;
+        total += bytes;
+        memcpy(rest + had, p, taken);
+        if (had && had + taken == 32) block(rest);
+        p += taken, bytes -= taken;
+        for (; bytes >= 32; p += 32, bytes -= 32) block(p);
+        if (bytes) memcpy(rest, p, bytes);
+    }
+    uint64_t value() const {
+        uint64_t h = P5;
+        if (total >= 32) {
+            h = rotate(lanes[0], 1) + rotate(lanes[1], 7) + rotate(lanes[2], 12) + rotate(lanes[3], 18);
+            for (uint64_t lane : lanes) h = (h ^ round(0, lane)) * P1 + P4;
+        }
+        h += total;
+        const unsigned char *p = rest, *end = rest + total % 32;
+        for (; p + 8 <= end; p += 8) h = rotate(h ^ round(0, load<uint64_t>(p)), 27) * P1 + P4;
+        if (p + 4 <= end) h = rotate(h ^ load<uint32_t>(p) * P1, 23) * P2 + P3, p += 4;
+        for (; p < end; p++) h = rotate(h ^ *p * P5, 11) * P1;
+        h = (h ^ h >> 33) * P2;
+        h = (h ^ h >> 29) * P3;
+        return h ^ h >> 32;
+    }
+    std::string text() const { return format("%016llx", (unsigned long long)value()); }
+};
+
 // A file being written: to PATH.tmp, fsynced and renamed by commit(); gone if commit is never reached.
 struct OutFile {
     std::string path, tmp;
-    FILE* f;
-    explicit OutFile(const std::string& path) : path(path), tmp(path + ".tmp"), f(fopen(tmp.c_str(), "wb")) {
-        if (!f) fail();
+    int fd;
+    Hash hash;
+    explicit OutFile(const std::string& path)
+        : path(path), tmp(path + ".tmp"), fd(open(tmp.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
+        if (fd < 0) fail();
     }
     ~OutFile() {
-        if (f) fclose(f), unlink(tmp.c_str());
+        if (fd >= 0) close(fd), unlink(tmp.c_str());
     }
     OutFile(const OutFile&) = delete;
     [[noreturn]] void fail() {
         throw Error(path + ": cannot be written: " + strerror(errno) + ". Give a place with room and rights.");
     }
     void write(const void* data, size_t bytes) {
-        if (fwrite(data, 1, bytes, f) != bytes) fail();
+        hash.add(data, bytes);
+        for (auto* p = static_cast<const char*>(data); bytes > 0;) {
+            const ssize_t done = ::write(fd, p, bytes);
+            if (done < 0 && errno == EINTR) continue;
+            if (done < 0) fail();
+            p += done, bytes -= done;
+        }
     }
+    void write(const std::string& text) { write(text.data(), text.size()); }
     void commit() {
-        if (fflush(f) || fsync(fileno(f))) fail();
-        FILE* done = f;
-        f = nullptr;
-        if (fclose(done) || rename(tmp.c_str(), path.c_str())) unlink(tmp.c_str()), fail();
+        if (fsync(fd)) fail();
+        const int done = fd;
+        fd = -1;
+        if (close(done) || rename(tmp.c_str(), path.c_str())) {
+            const int error = errno;
+            unlink(tmp.c_str());
+            errno = error;
+            fail();
+        }
     }
 };
 
@@ -3703,9 +4872,13 @@ void make_dirs(const std::string& path) {  // with the folders above it
     }
 }
 
+// A name in a folder is on the disk only when the folder is.
 void fsync_dir(const std::string& path) {
-    int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY);
-    if (fd >= 0) fsync(fd), close(fd);
+    const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    const bool done = fd >= 0 && (fsync(fd) == 0 || errno == EINVAL);  // some file systems have nothing to sync
+    const int error = errno;
+    if (fd >= 0) close(fd);
+    if (!done) throw Error(path + ": cannot be written to the disk: " + strerror(error) + ". Check the disk.");
 }
 
 // safetensors: uint64 length of a JSON header, the header (name: dtype, shape, data_offsets), then the data.
@@ -3713,10 +4886,16 @@ struct SaveTensor {
     std::string name, dtype;
     std::vector<size_t> shape;
     size_t bytes;
-    std::function<void(std::vector<char>&)> fill;  // gives the data, `bytes` of them
+    std::function<void(char* to, size_t offset, size_t count)> read;  // gives bytes of the data, from first to last
 };
 
-void save_safetensors(const std::string& path, const std::vector<SaveTensor>& tensors) {
+struct FileRecord {
+    std::string name;
+    uint64_t bytes;
+    std::string hash;
+};
+
+FileRecord save_safetensors(const std::string& path, const std::vector<SaveTensor>& tensors) {
     std::string header = "{";
     size_t at = 0;
     for (const SaveTensor& t : tensors) {
@@ -3730,15 +4909,17 @@ void save_safetensors(const std::string& path, const std::vector<SaveTensor>& te
     header.resize((header.size() + 7) / 8 * 8, ' ');
     OutFile out(path);
     uint64_t length = header.size();
-    out.write(&length, sizeof(length));
-    out.write(header.data(), header.size());
+    header.insert(0, reinterpret_cast<const char*>(&length), sizeof(length));
+    out.write(header);
     std::vector<char> data;
-    for (const SaveTensor& t : tensors) {
-        data.resize(t.bytes);
-        t.fill(data);
-        out.write(data.data(), t.bytes);
-    }
+    for (const SaveTensor& t : tensors)
+        for (size_t done = 0; done < t.bytes; done += data.size()) {
+            data.resize(std::min(t.bytes - done, HOST_CHUNK * sizeof(float)));
+            t.read(data.data(), done, data.size());
+            out.write(data.data(), data.size());
+        }
     out.commit();
+    return {path.substr(path.rfind('/') + 1), out.hash.total, out.hash.text()};
 }
 
 struct Safetensors {
@@ -3803,19 +4984,19 @@ struct Safetensors {
         }
     }
 
-    void read(const Entry& e, void* data) {
-        if (fseeko(f, e.begin, SEEK_SET) || fread(data, 1, e.bytes, f) != e.bytes)
+    void read(const Entry& e, void* data, size_t offset, size_t bytes) {
+        if (fseeko(f, e.begin + offset, SEEK_SET) || fread(data, 1, bytes, f) != bytes)
             throw Error(path + ": cannot be read to its end: it was cut short.");
     }
-    // F32 or BF16 as float
-    std::vector<float> floats(const std::string& name) {
+    // `count` elements from `first` on, F32 or BF16, as float
+    std::vector<float> floats(const std::string& name, size_t first, size_t count) {
         const Entry& e = entries.at(name);
-        std::vector<float> values(e.elements);
+        std::vector<float> values(count);
         if (e.dtype == "F32") {
-            read(e, values.data());
+            read(e, values.data(), first * 4, count * 4);
         } else if (e.dtype == "BF16") {
-            std::vector<uint16_t> raw(e.elements);
-            read(e, raw.data());
+            std::vector<uint16_t> raw(count);
+            read(e, raw.data(), first * 2, count * 2);
             for (size_t i = 0; i < raw.size(); i++) {
                 uint32_t bits = uint32_t(raw[i]) << 16;
                 memcpy(&values[i], &bits, 4);
@@ -3836,47 +5017,100 @@ std::vector<size_t> shape_of(const Tensor& t) {
     return t.cols ? std::vector<size_t>{t.rows, t.cols} : std::vector<size_t>{t.rows};
 }
 
-// Weights from a safetensors file with the paper's names (after `prefix`). All must be there, in the model's shapes;
-// all are looked at before the first is taken.
-void import_weights(Model& m, const std::string& path, const std::string& prefix = "") {
-    Safetensors file(path);
-    for (const Tensor& t : m.table.tensors) {
-        auto found = file.entries.find(prefix + t.name);
-        if (found == file.entries.end())
-            throw Error(path + ": lacks the tensor " + t.name + ". Check --backbone, --variant and --layers.");
-        if (found->second.shape != shape_of(t))
-            throw Error(path + ": " + t.name + " is " + shape_text(found->second.shape) + " there, " +
-                        shape_text(shape_of(t)) + " in this model. Check the model's flags.");
-        if (found->second.dtype != "F32" && found->second.dtype != "BF16")
-            throw Error(path + ": " + t.name + " is " + found->second.dtype + ". Only F32 and BF16 can be read.");
+// The files with the weights that a path means: itself, or of a folder (a checkpoint's) its model*.safetensors.
+std::vector<std::string> weight_files(const std::string& path) {
+    std::vector<std::string> files;
+    DIR* d = opendir(path.c_str());
+    if (!d) return {path};
+    while (dirent* e = readdir(d)) {
+        const std::string name = e->d_name, end = ".safetensors";
+        if (name.compare(0, 5, "model") == 0 && name.size() > end.size() &&
+            name.compare(name.size() - end.size(), end.size(), end) == 0)
+            files.push_back(path + "/" + name);
     }
-    for (auto& [name, entry] : file.entries) {
-        bool known = prefix.size() > 0;
-        for (const Tensor& t : m.table.tensors) known |= t.name == name;
-        if (!known) throw Error(path + ": holds " + name + ", which this model lacks. Check --variant and --layers.");
-    }
-    for (const Tensor& t : m.table.tensors) {
-        std::vector<float> values = file.floats(prefix + t.name);
-        values.resize(t.padded_rows * std::max<size_t>(t.cols, 1), 0.0f);
-        set_tensor(m, t, values);
-    }
+    closedir(d);
+    if (files.empty()) throw Error(path + ": holds no model*.safetensors. Give a file, or a checkpoint's folder.");
+    std::sort(files.begin(), files.end());
+    return files;
 }
 
-// Float32 weights (the masters), with the paper's names.
+// Weights from safetensors with the paper's names. All must be there, in the model's shapes, and nothing else; all are
+// looked at before the first is taken.
+void import_weights(Model& m, const std::string& path) {
+    std::vector<std::unique_ptr<Safetensors>> files;
+    std::map<std::string, Safetensors*> where;
+    for (const std::string& file : weight_files(path)) {
+        files.emplace_back(new Safetensors(file));
+        for (auto& [name, entry] : files.back()->entries) where[name] = files.back().get();
+    }
+    std::map<std::string, bool> known;
+    for (const Tensor& t : m.table.tensors) {
+        known[t.name] = true;
+        if (!where.count(t.name))
+            throw Error(path + ": lacks the tensor " + t.name + ". Check --backbone, --variant and --layers.");
+        const Safetensors& file = *where[t.name];
+        const Safetensors::Entry& entry = file.entries.at(t.name);
+        if (entry.shape != shape_of(t))
+            throw Error(file.path + ": " + t.name + " is " + shape_text(entry.shape) + " there, " +
+                        shape_text(shape_of(t)) + " in this model. Check the model's flags.");
+        if (entry.dtype != "F32" && entry.dtype != "BF16")
+            throw Error(file.path + ": " + t.name + " is " + entry.dtype + ". Only F32 and BF16 can be read.");
+    }
+    for (auto& [name, file] : where)
+        if (!known.count(name))
+            throw Error(file->path + ": holds " + name + ", which this model lacks. Check --variant and --layers.");
+    fill_parameters(m, [&](std::vector<float>& values, const Tensor& t, size_t, size_t first, size_t count) {
+        const size_t there = first < t.size() ? std::min(count, t.size() - first) : 0;
+        values = where[t.name]->floats(t.name, first, there);
+        values.resize(count, 0.0f);
+    });
+}
+
+// Float32 weights (the masters), with the paper's names. All ranks call, the first writes.
 void export_weights(const Model& m, const std::string& path) {
+    const bool cut = m.master ? m.storage.cut_state() : m.storage.cut_weights();
+    const Flat flat = m.master ? Flat(m.master) : Flat(m.params);
+    int held = -1;
+    std::vector<char> unit;
+    auto get = [&](int u) {
+        if (u != held) unit = get_unit(m, flat, cut, u), held = u;
+    };
+    if (ranks.rank > 0) {
+        for (int u = 0; cut && u < m.units(); u++) get(u);
+        return;
+    }
     std::vector<SaveTensor> tensors;
     for (const Tensor& t : m.table.tensors)
-        tensors.push_back({t.name, "F32", shape_of(t), t.size() * sizeof(float), [&m, &t](std::vector<char>& data) {
-                               memcpy(data.data(), get_tensor(m, t).data(), data.size());
+        tensors.push_back({t.name, "F32", shape_of(t), t.size() * sizeof(float),
+                           [&, at = t.offset](char* to, size_t offset, size_t count) {
+                               const int u = m.table.unit_of(at);
+                               get(u);
+                               const size_t first = at - m.table.units[u].begin + offset / sizeof(float);
+                               for (size_t i = 0; i < count / sizeof(float); i++) {
+                                   float x;
+                                   if (flat.half) {
+                                       __nv_bfloat16 half;
+                                       memcpy(&half, &unit[(first + i) * sizeof(half)], sizeof(half));
+                                       x = float(half);
+                                   } else {
+                                       memcpy(&x, &unit[(first + i) * sizeof(x)], sizeof(x));
+                                   }
+                                   memcpy(to + i * sizeof(x), &x, sizeof(x));
+                               }
                            }});
     save_safetensors(path, tensors);
 }
 
 // =====================================================================================================================
-// Checkpoint: a directory OUT/step_NNNNNNNN with model.safetensors (weights as trained, the paper's names),
-// optimizer_rank0.safetensors (flat moments, and masters in bf16) and state.json (step, seed, configuration, the
-// loader's position; random numbers are functions of seed and step, so there is no other state). It is written as
-// OUT/.step_NNNNNNNN and renamed when all of it is on the disk: what has the name is complete.
+// Checkpoint: a directory OUT/step_NNNNNNNN. Of n ranks each writes its shard:
+//   model.safetensors, or model-0000I-of-0000K.safetensors and an index of them as Hugging Face has it: the weights as
+//                                trained, with the paper's names, whole tensors; units are dealt to the ranks
+//   optimizer_rankR.safetensors  the shard of the moments and, in bf16, the masters
+//   state.json                   step, seed, configuration, the loader's position, counts; size and XXH64 of every other
+//                                file, and of itself. Random numbers are functions of seed and step: no other state.
+// It is the same at every ZeRO level. Files are written to OUT/.step_NNNNNNNN and fsynced; when every rank has told the
+// first that its own are there, that one writes state.json and renames: what has the name is complete. What cannot be
+// written is given up with a warning, training goes on, and the checkpoints before it stay.
 
 // What a checkpoint and a run must share.
 std::vector<std::pair<std::string, std::string>> config_fields(const Config& c, const Storage& s) {
@@ -3901,9 +5135,10 @@ std::vector<std::pair<std::string, std::string>> config_fields(const Config& c, 
 }
 
 struct TrainState {
-    int64_t step = 0;  // updates done
+    int64_t step = 0;  // done
     uint64_t seed = 0;
     LoaderState loader = {0, 0};
+    int64_t updates = 0, skipped = 0;  // of the steps
 };
 
 std::string checkpoint_name(int64_t step) { return format("step_%08lld", (long long)step); }
@@ -3933,95 +5168,387 @@ void remove_dir(const std::string& path) {  // a checkpoint's: files only
     }
 }
 
+// A checkpoint loses its name first: cut off in the middle, the removal leaves nothing that looks like one.
+void remove_checkpoint(const std::string& out, int64_t step) {
+    const std::string name = checkpoint_name(step), old = out + "/.old_" + name;
+    remove_dir(old);
+    if (rename((out + "/" + name).c_str(), old.c_str()) == 0) remove_dir(old);
+}
+
+// What an interrupted save or removal has left.
+void remove_leftovers(const std::string& out) {
+    std::vector<std::string> found;
+    if (DIR* d = opendir(out.c_str())) {
+        while (dirent* e = readdir(d))
+            if (!strncmp(e->d_name, ".step_", 6) || !strncmp(e->d_name, ".old_step_", 10))
+                found.push_back(out + "/" + e->d_name);
+        closedir(d);
+    }
+    for (const std::string& path : found) remove_dir(path);
+}
+
 std::vector<std::pair<std::string, Flat>> optimizer_state(const Model& m) {
     std::vector<std::pair<std::string, Flat>> parts = {{"m", m.m}, {"v", m.v}};
     if (m.master) parts.push_back({"master", m.master});
     return parts;
 }
+std::string optimizer_file(int rank) { return format("optimizer_rank%d.safetensors", rank); }
 
-void save_checkpoint(const Model& m, const std::string& out, const TrainState& s, int keep) {
-    const std::string name = checkpoint_name(s.step), final_dir = out + "/" + name, dir = out + "/." + name;
-    remove_dir(dir);
-    if (mkdir(dir.c_str(), 0777)) throw Error(dir + ": cannot be made: " + strerror(errno) + ". Check --out.");
-    try {
-        std::vector<SaveTensor> tensors;
-        for (const Tensor& t : m.table.tensors)
-            tensors.push_back(
-                {t.name, DTYPE, shape_of(t), t.size() * sizeof(floatX), [&m, &t](std::vector<char>& data) {
-                     CHECK(cudaMemcpy(data.data(), m.params + t.offset, data.size(), cudaMemcpyDeviceToHost));
-                 }});
-        save_safetensors(dir + "/model.safetensors", tensors);
-        tensors.clear();
-        for (auto [part, buffer] : optimizer_state(m))
-            tensors.push_back({part,
-                               buffer.dtype(),
-                               {m.table.size},
-                               m.table.size * buffer.width(),
-                               [p = buffer.p](std::vector<char>& data) {
-                                   CHECK(cudaMemcpy(data.data(), p, data.size(), cudaMemcpyDeviceToHost));
-                               }});
-        save_safetensors(dir + "/optimizer_rank0.safetensors", tensors);
-        std::string json =
-            format("{\n  \"step\": %lld,\n  \"seed\": %llu,\n", (long long)s.step, (unsigned long long)s.seed);
-        json += format("  \"loader\": {\"epoch\": %llu, \"window\": %llu},\n", (unsigned long long)s.loader.epoch,
-                       (unsigned long long)s.loader.window);
+// The files of weights of a checkpoint: as many as ranks, if there are units enough. -1: the rank writes none.
+int model_files(const Model& m) { return std::min(ranks.size, m.units()); }
+int model_file_of(const Model& m, int unit) { return int(int64_t(unit) * model_files(m) / m.units()); }
+std::string model_file(const Model& m, int i) {
+    return model_files(m) == 1 ? "model.safetensors" : format("model-%05d-of-%05d.safetensors", i + 1, model_files(m));
+}
+
+// Writes checkpoints, in the foreground or, from a copy in host memory, behind the training's back.
+struct Saver {
+    std::string out;
+    int keep = 0;             // the newest that stay, 0: all
+    bool background = false;
+    std::function<void()> moved = [] {};  // tells, in the training's thread, that work goes on
+    std::string failure;      // why the last save was given up, "" if it was not; the first rank's, after finish()
+
+    // One file of this rank, by name.
+    using Files = std::vector<std::pair<std::string, std::vector<SaveTensor>>>;
+    std::thread writer;
+    std::atomic<bool> writing{false};
+    std::atomic<uint64_t> pieces{0};  // read or written so far by the writer
+    char* copy = nullptr;             // pinned, of copy_bytes
+    size_t copy_bytes = 0;
+
+    ~Saver() {
+        if (writer.joinable()) writer.join();
+        if (copy) cudaFreeHost(copy);
+    }
+
+    void finish() {
+        for (uint64_t seen = 0; writing; usleep(1000))
+            if (pieces != seen) seen = pieces, moved();
+        if (writer.joinable()) writer.join();
+    }
+
+    // All ranks call, between steps. Returns when the training may go on.
+    void save(Model& m, const TrainState& state) {
+        finish();
+        CHECK(cudaStreamSynchronize(m.stream));
+        if (ranks.size > 1) CHECK(cudaStreamSynchronize(ranks.stream));
+        Files files = own_files(m);
+        const std::string head = manifest_head(m, state);
+        const std::vector<std::string> index = weight_index(m);
+        if (background && copy_all(files)) {
+            writing = true;
+            writer = std::thread([=, step = state.step] {
+                write_all(step, files, head, index, [this] { pieces++; });
+                writing = false;
+            });
+        } else {
+            write_all(state.step, files, head, index, moved);
+        }
+    }
+
+private:
+    Files own_files(Model& m) {
+        Files files;
+        std::vector<SaveTensor> weights, state;
+        const bool cut = m.storage.cut_weights();
+        for (int u = 0; u < m.units(); u++) {
+            std::shared_ptr<std::vector<char>> gathered;
+            if (cut) gathered.reset(new std::vector<char>(get_unit(m, m.params, true, u)));
+            moved();
+            if (model_file_of(m, u) != ranks.rank) continue;
+            const Unit& unit = m.table.units[u];
+            for (size_t i = unit.tensor; i < unit.tensor + unit.tensors; i++) {
+                const Tensor& t = m.table.tensors[i];
+                auto read = [p = m.params + t.offset, gathered, skip = (t.offset - unit.begin) * sizeof(floatX)](
+                                char* to, size_t offset, size_t count) {
+                    if (gathered) return void(memcpy(to, gathered->data() + skip + offset, count));
+                    const char* from = reinterpret_cast<const char*>(p) + offset;
+                    CHECK(cudaMemcpy(to, from, count, cudaMemcpyDeviceToHost));
+                };
+                weights.push_back({t.name, DTYPE, shape_of(t), t.size() * sizeof(floatX), read});
+            }
+        }
+        if (!weights.empty()) files.push_back({model_file(m, ranks.rank), weights});
+        for (auto& [part, flat] : optimizer_state(m)) {
+            // the shard's bytes from `offset` on: of all that is here, or of the pieces
+            auto read = [&m, flat = flat](char* to, size_t offset, size_t count) {
+                const size_t width = flat.width(), first = offset / width, end = first + count / width;
+                for (int u = 0; u < m.units(); u++) {
+                    const Piece p = m.piece(u);
+                    const size_t begin = std::max(first, p.shard), stop = std::min(end, p.shard + p.size);
+                    if (begin >= stop) continue;
+                    const size_t at = m.storage.cut_state() ? begin : p.whole + begin - p.shard;
+                    CHECK(cudaMemcpy(to + (begin - first) * width, flat.at(at).p, (stop - begin) * width,
+                                     cudaMemcpyDeviceToHost));
+                }
+            };
+            const size_t size = m.table.shard_size();
+            state.push_back({part, flat.dtype(), {size}, size * flat.width(), read});
+        }
+        files.push_back({optimizer_file(ranks.rank), state});
+        return files;
+    }
+
+    // The device's bytes to host memory, so that the device may go on. False: there is not enough of it.
+    bool copy_all(Files& files) {
+        size_t bytes = 0;
+        for (auto& [name, tensors] : files)
+            for (SaveTensor& t : tensors) bytes += t.bytes;
+        if (bytes > copy_bytes) {
+            if (copy) cudaFreeHost(copy);
+            copy = nullptr, copy_bytes = 0;
+            if (cudaMallocHost(&copy, bytes) != cudaSuccess) {
+                cudaGetLastError();
+                fprintf(stderr, "train_gpt: --save-async: no %.1f GiB of host memory for a copy; saving in the "
+                        "foreground.\n", bytes / 1073741824.0);
+                return background = false;
+            }
+            copy_bytes = bytes;
+        }
+        char* at = copy;
+        for (auto& [name, tensors] : files)
+            for (SaveTensor& t : tensors) {
+                for (size_t done = 0; done < t.bytes;) {
+                    const size_t count = std::min(t.bytes - done, HOST_CHUNK * sizeof(float));
+                    t.read(at + done, done, count);
+                    done += count;
+                    moved();
+                }
+                t.read = [from = at](char* to, size_t offset, size_t count) { memcpy(to, from + offset, count); };
+                at += t.bytes;
+            }
+        return true;
+    }
+
+    static std::string manifest_head(const Model& m, const TrainState& s) {
+        std::string json = format("{\n  \"step\": %lld,\n  \"seed\": %llu,\n  \"updates\": %lld,\n  \"skipped\": %lld,\n",
+                                  (long long)s.step, (unsigned long long)s.seed, (long long)s.updates,
+                                  (long long)s.skipped);
+        json += format("  \"ranks\": %d,\n  \"loader\": {\"epoch\": %llu, \"window\": %llu},\n", ranks.size,
+                       (unsigned long long)s.loader.epoch, (unsigned long long)s.loader.window);
         json += "  \"config\": {";
         for (auto& [key, value] : config_fields(m.c, m.storage))
             json += (json.back() == '{' ? "" : ", ") + ("\"" + key + "\": \"" + value + "\"");
-        json += "}\n}\n";
+        return json + "},\n";
+    }
+
+    // Lines of Hugging Face's index; none with one file.
+    static std::vector<std::string> weight_index(const Model& m) {
+        std::vector<std::string> lines;
+        if (ranks.rank > 0 || model_files(m) == 1) return lines;
+        for (const Tensor& t : m.table.tensors)
+            lines.push_back("\"" + t.name + "\": \"" + model_file(m, model_file_of(m, m.table.unit_of(t.offset))) + "\"");
+        return lines;
+    }
+
+    // Writes this rank's files and tells the first rank, which waits for all and completes the checkpoint.
+    void write_all(int64_t step, const Files& files, const std::string& head, const std::vector<std::string>& index,
+                   const std::function<void()>& tick) {
+        const std::string name = checkpoint_name(step), dir = out + "/." + name;
+        std::string error, report = format("saved %lld\n", (long long)step);
+        try {
+            if (mkdir(dir.c_str(), 0777) && errno != EEXIST)
+                throw Error(dir + ": cannot be made: " + strerror(errno) + ". Give a place with room and rights.");
+            for (auto& [file, tensors] : files) {
+                std::vector<SaveTensor> watched = tensors;
+                for (SaveTensor& t : watched)
+                    t.read = [&tick, read = t.read](char* to, size_t offset, size_t count) {
+                        read(to, offset, count);
+                        tick();
+                    };
+                const FileRecord r = save_safetensors(dir + "/" + file, watched);
+                report += format("%s %llu %s\n", r.name.c_str(), (unsigned long long)r.bytes, r.hash.c_str());
+            }
+        } catch (const std::exception& e) {
+            error = e.what();
+            report = format("failed %lld\n%s\n", (long long)step, error.c_str());
+        }
+        if (ranks.rank > 0) return job.report(report);
+        try {
+            std::vector<FileRecord> records = gather_reports(step, report, tick);
+            complete(step, dir, records, head, index);
+            failure = "";
+        } catch (const std::exception& e) {
+            remove_dir(dir);
+            failure = e.what();
+            fprintf(stderr, "train_gpt: warning: no checkpoint of step %lld: %s\n", (long long)step, e.what());
+        }
+    }
+
+    // What all ranks have written for `step`; throws what one of them could not.
+    std::vector<FileRecord> gather_reports(int64_t step, const std::string& own, const std::function<void()>& tick) {
+        std::vector<FileRecord> records;
+        auto take = [&](int rank, const std::string& report) {
+            long long of = -1;
+            int used = 0;
+            if (sscanf(report.c_str(), "failed %lld\n%n", &of, &used) == 1 && of == step) {
+                const std::string why = report.substr(used, report.find('\n', used) - used);
+                throw Error((rank ? format("rank %d: ", rank) : "") + why);
+            }
+            if (sscanf(report.c_str(), "saved %lld\n%n", &of, &used) != 1 || of != step) return false;
+            const char* p = report.c_str() + used;
+            char name[256], hash[32];
+            unsigned long long bytes;
+            for (int n; sscanf(p, "%255s %llu %31s\n%n", name, &bytes, hash, &n) == 3; p += n)
+                records.push_back({name, bytes, hash});
+            return true;
+        };
+        take(0, own);
+        for (int missing = ranks.size - 1; missing > 0;) {
+            for (auto& [rank, report] : job.take_reports(true, 0.5)) missing -= take(rank, report);
+            tick();
+        }
+        return records;
+    }
+
+    void complete(int64_t step, const std::string& dir, std::vector<FileRecord>& records, const std::string& head,
+                  const std::vector<std::string>& index) {
+        if (!index.empty()) {
+            std::string json = "{\"metadata\": {}, \"weight_map\": {\n";
+            for (const std::string& line : index) json += line + (&line == &index.back() ? "\n" : ",\n");
+            OutFile file(dir + "/model.safetensors.index.json");
+            file.write(json + "}}\n");
+            file.commit();
+            records.push_back({"model.safetensors.index.json", file.hash.total, file.hash.text()});
+        }
+        std::string json = head + "  \"files\": {";
+        std::map<std::string, bool> ours = {{"state.json", true}};
+        for (const FileRecord& r : records) {
+            json += json.back() == '{' ? "\n" : ",\n";
+            json += format("    \"%s\": {\"bytes\": %llu, \"xxh64\": \"%s\"}", r.name.c_str(),
+                           (unsigned long long)r.bytes, r.hash.c_str());
+            ours[r.name] = true;
+        }
+        json += "},\n";
+        Hash hash;
+        hash.add(json.data(), json.size());
         OutFile state(dir + "/state.json");
-        state.write(json.data(), json.size());
+        state.write(json + "  \"checksum\": \"" + hash.text() + "\"\n}\n");
         state.commit();
+        std::vector<std::string> foreign;  // of an earlier try, by other ranks
+        if (DIR* d = opendir(dir.c_str())) {
+            while (dirent* e = readdir(d))
+                if (e->d_name[0] != '.' && !ours.count(e->d_name)) foreign.push_back(dir + "/" + e->d_name);
+            closedir(d);
+        }
+        for (const std::string& path : foreign) unlink(path.c_str());
         fsync_dir(dir);
+        const std::string final_dir = out + "/" + checkpoint_name(step);
+        remove_checkpoint(out, step);  // a damaged one, else this step would not have come again
         if (rename(dir.c_str(), final_dir.c_str()))
             throw Error(final_dir + ": cannot be made: " + strerror(errno) + ". Check --out.");
-    } catch (...) {
-        remove_dir(dir);
-        throw;
+        fsync_dir(out);
+        std::vector<int64_t> steps = list_checkpoints(out);  // later ones than this are damaged: they do not count
+        steps.erase(std::upper_bound(steps.begin(), steps.end(), step), steps.end());
+        for (size_t i = 0; keep > 0 && i + keep < steps.size(); i++) remove_checkpoint(out, steps[i]);
     }
-    fsync_dir(out);
-    std::vector<int64_t> steps = list_checkpoints(out);
-    for (size_t i = 0; keep > 0 && i + keep < steps.size(); i++) remove_dir(out + "/" + checkpoint_name(steps[i]));
-}
+};
 
-TrainState load_checkpoint(Model& m, const std::string& dir) {
-    const std::string path = dir + "/state.json";
-    TrainState s;
+struct Manifest {
+    TrainState state;
+    int ranks = 0;
+    Json json;
+    std::vector<FileRecord> files;
+};
+
+Manifest read_manifest(const std::string& dir) {
+    const std::string path = dir + "/state.json", text = read_file(path);
+    Manifest m;
     try {
-        Json j = parse_json(read_file(path));
+        const size_t end = text.rfind("  \"checksum\"");
+        Hash hash;
+        hash.add(text.data(), std::min(end, text.size()));
+        m.json = parse_json(text);
+        const Json *checksum = m.json.find("checksum"), *files = m.json.find("files");
+        if (end == std::string::npos || !checksum || checksum->string != hash.text())
+            throw Error("its checksum is wrong, it was damaged");
         auto number = [](const Json* in, const char* key) {
             const Json* n = in ? in->find(key) : nullptr;
             if (!n || n->kind != Json::number) throw Error(std::string("lacks the number ") + key);
             return strtoull(n->string.c_str(), nullptr, 10);
         };
-        s.step = int64_t(number(&j, "step"));
-        s.seed = number(&j, "seed");
-        s.loader = {number(j.find("loader"), "epoch"), number(j.find("loader"), "window")};
-        const Json* config = j.find("config");
-        for (auto& [key, value] : config_fields(m.c, m.storage)) {
-            const Json* there = config ? config->find(key) : nullptr;
-            if (!there || there->string != value)
-                throw Error("the checkpoint has " + key + " " + (there ? there->string : "unknown") + ", this run " +
-                            value + ". Resume with the flags of the first run");
+        m.state.step = int64_t(number(&m.json, "step"));
+        m.state.seed = number(&m.json, "seed");
+        m.state.loader = {number(m.json.find("loader"), "epoch"), number(m.json.find("loader"), "window")};
+        m.state.updates = int64_t(number(&m.json, "updates")), m.state.skipped = int64_t(number(&m.json, "skipped"));
+        m.ranks = int(number(&m.json, "ranks"));
+        if (m.ranks < 1 || m.ranks > 1 << 20 || !files) throw Error("lacks ranks or files");
+        for (auto& [name, f] : files->fields) {
+            const Json* hash = f.find("xxh64");
+            if (!hash || name.find('/') != std::string::npos) throw Error("has a bad entry for " + name);
+            m.files.push_back({name, number(&f, "bytes"), hash->string});
         }
     } catch (const Error& e) {
         throw Error(path + ": " + e.what() + ".");
     }
-    import_weights(m, dir + "/model.safetensors");
-    Safetensors file(dir + "/optimizer_rank0.safetensors");
-    std::vector<char> values;
-    for (auto& [part, buffer] : optimizer_state(m)) {
-        auto found = file.entries.find(part);
-        if (found == file.entries.end() || found->second.elements != m.table.size ||
-            found->second.dtype != buffer.dtype())
-            throw Error(file.path + ": lacks the tensor " + part +
-                        " or has it in another shape. Delete this checkpoint "
-                        "to resume from the one before.");
-        values.resize(found->second.bytes);
-        file.read(found->second, values.data());
-        CHECK(cudaMemcpy(buffer.p, values.data(), values.size(), cudaMemcpyHostToDevice));
+    return m;
+}
+
+// Reads this rank's share of a checkpoint's files, to see that they are as they were written.
+void verify_checkpoint(const std::string& dir, const std::function<void()>& moved) {
+    const Manifest m = read_manifest(dir);
+    std::vector<char> data(HOST_CHUNK);
+    for (size_t i = ranks.rank; i < m.files.size(); i += ranks.size) {
+        const std::string path = dir + "/" + m.files[i].name;
+        FILE* f = fopen(path.c_str(), "rb");
+        if (!f) throw Error(path + ": cannot be read: " + strerror(errno) + ".");
+        Hash hash;
+        for (size_t n; (n = fread(data.data(), 1, data.size(), f)) > 0; moved()) hash.add(data.data(), n);
+        const bool bad = ferror(f);
+        fclose(f);
+        if (bad) throw Error(path + ": cannot be read to its end: " + strerror(EIO) + ".");
+        if (hash.total != m.files[i].bytes)
+            throw Error(path + format(": has %llu bytes, %llu were written.", (unsigned long long)hash.total,
+                                      (unsigned long long)m.files[i].bytes));
+        if (hash.text() != m.files[i].hash) throw Error(path + ": its checksum is wrong, it was damaged.");
     }
-    return s;
+}
+
+// Takes a checkpoint of any number of ranks.
+TrainState load_checkpoint(Model& m, const std::string& dir) {
+    const Manifest manifest = read_manifest(dir);
+    const Json* config = manifest.json.find("config");
+    for (auto& [key, value] : config_fields(m.c, m.storage)) {
+        const Json* there = config ? config->find(key) : nullptr;
+        if (!there || there->string != value)
+            throw Error(dir + "/state.json: the checkpoint has " + key + " " + (there ? there->string : "unknown") +
+                        ", this run " + value + ". Resume with the flags of the first run.");
+    }
+    import_weights(m, dir);
+
+    // Pieces of n ranks from those of as many as there were: within a unit, positions mean the same.
+    const TensorTable old = build_table(m.c, manifest.ranks);
+    std::vector<char> values;
+    for (int r = 0; r < old.ranks; r++) {
+        std::unique_ptr<Safetensors> file;
+        for (auto& [part, flat] : optimizer_state(m)) {
+            for (int u = 0; u < m.units(); u++) {
+                const Unit &unit = m.table.units[u], &old_unit = old.units[u];
+                const Piece own = m.piece(u), theirs = old.piece(u, r);
+                const bool cut = m.storage.cut_state();
+                const size_t from = cut ? own.whole - unit.begin : 0, to = from + (cut ? own.size : unit.size);
+                const size_t begin = std::max(from, theirs.whole - old_unit.begin);
+                const size_t end = std::min(to, theirs.whole - old_unit.begin + theirs.size);
+                if (begin >= end) continue;
+                if (!file) file.reset(new Safetensors(dir + "/" + optimizer_file(r)));
+                auto found = file->entries.find(part);
+                if (found == file->entries.end() || found->second.elements != old.shard_size() ||
+                    found->second.dtype != flat.dtype())
+                    throw Error(file->path + ": lacks the tensor " + part +
+                                " or has it in another shape. Delete this checkpoint to resume from the one before.");
+                const size_t at = theirs.shard + begin - (theirs.whole - old_unit.begin), width = flat.width();
+                values.resize((end - begin) * width);
+                file->read(found->second, values.data(), at * width, values.size());
+                CHECK(cudaMemcpy(flat.at(cut ? own.shard + begin - from : unit.begin + begin).p, values.data(),
+                                 values.size(), cudaMemcpyHostToDevice));
+            }
+        }
+    }
+    Numbers n = {};
+    n.updates = manifest.state.updates, n.skipped = manifest.state.skipped;
+    CHECK(cudaMemcpy(m.numbers, &n, sizeof(n), cudaMemcpyHostToDevice));
+    return manifest.state;
 }
 
 // =====================================================================================================================
@@ -4057,39 +5584,67 @@ std::vector<int> sample(Model& m, std::vector<int> tokens, int n, int vocabulary
 
 // =====================================================================================================================
 // The run's log, OUT/log.csv: a row a step, losses at nine significant digits (exact for float32). Step 1 is the first
-// update; its loss is that before the update. val_loss is empty where nothing was validated.
+// update; its loss is that before the update. val_loss is empty where nothing was validated; note says `skipped` of a
+// step without an update and `spike` of a loss far above those before it.
 
-const char LOG_HEADER[] = "step,loss,lr,grad_norm,tokens_per_s,val_loss";
+const char LOG_HEADER[] = "step,loss,lr,grad_norm,tokens_per_s,val_loss,note";
+
+// Finds losses that stand out: above the running mean by 5 standard deviations and 3%. Means over about 50 steps.
+struct Spikes {
+    double mean = 0, variance = 0;
+    int64_t seen = 0;
+    bool add(float loss) {
+        if (!std::isfinite(loss)) return false;
+        const double weight = 1.0 / std::min<int64_t>(++seen, 50);
+        const double limit = mean + std::max(5 * sqrt(variance), 0.03 * fabs(mean));
+        const bool spike = seen > 20 && loss > limit;
+        const double off = (spike ? limit : double(loss)) - mean;  // one spike does not hide the next
+        mean += weight * off;
+        variance = (1 - weight) * (variance + weight * off * off);
+        return spike;
+    }
+};
 
 struct Log {
-    FILE* f = nullptr;
+    int fd = -1;
+    std::string path, waiting;  // rows that the disk has not taken yet
+    Spikes spikes;
 
     // Begins anew, or after a resume at `step` goes on behind that step's row: later rows will be made again.
-    void open(const std::string& path, int64_t step) {
+    void open(const std::string& path_, int64_t step) {
+        path = path_;
         std::string kept = std::string(LOG_HEADER) + "\n";
         if (step > 0) {
             const std::string old = read_file(path);
             if (old.compare(0, kept.size(), kept)) throw Error(path + ": not a log of this program. Move it away.");
             size_t at = kept.size(), end;
             while ((end = old.find('\n', at)) != std::string::npos && strtoll(old.c_str() + at, nullptr, 10) <= step) {
+                const char* comma = strchr(old.c_str() + at, ',');
+                spikes.add(comma ? strtof(comma + 1, nullptr) : NAN);
                 kept.append(old, at, end + 1 - at);
                 at = end + 1;
             }
         }
         OutFile out(path);
-        out.write(kept.data(), kept.size());
+        out.write(kept);
         out.commit();
-        f = fopen(path.c_str(), "a");
-        if (!f) throw Error(path + ": cannot be written: " + strerror(errno) + ". Check --out.");
+        fd = ::open(path.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);
+        if (fd < 0) throw Error(path + ": cannot be written: " + strerror(errno) + ". Check --out.");
     }
-    void row(int64_t step, float loss, double lr, float grad_norm, double tokens_per_s, const float* val_loss) {
-        fprintf(f, "%lld,%.9g,%.12g,%.9g,%.6g,", (long long)step, loss, lr, grad_norm, tokens_per_s);
-        if (val_loss) fprintf(f, "%.9g", *val_loss);
-        fputc('\n', f);
-        if (fflush(f)) throw Error(std::string("log.csv: cannot be written: ") + strerror(errno) + ". Make room.");
+    void row(int64_t step, float loss, double lr, float grad_norm, double tokens_per_s, const float* val_loss,
+             const char* note) {
+        const bool waited = !waiting.empty();
+        waiting += format("%lld,%.9g,%.12g,%.9g,%.6g,", (long long)step, loss, lr, grad_norm, tokens_per_s);
+        if (val_loss) waiting += format("%.9g", *val_loss);
+        waiting += std::string(",") + note + "\n";
+        const ssize_t done = ::write(fd, waiting.data(), waiting.size());
+        if (done > 0) waiting.erase(0, done);
+        if (!waiting.empty() && !waited)  // a full disk does not end a training: the rows are kept and tried again
+            fprintf(stderr, "train_gpt: warning: %s: cannot be written: %s. Make room; training goes on.\n", path.c_str(),
+                    done < 0 ? strerror(errno) : "no room");
     }
     ~Log() {
-        if (f) fclose(f);
+        if (fd >= 0) close(fd);
     }
 };
 
@@ -4110,12 +5665,14 @@ struct Device {
     std::string name;
     double flops, peak, copy;  // FLOP/s of large matmuls, the datasheet's, bytes/s read plus written
     double memory;             // bytes
+    double link, network;      // bytes/s that a rank can send within a node of eight, and beyond
 };
 const Device DEVICES[] = {
-    {"h200", 788e12, 989e12, 4.3e12, 139.0 * (1 << 30)},  // matmul and copy measured with PyTorch 2.11
-    {"h100", 989e12, 989e12, 3.35e12, 79.0 * (1 << 30)},  // SXM5, datasheet: nobody reaches it
-    {"a100", 312e12, 312e12, 2.0e12, 79.0 * (1 << 30)},   // SXM4 80 GB, datasheet
-    {"2-cores", 215e9, 215e9, 58e9, 16.0 * (1 << 30)},    // an AMD EPYC with AVX-512, fp32, measured
+    // matmul and copy measured with PyTorch 2.11; NVLink 4 and 400 Gbit/s a GPU by their datasheets
+    {"h200", 788e12, 989e12, 4.3e12, 139.0 * (1 << 30), 450e9, 50e9},
+    {"h100", 989e12, 989e12, 3.35e12, 79.0 * (1 << 30), 450e9, 50e9},  // SXM5, datasheet: nobody reaches it
+    {"a100", 312e12, 312e12, 2.0e12, 79.0 * (1 << 30), 300e9, 25e9},   // SXM4 80 GB, datasheet
+    {"2-cores", 215e9, 215e9, 58e9, 16.0 * (1 << 30), 5e9, 5e9},       // an AMD EPYC with AVX-512, fp32, measured but links
 };
 
 Device parse_device(const std::string& text) {
@@ -4124,13 +5681,17 @@ Device parse_device(const std::string& text) {
         if (d.name == text) return d;
         names += d.name + ", ";
     }
-    double tflops, copy, memory;
+    double tflops, copy, memory, link = 0;
     int used = 0;
-    if (sscanf(text.c_str(), "%lf,%lf,%lf%n", &tflops, &copy, &memory, &used) == 3 && size_t(used) == text.size() &&
-        tflops > 0 && copy > 0 && memory > 0)
-        return {text, tflops * 1e12, tflops * 1e12, copy * 1e9, memory * (1 << 30)};
+    const char* p = text.c_str();
+    if (sscanf(p, "%lf,%lf,%lf%n", &tflops, &copy, &memory, &used) == 3) {
+        int more = 0;
+        if (sscanf(p + used, ",%lf%n", &link, &more) == 1) used += more;
+        if (size_t(used) == text.size() && tflops > 0 && copy > 0 && memory > 0 && link >= 0)
+            return {text, tflops * 1e12, tflops * 1e12, copy * 1e9, memory * (1 << 30), link * 1e9, link * 1e9};
+    }
     throw Error("--device: '" + text + "' is unknown. Give one of " + names +
-                "or TFLOP/s,GB/s,GiB: matmul rate, copy speed, memory.");
+                "or TFLOP/s,GB/s,GiB[,GB/s]: matmul rate, copy speed, memory, what a rank can send.");
 }
 
 struct Work {
@@ -4144,6 +5705,7 @@ std::vector<Work> step_work(const Model& m, int micro, const Device& device) {
     const Config& c = m.c;
     const double N = double(m.N()), C = c.C, QKV = c.QKV(), F = c.F(), FF = c.FF(), Vp = c.Vp(), X = sizeof(floatX);
     const double kv = double(c.NKV) * c.HS(), P = double(m.table.size), G = m.grads.width(), moment = m.m.width();
+    const double updated = m.storage.cut_state() ? P / m.storage.ranks : P;
     const Recompute level = m.storage.recompute;
     auto add = [&](const char* kind, double times, double flops, double bytes) {
         if (work.empty() || work.back().kind != kind) work.push_back({kind, 0, 0, 0});
@@ -4186,9 +5748,29 @@ std::vector<Work> step_work(const Model& m, int micro, const Device& device) {
     add("norms, RoPE, SwiGLU, backward", layers, 0, rows_backward);
     add("norms, RoPE, SwiGLU, backward", micro, 0, X * N * 3 * C);
     add("embedding, backward", micro, 0, N * C * (X + 2 * G));
-    add("gradient norm", 1, 0, P * G);
-    add("AdamW", 1, 0, P * (G + 4 * moment + (BF16 && !m.storage.no_master ? 8 + X : 2 * X)));
+    add("gradient norm", 1, 0, P / m.storage.ranks * G);
+    add("AdamW", 1, 0, updated * (G + 4 * moment + (BF16 && !m.storage.no_master ? 8 + X : 2 * X)));
     return work;
+}
+
+// Bytes that a rank sends in a step of `micro` micro-batches: what Ranks counts, from the sizes alone. With cut weights
+// the units that are still in their slots are not gathered again: in a backward the last two layers, in a later
+// micro-batch the first two, and what is tied.
+double step_sent(const Model& m, int micro) {
+    const Storage& s = m.storage;
+    const double n = s.ranks, P = double(m.table.size), G = m.grads.width(), X = sizeof(floatX);
+    if (s.ranks == 1) return 0;
+    double bytes = 2 * sizeof(Numbers::summed);
+    bytes += P * G * (s.zero == 0 ? 2 : s.cut_gradients() ? micro : 1);
+    if (s.zero == 1 || s.zero == 2) bytes += P * X;
+    if (s.cut_weights()) {
+        double layers = 0, ends = 0;
+        for (int u = 0; u < m.units(); u++)
+            (u == 0 || u == m.units() - 1 ? ends : layers) += double(m.table.units[u].size) * X;
+        const double again = layers * std::max(0, m.c.L - 2) / m.c.L;
+        bytes += layers + ends + again + (micro - 1) * (2 * again + (m.table.tied() ? 0 : ends));
+    }
+    return bytes * (n - 1) / n;
 }
 
 // FLOPs of the model a token, recomputation not counted: 6 for each parameter that is multiplied (not the embedding's),
@@ -4200,25 +5782,41 @@ double model_flops(const Model& m) {
     return 6 * (double(m.table.parameters) - table - positions) + 6.0 * c.L * c.T * c.C;
 }
 
+// Least seconds of a step: its kernels, or its communication if that takes longer, since they may overlap.
+double least_seconds(const Model& m, int micro, const Device& device) {
+    double seconds = 0;
+    for (const Work& w : step_work(m, micro, device)) seconds += w.seconds;
+    const double link = m.storage.ranks > 8 ? device.network : device.link;
+    return std::max(seconds, link > 0 ? step_sent(m, micro) / link : 0);
+}
+
 std::string speed_of_light(const Model& m, int micro, const Device& device) {
     const std::vector<Work> work = step_work(m, micro, device);
-    const double tokens = double(m.N()) * micro;
+    const int n = m.storage.ranks;
+    const double tokens = double(m.N()) * micro * n, least = least_seconds(m, micro, device);
     Work all = {"step", 0, 0, 0};
     for (const Work& w : work) all.flops += w.flops, all.bytes += w.bytes, all.seconds += w.seconds;
     std::string s =
         format("speed of light on %s: %.4g TFLOP/s of matmul, %.4g GB/s of copy\n  %-32s %10s %10s %10s %7s\n",
-               device.name.c_str(), device.flops / 1e12, device.copy / 1e9, "a step", "TFLOP", "GB", "ms", "share");
+               device.name.c_str(), device.flops / 1e12, device.copy / 1e9, n > 1 ? "a step of a rank" : "a step", "TFLOP",
+               "GB", "ms", "share");
     auto line = [&](const Work& w) {
         s += format("  %-32s %10.4g %10.4g %10.4g %6.1f%%\n", w.kind.c_str(), w.flops / 1e12, w.bytes / 1e9,
                     w.seconds * 1e3, 100 * w.seconds / all.seconds);
     };
     for (const Work& w : work) line(w);
     line(all);
+    if (n > 1) {
+        const double sent = step_sent(m, micro), link = n > 8 ? device.network : device.link;
+        s += format("  %-32s %10s %10.4g", format("sent by a rank, ZeRO %d", m.storage.zero).c_str(), "", sent / 1e9);
+        s += link > 0 ? format(" %10.4g %6.1f%%  at %.4g GB/s, beside the rest\n", sent / link * 1e3,
+                               100 * sent / link / all.seconds, link / 1e9)
+                      : std::string("\n");
+    }
     const double flops = model_flops(m);
     return s +
            format("  at most %.0f tokens/s, %.1f%% of %.4g TFLOP/s at %.4g GFLOP a token (6 N + causal attention)\n",
-                  tokens / all.seconds, 100 * flops * tokens / all.seconds / device.peak, device.peak / 1e12,
-                  flops / 1e9);
+                  tokens / least, 100 * flops * tokens / least / n / device.peak, device.peak / 1e12, flops / 1e9);
 }
 
 // =====================================================================================================================
@@ -4229,6 +5827,11 @@ struct Options {
     Storage storage;
     AdamW adamw;
     double lr = 1e-3;  // the peak; adamw.lr is that of a step
+    int zero = 1, ranks = 0;  // ranks: of --plan
+    bool reduce_each = false, save_async = false;
+    double timeout = 600;
+    std::string rendezvous;
+    int64_t check_every = 1000, max_bad_steps = 10;
     std::string train_data, val_data, tokenizer, prompt, init_from, export_to, out = "run";
     bool shuffle = false, resume = false, graph = false;
     int batch_size = 4, grad_accum = 1, total_batch = 0, log_every = 10, val_every = -1, val_batches = 20,
@@ -4338,7 +5941,8 @@ std::vector<Flag> flags(Options& o) {
                        o.batch_size = strcmp(s, "auto") ? int(parse_integer("batch-size", s, 1, 1 << 30)) : 0;
                    }});
     integer("grad-accum", &o.grad_accum, 1, big, "micro-batches of a step (1)");
-    integer("total-batch", &o.total_batch, 1, big, "sequences of a step, in place of --grad-accum: sets it");
+    integer("total-batch", &o.total_batch, 1, big,
+            "sequences of a step on all ranks, in place of --grad-accum: sets it");
     integer("steps", &o.steps, 0, int64_t(1) << 50, "updates; 0 only imports and exports (1000)");
     integer("warmup", &o.warmup, 0, int64_t(1) << 50, "steps of rising learning rate (1% of --steps)");
     all.push_back({"lr", "X", "peak learning rate, falling linearly to 0 after the warm-up (1e-3)",
@@ -4353,6 +5957,20 @@ std::vector<Flag> flags(Options& o) {
 
     toggle("graph", "launch a micro-batch as one CUDA graph, for small models, whose kernels are short", &o.graph,
            true);
+
+    heading("Many GPUs (one process each, started by mpirun, srun or torchrun: README)");
+    choice("zero", "0|1|2|3",
+           "each rank keeps its part only of: nothing, AdamW's state, gradients too, weights too (1)",
+           {"0", "1", "2", "3"}, [&o](int i) { o.zero = i; });
+    choice("reduce", "once|each",
+           "with --zero 2, 3 and several micro-batches: sum gradients here first, or send each's and keep a part (once)",
+           {"once", "each"}, [&o](int i) { o.reduce_each = i; });
+    text("rendezvous", "HOST:PORT", "where rank 0 is found by TCP (over MPI, else MASTER_ADDR:MASTER_PORT)",
+         &o.rendezvous);
+    all.push_back({"timeout", "SECONDS", "until a rank that does not come, dies or hangs ends the job (600)",
+                   [&o](const char* s) { o.timeout = parse_number("timeout", s, 0.1, 1e7); }});
+    integer("check-every", &o.check_every, 0, int64_t(1) << 50,
+            "steps between comparisons of the ranks' weights, --zero 0 to 2; 0 for none (1000)");
 
     heading("Memory (the plan is printed before anything is allocated)");
     choice("recompute", "none|norm|ffn|block",
@@ -4369,7 +5987,9 @@ std::vector<Flag> flags(Options& o) {
     toggle("plan", "print parameters, a step's FLOPs, bytes and least time, and the memory plan, then exit", &o.plan,
            true);
     text("device", "NAME",
-         "for --plan: h200, h100, a100, 2-cores, or TFLOP/s,GB/s,GiB (h200; of the fp32 build 2-cores)", &o.device);
+         "for --plan: h200, h100, a100, 2-cores, or TFLOP/s,GB/s,GiB[,GB/s sent] (h200; of the fp32 build 2-cores)",
+         &o.device);
+    integer("ranks", &o.ranks, 1, 1 << 20, "for --plan: GPUs (as many as were started)");
 
     heading("Files");
     text("init-from", "FILE", "begin with these weights: safetensors with the paper's names", &o.init_from);
@@ -4378,13 +5998,17 @@ std::vector<Flag> flags(Options& o) {
     integer("save-every", &o.save_every, 0, int64_t(1) << 50,
             "steps between checkpoints, one at the end too; 0 for none (0)");
     integer("keep", &o.keep, 0, big, "checkpoints that stay, the newest; 0 for all (2)");
-    toggle("resume", "go on from the newest checkpoint in --out, or begin if there is none", &o.resume, true);
+    toggle("save-async", "write checkpoints from a copy in host memory while training goes on", &o.save_async, true);
+    toggle("resume", "go on from the newest sound checkpoint in --out, or begin if there is none", &o.resume,
+           true);
+    integer("max-bad-steps", &o.max_bad_steps, 1, big,
+            "steps skipped, as loss or gradient norm is not finite, until the run saves and stops (10)");
 
     heading("Watching");
     integer("log-every", &o.log_every, 1, big, "steps between lines on the terminal (10)");
     integer("val-every", &o.val_every, 0, big,
             "steps between validations, one at the end too; 0 for none (a tenth of --steps)");
-    integer("val-batches", &o.val_batches, 1, big, "batches of a validation, always the same (20)");
+    integer("val-batches", &o.val_batches, 1, big, "batches of a validation on each rank, always the same (20)");
     integer("sample-every", &o.sample_every, 0, big, "steps between samples of text; 0 for none (0)");
     integer("sample-tokens", &o.sample_tokens, 1, 1 << 20, "tokens of a sample (200)");
     text("prompt", "TEXT", "what samples begin with (the tokenizer's BOS alone)", &o.prompt);
@@ -4405,7 +6029,14 @@ void print_help(const std::vector<Flag>& all) {
         std::string left = format("  --%s %s", f.name, f.arg ? f.arg : "");
         printf("%-40s %s\n", left.c_str(), f.help);
     }
-    printf("\nDefaults in parentheses. Errors: one line on stderr, exit status 1.\n");
+    printf(
+        "\nSeveral GPUs, on one node or many:\n"
+        "  mpirun -n 8 ./train_gpt ...                                  Open MPI, MPICH\n"
+        "  srun --ntasks-per-node=8 --gpus-per-node=8 ./train_gpt ...   Slurm\n"
+        "  torchrun --no-python --nproc-per-node=8 ./train_gpt ...      PyTorch's, as any other starter that sets RANK,\n"
+        "                                                               WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT\n"
+        "SIGTERM, SIGINT and SIGUSR1 save a checkpoint and stop after the step; go on with --resume.\n"
+        "\nDefaults in parentheses. Errors: one line on stderr, exit status 1.\n");
 }
 
 void print_flavours() {
@@ -4452,12 +6083,16 @@ bool parse_options(Options& o, int argc, char** argv) {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// Mean loss over the first `batches` batches, always the same ones.
+// Mean loss over the first `batches` batches of all ranks, always the same ones.
 float validate(Model& m, DataLoader& data, int batches) {
-    double sum = 0.0;
+    double sum = 0.0, total = 0.0;
     data.seek({0, 0});
-    for (int i = 0; i < batches; i++) sum += evaluate(m, data.next(), m.B, m.c.T);
-    return float(sum / batches);
+    for (int i = 0; i < batches; i++) {
+        sum += evaluate(m, data.next(), m.B, m.c.T);
+        job.progress("validating", i);
+    }
+    for (double part : ranks.exchange(sum)) total += part;
+    return float(total / (double(batches) * ranks.size));
 }
 
 void print_sample(Model& m, const Tokenizer& tokenizer, const Options& o, int64_t step) {
@@ -4478,111 +6113,226 @@ bool happened(cudaEvent_t event) {
     return status == cudaSuccess;
 }
 
+// Set by SIGTERM, SIGINT (a second one kills) or SIGUSR1, which Slurm sends ahead of a job's end.
+volatile sig_atomic_t asked_to_stop = 0;
+
+void catch_signals() {
+    struct sigaction action = {};
+    action.sa_handler = [](int number) {
+        if (number == SIGINT && asked_to_stop == SIGINT) signal(SIGINT, SIG_DFL), raise(SIGINT);
+        asked_to_stop = number;
+    };
+    action.sa_flags = SA_RESTART;
+    for (int number : {SIGTERM, SIGINT, SIGUSR1}) sigaction(number, &action, nullptr);
+}
+
 // One step, number `step` from 1: the micro-batches, the update, and its report to the host, who does not wait.
-void train_step(Model& m, DataLoader& data, const Options& o, int64_t step) {
-    zero_gradients(m);
-    for (int i = 0; i < o.grad_accum; i++) forward_backward(m, data.next(), m.B, m.c.T, 1.0f / o.grad_accum, i == 0);
+void train_step(Model& m, DataLoader& data, const Options& o, int64_t step, bool check) {
+    begin_step(m);
+    for (int i = 0; i < o.grad_accum; i++) {
+        job.progress("computing", step);
+        forward_backward(m, data.next(), m.B, m.c.T, 1.0f / (o.grad_accum * float(ranks.size)), i == 0,
+                         i == o.grad_accum - 1);
+    }
     AdamW adamw = o.adamw;
     adamw.lr = float(learning_rate(o.lr, step - 1, o.warmup, o.steps));
-    update(m, adamw, step);
+    update(m, adamw, step, asked_to_stop != 0);
     const Report& r = m.reports[step % 2];
-    CHECK(cudaMemcpyAsync(r.values, m.loss, 2 * sizeof(float), cudaMemcpyDeviceToHost, m.stream));
+    if (check) {
+        hash_weights(m);
+        CHECK(cudaMemcpyAsync(r.hashes, m.hashes, ranks.size * sizeof(*r.hashes), cudaMemcpyDeviceToHost, m.stream));
+    }
+    CHECK(cudaMemcpyAsync(r.numbers, m.numbers, sizeof(Numbers), cudaMemcpyDeviceToHost, m.stream));
     CHECK(cudaEventRecord(r.done, m.stream));
 }
 
+// The ranks whose weights are not those of the most.
+void compare_hashes(const unsigned long long* hashes, int64_t step) {
+    std::map<unsigned long long, int> votes;
+    for (int r = 0; r < ranks.size; r++) votes[hashes[r]]++;
+    if (votes.size() == 1) return;
+    auto fewer = [](auto& a, auto& b) { return a.second < b.second; };
+    const auto most = std::max_element(votes.begin(), votes.end(), fewer);
+    std::string others;
+    for (int r = 0; r < ranks.size; r++)
+        if (hashes[r] != most->first) others += format(others.empty() ? "%d" : ", %d", r);
+    throw Error(format("training: the ranks' weights differ after step %lld: rank %s from the others. Nothing was saved; "
+                       "look for a bad GPU or network there and resume from the last checkpoint.",
+                       (long long)step, others.c_str()));
+}
+
+// Bytes in use: of the device; on a CPU, which processes share, of this one at its most.
+double memory_used() {
+    if (SERIAL) {
+        rusage usage;
+        getrusage(RUSAGE_SELF, &usage);
+        return 1024.0 * double(usage.ru_maxrss);
+    }
+    size_t free = 0, total = 0;
+    CHECK(cudaMemGetInfo(&free, &total));
+    return double(total - free);
+}
+
+// Prints what a rank holds in memory and sends, beside the plan. before: memory_used() of an empty device.
+void print_use(const Model& m, size_t before, double sent, int micro) {
+    const double mib = 1048576.0, used = memory_used() - double(before);
+    const double least = ranks.least(used), most = ranks.most(used);
+    printf("memory a rank: plan %.1f MiB, in use %.1f MiB", m.arena.used / mib, least / mib);
+    printf(ranks.size > 1 ? " to %.1f MiB\n" : "\n", most / mib);
+    if (ranks.size > 1)
+        printf("sent by a rank in a step: %.0f bytes, by theory %.0f (ZeRO %d)\n", sent, step_sent(m, micro),
+               m.storage.zero);
+}
+
 void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const Tokenizer* tokenizer,
-           TrainState state) {
-    const int64_t S = o.steps;
-    const double tokens = double(m.N()) * o.grad_accum;
+           TrainState state, size_t memory_before) {
+    const int64_t S = o.steps, begun = state.step;
+    const double tokens = double(m.N()) * o.grad_accum * ranks.size;
     Log log;
-    log.open(o.out + "/log.csv", state.step);
+    if (ranks.rank == 0) log.open(o.out + "/log.csv", state.step);
+    Saver saver;
+    saver.out = o.out, saver.keep = o.keep, saver.background = o.save_async;
+    saver.moved = [] { job.progress("saving", -1); };
     int64_t marked = state.step;  // step and time since which the line on the terminal counts
     double mark = now(), last = mark;
     double paused = 0.0;  // seconds of validation, samples and checkpoints among them
+    double sent = 0.0;    // bytes of the last step
+    int64_t end = S;      // the step to stop after
+    bool stopping = false;
+    std::string bad;      // why, if it was not asked to
+    auto checked = [&](int64_t step) {
+        return ranks.size > 1 && !m.storage.cut_weights() && o.check_every > 0 &&
+               (step % o.check_every == 0 || step == begun + 1);
+    };
     auto due = [&](int64_t step, int64_t every) { return every > 0 && (step % every == 0 || step == S); };
+    // What makes a run stop early is in the numbers of a step, so that all ranks see it there; some have begun the next
+    // step by then and some have not, so that one is the last.
+    auto stop = [&](int64_t step, const std::string& why) {
+        if (!stopping) end = std::min(S, step + 1), stopping = true, bad = why;
+    };
 
     // Waits for a step's numbers, writes them down, and does what is due after it.
     auto report = [&](int64_t step) {
         const Report& r = m.reports[step % 2];
         CHECK(cudaEventSynchronize(r.done));
-        const float loss = r.values[0], grad_norm = r.values[1];
-        const double end = now(), lr = learning_rate(o.lr, step - 1, o.warmup, S);
-        const bool finite = std::isfinite(loss) && std::isfinite(grad_norm);
-        const bool validated = val && finite && due(step, o.val_every);
+        const Numbers n = *r.numbers;
+        job.progress("reporting", step);
+        const double done = now(), lr = learning_rate(o.lr, step - 1, o.warmup, S);
+        state.updates = n.updates, state.skipped = n.skipped;
+        if (checked(step)) compare_hashes(r.hashes, step);
+        const bool validated = val && !n.skip && due(step, o.val_every);
         float val_loss = validated ? validate(m, *val, o.val_batches) : 0.0f;
-        log.row(step, loss, lr, grad_norm, tokens / (end - last), validated ? &val_loss : nullptr);
-        if (step % o.log_every == 0 || step == S || step == 1 || !finite || validated) {
-            const double seconds = (end - mark - paused) / double(step - marked);
-            printf("step %6lld/%lld %5.1f%% | loss %.4f | lr %.2e | norm %.3f | %.0f tokens/s | ETA %s%s\n",
-                   (long long)step, (long long)S, 100.0 * step / S, loss, lr, grad_norm, tokens / seconds,
+        const bool spike = log.spikes.add(n.loss);
+        if (ranks.rank == 0)
+            log.row(step, n.loss, lr, n.grad_norm, tokens / (done - last), validated ? &val_loss : nullptr,
+                    n.skip ? "skipped" : spike ? "spike" : "");
+        if (step % o.log_every == 0 || step == S || step == 1 || n.skip || spike || validated) {
+            const double seconds = (done - mark - paused) / double(step - marked);
+            printf("step %6lld/%lld %5.1f%% | loss %.4f | lr %.2e | norm %.3f | %.0f tokens/s | ETA %s%s%s\n",
+                   (long long)step, (long long)S, 100.0 * step / S, n.loss, lr, n.grad_norm, tokens / seconds,
                    duration(seconds * double(S - step)).c_str(),
-                   validated ? format(" | val %.4f", val_loss).c_str() : "");
-            marked = step, mark = end, paused = 0.0;
+                   validated ? format(" | val %.4f", val_loss).c_str() : "",
+                   n.skip  ? format(" | skipped, %lld of at most %lld", n.skipped, (long long)o.max_bad_steps).c_str()
+                   : spike ? " | spike"
+                           : "");
+            marked = step, mark = done, paused = 0.0;
         }
-        if (!finite)
-            throw Error(
-                format("training: the loss or the gradient norm is not finite at step %lld. Lower --lr, or "
-                       "raise --warmup.",
-                       (long long)step));
+        if (n.skip && n.skipped >= o.max_bad_steps)
+            stop(step, format("training: loss or gradient norm were not finite in %lld steps, at last in step %lld. Lower "
+                              "--lr or raise --warmup; --resume with a larger --max-bad-steps goes on.",
+                              n.skipped, (long long)step));
+        if (n.stop) stop(step, "");
         if (tokenizer && due(step, o.sample_every)) print_sample(m, *tokenizer, o, step);
-        if (due(step, o.save_every)) save_checkpoint(m, o.out, state, o.keep);
+        if (due(step, o.save_every) || (stopping && step == end)) saver.save(m, state);
         last = now();
-        paused += last - end;
+        paused += last - done;
         fflush(stdout);
     };
 
     // The host launches one step ahead of the one it reports, unless it has to do something after it, or it is done.
-    for (int64_t reported = state.step; state.step < S;) {
-        train_step(m, data, o, ++state.step);
-        state.loader = data.state();
-        const bool stop = due(state.step, o.val_every) || due(state.step, o.sample_every) ||
-                          due(state.step, o.save_every) || state.step == S || happened(m.reports[state.step % 2].done);
-        while (reported < state.step - (stop ? 0 : 1)) report(++reported);
+    for (int64_t reported = state.step; reported < end;) {
+        if (state.step < end) {
+            const double before = ranks.sent;
+            state.step++;
+            train_step(m, data, o, state.step, checked(state.step));
+            sent = ranks.sent - before;
+            state.loader = data.state();
+        }
+        const bool drain = due(state.step, o.val_every) || due(state.step, o.sample_every) ||
+                           due(state.step, o.save_every) || state.step >= end ||
+                           happened(m.reports[state.step % 2].done);
+        while (reported < state.step - (drain ? 0 : 1)) report(++reported);
     }
+    saver.finish();
+    if (!saver.failure.empty())
+        throw Error(format("training: ended after step %lld, but its last checkpoint could not be saved: %s",
+                           (long long)end, saver.failure.c_str()));
+    if (!bad.empty()) throw Error(bad);
+    if (end > begun) print_use(m, memory_before, sent, o.grad_accum);
+    if (stopping)
+        printf("asked to stop: saved after step %lld in %s; --resume goes on\n", (long long)end,
+               (o.out + "/" + checkpoint_name(end)).c_str());
 }
 
-// The largest micro-batch, a divisor of `total` sequences unless that is 0, whose plan fits into `room` bytes; 0 if
-// none.
+// What is kept where, with micro-batches of B sequences.
+Storage storage_of(const Options& o, int B) {
+    Storage s = o.storage;
+    s.zero = s.ranks > 1 ? o.zero : 0;
+    const int64_t micro = o.total_batch ? o.total_batch / (int64_t(B) * s.ranks) : o.grad_accum;
+    s.whole_gradients = micro > 1 && !o.reduce_each;
+    return s;
+}
+
+// The largest micro-batch, a divisor of a rank's share of --total-batch unless that is 0, whose plan fits into `room`
+// bytes; 0 if none.
 int largest_batch(const Options& o, size_t room) {
     int64_t fits = 0, fails = 1;
     auto needs = [&](int64_t B) {
         Model m;
-        plan(m, o.config, int(B), true, o.storage);
+        plan(m, o.config, int(B), true, storage_of(o, int(B)));
         return m.arena.used;
     };
-    const int64_t most = std::min<int64_t>(o.total_batch ? o.total_batch : 1 << 20, (1 << 30) / o.config.T);
+    const int64_t share = o.total_batch / o.storage.ranks;
+    const int64_t most = std::min<int64_t>(share ? share : 1 << 20, (1 << 30) / o.config.T);
+    if (share && needs(most) <= room) return int(most);  // one micro-batch may need less than two
     while (fails <= most && needs(fails) <= room) fits = fails, fails *= 2;
     fails = std::min(fails, most + 1);
     while (fails - fits > 1) {
         const int64_t middle = (fits + fails) / 2;
         (needs(middle) <= room ? fits : fails) = middle;
     }
-    while (o.total_batch && fits > 0 && o.total_batch % fits) fits--;
+    while (share && fits > 0 && share % fits) fits--;
     return int(fits);
 }
 
-// Settles --batch-size auto and --total-batch; room: the device's free bytes.
+// Settles --batch-size auto, --total-batch and what follows from them; room: the device's free bytes.
 void choose_batch(Options& o, size_t room) {
+    const int n = o.storage.ranks;
+    if (o.total_batch % n)
+        throw Error(format("--total-batch: %d sequences cannot be shared by %d ranks. Choose a multiple.", o.total_batch, n));
     if (o.batch_size == 0)
         o.batch_size = std::max(1, largest_batch(o, room));  // if not even 1 fits, create() says what would help
-    if (o.total_batch % o.batch_size)
-        throw Error(format("--total-batch: %d sequences are no multiple of --batch-size %d. Choose a divisor, or auto.",
-                           o.total_batch, o.batch_size));
-    if (o.total_batch) o.grad_accum = o.total_batch / o.batch_size;
+    if (o.total_batch % (int64_t(o.batch_size) * n))
+        throw Error(format("--total-batch: %d sequences are no multiple of --batch-size %d%s. Choose a divisor, or auto.",
+                           o.total_batch, o.batch_size, n > 1 ? format(" on %d ranks", n).c_str() : ""));
+    o.storage = storage_of(o, o.batch_size);
+    if (o.total_batch) o.grad_accum = o.total_batch / (o.batch_size * n);
 }
 
-// Has the matmuls' algorithms chosen, unless there is only one. A run's choices lie in a file beside its log; a resumed
-// run takes them from there.
+// Has the matmuls' algorithms chosen, unless there is only one. A rank's choices lie in a file beside the log; a resumed
+// run takes them from there, if every rank can.
 void settle_matmuls(Model& m, const std::string& path, bool resumed) {
     const Config& c = m.c;
     if (matmul.plan({false, true, int(m.N()), c.QKV(), c.C, CUDA_FLOATX}).algos.size() < 2) return;
-    if (resumed && access(path.c_str(), R_OK) == 0) {
-        if (matmul.take_choices(read_file(path))) {
-            matmul.forget_plans();
-            return;
-        }
-        printf("%s: is of another cuBLASLt; its matmuls are timed again, sums may round differently\n", path.c_str());
+    const bool there = resumed && access(path.c_str(), R_OK) == 0;
+    if (ranks.least(there && matmul.take_choices(read_file(path)))) {
+        matmul.forget_plans();
+        return;
     }
+    matmul.chosen.clear(), matmul.ways.clear();
+    if (resumed)
+        printf("%s: is missing or of another cuBLASLt; matmuls are timed again, sums may round differently\n",
+               path.c_str());
     const double begin = now();
     time_matmuls(m);
     const std::string text = matmul.choices();
@@ -4598,8 +6348,9 @@ void print_run(const Model& m, const Options& o) {
     printf("%s %s, %s: dim %d, %d layers, %d heads of %d (%d key/value), hidden %d, vocabulary %d, T %d; %s\n",
            fields[0].second.c_str(), fields[1].second.c_str(), fields[2].second.c_str(), c.C, c.L, c.NH, c.HS(), c.NKV,
            c.F(), c.V, c.T, PRECISION);
-    printf("%zu parameters; %lld steps of %d x %d sequences\n%s", m.table.parameters, (long long)o.steps, o.grad_accum,
-           o.batch_size, memory_plan(m).c_str());
+    const std::string many = o.storage.ranks > 1 ? format(" on %d ranks, ZeRO %d", o.storage.ranks, o.storage.zero) : "";
+    printf("%zu parameters; %lld steps of %d x %d sequences%s\n%s", m.table.parameters, (long long)o.steps, o.grad_accum,
+           o.batch_size, many.c_str(), memory_plan(m).c_str());
 }
 
 void print_plan(Options& o) {
@@ -4613,16 +6364,14 @@ void print_plan(Options& o) {
         printf("  does not fit into the %.0f GiB of %s. %s\n", device.memory / (1 << 30), device.name.c_str(),
                advice(m, size_t(device.memory)).c_str());
     printf("%s", speed_of_light(m, o.grad_accum, device).c_str());
-    double seconds = 0;
-    for (const Work& w : step_work(m, o.grad_accum, device)) seconds += w.seconds;
-    printf("  %lld steps take at least %s\n", (long long)o.steps, duration(seconds * double(o.steps)).c_str());
+    const double seconds = least_seconds(m, o.grad_accum, device) * double(o.steps);
+    printf("  %lld steps take at least %s\n", (long long)o.steps, duration(seconds).c_str());
 }
 
-void run(int argc, char** argv) {
-    Options o;
-    if (!parse_options(o, argc, argv)) return;
+// Reads and settles the options. False: only information was asked for, and has been printed.
+bool settle_options(Options& o, int argc, char** argv, const World& world, std::unique_ptr<Tokenizer>& tokenizer) {
+    if (!parse_options(o, argc, argv)) return false;
     Config& c = o.config;
-    std::unique_ptr<Tokenizer> tokenizer;
     if (!o.tokenizer.empty()) {
         tokenizer.reset(new Tokenizer(o.tokenizer == "bytes" ? Tokenizer::bytes() : Tokenizer::load(o.tokenizer)));
         if (!o.vocab_given) c.V = tokenizer->vocab_size();
@@ -4633,9 +6382,11 @@ void run(int argc, char** argv) {
         throw Error("--sample-every: needs a tokenizer. Add --tokenizer bytes or the file of the data's tokenizer.");
     }
     if (c.backbone == Backbone::nanogpt && !o.init_from.empty() && !o.positions_given) {
-        Safetensors file(o.init_from);
-        auto found = file.entries.find("wpe.weight");
-        if (found != file.entries.end() && found->second.shape.size() == 2) c.max_T = int(found->second.shape[0]);
+        for (const std::string& path : weight_files(o.init_from)) {
+            Safetensors file(path);
+            auto found = file.entries.find("wpe.weight");
+            if (found != file.entries.end() && found->second.shape.size() == 2) c.max_T = int(found->second.shape[0]);
+        }
     }
     finish(c);
     if (o.steps > 0 && o.train_data.empty() && !o.plan)
@@ -4645,38 +6396,125 @@ void run(int argc, char** argv) {
     if (o.storage.no_master && !BF16) throw Error("--no-master: the fp32 build has none. Leave it out.");
     if (o.storage.half_gradients && !BF16)
         throw Error("--gradients: the fp32 build's are fp32. Leave it out, or make PRECISION=bf16.");
-    o.adamw.seed = o.seed;
-    if (o.plan) return print_plan(o);
-    open_device();
-    size_t free = 0, total = 0;
-    CHECK(cudaMemGetInfo(&free, &total));
-    choose_batch(o, free);
-
-    std::unique_ptr<DataLoader> data, val;
-    if (o.steps > 0) data.reset(new DataLoader(o.train_data, o.batch_size, c.T, c.V, o.shuffle, o.seed));
-    if (o.steps > 0 && !o.val_data.empty()) val.reset(new DataLoader(o.val_data, o.batch_size, c.T, c.V));
     if (o.val_every > 0 && o.val_data.empty())
         throw Error("--val-every: needs --val-data. Give it, or leave both out.");
+    if (o.graph && world.size > 1) throw Error("--graph: is for one rank. Leave it out.");
+    o.storage.ranks = o.plan && o.ranks ? o.ranks : world.size;
+    o.adamw.seed = o.seed;
+    return true;
+}
+
+// Brings the ranks together and opens the device; one rank is alone.
+void open_job(const Options& o, const World& world) {
+    std::function<void(void*, size_t)> broadcast;
+#ifdef USE_MPI
+    const bool by_mpi = strcmp(world.launcher, "Open MPI") == 0 || strcmp(world.launcher, "MPICH") == 0;
+    if (world.size > 1 && by_mpi && o.rendezvous.empty()) {
+        int level = 0, size = 0;
+        MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &level);
+        MPI_Comm_size(MPI_COMM_WORLD, &size);
+        if (size == world.size)  // else the launcher belongs to another MPI than this was built with
+            broadcast = [](void* p, size_t bytes) { MPI_Bcast(p, int(bytes), MPI_BYTE, 0, MPI_COMM_WORLD); };
+    }
+#endif
+    std::string id(sizeof(ncclUniqueId), 0);
+    ncclUniqueId nccl = {};
+    if (world.size > 1 && world.rank == 0) {
+        CHECK_NCCL(ncclGetUniqueId(&nccl));
+        memcpy(&id[0], &nccl, sizeof(nccl));
+    }
+    job.open(world, o.rendezvous, o.timeout, broadcast, id);
+    memcpy(&nccl, id.data(), sizeof(nccl));
+    job.progress("opening the device", 0);
+    open_device(world.local);
+    if (world.size == 1) return;
+    job.progress("opening NCCL", 0);
+    ranks.open(nccl, world.rank, world.size);
+    job.set_check([] {
+        ncclResult_t status = ncclSuccess;
+        ncclCommGetAsyncError(ranks.comm, &status);
+        return status == ncclSuccess || status == ncclInProgress
+                   ? std::string()
+                   : format("NCCL: %s: %s", ncclGetErrorString(status), ncclGetLastError(ranks.comm));
+    });
+}
+
+void close_job() {
+    job.set_check(nullptr);
+    ranks.close();
+    job.close();
+#ifdef USE_MPI
+    int begun = 0, done = 0;
+    MPI_Initialized(&begun);
+    MPI_Finalized(&done);
+    if (begun && !done) MPI_Finalize();
+#endif
+}
+
+// The newest checkpoint whose files are as they were written; -1 if there is none at all. The ranks read a part each.
+int64_t find_checkpoint(const std::string& out) {
+    std::vector<int64_t> steps = list_checkpoints(out);
+    bool any = false;
+    while (true) {
+        const int64_t step = int64_t(ranks.exchange(steps.empty() ? -1.0 : double(steps.back()))[0]);
+        if (step < 0 && any)
+            throw Error(out + ": none of its checkpoints is sound. Move them away to begin anew, or repair the disk.");
+        if (step < 0) return -1;
+        std::string trouble;
+        try {
+            verify_checkpoint(out + "/" + checkpoint_name(step), [] { job.progress("verifying a checkpoint", 0); });
+        } catch (const Error& e) {
+            trouble = e.what();
+        }
+        if (ranks.least(trouble.empty())) return step;
+        // a trouble that all have, as with state.json, is told by the first
+        const bool common = ranks.exchange(!trouble.empty())[0];
+        if (!trouble.empty() && (ranks.rank == 0 || !common))
+            fprintf(stderr, "train_gpt: warning: %s Trying the checkpoint before it.\n", trouble.c_str());
+        any = true;
+        while (!steps.empty() && steps.back() >= step) steps.pop_back();
+    }
+}
+
+void run(Options& o, const World& world, const Tokenizer* tokenizer) {
+    const Config& c = o.config;
+    open_job(o, world);
+    if (ranks.rank > 0 && !freopen("/dev/null", "w", stdout)) throw Error("/dev/null: cannot be opened.");
+    size_t free = 0, total = 0;
+    CHECK(cudaMemGetInfo(&free, &total));
+    const size_t used_before = size_t(memory_used());
+    choose_batch(o, size_t(ranks.least(double(free))));
+
+    const int B = o.batch_size, n = ranks.size;
+    std::unique_ptr<DataLoader> data, val;
+    if (o.steps > 0) data.reset(new DataLoader(o.train_data, B, c.T, c.V, o.shuffle, o.seed, ranks.rank, n));
+    if (o.steps > 0 && !o.val_data.empty())
+        val.reset(new DataLoader(o.val_data, B, c.T, c.V, false, 0, ranks.rank, n));
     if (val && o.val_every < 0) o.val_every = int(std::max<int64_t>(1, o.steps / 10));
     make_dirs(o.out);
-    { OutFile probe(o.out + "/log.csv"); }  // tells now, not after an hour
-    if (!o.export_to.empty()) OutFile probe(o.export_to);
-    std::vector<int64_t> checkpoints = list_checkpoints(o.out);
-    if (!checkpoints.empty() && !o.resume)
-        throw Error(o.out +
-                    ": holds the checkpoints of an earlier run. Add --resume to continue it, or choose another "
-                    "--out.");
+    if (ranks.rank == 0) {
+        { OutFile probe(o.out + "/log.csv"); }  // tells now, not after an hour
+        if (!o.export_to.empty()) OutFile probe(o.export_to);
+        if (!list_checkpoints(o.out).empty() && !o.resume)
+            throw Error(o.out +
+                        ": holds the checkpoints of an earlier run. Add --resume to continue it, or choose another "
+                        "--out.");
+        remove_leftovers(o.out);
+    }
 
     Model m;
-    plan(m, c, o.batch_size, true, o.storage);
+    plan(m, c, B, true, o.storage);
     print_run(m, o);
     fflush(stdout);
+    job.progress("allocating memory", 0);
     create(m);
     m.use_graphs = o.graph;
     TrainState state;
     state.seed = o.seed;
-    if (!checkpoints.empty()) {
-        const std::string dir = o.out + "/" + checkpoint_name(checkpoints.back());
+    const int64_t newest = o.resume ? find_checkpoint(o.out) : -1;
+    job.progress("setting the weights", 0);
+    if (newest >= 0) {
+        const std::string dir = o.out + "/" + checkpoint_name(newest);
         state = load_checkpoint(m, dir);
         if (state.seed != o.seed)
             throw Error(
@@ -4688,21 +6526,37 @@ void run(int argc, char** argv) {
     } else {
         initialize(m, o.seed);
     }
-    if (data) settle_matmuls(m, o.out + "/matmul.txt", state.step > 0);
-    if (data) train(m, o, *data, val.get(), tokenizer.get(), state);
+    const std::string choices = ranks.rank ? format("/matmul_rank%d.txt", ranks.rank) : "/matmul.txt";
+    if (data) {
+        settle_matmuls(m, o.out + choices, state.step > 0);
+        catch_signals();
+        train(m, o, *data, val.get(), tokenizer, state, used_before);
+    }
     if (!o.export_to.empty()) export_weights(m, o.export_to);
     destroy(m);
     matmul.close();
+    close_job();
 }
 
 #ifndef TESTING  // test_gpt.cu has its own
 int main(int argc, char** argv) {
+    World world;
+    Options o;
+    std::unique_ptr<Tokenizer> tokenizer;
     try {
-        run(argc, argv);
+        world = find_world();
+        if (!settle_options(o, argc, argv, world, tokenizer)) return 0;
+        if (o.plan) return print_plan(o), 0;
+    } catch (const std::exception& e) {  // the same on every rank: one says it
+        fflush(stdout);
+        if (world.rank == 0) fprintf(stderr, "train_gpt: %s\n", e.what());
+        return 1;
+    }
+    try {
+        run(o, world, tokenizer.get());
     } catch (const std::exception& e) {
         fflush(stdout);
-        fprintf(stderr, "train_gpt: %s\n", e.what());
-        return 1;
+        job.fail(e.what());
     }
     return 0;
 }
