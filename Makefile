@@ -11,6 +11,12 @@ SOURCES   = train_gpt.cu simplenorm.cuh dataloader.h tokenizer.h
 STANDIN   = $(wildcard dev/cpu/include/*.h)
 
 NVCCFLAGS = -std=c++17 -O3 -Xcompiler -fopenmp,-pthread,-Wall $(GPU_ARCH)
+# NCCL's folder, with include/ and a lib: beside the toolkit, the system's, or what pip has installed with PyTorch
+NCCL     ?= $(or $(patsubst %/include/nccl.h,%,$(firstword \
+                $(wildcard $(CUDA)/include/nccl.h /usr/include/nccl.h /usr/local/include/nccl.h))),$(shell \
+                for p in $(PYTHON) python3; do $$p -c 'import nvidia.nccl as n; print(*n.__path__)' 2>/dev/null && break; done))
+NCCL_LIBS = $(addprefix -L,$(wildcard $(NCCL)/lib $(NCCL)/lib64)) -l:libnccl.so.2 \
+            $(if $(filter-out /usr,$(NCCL)),$(patsubst %,-Xlinker -rpath=%,$(wildcard $(NCCL)/lib $(NCCL)/lib64)))
 # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
 OPTIMIZE ?= -O3
 # Loops with a choice in them are split into one loop a way, so that each vectorises; gcc's limit is too low for some.
@@ -19,7 +25,8 @@ CXXFLAGS  = -std=c++17 $(OPTIMIZE) -march=native -mprefer-vector-width=512 --par
             -fno-signed-zeros -Wall -Wextra -Wno-unknown-pragmas -Idev/cpu/include -I.
 bf16      = -DPRECISION_BF16
 
-# Several ranks on the CPU go over MPI, if there is one; test builds under the sanitizers do without.
+# Several ranks on the CPU go over MPI, if there is one; test builds under the sanitizers do without. On GPUs MPI only
+# carries NCCL's id.
 MPICXX   := $(shell command -v mpicxx 2>/dev/null)
 ifneq ($(MPICXX),)
 MPI_INC  := $(patsubst -I%,-isystem %,$(shell $(MPICXX) --showme:compile 2>/dev/null))
@@ -134,15 +141,19 @@ build/test_tokenizer: dev/test/test_tokenizer.cpp tokenizer.h
 
 # --- GPU
 
+GPU_INC   = -isystem $(NCCL)/include $(MPI)
+GPU_LIBS  = -lcublasLt $(NCCL_LIBS) $(filter-out -Wl%,$(MPI_LIB))
+
 build/train_gpt_gpu_%: $(SOURCES)
 	@test -n "$(NVCC)" || { echo "make gpu: nvcc is missing. Install the CUDA Toolkit, or: make cpu" >&2; exit 1; }
+	@test -n "$(NCCL)" || { echo "make gpu: nccl.h is missing. Install NCCL (libnccl-dev), or: NCCL=folder" >&2; exit 1; }
 	@mkdir -p build
-	$(NVCC) $(NVCCFLAGS) $($*) train_gpt.cu -lcublasLt -o $@
+	$(NVCC) $(NVCCFLAGS) $($*) $(GPU_INC) train_gpt.cu $(GPU_LIBS) -o $@
 
 build/test_gpu_%: test_gpt.cu $(SOURCES)
 	@mkdir -p build
-	$(NVCC) $(NVCCFLAGS) $($*) test_gpt.cu -lcublasLt -o $@
+	$(NVCC) $(NVCCFLAGS) $($*) $(GPU_INC) test_gpt.cu $(GPU_LIBS) -o $@
 
 build/bench_gpu_%: dev/bench/bench.cu $(SOURCES)
 	@mkdir -p build
-	$(NVCC) $(NVCCFLAGS) $($*) dev/bench/bench.cu -lcublasLt -o $@
+	$(NVCC) $(NVCCFLAGS) $($*) $(GPU_INC) dev/bench/bench.cu $(GPU_LIBS) -o $@

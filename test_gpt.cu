@@ -678,13 +678,16 @@ TEST(tensor_table) {
 TEST(initial_values) {
     std::vector<float> a, b;
     Tensor t{"t", 300, 200, 320, 0, Init::normal, 0.02f};
-    initial_values(a, t, 1, 5);
-    initial_values(b, t, 1, 5);
+    auto all = [&](std::vector<float>& out, uint64_t seed) { initial_values(out, t, seed, 5, 0, t.padded_size()); };
+    all(a, 1);
+    all(b, 1);
     EXPECT(a == b && a.size() == 320 * 200 && a[300 * 200] == 0);
-    initial_values(b, t, 2, 5);
+    initial_values(b, t, 1, 5, 59990, 20);  // a part: the same values, then padding
+    EXPECT(b == std::vector<float>(a.begin() + 59990, a.begin() + 60010));
+    all(b, 2);
     EXPECT(a != b);
     t.init = Init::truncated;
-    initial_values(b, t, 1, 5);
+    all(b, 1);
     double sum = 0, square = 0, top = 0, cut = 0;
     for (int i = 0; i < 300 * 200; i++) {
         sum += a[i] / 6e4, square += double(a[i]) * a[i] / 6e4;
@@ -692,6 +695,21 @@ TEST(initial_values) {
     }
     EXPECT(fabs(sum) < 4 * 0.02 / sqrt(6e4) && fabs(sqrt(square) / 0.02 - 1) < 0.015);
     EXPECT(top > 0.07 && cut <= 0.06 && cut > 0.058);
+}
+
+// A tensor's parameters, from the masters where there are some.
+std::vector<float> get_tensor(const Model& m, const Tensor& t) {
+    return get_floats(m.master ? Flat(m.master) : Flat(m.params), t.offset, t.size());
+}
+
+// everything that the optimizer changes
+std::vector<float> training_state(const Model& m) {
+    std::vector<float> all = get_floats(m.m, 0, m.table.size);
+    for (const Flat& f : {m.v, m.master ? Flat(m.master) : Flat(m.params)}) {
+        std::vector<float> x = get_floats(f, 0, m.table.size);
+        all.insert(all.end(), x.begin(), x.end());
+    }
+    return all;
 }
 
 TEST(adamw) {
@@ -747,6 +765,44 @@ TEST(adamw) {
     }
 }
 
+// A step whose loss or gradients are not finite changes nothing but the count of such steps; the next one goes on as if
+// it had not been.
+TEST(bad_steps) {
+    std::vector<float> end[2];
+    for (int bad = 0; bad < 2; bad++) {
+        Model m;
+        plan(m, small_config(Backbone::llama, Variant::simplegpt), 1, true);
+        create(m);
+        initialize(m, 3);
+        const Tensor& t = m.table.tensors[1];
+        Random r{5};
+        std::vector<float> g(m.table.size, 0.0f);
+        for (float& x : g) x = float(0.1 * r.normal());
+        auto step = [&](float what, float loss, int64_t number) {
+            std::vector<float> now = g;
+            if (what != 0.0f) now[t.offset + 3] = what;
+            CHECK(cudaMemcpy(m.grads.p, now.data(), now.size() * 4, cudaMemcpyHostToDevice));
+            CHECK(cudaMemcpy(m.loss, &loss, 4, cudaMemcpyHostToDevice));
+            update(m, AdamW(), number);
+            CHECK(cudaDeviceSynchronize());
+        };
+        step(0.0f, 2.0f, 1);
+        const std::vector<float> before = training_state(m);
+        if (bad) {
+            for (float x : {NAN, INFINITY, -INFINITY}) step(x, 2.0f, 2);
+            step(0.0f, NAN, 2);
+            EXPECT(training_state(m) == before);
+        }
+        step(0.0f, 2.0f, 2);
+        end[bad] = training_state(m);
+        Numbers n;
+        CHECK(cudaMemcpy(&n, m.numbers, sizeof(n), cudaMemcpyDeviceToHost));
+        EXPECT(n.updates == 2 && n.skipped == 4 * bad && !n.skip && n.loss == 2.0f);
+        destroy(m);
+    }
+    EXPECT(end[0] == end[1]);
+}
+
 // bf16 moments and weights without masters: each value within one step of bf16 (2^-7 of it), their mean kept, also
 // where every single update is too small for bf16's 8 bits; other bits at every update.
 TEST(random_rounding) {
@@ -757,7 +813,7 @@ TEST(random_rounding) {
     create(m);
     const Tensor& t = m.table.tensors[0];
     const size_t n = t.size();
-    set_tensor(m, t, std::vector<float>(t.padded_rows * t.cols, 1.0f));
+    set_parameters(m, t.offset, std::vector<float>(t.padded_size(), 1.0f));
     AdamW o;
     o.lr = 1e-4f, o.weight_decay = 0.0f, o.clip = 0.0f;
     const float g = 0.0123f;
@@ -790,13 +846,6 @@ TEST(random_rounding) {
     // every update moves a weight by lr, a fortieth of bf16's step below 1; with constant gradients m / sqrt(v) is 1
     if (!(fabs(mean - (1 - 8 * o.lr)) < (BF16 ? 4 * sqrt(8 * 1e-4 * 0x1p-8 / n) + 1e-5 : 3e-5)))
         fail(format("mean of weights %.7f, not %.7f", mean, 1 - 8 * o.lr));
-    grads[t.offset] = INFINITY, grads[t.offset + 1] = -INFINITY,
-    grads[t.offset + 2] = NAN;  // what is not finite stays so
-    CHECK(cudaMemcpy(m.grads.p, grads.data(), grads.size() * sizeof(float), cudaMemcpyHostToDevice));
-    update(m, o, 9);
-    CHECK(cudaDeviceSynchronize());
-    std::vector<float> bad = get_floats(m.m, t.offset, 4);
-    EXPECT(bad[0] == INFINITY && bad[1] == -INFINITY && bad[2] != bad[2] && std::isfinite(bad[3]));
     destroy(m);
 }
 
@@ -837,17 +886,18 @@ TEST(json) {
 
 TEST(safetensors) {
     const std::string path = temporary("file.st");
-    auto fill = [](std::vector<char>& d) {
-        for (size_t i = 0; i < d.size() / 4; i++) {
-            float x = float(i) + 0.5f;
-            memcpy(&d[4 * i], &x, 4);
+    auto fill = [](char* to, size_t offset, size_t count) {
+        for (size_t i = 0; i < count / 4; i++) {
+            float x = float(offset / 4 + i) + 0.5f;
+            memcpy(to + 4 * i, &x, 4);
         }
     };
     save_safetensors(path, {{"a", "F32", {2, 3}, 24, fill}, {"b", "F32", {4}, 16, fill}});
     {
         Safetensors f(path);
         EXPECT(f.entries.size() == 2 && f.entries["a"].shape == (std::vector<size_t>{2, 3}));
-        EXPECT(f.floats("b") == (std::vector<float>{0.5f, 1.5f, 2.5f, 3.5f}));
+        EXPECT(f.floats("b", 0, 4) == (std::vector<float>{0.5f, 1.5f, 2.5f, 3.5f}));
+        EXPECT(f.floats("a", 4, 2) == (std::vector<float>{4.5f, 5.5f}));
     }
     const std::string whole = read_file(path);
     for (size_t n = 0; n < whole.size(); n++) {  // cut anywhere
@@ -881,21 +931,11 @@ std::vector<int32_t> some_windows(const Config& c, int B, uint64_t seed) {
 
 void two_steps(Model& m, int from) {
     for (int s = from; s < from + 2; s++) {
-        zero_gradients(m);
+        begin_step(m);
         for (int i = 0; i < 2; i++)
             forward_backward(m, some_windows(m.c, m.B, 10 * s + i).data(), m.B, m.c.T, 0.5f, i == 0);
         update(m, AdamW(), s + 1);
     }
-}
-
-// everything that the optimizer changes
-std::vector<float> training_state(const Model& m) {
-    std::vector<float> all = get_floats(m.m, 0, m.table.size);
-    for (const Flat& f : {m.v, m.master ? Flat(m.master) : Flat(m.params)}) {
-        std::vector<float> x = get_floats(f, 0, m.table.size);
-        all.insert(all.end(), x.begin(), x.end());
-    }
-    return all;
 }
 
 TEST(same_bits_and_checkpoint) {
@@ -913,12 +953,17 @@ TEST(same_bits_and_checkpoint) {
             initialize(m, 4);
             two_steps(m, 0);
             if (way == 2) {
-                save_checkpoint(m, dir, {2, 4, {1, 7}}, 0);
+                Saver saver;
+                saver.out = dir, saver.background = storage.half_moments;
+                saver.save(m, {2, 4, {1, 7}, 2, 0});
+                saver.finish();
+                EXPECT(saver.failure.empty());
+                verify_checkpoint(dir + "/step_00000002", [] {});
                 destroy(m);
                 plan(m, small_config(Backbone::llama, variant), 2, true, storage);
                 create(m);
                 TrainState s = load_checkpoint(m, dir + "/step_00000002");
-                EXPECT(s.step == 2 && s.seed == 4 && s.loader.epoch == 1 && s.loader.window == 7);
+                EXPECT(s.step == 2 && s.seed == 4 && s.loader.epoch == 1 && s.loader.window == 7 && s.updates == 2);
                 Model other;
                 Config wrong = m.c;
                 wrong.L = 3;
@@ -939,6 +984,68 @@ TEST(same_bits_and_checkpoint) {
     }
 }
 
+// The specification's own test vectors, and the same however the bytes come.
+TEST(hash) {
+    auto of = [](const std::string& s) {
+        Hash h;
+        h.add(s.data(), s.size());
+        return h.value();
+    };
+    EXPECT(of("") == 0xEF46DB3751D8E999 && of("a") == 0xD24EC4F1A98C6E5B && of("abc") == 0x44BC2CF5AD770999);
+    EXPECT(of("Nobody inspects the spammish repetition") == 0xFBCEA83C8A378BF1);
+    std::string text(1000, 0);
+    for (int i = 0; i < 1000; i++) text[i] = char(i * 7 + i / 9);
+    for (size_t piece : {1, 3, 31, 32, 33, 64, 999}) {
+        Hash h;
+        for (size_t at = 0; at < text.size(); at += piece) h.add(&text[at], std::min(piece, text.size() - at));
+        EXPECT(h.value() == of(text));
+    }
+}
+
+// Whatever the number of ranks: units follow one another and hold the tensors, pieces of all ranks make up each unit,
+// shards have no gaps; within a unit a tensor's place is the same for all numbers, so that checkpoints fit.
+TEST(units_and_pieces) {
+    for (Backbone backbone : {Backbone::llama, Backbone::nanogpt})
+        for (int n : {1, 2, 3, 5, 64}) {
+            const Config c = small_config(backbone, Variant::simplegpt);
+            const TensorTable one = build_table(c), t = build_table(c, n);
+            EXPECT(int(t.units.size()) == c.L + 2 && t.tied() == (backbone == Backbone::nanogpt));
+            size_t at = 0, shard = 0, tensor = 0;
+            for (int u = 0; u < c.L + 2; u++) {
+                const Unit& unit = t.units[u];
+                EXPECT(unit.begin == at && unit.size % (64 * n) == 0 && unit.tensor == tensor);
+                for (int r = 0; r < n; r++) {
+                    const Piece p = t.piece(u, r);
+                    EXPECT(p.whole == at && p.shard == shard && p.size == unit.size / n);
+                    at += p.size;
+                }
+                shard += unit.size / n, tensor += unit.tensors;
+                for (size_t i = unit.tensor; i < tensor; i++) {
+                    EXPECT(t.unit_of(t.tensors[i].offset) == u);
+                    EXPECT(t.tensors[i].offset - unit.begin == one.tensors[i].offset - one.units[u].begin);
+                    EXPECT(t.tensors[i].offset + t.tensors[i].padded_size() <= unit.begin + unit.size);
+                }
+            }
+            EXPECT(at == t.size && shard == t.shard_size() && tensor == t.tensors.size());
+        }
+}
+
+// What stands out from the losses before it, and nothing else: not a falling curve, its noise, or a level that stays.
+TEST(spikes) {
+    Spikes s;
+    Random r{3};
+    int found = 0;
+    for (int i = 0; i < 2000; i++) {
+        const bool jump = i == 700 || i == 701 || i == 1500;
+        const bool spike = s.add(float(3 + 6 * exp(-i / 150.0) + 0.03 * r.normal() + (jump ? 0.6 : 0)));
+        EXPECT(spike == jump);
+        found += spike;
+    }
+    EXPECT(found == 3 && !s.add(NAN) && !s.add(INFINITY));
+    for (int i = 0; i < 200; i++) found += s.add(4.0f);
+    EXPECT(found > 3 && found < 60 && !s.add(4.0f));
+}
+
 // Whatever is recomputed, the gradients have the same bits; and each level plans the activations that its comment says.
 TEST(recompute) {
     for (Backbone backbone : {Backbone::llama, Backbone::nanogpt})
@@ -955,7 +1062,7 @@ TEST(recompute) {
                 least = m.arena.used;
                 create(m);
                 initialize(m, 4);
-                zero_gradients(m);
+                begin_step(m);
                 for (int i = 0; i < 2; i++) forward_backward(m, some_windows(c, 2, i).data(), 2, c.T, 0.5f, i == 0);
                 CHECK(cudaDeviceSynchronize());
                 std::vector<float> got = get_floats(m.grads, 0, m.table.size);
@@ -1011,7 +1118,7 @@ TEST(graph_and_algorithms) {
         }
         two_steps(m, 0);
         two_steps(m, 2);
-        zero_gradients(m);  // a weight that no graph was made for
+        begin_step(m);  // a weight that no graph was made for
         forward_backward(m, some_windows(m.c, m.B, 7).data(), m.B, m.c.T, 0.25f, true);
         const float quarter = read_float(m, m.loss);
         EXPECT((m.graphs[0].exec != nullptr) == (way == 1) && (m.graphs[1].exec != nullptr) == (way == 1));
@@ -1045,7 +1152,7 @@ TEST(hopper_model) {
             time_matmuls(m);
             EXPECT(matmul.ways.size() == 4);  // q, k, v; o; w1, w3; w2
         }
-        zero_gradients(m);
+        begin_step(m);
         forward_backward(m, some_windows(c, 2, 1).data(), 2, c.T, 1.0f, true);
         CHECK(cudaDeviceSynchronize());
         std::vector<float> got = get_floats(m.grads, 0, m.table.size);
@@ -1117,6 +1224,20 @@ TEST(speed_of_light) {
         EXPECT(seconds[level] > seconds[level - 1]);
     }
     if (BF16) EXPECT(seconds[1] < 1.025 * seconds[0] && seconds[3] < 4.0 / 3 * seconds[0]);
+    // over 8 ranks: (n-1)/n of gradients reduced and weights gathered, once, and with ZeRO 3 all weights but those of the
+    // last two layers twice
+    for (int zero = 0; zero < 4; zero++) {
+        Storage s;
+        s.ranks = 8, s.zero = zero, s.half_gradients = BF16;
+        plan(m, c, 4, true, s);
+        const double P = double(m.table.size), layer = double(m.table.units[1].size), ends = P - 32 * layer;
+        const double elements = zero == 3 ? P + ends + 62 * layer : 2 * P;
+        EXPECT(step_sent(m, 1) == 7.0 / 8 * (elements * sizeof(floatX) + 2 * 3 * sizeof(double)));
+        s.whole_gradients = true;  // several micro-batches: gradients once
+        plan(m, c, 4, true, s);
+        const double again = zero == 3 ? 2 * (ends + 2 * 30 * layer) : 0;
+        EXPECT(step_sent(m, 3) == 7.0 / 8 * ((elements + again) * sizeof(floatX) + 2 * 3 * sizeof(double)));
+    }
     EXPECT(parse_device("700,4000,80").copy == 4e12 && !error_of([] { parse_device("h300"); }).empty());
 }
 
@@ -1130,13 +1251,13 @@ TEST(gradients_begin_anew) {
         initialize(m, 4);
         std::vector<float> once[2];
         for (int step = 0; step < 3; step++) {
-            zero_gradients(m);
+            begin_step(m);
             forward_backward(m, some_windows(c, 2, step == 1 ? 5 : 4).data(), 2, c.T, 1.0f, true);
             CHECK(cudaDeviceSynchronize());
             if (step != 1) once[step / 2] = get_floats(m.grads, 0, m.table.size);
         }
         EXPECT(once[0] == once[1]);
-        zero_gradients(m);
+        begin_step(m);
         for (int i = 0; i < 2; i++) forward_backward(m, some_windows(c, 2, 4).data(), 2, c.T, 1.0f, i == 0);
         CHECK(cudaDeviceSynchronize());
         std::vector<float> twice = get_floats(m.grads, 0, m.table.size);
@@ -1163,7 +1284,7 @@ TEST(half_gradients) {
             plan(m, c, 2, true, {Recompute::none, half == 1, false, false});
             create(m);
             initialize(m, 4);
-            zero_gradients(m);
+            begin_step(m);
             forward_backward(m, some_windows(c, 2, 4).data(), 2, c.T, 1.0f, true);
             AdamW frozen;
             frozen.lr = 0;
@@ -1216,7 +1337,7 @@ void golden(const std::string& path) {
     };
     auto raw = [&](const char* key, auto type) {
         std::vector<decltype(type)> v(f.entries.at(key).elements);
-        f.read(f.entries.at(key), v.data());
+        f.read(f.entries.at(key), v.data(), 0, f.entries.at(key).bytes);
         return v;
     };
     Config c;
@@ -1243,25 +1364,26 @@ void golden(const std::string& path) {
     plan(m, c, B, true);
     create(m);
     m.logit_rows = std::max(1, B * c.T / 2 - 1);  // head and loss in three chunks
-    import_weights(m, path, "param/");
+    auto floats = [&](const std::string& key) { return f.floats(key, 0, f.entries.at(key).elements); };
+    for (const Tensor& t : m.table.tensors) set_parameters(m, t.offset, floats("param/" + t.name));
     const std::vector<int32_t> tokens = raw("tokens", int32_t());
     const std::vector<double> losses = raw("loss", double()), lrs = raw("lr", double()),
                               norms = raw("grad_norm", double());
     auto relative = [&](const std::vector<float>& got, const std::string& key) {
-        const std::vector<float> want = f.floats(key);
+        const std::vector<float> want = floats(key);
         double difference = 0, size = 0;
         for (size_t i = 0; i < want.size(); i++)
             difference += pow(double(got[i]) - want[i], 2), size += double(want[i]) * want[i];
         return sqrt(difference / std::max(size, 1e-30));
     };
     for (int s = 0; s < steps; s++) {
-        zero_gradients(m);
+        begin_step(m);
         for (int i = 0; i < accum; i++) {
             const int32_t* windows = &tokens[(size_t(s) * accum + i) * B * (c.T + 1)];
             if (s == 0 && i == 0) {
                 set_batch(m, windows, B, c.T, false);
                 forward(m, B, c.T);
-                const std::vector<float> want = f.floats("logits");
+                const std::vector<float> want = floats("logits");
                 double error = 0;
                 std::vector<floatX> row(c.V);
                 for (int n = 0; n < B * c.T; n++) {

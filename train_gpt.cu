@@ -3428,6 +3428,12 @@ std::vector<float> get_floats(const Flat& f, size_t offset, size_t count) {
     return values;
 }
 
+// Waits until all that was launched is done.
+void settle(const Model& m) {
+    CHECK(cudaStreamSynchronize(m.stream));
+    if (m.storage.ranks > 1) CHECK(cudaStreamSynchronize(ranks.stream));
+}
+
 // A unit of a flat buffer, which is cut over the ranks or not, in its own type; with `cut` all ranks must call. Passes
 // by where the logits are between steps.
 std::vector<char> get_unit(const Model& m, const Flat& f, bool cut, int unit) {
@@ -3441,7 +3447,7 @@ std::vector<char> get_unit(const Model& m, const Flat& f, bool cut, int unit) {
     const Piece mine = m.piece(unit);
     const size_t room = m.logit_rows * size_t(m.c.Vp()) * sizeof(floatX) / (width * ranks.size);
     char* passing = reinterpret_cast<char*>(m.logits);
-    CHECK(cudaStreamSynchronize(m.stream));
+    settle(m);
     for (size_t at = 0; at < mine.size; at += room) {
         const size_t count = std::min(room, mine.size - at);
         ranks.all_gather(passing, f.at(mine.shard + at).p, count, f.nccl(), width);
@@ -5072,6 +5078,7 @@ void export_weights(const Model& m, const std::string& path) {
     const Flat flat = m.master ? Flat(m.master) : Flat(m.params);
     int held = -1;
     std::vector<char> unit;
+    settle(m);
     auto get = [&](int u) {
         if (u != held) unit = get_unit(m, flat, cut, u), held = u;
     };
@@ -5231,8 +5238,7 @@ struct Saver {
     // All ranks call, between steps. Returns when the training may go on.
     void save(Model& m, const TrainState& state) {
         finish();
-        CHECK(cudaStreamSynchronize(m.stream));
-        if (ranks.size > 1) CHECK(cudaStreamSynchronize(ranks.stream));
+        settle(m);
         Files files = own_files(m);
         const std::string head = manifest_head(m, state);
         const std::vector<std::string> index = weight_index(m);
@@ -5395,10 +5401,9 @@ private:
             return true;
         };
         take(0, own);
-        for (int missing = ranks.size - 1; missing > 0;) {
-            for (auto& [rank, report] : job.take_reports(true, 0.5)) missing -= take(rank, report);
-            tick();
-        }
+        if (!background) job.progress("waiting for the others' files", step);
+        for (int missing = ranks.size - 1; missing > 0;)  // the job's watch sees who does not come
+            for (auto& [rank, report] : job.take_reports(true, 0.5)) missing -= take(rank, report), tick();
         return records;
     }
 
@@ -5665,13 +5670,14 @@ struct Device {
     std::string name;
     double flops, peak, copy;  // FLOP/s of large matmuls, the datasheet's, bytes/s read plus written
     double memory;             // bytes
-    double link, network;      // bytes/s that a rank can send within a node of eight, and beyond
+    double link, network;      // bytes/s that a rank can send in a ring within a node of eight, and over several
 };
 const Device DEVICES[] = {
-    // matmul and copy measured with PyTorch 2.11; NVLink 4 and 400 Gbit/s a GPU by their datasheets
-    {"h200", 788e12, 989e12, 4.3e12, 139.0 * (1 << 30), 450e9, 50e9},
-    {"h100", 989e12, 989e12, 3.35e12, 79.0 * (1 << 30), 450e9, 50e9},  // SXM5, datasheet: nobody reaches it
-    {"a100", 312e12, 312e12, 2.0e12, 79.0 * (1 << 30), 300e9, 25e9},   // SXM4 80 GB, datasheet
+    // matmul and copy measured with PyTorch 2.11. Links by their datasheets: NVLink, and between nodes an adapter a GPU of
+    // 400 (a100: 200) Gbit/s, all eight of which share what the rings send out of a node.
+    {"h200", 788e12, 989e12, 4.3e12, 139.0 * (1 << 30), 450e9, 400e9},
+    {"h100", 989e12, 989e12, 3.35e12, 79.0 * (1 << 30), 450e9, 400e9},  // SXM5, datasheet: nobody reaches it
+    {"a100", 312e12, 312e12, 2.0e12, 79.0 * (1 << 30), 300e9, 200e9},   // SXM4 80 GB, datasheet
     {"2-cores", 215e9, 215e9, 58e9, 16.0 * (1 << 30), 5e9, 5e9},       // an AMD EPYC with AVX-512, fp32, measured but links
 };
 
@@ -6084,12 +6090,12 @@ bool parse_options(Options& o, int argc, char** argv) {
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Mean loss over the first `batches` batches of all ranks, always the same ones.
-float validate(Model& m, DataLoader& data, int batches) {
+float validate(Model& m, DataLoader& data, int batches, int64_t step) {
     double sum = 0.0, total = 0.0;
     data.seek({0, 0});
     for (int i = 0; i < batches; i++) {
         sum += evaluate(m, data.next(), m.B, m.c.T);
-        job.progress("validating", i);
+        job.progress("validating", step);
     }
     for (double part : ranks.exchange(sum)) total += part;
     return float(total / (double(batches) * ranks.size));
@@ -6175,6 +6181,7 @@ double memory_used() {
 
 // Prints what a rank holds in memory and sends, beside the plan. before: memory_used() of an empty device.
 void print_use(const Model& m, size_t before, double sent, int micro) {
+    settle(m);
     const double mib = 1048576.0, used = memory_used() - double(before);
     const double least = ranks.least(used), most = ranks.most(used);
     printf("memory a rank: plan %.1f MiB, in use %.1f MiB", m.arena.used / mib, least / mib);
@@ -6192,7 +6199,7 @@ void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
     if (ranks.rank == 0) log.open(o.out + "/log.csv", state.step);
     Saver saver;
     saver.out = o.out, saver.keep = o.keep, saver.background = o.save_async;
-    saver.moved = [] { job.progress("saving", -1); };
+    saver.moved = [&state] { job.progress("saving", state.step); };
     int64_t marked = state.step;  // step and time since which the line on the terminal counts
     double mark = now(), last = mark;
     double paused = 0.0;  // seconds of validation, samples and checkpoints among them
@@ -6221,7 +6228,7 @@ void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
         state.updates = n.updates, state.skipped = n.skipped;
         if (checked(step)) compare_hashes(r.hashes, step);
         const bool validated = val && !n.skip && due(step, o.val_every);
-        float val_loss = validated ? validate(m, *val, o.val_batches) : 0.0f;
+        float val_loss = validated ? validate(m, *val, o.val_batches, step) : 0.0f;
         const bool spike = log.spikes.add(n.loss);
         if (ranks.rank == 0)
             log.row(step, n.loss, lr, n.grad_norm, tokens / (done - last), validated ? &val_loss : nullptr,
@@ -6342,6 +6349,12 @@ void settle_matmuls(Model& m, const std::string& path, bool resumed) {
     printf("timed %zu matmuls in %.1f s\n", matmul.chosen.size(), now() - begin);
 }
 
+// Bytes of a checkpoint that are a rank's.
+double saved_bytes(const Model& m) {
+    const double width = sizeof(floatX) + 2 * m.m.width() + (BF16 && !m.storage.no_master ? sizeof(float) : 0);
+    return width * double(m.table.shard_size());
+}
+
 void print_run(const Model& m, const Options& o) {
     const Config& c = m.c;
     const auto fields = config_fields(c, o.storage);
@@ -6351,6 +6364,7 @@ void print_run(const Model& m, const Options& o) {
     const std::string many = o.storage.ranks > 1 ? format(" on %d ranks, ZeRO %d", o.storage.ranks, o.storage.zero) : "";
     printf("%zu parameters; %lld steps of %d x %d sequences%s\n%s", m.table.parameters, (long long)o.steps, o.grad_accum,
            o.batch_size, many.c_str(), memory_plan(m).c_str());
+    if (o.save_async) printf("  and on the host, for --save-async %10.1f MiB\n", saved_bytes(m) / 1048576.0);
 }
 
 void print_plan(Options& o) {

@@ -58,6 +58,12 @@ struct Tensors {
         return p;
     }
     template <typename F>
+    F* zeros(size_t count) {
+        F* p = take<F>(count);
+        CHECK(cudaMemset(p, 0, count * sizeof(F)));
+        return p;
+    }
+    template <typename F>
     F* normal(size_t count, float scale = 1.0f, float shift = 0.0f) {
         F* p = take<F>(count);
         normal_kernel<F><<<chunks(count), 256>>>(p, count, scale, shift, ++key);
@@ -445,11 +451,13 @@ std::vector<Case> matmul_cases(const Config& c, int B, int logit_rows) {
 template <typename S>
 Launch prepare_adamw(Tensors& t, size_t size) {
     floatX* params = t.x(size, 0.02f);
-    float *master = BF16 ? t.normal<float>(size, 0.02f) : nullptr, *grads = t.floats(size), *norm = t.squares(1);
+    float *master = BF16 ? t.normal<float>(size, 0.02f) : nullptr, *grads = t.floats(size);
+    Numbers* numbers = t.zeros<Numbers>(1);
     S *m = t.normal<S>(size, 1e-3f), *v = t.normal<S>(size, 1e-8f, 1e-6f);
     return [=](cudaStream_t s) {
+        decide_kernel<<<1, 1, 0, s>>>(numbers, AdamW());
         adamw_kernel<float, S>
-            <<<chunks(size), 256, 0, s>>>(params, master, m, v, grads, norm, 0, size, AdamW(), 0.1f, 0.05f, 1u);
+            <<<chunks(size), 256, 0, s>>>(params, master, m, v, grads, numbers, size, 0, AdamW(), 1u);
         CHECK(cudaGetLastError());
     };
 }
@@ -461,10 +469,11 @@ std::vector<Case> optimizer_cases(const Config& c, bool quick) {
     const std::string shape = format("%zu parameters", size);
     return {{"gradient norm", shape, "gradient norm", times, 0, 4.0 * size,
              [=](Tensors& t) -> Launch {
-                 float *grads = t.floats(size), *sums = t.floats(chunks(size)), *norm = t.floats(1);
+                 float *grads = t.floats(size), *sums = t.floats(chunks(size));
+                 Numbers* numbers = t.zeros<Numbers>(1);
                  return [=](cudaStream_t s) {
                      square_sum_kernel<float><<<chunks(size), 256, 0, s>>>(sums, grads, size);
-                     grad_norm_kernel<<<1, 512, 0, s>>>(norm, sums, chunks(size));
+                     numbers_kernel<<<1, 512, 0, s>>>(numbers, sums, chunks(size), false);
                      CHECK(cudaGetLastError());
                  };
              }},
