@@ -622,7 +622,8 @@ static void test_events() {
         Streams s(CUDA_STREAMS_LATE);
         s.set(s.x, 1, s.second);
         EXPECT(cudaStreamWaitEvent(s.first, s.event) == cudaSuccess && *s.x == 0, "%s", "waited for nothing");
-        EXPECT(cudaEventQuery(s.event) == cudaSuccess && cudaEventSynchronize(s.event) == cudaSuccess, "%s", "not ready");
+        EXPECT(cudaEventQuery(s.event) == cudaSuccess && cudaEventSynchronize(s.event) == cudaSuccess, "%s",
+               "not ready");
     }
     {  // times
         Streams s(CUDA_STREAMS_LATE);
@@ -767,11 +768,11 @@ static void test_trace() {
         fclose(file);
         const std::string a = std::to_string(s.first->id), b = std::to_string(s.second->id),
                           e = std::to_string(s.event->id);
-        const std::string want = "issue " + a + " kernel add_kernel\nrun " + a + " kernel add_kernel\n" +
-                                 "issue " + b + " memset 4\nissue " + b + " record " + e + "\nissue " + a + " wait " + e +
-                                 "\nrun " + a + " wait " + e + "\nrun " + b + " memset 4\nrun " + b + " record " + e +
-                                 "\nissue 0 memcpy 4\nrun 0 memcpy 4\ncapture " + a + " kernel add_kernel\nissue " + a +
-                                 " graph\nrun " + a + " graph\nrun " + a + " kernel add_kernel\n";
+        const std::string kernel = " kernel add_kernel\n", record = " record " + e + "\n", wait = " wait " + e + "\n";
+        const std::string want = "issue " + a + kernel + "run " + a + kernel + "issue " + b + " memset 4\nissue " + b +
+                                 record + "issue " + a + wait + "run " + a + wait + "run " + b + " memset 4\nrun " + b +
+                                 record + "issue 0 memcpy 4\nrun 0 memcpy 4\ncapture " + a + kernel + "issue " + a +
+                                 " graph\nrun " + a + " graph\nrun " + a + kernel;
         EXPECT(got == want, "%.300s", got);
     }
     EXPECT(cuda_detours == detours, "%d reasons for a detour, not %d", cuda_detours, detours);

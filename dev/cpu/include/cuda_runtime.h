@@ -212,9 +212,11 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The trace, for tests. CUDA_CPU_TRACE=PREFIX: what the host issues and what then runs, a line each, in PREFIX.RANK:
-//   issue STREAM WORK     "issue 1 kernel adamw_kernel<float>", "issue 2 allreduce 4096 2048"; stream 0 is the null stream
+//   issue STREAM WORK     kernel NAME, memcpy BYTES, memset BYTES, matmul ROWS COLUMNS INNER, graph, record EVENT,
+//                         wait EVENT, allreduce|reducescatter|allgather BYTES SENT (the buffer; to other ranks)
 //   capture STREAM WORK   in place of issue, for what goes into a graph
 //   run STREAM WORK       when the work begins
+// Streams and events are numbers from 1, in order of creation; the null stream is 0.
 
 inline FILE* cuda_trace = [] {
     const char *prefix = getenv("CUDA_CPU_TRACE"), *rank = getenv("OMPI_COMM_WORLD_RANK");
