@@ -2,8 +2,8 @@
 // Sums are taken in the order of the ranks, in float for bfloat16, rounded once: all-reduce and reduce-scatter give the
 // same bits whatever the sizes, and the same on every rank. One host thread makes the calls; ncclCommGetAsyncError and
 // ncclCommAbort may come from another.
-//   NCCL_CPU_FAULT="RANK,CALL,KIND"   for tests: in that rank's CALL-th collective (from 1) half of the exchange is done,
-//     then kill: SIGKILL; stop: SIGSTOP; hang: the thread sleeps for ever; or, after the collective,
+//   NCCL_CPU_FAULT="RANK,CALL,KIND"   for tests: in that rank's CALL-th collective (from 1) half of the exchange is
+//     done, then kill: SIGKILL; stop: SIGSTOP; hang: the thread sleeps for ever; or, after the collective,
 //     flip: the lowest bit of the result's middle element is flipped; nan: its first float becomes NaN
 #pragma once
 #include <sched.h>
@@ -62,6 +62,8 @@ struct ncclComm {
     std::atomic<ncclResult_t> error{ncclSuccess};  // the first, stays
     std::atomic<bool> aborted{false};
     uint64_t collectives = 0;  // the same on all ranks
+    int last_stream = 0;       // and entry there: the collective issued last. NCCL's run in the order of issue, also
+    uint64_t last_entry = 0;   // those of different streams
     bool mpi = false;
 #ifdef USE_MPI
     MPI_Comm world = MPI_COMM_NULL;
@@ -187,7 +189,8 @@ inline ncclResult_t ncclCommInitRank(ncclComm_t* comm, int ranks, ncclUniqueId i
 #else
     (void)id;
     if (ranks > 1)
-        return nccl_fail(ncclInvalidUsage, "this CPU build has no MPI, so one rank only; install Open MPI and build again");
+        return nccl_fail(ncclInvalidUsage,
+                         "this CPU build has no MPI, so one rank only; install Open MPI and build again");
 #endif
     *comm = made.release();
     return ncclSuccess;
@@ -290,8 +293,8 @@ struct NcclExchange {
         std::vector<MPI_Request> requests;
         requests.reserve(receive.size() + send.size());
         for (const NcclMessage& m : receive)
-            NCCL_CHECK_MPI(MPI_Irecv(m.data, int(m.bytes), MPI_BYTE, m.peer, tag, comm->world, &requests.emplace_back()),
-                           "MPI_Irecv", ncclRemoteError);
+            NCCL_CHECK_MPI(MPI_Irecv(m.data, int(m.bytes), MPI_BYTE, m.peer, tag, comm->world,
+                                     &requests.emplace_back()), "MPI_Irecv", ncclRemoteError);
         for (size_t i = 0; i <= send.size(); i++) {
             if (fault && i == send.size() / 2) {
                 std::vector<MPI_Request> sends(requests.begin() + receive.size(), requests.end());
@@ -348,7 +351,8 @@ inline size_t nccl_width(ncclDataType_t type) {
 }
 
 // out[i] = in[0][i] op in[1][i] op ..., from the left, in A. out may be one of in.
-template <class T, class A, class Op> void nccl_reduce(void* out, const std::vector<const void*>& in, size_t count, Op op) {
+template <class T, class A, class Op>
+void nccl_reduce(void* out, const std::vector<const void*>& in, size_t count, Op op) {
     constexpr size_t TILE = 1024;
     const int64_t tiles = (count + TILE - 1) / TILE;
     #pragma omp parallel for if (tiles > 64)
@@ -367,7 +371,8 @@ template <class T, class A, class Op> void nccl_reduce(void* out, const std::vec
     }
 }
 
-template <class T, class A> void nccl_reduce_by(ncclRedOp_t op, void* out, const std::vector<const void*>& in, size_t n) {
+template <class T, class A>
+void nccl_reduce_by(ncclRedOp_t op, void* out, const std::vector<const void*>& in, size_t n) {
     // of a NaN and a number the number, as NCCL's
     if (op == ncclMax) nccl_reduce<T, A>(out, in, n, [](A a, A b) { return b > a || a != a ? b : a; });
     else if (op == ncclMin) nccl_reduce<T, A>(out, in, n, [](A a, A b) { return b < a || a != a ? b : a; });
@@ -406,7 +411,7 @@ struct NcclPieces {
     size_t rounds() const { return (size(0) + chunk() - 1) / chunk(); }  // the first piece is among the largest
     // what of a piece goes in a round: from where in the buffer, how much
     size_t from(int r, size_t round) const { return begin(r) + std::min(size(r), round * chunk()); }
-    size_t part(int r, size_t round) const { return std::min(size(r), (round + 1) * chunk()) + begin(r) - from(r, round); }
+    size_t part(int r, size_t round) const { return from(r, round + 1) - from(r, round); }
 
     size_t sent_by_scatter() const { return (count - size(rank)) * width; }
     size_t sent_by_gather() const { return size(rank) * (ranks - 1) * width; }
@@ -476,6 +481,12 @@ ncclResult_t nccl_collective(NcclKind kind, ncclComm_t comm, const void* send, v
     if (comm->aborted) return nccl_fail(ncclInvalidUsage, "%s: the communicator was aborted", name);
     if (comm->error != ncclSuccess) return comm->error;
     auto issue = [=] {
+        const int id = stream ? stream->id : 0;
+        const bool captured = stream && stream->captured;
+        if (!captured && comm->last_stream != id)
+            cuda_enqueue(stream, {}, [other = comm->last_stream, entry = comm->last_entry] {
+                cuda_run_until(other, entry);
+            });
         cuda_enqueue(stream, cuda_label("%s %zu %zu", name, p.count * p.width, sent), [=] {
             if (comm->error != ncclSuccess) return;
             nccl_cpu_calls++;
@@ -486,6 +497,7 @@ ncclResult_t nccl_collective(NcclKind kind, ncclComm_t comm, const void* send, v
             if (result == ncclSuccess && nccl_fault_due(comm)) nccl_fault_after(receive, results, p.width, type);
             if (result != ncclSuccess) comm->error = result;
         });
+        if (!captured) comm->last_stream = id, comm->last_entry = stream ? stream->put : 0;
         return comm->error.load();
     };
     if (nccl_group_depth == 0) return issue();
@@ -528,12 +540,12 @@ inline ncclResult_t ncclAllReduce(const void* send, void* receive, size_t count,
 }
 
 // In place: receive == send + rank * count.
-inline ncclResult_t ncclReduceScatter(const void* send, void* receive, size_t count, ncclDataType_t type, ncclRedOp_t op,
-                                      ncclComm_t comm, cudaStream_t stream) {
+inline ncclResult_t ncclReduceScatter(const void* send, void* receive, size_t count, ncclDataType_t type,
+                                      ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream) {
     const NcclPieces p = nccl_pieces(comm, count, type, true);
     const size_t rounds = p.ranks > 1 && p.width ? p.rounds() : 0;
-    return nccl_collective(NCCL_REDUCE_SCATTER, comm, send, receive, p, type, op, p.sent_by_scatter(), rounds, count, stream,
-                           [=](NcclExchange& exchange) {
+    return nccl_collective(NCCL_REDUCE_SCATTER, comm, send, receive, p, type, op, p.sent_by_scatter(), rounds, count,
+                           stream, [=](NcclExchange& exchange) {
         if (p.ranks > 1) return nccl_scatter(exchange, p, send, receive, type, op);
         if (receive != send && count > 0) memcpy(receive, send, count * p.width);
         return ncclSuccess;
