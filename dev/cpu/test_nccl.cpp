@@ -215,6 +215,40 @@ static void test_nan() {
     EXPECT((ranks == 1 ? std::isnan(most[0]) : most[0] == 1) && most[1] == INFINITY, "most %g %g", most[0], most[1]);
 }
 
+// Collectives are work of their stream: out of step, one that does not wait reads what was there before. Those of one
+// communicator run in the order of issue on whatever streams.
+static void test_streams() {
+    cudaStreamDestroy(stream);  // "first" is a stream beside which there is no other
+    for (CudaStreams mode : {CUDA_STREAMS_IN_STEP, CUDA_STREAMS_LATE, CUDA_STREAMS_EARLY})
+        for (bool waits : {false, true}) {
+            cudaStream_t compute, a, b;
+            cudaEvent_t ready, done;
+            cuda_streams = mode;
+            for (cudaStream_t* s : {&compute, &a, &b}) cudaStreamCreateWithFlags(s, cudaStreamNonBlocking);
+            cuda_streams = CUDA_STREAMS_IN_STEP;
+            for (cudaEvent_t* e : {&ready, &done}) cudaEventCreate(e);
+            int32_t x[2] = {0, 0}, ones = 0x01010101, seen = -1;
+            const uint64_t calls = nccl_cpu_calls;
+            cudaMemsetAsync(x, 1, sizeof x, compute);
+            cudaEventRecord(ready, compute);
+            if (waits) cudaStreamWaitEvent(a, ready);
+            EXPECT_RESULT(ncclAllReduce(x, x, 2, ncclInt, ncclSum, comm, a), ncclSuccess);
+            EXPECT_RESULT(ncclAllReduce(x, x, 2, ncclInt, ncclMax, comm, b), ncclSuccess);  // waits for a's
+            EXPECT(nccl_cpu_calls == calls + (mode == CUDA_STREAMS_LATE ? 0 : 2), "mode %d: %zu calls", mode,
+                   size_t(nccl_cpu_calls - calls));
+            cudaEventRecord(done, b);
+            if (waits) cudaStreamWaitEvent(compute, done);
+            cudaMemcpyAsync(&seen, x, sizeof seen, cudaMemcpyDeviceToDevice, compute);
+            cudaDeviceSynchronize();
+            int want = waits || mode == CUDA_STREAMS_IN_STEP ? ranks * ones : ones;
+            EXPECT(seen == want, "mode %d, waits %d: %x, not %x", mode, waits, seen, want);
+            EXPECT(nccl_cpu_calls == calls + 2, "%zu calls", size_t(nccl_cpu_calls - calls));
+            for (cudaStream_t s : {compute, a, b}) cudaStreamDestroy(s);
+            for (cudaEvent_t e : {ready, done}) cudaEventDestroy(e);
+        }
+    cudaStreamCreate(&stream);
+}
+
 static void test_faults() {
     auto at_next_call = [](int of_rank, decltype(NcclFault::kind) kind) {
         nccl_cpu_fault.rank = of_rank, nccl_cpu_fault.call = nccl_cpu_calls + 1, nccl_cpu_fault.kind = kind;
@@ -334,6 +368,7 @@ int main() {
     test("float64", [] { check_type<double>(ncclFloat64); });
     test("bfloat16", [] { check_type<__nv_bfloat16>(ncclBfloat16); });
     test("nan", test_nan);
+    test("streams", test_streams);
     test("group", test_group);
     test("errors", test_errors);
     test("wrong_job", test_wrong_job);

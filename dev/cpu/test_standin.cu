@@ -433,6 +433,350 @@ static void test_host_api() {
     cudaStreamDestroy(stream);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Streams out of step. x, y, z are numbers on the device.
+
+__global__ void add_kernel(int* out, const int* in, int factor, int term) { *out = *in * factor + term; }
+
+// A first stream and two others, in a mode. d[0..2] are 0.
+struct Streams {
+    cudaStream_t first, second, third;
+    cudaEvent_t event, other;
+    Device<int> d{std::vector<int>(3, 0)};
+    int *x = d, *y = d + 1, *z = d + 2;
+    explicit Streams(CudaStreams mode, unsigned flags = cudaStreamDefault) {
+        cuda_streams = mode;
+        cudaStreamCreate(&first);
+        cudaStreamCreateWithFlags(&second, flags);
+        cudaStreamCreateWithPriority(&third, flags, -1);
+        cudaEventCreate(&event);
+        cudaEventCreate(&other);
+        cuda_streams = CUDA_STREAMS_IN_STEP;
+    }
+    ~Streams() {
+        for (cudaStream_t s : {first, second, third}) cudaStreamDestroy(s);
+        cudaEventDestroy(event);
+        cudaEventDestroy(other);
+    }
+    void set(int* p, int value, cudaStream_t s) { add_kernel<<<1, 1, 0, s>>>(p, p, 0, value); }
+    void copy(int* to, const int* from, cudaStream_t s) { add_kernel<<<1, 1, 0, s>>>(to, from, 1, 0); }
+    void wait(cudaStream_t waits, cudaStream_t for_whom) {
+        cudaEventRecord(event, for_whom);
+        EXPECT(cudaStreamWaitEvent(waits, event) == cudaSuccess, "%s", "a wait is refused");
+    }
+};
+
+constexpr CudaStreams ALL_MODES[] = {CUDA_STREAMS_IN_STEP, CUDA_STREAMS_LATE, CUDA_STREAMS_EARLY};
+
+static void test_missing_wait() {
+    for (bool waits : {false, true})
+        for (CudaStreams mode : ALL_MODES) {
+            const bool in_step = waits || mode == CUDA_STREAMS_IN_STEP;
+            {  // the first stream reads what the second writes
+                Streams s(mode);
+                s.set(s.x, 1, s.second);
+                if (waits) s.wait(s.first, s.second);
+                s.copy(s.y, s.x, s.first);
+                cudaDeviceSynchronize();
+                const int want = in_step || mode == CUDA_STREAMS_EARLY ? 1 : 0;
+                EXPECT(*s.x == 1 && *s.y == want, "read too soon: mode %d, waits %d: %d", mode, waits, *s.y);
+            }
+            {  // the second reads what the first writes
+                Streams s(mode);
+                s.set(s.x, 1, s.first);
+                if (waits) s.wait(s.second, s.first);
+                s.copy(s.y, s.x, s.second);
+                cudaDeviceSynchronize();
+                const int want = in_step || mode == CUDA_STREAMS_LATE ? 1 : 0;
+                EXPECT(*s.x == 1 && *s.y == want, "read too soon: mode %d, waits %d: %d", mode, waits, *s.y);
+            }
+            {  // the second overwrites what the first still reads
+                Streams s(mode);
+                s.copy(s.y, s.x, s.first);
+                if (waits) s.wait(s.second, s.first);
+                s.set(s.x, 1, s.second);
+                cudaDeviceSynchronize();
+                const int want = in_step || mode == CUDA_STREAMS_LATE ? 0 : 1;
+                EXPECT(*s.y == want, "overwritten too soon: mode %d, waits %d: %d", mode, waits, *s.y);
+            }
+            {  // the first overwrites what the second still reads
+                Streams s(mode);
+                s.copy(s.y, s.x, s.second);
+                if (waits) s.wait(s.first, s.second);
+                s.set(s.x, 1, s.first);
+                cudaDeviceSynchronize();
+                const int want = in_step || mode == CUDA_STREAMS_EARLY ? 0 : 1;
+                EXPECT(*s.y == want, "overwritten too soon: mode %d, waits %d: %d", mode, waits, *s.y);
+            }
+        }
+}
+
+// To and fro between three streams: with all waits, any mode has the same result. Also in a graph, launched twice.
+static void to_and_fro(Streams& s) {
+    for (int i = 0; i < 10; i++) {
+        add_kernel<<<1, 1, 0, s.first>>>(s.y, s.x, 1, i);
+        s.wait(s.second, s.first);
+        add_kernel<<<1, 1, 0, s.second>>>(s.z, s.y, 2, 1);
+        s.wait(s.third, s.second);
+        add_kernel<<<1, 1, 0, s.third>>>(s.x, s.z, 1, -i);
+        s.wait(s.first, s.third);
+    }
+}
+
+static void test_waits() {
+    for (int graph : {0, 1}) {
+        int want = -1;
+        for (CudaStreams mode : ALL_MODES) {
+            Streams s(mode);
+            if (graph) {
+                cudaGraph_t captured;
+                cudaGraphExec_t exec;
+                cudaStreamBeginCapture(s.first, cudaStreamCaptureModeThreadLocal);
+                to_and_fro(s);
+                EXPECT(cudaStreamEndCapture(s.first, &captured) == cudaSuccess, "%s", "no graph");
+                if (!captured) return;
+                EXPECT(*s.y == 0 && *s.z == 0, "%s", "ran while it was captured");
+                cudaGraphInstantiate(&exec, captured, 0);
+                cudaGraphDestroy(captured);
+                cudaGraphLaunch(exec, s.first);
+                cudaGraphLaunch(exec, s.first);
+                cudaGraphExecDestroy(exec);
+            } else {
+                to_and_fro(s);
+                to_and_fro(s);
+            }
+            cudaStreamSynchronize(s.first);
+            if (mode == CUDA_STREAMS_IN_STEP) want = *s.x;
+            EXPECT(*s.x == want && want > 1000, "graph %d, mode %d: %d, want %d", graph, mode, *s.x, want);
+        }
+    }
+}
+
+// A graph's streams are out of step too; it must join them, and cannot wait for what is outside.
+static void test_graphs() {
+    for (CudaStreams mode : ALL_MODES)
+        for (bool waits : {false, true}) {
+            Streams s(mode);
+            cudaGraph_t graph = nullptr;
+            cudaGraphExec_t exec;
+            cudaStreamBeginCapture(s.first, cudaStreamCaptureModeGlobal);
+            s.wait(s.second, s.first);
+            s.set(s.x, 1, s.second);
+            if (waits) s.wait(s.first, s.second);
+            s.copy(s.y, s.x, s.first);
+            s.wait(s.first, s.second);
+            EXPECT(cudaStreamEndCapture(s.first, &graph) == cudaSuccess && graph, "%s", "no graph");
+            if (!graph) return;
+            cudaGraphInstantiate(&exec, graph, 0);
+            cudaGraphDestroy(graph);
+            cudaGraphLaunch(exec, s.first);
+            cudaStreamSynchronize(s.first);
+            const int want = waits || mode != CUDA_STREAMS_LATE ? 1 : 0;
+            EXPECT(*s.x == 1 && *s.y == want, "mode %d, waits %d: %d %d", mode, waits, *s.x, *s.y);
+            cudaGraphExecDestroy(exec);
+        }
+    Streams s(CUDA_STREAMS_IN_STEP);
+    cudaGraph_t graph = nullptr;
+    auto expect = [](cudaError_t got, cudaError_t want, int line) {
+        EXPECT(got == want && cudaGetLastError() == want, "line %d: %s", line, cudaGetErrorName(got));
+    };
+    expect(cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal), cudaErrorStreamCaptureUnsupported, __LINE__);
+    cudaEventRecord(s.other, s.second);
+    cudaStreamBeginCapture(s.first, cudaStreamCaptureModeGlobal);
+    expect(cudaStreamBeginCapture(s.second, cudaStreamCaptureModeGlobal), cudaErrorStreamCaptureUnsupported, __LINE__);
+    expect(cudaStreamWaitEvent(s.first, s.other), cudaErrorStreamCaptureIsolation, __LINE__);
+    expect(cudaStreamSynchronize(s.first), cudaErrorStreamCaptureUnsupported, __LINE__);
+    s.set(s.x, 5, s.second);  // a stream that is not captured
+    EXPECT(*s.x == 5, "%s", "a stream was captured with another");
+    s.wait(s.second, s.first);
+    s.set(s.x, 6, s.second);  // now it is
+    EXPECT(*s.x == 5, "%s", "a stream was not captured with that for which it waits");
+    expect(cudaEventSynchronize(s.event), cudaErrorCapturedEvent, __LINE__);
+    expect(cudaStreamEndCapture(s.second, &graph), cudaErrorInvalidValue, __LINE__);
+    expect(cudaStreamEndCapture(s.first, &graph), cudaErrorStreamCaptureUnjoined, __LINE__);
+    EXPECT(graph == nullptr, "%s", "a graph though a stream was not joined");
+    expect(cudaStreamWaitEvent(s.first, s.event), cudaErrorCapturedEvent, __LINE__);
+    s.set(s.x, 7, s.second);
+    EXPECT(*s.x == 7, "%s", "captured after the end");
+}
+
+static void test_events() {
+    {  // a wait is for the record that was the last when it was called
+        Streams s(CUDA_STREAMS_LATE);
+        s.set(s.x, 1, s.second);
+        cudaEventRecord(s.event, s.second);
+        cudaStreamWaitEvent(s.third, s.event);
+        s.copy(s.y, s.x, s.third);
+        s.set(s.x, 2, s.second);
+        EXPECT(cudaStreamWaitEvent(s.first, s.event) == cudaSuccess && *s.x == 1, "not up to the record: %d", *s.x);
+        cudaEventRecord(s.event, s.second);
+        s.set(s.x, 3, s.second);
+        cudaStreamSynchronize(s.third);
+        EXPECT(*s.x == 1 && *s.y == 1, "a wait moved with the event: %d %d", *s.x, *s.y);
+        cudaStreamWaitEvent(s.first, s.event);
+        EXPECT(*s.x == 2, "the second record: %d", *s.x);
+        cudaEventSynchronize(s.event);
+        EXPECT(*s.x == 2, "synchronised past the record: %d", *s.x);
+    }
+    {  // never recorded: nothing to wait for
+        Streams s(CUDA_STREAMS_LATE);
+        s.set(s.x, 1, s.second);
+        EXPECT(cudaStreamWaitEvent(s.first, s.event) == cudaSuccess && *s.x == 0, "%s", "waited for nothing");
+        EXPECT(cudaEventQuery(s.event) == cudaSuccess && cudaEventSynchronize(s.event) == cudaSuccess, "%s", "not ready");
+    }
+    {  // times
+        Streams s(CUDA_STREAMS_LATE);
+        float ms = -1;
+        EXPECT(cudaEventElapsedTime(&ms, s.event, s.other) == cudaErrorInvalidResourceHandle, "%s", "never recorded");
+        cudaEventRecord(s.event, s.first);
+        usleep(2000);
+        cudaEventRecord(s.other, s.second);
+        EXPECT(cudaEventElapsedTime(&ms, s.event, s.other) == cudaErrorNotReady, "%s", "an event that is to come");
+        cudaGetLastError();
+        cudaEventSynchronize(s.other);
+        EXPECT(cudaEventElapsedTime(&ms, s.event, s.other) == cudaSuccess && ms >= 2 && ms < 2000, "%g ms", ms);
+    }
+    {  // events and streams may go before the work does
+        Streams s(CUDA_STREAMS_EARLY);
+        cudaEvent_t event;
+        cudaStream_t stream;
+        cudaEventCreate(&event);
+        cudaStreamCreate(&stream);
+        s.set(s.x, 1, s.first);
+        cudaEventRecord(event, s.first);
+        cudaStreamWaitEvent(s.first, event);
+        cudaEventRecord(s.event, stream);
+        cudaStreamWaitEvent(s.first, s.event);
+        cudaEventDestroy(event);
+        cudaStreamDestroy(stream);
+        EXPECT(*s.x == 0 && cudaStreamSynchronize(s.first) == cudaSuccess && *s.x == 1, "%d", *s.x);
+    }
+}
+
+static void test_sync() {
+    std::vector<std::pair<const char*, std::function<void(Streams&)>>> ways = {
+        {"cudaStreamSynchronize", [](Streams& s) { cudaStreamSynchronize(s.second); }},
+        {"cudaStreamSynchronize of the null stream", [](Streams&) { cudaStreamSynchronize(nullptr); }},
+        {"cudaDeviceSynchronize", [](Streams&) { cudaDeviceSynchronize(); }},
+        {"cudaEventSynchronize", [](Streams& s) { cudaEventSynchronize(s.event); }},
+        {"cudaMemcpy", [](Streams& s) { cudaMemcpy(s.z, s.y, 4, cudaMemcpyDeviceToDevice); }},
+        {"cudaMemset", [](Streams& s) { cudaMemset(s.z, 0, 4); }},
+        {"a launch on the null stream", [](Streams&) { nothing_kernel<<<1, 1>>>(); }},
+        {"cudaFree", [](Streams&) { cudaFree(nullptr); }},
+        {"cudaStreamDestroy", [](Streams& s) { cudaStreamDestroy(s.second), cudaStreamCreate(&s.second); }},
+        {"cudaStreamWaitEvent", [](Streams& s) { cudaStreamWaitEvent(s.first, s.event); }},
+        {"cudaStreamQuery",
+         [](Streams& s) {
+             EXPECT(cudaStreamQuery(s.second) == cudaErrorNotReady, "%s", "ready at once");
+             for (int i = 0; i < 10 && cudaStreamQuery(s.second) != cudaSuccess; i++) {}
+         }},
+        {"cudaEventQuery",
+         [](Streams& s) {
+             EXPECT(cudaEventQuery(s.event) == cudaErrorNotReady, "%s", "ready at once");
+             for (int i = 0; i < 10 && cudaEventQuery(s.event) != cudaSuccess; i++) {}
+         }},
+    };
+    for (size_t i = 0; i < ways.size(); i++)
+        for (unsigned flags : {cudaStreamDefault, cudaStreamNonBlocking}) {
+            Streams s(CUDA_STREAMS_LATE, flags);
+            for (int j = 0; j < 5; j++) add_kernel<<<1, 1, 0, s.second>>>(s.x, s.x, 2, j);  // in order
+            cudaEventRecord(s.event, s.second);
+            EXPECT(*s.x == 0, "%s: done before", ways[i].first);
+            ways[i].second(s);
+            cudaGetLastError();
+            const bool null_stream = strstr(ways[i].first, "null") || strncmp(ways[i].first, "cudaMem", 7) == 0;
+            const int want = null_stream && flags ? 0 : 26;
+            EXPECT(*s.x == want, "%s, flags %u: %d, not %d", ways[i].first, flags, *s.x, want);
+        }
+    Streams s(CUDA_STREAMS_LATE);
+    EXPECT(s.first && s.second && s.third && s.first != s.second && s.second != s.third, "%s", "streams are the same");
+    int least = 1, greatest = 1;
+    EXPECT(cudaDeviceGetStreamPriorityRange(&least, &greatest) == cudaSuccess && greatest < least, "%d", greatest);
+}
+
+// What waits in a queue has its arguments by value, and what is wrong with it is said at once.
+static void test_by_value() {
+    for (bool graph : {false, true}) {
+        Streams s(CUDA_STREAMS_LATE);
+        Device<float> a(std::vector<float>{3}), b(std::vector<float>{5}), c(std::vector<float>{7});
+        cudaGraph_t captured;
+        cudaGraphExec_t exec;
+        if (graph) cudaStreamBeginCapture(s.second, cudaStreamCaptureModeThreadLocal);
+        int value = 4;
+        auto kernel = add_kernel;
+        kernel<<<1, 1, 0, s.second>>>(s.x, s.x, 0, value);
+        value = 9, kernel = nullptr;
+        cudaMemsetAsync(s.y, 0xFF, 4, s.second);
+        cudaMemcpyAsync(s.z, s.x, 4, cudaMemcpyDeviceToDevice, s.second);
+        {
+            cublasLtMatmulDesc_t desc;
+            cublasLtMatrixLayout_t layout;
+            float alpha = 2, beta = 1;
+            cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+            cublasLtMatrixLayoutCreate(&layout, CUDA_R_32F, 1, 1, 1);
+            EXPECT(cublasLtMatmul(nullptr, desc, &alpha, a, layout, b, layout, &beta, c, layout, c, layout, nullptr,
+                                  nullptr, 0, s.second) == CUBLAS_STATUS_SUCCESS, "%s", "matmul");
+            EXPECT(cublasLtMatmul(nullptr, desc, &alpha, a, layout, b, layout, &beta, c, layout, a, layout, nullptr,
+                                  nullptr, 0, s.second) == CUBLAS_STATUS_NOT_SUPPORTED, "%s", "C is not D");
+            alpha = beta = NAN, layout->rows = 0, desc->transa = CUBLAS_OP_T;
+            cublasLtMatmulDescDestroy(desc);
+            cublasLtMatrixLayoutDestroy(layout);
+        }
+        nothing_kernel<<<0, 1, 0, s.second>>>();
+        EXPECT(cudaGetLastError() == cudaErrorInvalidConfiguration, "%s", "a launch's error comes late");
+        EXPECT(*s.x == 0 && *s.y == 0 && *s.z == 0 && c[0] == 7, "%s", "not late");
+        if (graph) {
+            cudaStreamEndCapture(s.second, &captured);
+            cudaGraphInstantiate(&exec, captured, 0);
+            cudaGraphDestroy(captured);
+            cudaGraphLaunch(exec, s.second);
+            cudaGraphExecDestroy(exec);
+            EXPECT(*s.x == 0, "%s", "a graph is not late");
+        }
+        cudaStreamSynchronize(s.second);
+        EXPECT(*s.x == 4 && *s.y == -1 && *s.z == 4 && c[0] == 37, "%d %d %d %g", *s.x, *s.y, *s.z, c[0]);
+    }
+}
+
+static void test_trace() {
+    FILE* old = cuda_trace;
+    const int detours = cuda_detours;
+    char got[1000] = "";
+    {
+        Streams s(CUDA_STREAMS_LATE);
+        FILE* file = tmpfile();
+        cuda_trace = file;
+        cuda_detours++;
+        s.set(s.x, 1, s.first);
+        cudaMemsetAsync(s.y, 0, 4, s.second);
+        s.wait(s.first, s.second);
+        cudaMemcpy(s.z, s.x, 4, cudaMemcpyDeviceToDevice);
+        cudaStreamBeginCapture(s.first, cudaStreamCaptureModeGlobal);
+        s.set(s.x, 1, s.first);
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        cudaStreamEndCapture(s.first, &graph);
+        cudaGraphInstantiate(&exec, graph, 0);
+        cudaGraphLaunch(exec, s.first);
+        cuda_trace = old;
+        cuda_detours--;
+        cudaGraphExecDestroy(exec);
+        cudaGraphDestroy(graph);
+        rewind(file);
+        got[fread(got, 1, sizeof got - 1, file)] = 0;
+        fclose(file);
+        const std::string a = std::to_string(s.first->id), b = std::to_string(s.second->id),
+                          e = std::to_string(s.event->id);
+        const std::string want = "issue " + a + " kernel add_kernel\nrun " + a + " kernel add_kernel\n" +
+                                 "issue " + b + " memset 4\nissue " + b + " record " + e + "\nissue " + a + " wait " + e +
+                                 "\nrun " + a + " wait " + e + "\nrun " + b + " memset 4\nrun " + b + " record " + e +
+                                 "\nissue 0 memcpy 4\nrun 0 memcpy 4\ncapture " + a + " kernel add_kernel\nissue " + a +
+                                 " graph\nrun " + a + " graph\nrun " + a + " kernel add_kernel\n";
+        EXPECT(got == want, "%.300s", got);
+    }
+    EXPECT(cuda_detours == detours, "%d reasons for a detour, not %d", cuda_detours, detours);
+}
+
 #ifdef EXACT_GEOMETRY
 // ---------------------------------------------------------------------------------------------------------------------
 // Exact geometry: shuffles, fragments, uninitialised memory
@@ -1032,6 +1376,13 @@ int main(int argc, char** argv) {
     test("matmul_bf16_to_float", [] { check_matmuls<__nv_bfloat16, float>(8e-7); });
     test("memory", test_memory);
     test("host_api", test_host_api);
+    test("missing_wait", test_missing_wait);
+    test("waits", test_waits);
+    test("graphs", test_graphs);
+    test("events", test_events);
+    test("sync", test_sync);
+    test("by_value", test_by_value);
+    test("trace", test_trace);
     test("rmsnorm", test_rmsnorm);
 #ifdef EXACT_GEOMETRY
     test("shuffles", [] {

@@ -1,5 +1,5 @@
-// The part of the CUDA runtime that the trainer uses, for g++ and no GPU. Device memory is host memory, streams run in
-// order at once, kernels are functions. Two geometries run them, chosen at compile time:
+// The part of the CUDA runtime that the trainer uses, for g++ and no GPU. Device memory is host memory, streams run at
+// once (tests can put them out of step), kernels are functions. Two geometries run them, chosen at compile time:
 //   geometry_serial.h  one thread a block, warp size 1, blocks over OpenMP: fast, the default
 //   geometry_exact.h   real blocks and warps, each CUDA thread a fiber, everything checked: -DEXACT_GEOMETRY
 // Sources pass through ../rewrite.sed first. Template arguments of a kernel are given at its launch, not deduced.
@@ -17,8 +17,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -158,7 +160,12 @@ enum cudaError_t {
     cudaErrorMemoryAllocation = 2,
     cudaErrorInvalidConfiguration = 9,
     cudaErrorInvalidDevice = 101,
+    cudaErrorInvalidResourceHandle = 400,
     cudaErrorNotReady = 600,
+    cudaErrorStreamCaptureUnsupported = 900,
+    cudaErrorStreamCaptureUnjoined = 904,
+    cudaErrorStreamCaptureIsolation = 905,
+    cudaErrorCapturedEvent = 907,
 };
 
 inline cudaError_t cuda_last_error = cudaSuccess;
@@ -177,7 +184,12 @@ inline const char* cudaGetErrorName(cudaError_t error) {
         case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
         case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
         case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+        case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
         case cudaErrorNotReady: return "cudaErrorNotReady";
+        case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
+        case cudaErrorStreamCaptureUnjoined: return "cudaErrorStreamCaptureUnjoined";
+        case cudaErrorStreamCaptureIsolation: return "cudaErrorStreamCaptureIsolation";
+        case cudaErrorCapturedEvent: return "cudaErrorCapturedEvent";
     }
     return "unrecognized error code";
 }
@@ -188,7 +200,12 @@ inline const char* cudaGetErrorString(cudaError_t error) {
         case cudaErrorMemoryAllocation: return "out of memory";
         case cudaErrorInvalidConfiguration: return "invalid configuration argument";
         case cudaErrorInvalidDevice: return "invalid device ordinal";
+        case cudaErrorInvalidResourceHandle: return "invalid resource handle";
         case cudaErrorNotReady: return "device not ready";
+        case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
+        case cudaErrorStreamCaptureUnjoined: return "capturing stream has unjoined work";
+        case cudaErrorStreamCaptureIsolation: return "dependency created on uncaptured work in another stream";
+        case cudaErrorCapturedEvent: return "operation not permitted on an event last recorded in a capturing stream";
     }
     return "unrecognized error code";
 }
@@ -225,31 +242,122 @@ inline void cuda_trace_line(const char* what, int stream, const std::string& wor
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Work of streams
+// Work of streams. By default it is done when the call returns. For tests of who waits for whom, CUDA_CPU_STREAMS makes
+// streams queues, as far out of step as their waits allow:
+//   late    the first stream works at once, the others only when somebody needs them: the host, the null stream, or a
+//           wait of a stream that works at once
+//   early   the first stream works only when it must, the others at once
+// The first stream is one that is made while there is no other. Asynchronous copies read and write the host's memory
+// when they run, as from page-locked memory. The null stream waits for all streams but the non-blocking ones.
 
-struct CUstream_st { int id; };  // from 1, in order of creation
+enum CudaStreams { CUDA_STREAMS_IN_STEP, CUDA_STREAMS_LATE, CUDA_STREAMS_EARLY };
+inline CudaStreams cuda_streams = [] {  // read when a stream is made; tests may set it
+    const char* mode = getenv("CUDA_CPU_STREAMS");
+    if (!mode || !*mode) return CUDA_STREAMS_IN_STEP;
+    if (strcmp(mode, "late") == 0) return CUDA_STREAMS_LATE;
+    if (strcmp(mode, "early") == 0) return CUDA_STREAMS_EARLY;
+    fprintf(stderr, "cuda: CUDA_CPU_STREAMS is '%s'. It must be late or early, or not set.\n", mode);
+    exit(1);
+}();
+
+struct CudaQueue {
+    bool lazy = false;
+    std::deque<std::function<void()>> work;
+    uint64_t put = 0, done = 0;  // entries ever; of a queue that is not lazy none
+};
+struct CUstream_st : CudaQueue {
+    int id;  // from 1, in order of creation
+    bool non_blocking;
+    uint64_t nodes = 0;  // in the graph that is being captured
+    bool captured = false;
+};
 typedef CUstream_st* cudaStream_t;
 
-// Work that a stream gets while it is captured is not done but written down, to be done at each cudaGraphLaunch.
-typedef std::vector<std::function<void()>>* cudaGraph_t;
-typedef std::vector<std::function<void()>>* cudaGraphExec_t;
-inline cudaGraph_t cuda_captured = nullptr;
+inline std::vector<cudaStream_t> cuda_all_streams;
+inline int cuda_detours = cuda_trace != nullptr;  // reasons not to do work at once: trace, capture, each lazy stream
 
-// All work of streams passes here.
-template <class F> void cuda_enqueue(cudaStream_t stream, const std::string& label, F work) {
-    if (__builtin_expect(cuda_trace != nullptr, 0)) {
+// A graph's entry: work of a stream, or a wait until another stream is past an entry, counted from 1.
+struct CudaNode {
+    int stream;
+    bool lazy;
+    std::function<void()> work;
+    int other = 0;
+    uint64_t entry = 0;
+};
+struct CUgraph_st {
+    int id;  // from 1
+    cudaStream_t origin;
+    std::vector<CudaNode> nodes;
+};
+typedef CUgraph_st* cudaGraph_t;
+inline cudaGraph_t cuda_capture = nullptr;  // under way
+
+template <class F> void cuda_put(CudaQueue& queue, const F& work) {
+    if (!queue.lazy) return work();
+    queue.work.push_back(work);
+    queue.put++;
+}
+
+// Runs the queue until `entry` entries are done. An entry that waits for another queue runs that one; in circles it
+// cannot go, as an entry waits for older ones only.
+inline void cuda_run_until(CudaQueue& queue, uint64_t entry) {
+    while (queue.done < entry && !queue.work.empty()) {
+        std::function<void()> work = std::move(queue.work.front());
+        queue.work.pop_front();
+        work();
+        queue.done++;
+    }
+}
+inline CudaQueue* cuda_find_stream(int id) {  // null: gone, and all its work done
+    for (cudaStream_t s : cuda_all_streams)
+        if (s->id == id) return s;
+    return nullptr;
+}
+inline void cuda_run_until(int stream, uint64_t entry) {
+    if (CudaQueue* queue = cuda_find_stream(stream)) cuda_run_until(*queue, entry);
+}
+inline void cuda_drain(bool non_blocking_too) {
+    for (cudaStream_t s : cuda_all_streams)
+        if (non_blocking_too || !s->non_blocking) cuda_run_until(*s, s->put);
+}
+
+inline void cuda_detour(cudaStream_t stream, const std::string& label, std::function<void()> work) {
+    const bool captured = stream && stream->captured;
+    if (cuda_trace && !label.empty()) {
         const int id = stream ? stream->id : 0;
-        cuda_trace_line(cuda_captured ? "capture" : "issue", id, label);
-        auto traced = [=]() mutable {
+        cuda_trace_line(captured ? "capture" : "issue", id, label);
+        work = [=] {
             cuda_trace_line("run", id, label);
             work();
         };
-        if (cuda_captured) cuda_captured->push_back(traced);
-        else traced();
-        return;
     }
-    if (cuda_captured) cuda_captured->push_back(work);
-    else work();
+    if (captured) {
+        stream->nodes++;
+        cuda_capture->nodes.push_back({stream->id, stream->lazy, work});
+    } else if (stream) {
+        cuda_put(*stream, work);
+    } else {
+        cuda_drain(false);
+        work();
+    }
+}
+
+// All work of streams passes here. It may run later: what it needs it holds by value.
+template <class F> void cuda_enqueue(cudaStream_t stream, const std::string& label, F work) {
+    if (__builtin_expect(cuda_detours == 0, 1)) work();
+    else cuda_detour(stream, label, work);
+}
+
+// Its streams are as far out of step as outside.
+inline void cuda_run_graph(const std::vector<CudaNode>& nodes) {
+    std::map<int, CudaQueue> queues;
+    for (const CudaNode& node : nodes) {
+        CudaQueue &queue = queues[node.stream], &other = queues[node.other];
+        queue.lazy = node.lazy;
+        if (node.other) cuda_put(queue, [&other, entry = node.entry] { cuda_run_until(other, entry); });
+        else cuda_put(queue, node.work);
+    }
+    for (auto& queue : queues) cuda_run_until(queue.second, queue.second.put);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -303,7 +411,7 @@ template <class F, class... P> CudaKernel<F, P...> cuda_kernel(const char* name,
     return {name, address, call};
 }
 #define CUDA_KERNEL(...) \
-    cuda_kernel(#__VA_ARGS__, __VA_ARGS__, [&](auto&... args) { __VA_ARGS__(args...); })
+    cuda_kernel(#__VA_ARGS__, __VA_ARGS__, [=](auto&... args) { __VA_ARGS__(args...); })
 
 template <class F, class... P>
 auto cuda_launch(CudaKernel<F, P...> kernel, dim3 grid, dim3 block, size_t shared = 0,
@@ -390,6 +498,7 @@ template <class T> cudaError_t cudaMalloc(T** pointer, size_t bytes) {
     return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* pointer) {
+    cuda_drain(true);  // as CUDA's, which waits for the device
     if (pointer) cuda_allocated -= malloc_usable_size(pointer);
     free(pointer);
     return cudaSuccess;
@@ -404,85 +513,170 @@ enum cudaMemcpyKind {
     cudaMemcpyDeviceToDevice,
     cudaMemcpyDefault,
 };
-inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-    if (bytes > 0) memcpy(to, from, bytes);
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream = 0) {
+    if (bytes > 0) cuda_enqueue(stream, cuda_label("memcpy %zu", bytes), [=] { memcpy(to, from, bytes); });
     return cudaSuccess;
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
-                                   cudaStream_t stream = 0) {
-    cuda_enqueue(stream, cuda_label("memcpy %zu", bytes), [=] { cudaMemcpy(to, from, bytes, kind); });
-    return cudaSuccess;
-}
-inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
-    if (bytes > 0) memset(to, value, bytes);
-    return cudaSuccess;
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    return cudaMemcpyAsync(to, from, bytes, kind);
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream = 0) {
-    cuda_enqueue(stream, cuda_label("memset %zu", bytes), [=] { cudaMemset(to, value, bytes); });
+    if (bytes > 0) cuda_enqueue(stream, cuda_label("memset %zu", bytes), [=] { memset(to, value, bytes); });
     return cudaSuccess;
 }
+inline cudaError_t cudaMemset(void* to, int value, size_t bytes) { return cudaMemsetAsync(to, value, bytes); }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Streams and events: all work is done when its call returns
+// Streams, graphs and events
 
-typedef std::chrono::steady_clock::time_point* cudaEvent_t;
 enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
 
-inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
     static int created = 0;
-    *stream = new CUstream_st{++created};
+    const bool first = cuda_all_streams.empty();
+    *stream = new CUstream_st;
+    (*stream)->id = ++created;
+    (*stream)->non_blocking = flags & cudaStreamNonBlocking;
+    (*stream)->lazy = cuda_streams != CUDA_STREAMS_IN_STEP && first == (cuda_streams == CUDA_STREAMS_EARLY);
+    cuda_detours += (*stream)->lazy;
+    cuda_all_streams.push_back(*stream);
     return cudaSuccess;
 }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
-inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) { return cudaStreamCreate(stream); }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+    return cudaStreamCreateWithPriority(stream, flags, 0);
+}
+inline cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
 inline cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
     *least = 0, *greatest = -5;
     return cudaSuccess;
 }
-inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
-
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
-inline cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
-    if (cuda_captured) return cuda_fail(cudaErrorInvalidValue);
-    cuda_captured = new std::vector<std::function<void()>>;
+inline cudaError_t cudaDeviceSynchronize() { return cuda_drain(true), cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    if (stream && stream->captured) return cuda_fail(cudaErrorStreamCaptureUnsupported);
+    if (stream) cuda_run_until(*stream, stream->put);
+    else cuda_drain(false);
     return cudaSuccess;
 }
-inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
-    if (!cuda_captured) return cuda_fail(cudaErrorInvalidValue);
-    *graph = cuda_captured;
-    cuda_captured = nullptr;
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    if (stream == nullptr) return cuda_fail(cudaErrorInvalidResourceHandle);
+    cuda_run_until(*stream, stream->put);
+    cuda_all_streams.erase(std::find(cuda_all_streams.begin(), cuda_all_streams.end(), stream));
+    cuda_detours -= stream->lazy;
+    return delete stream, cudaSuccess;
+}
+// Each question moves the stream on by an entry, so that asking ends.
+inline cudaError_t cuda_ask(CudaQueue* queue, uint64_t entry) {
+    if (!queue || queue->done >= entry) return cudaSuccess;
+    cuda_run_until(*queue, queue->done + 1);
+    return cuda_fail(cudaErrorNotReady);
+}
+inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
+    return stream ? cuda_ask(stream, stream->put) : cudaStreamSynchronize(stream);
+}
+
+// One capture at a time: a stream's work, and that of streams which wait for its events, is written down, not done.
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
+typedef struct CUgraphExec_st { std::shared_ptr<std::vector<CudaNode>> nodes; }* cudaGraphExec_t;
+
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+    static int captures = 0;
+    if (stream == nullptr || cuda_capture) return cuda_fail(cudaErrorStreamCaptureUnsupported);
+    cuda_capture = new CUgraph_st{++captures, stream, {}};
+    stream->captured = true;
+    cuda_detours++;
     return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+    if (!cuda_capture || stream != cuda_capture->origin) return cuda_fail(cudaErrorInvalidValue);
+    // backwards: how many of each stream's entries the origin has waited for
+    std::map<int, uint64_t> left, waited;
+    for (cudaStream_t s : cuda_all_streams) left[s->id] = s->nodes;
+    waited[stream->id] = stream->nodes;
+    for (auto node = cuda_capture->nodes.rbegin(); node != cuda_capture->nodes.rend(); node++)
+        if (left[node->stream]-- <= waited[node->stream] && node->other)
+            waited[node->other] = std::max(waited[node->other], node->entry);
+    bool joined = true;
+    for (cudaStream_t s : cuda_all_streams) {
+        if (s->captured) joined = joined && waited[s->id] == s->nodes;
+        s->captured = false, s->nodes = 0;
+    }
+    *graph = cuda_capture;
+    cuda_capture = nullptr;
+    cuda_detours--;
+    if (joined) return cudaSuccess;
+    delete *graph;
+    *graph = nullptr;
+    return cuda_fail(cudaErrorStreamCaptureUnjoined);
 }
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long = 0) {
-    return *exec = new std::vector<std::function<void()>>(*graph), cudaSuccess;
+    return *exec = new CUgraphExec_st{std::make_shared<std::vector<CudaNode>>(graph->nodes)}, cudaSuccess;
 }
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
-    cuda_enqueue(stream, cuda_label("graph"), [=] {
-        for (auto& work : *exec) work();
-    });
+    cuda_enqueue(stream, cuda_label("graph"), [nodes = exec->nodes] { cuda_run_graph(*nodes); });
     return cudaSuccess;
 }
 inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
 inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete exec, cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
-inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = 0) {
-    *event = std::chrono::steady_clock::now();
-    return cudaSuccess;
-}
+// A place in a stream, as last recorded; the time is shared with the stream's entry.
+struct CUevent_st {
+    int id;  // from 1, in order of creation
+    int stream = 0;
+    uint64_t entry = 0;
+    int capture = 0;  // recorded while that was captured, 0: not so
+    std::shared_ptr<std::chrono::steady_clock::time_point> time;
+};
+typedef CUevent_st* cudaEvent_t;
+
 inline cudaError_t cudaEventCreate(cudaEvent_t* event) {
-    *event = new std::chrono::steady_clock::time_point;
+    static int created = 0;
+    *event = new CUevent_st;
+    (*event)->id = ++created;
     return cudaSuccess;
 }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return cudaEventCreate(event); }
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = 0) {
+    const bool captured = stream && stream->captured;
+    event->capture = captured ? cuda_capture->id : 0;
+    event->stream = stream ? stream->id : 0;
+    event->time = std::make_shared<std::chrono::steady_clock::time_point>();
+    cuda_enqueue(stream, cuda_label("record %d", event->id),
+                 [time = event->time] { *time = std::chrono::steady_clock::now(); });
+    event->entry = captured ? stream->nodes : stream ? stream->put : 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned = 0) {
+    if (!event->time) return cudaSuccess;  // never recorded
+    if (stream && cuda_capture && event->capture == cuda_capture->id) {
+        stream->captured = true;
+        stream->nodes++;
+        cuda_capture->nodes.push_back({stream->id, stream->lazy, {}, event->stream, event->entry});
+        if (cuda_trace) cuda_trace_line("capture", stream->id, cuda_label("wait %d", event->id));
+        return cudaSuccess;
+    }
+    if (event->capture) return cuda_fail(cudaErrorCapturedEvent);
+    if (stream && stream->captured) return cuda_fail(cudaErrorStreamCaptureIsolation);
+    cuda_enqueue(stream, cuda_label("wait %d", event->id),
+                 [other = event->stream, entry = event->entry] { cuda_run_until(other, entry); });
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    if (event->capture) return cuda_fail(cudaErrorCapturedEvent);
+    return cuda_run_until(event->stream, event->entry), cudaSuccess;
+}
+inline cudaError_t cudaEventQuery(cudaEvent_t event) {
+    if (event->capture) return cuda_fail(cudaErrorCapturedEvent);
+    return cuda_ask(cuda_find_stream(event->stream), event->entry);
+}
 inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) {
-    *ms = std::chrono::duration<float, std::milli>(*end - *start).count();
+    for (cudaEvent_t event : {start, end}) {
+        if (event->capture || !event->time) return cuda_fail(cudaErrorInvalidResourceHandle);
+        const CudaQueue* queue = cuda_find_stream(event->stream);
+        if (queue && queue->done < event->entry) return cuda_fail(cudaErrorNotReady);
+    }
+    *ms = std::chrono::duration<float, std::milli>(*end->time - *start->time).count();
     return cudaSuccess;
 }
 

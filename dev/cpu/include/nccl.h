@@ -62,6 +62,8 @@ struct ncclComm {
     std::atomic<ncclResult_t> error{ncclSuccess};  // the first, stays
     std::atomic<bool> aborted{false};
     uint64_t collectives = 0;  // the same on all ranks
+    int last_stream = 0;       // and entry there: the collective issued last. NCCL's run in the order of issue, also
+    uint64_t last_entry = 0;   // those of different streams
     bool mpi = false;
 #ifdef USE_MPI
     MPI_Comm world = MPI_COMM_NULL;
@@ -476,6 +478,12 @@ ncclResult_t nccl_collective(NcclKind kind, ncclComm_t comm, const void* send, v
     if (comm->aborted) return nccl_fail(ncclInvalidUsage, "%s: the communicator was aborted", name);
     if (comm->error != ncclSuccess) return comm->error;
     auto issue = [=] {
+        const int id = stream ? stream->id : 0;
+        const bool captured = stream && stream->captured;
+        if (!captured && comm->last_stream != id)
+            cuda_enqueue(stream, {}, [other = comm->last_stream, entry = comm->last_entry] {
+                cuda_run_until(other, entry);
+            });
         cuda_enqueue(stream, cuda_label("%s %zu %zu", name, p.count * p.width, sent), [=] {
             if (comm->error != ncclSuccess) return;
             nccl_cpu_calls++;
@@ -486,6 +494,7 @@ ncclResult_t nccl_collective(NcclKind kind, ncclComm_t comm, const void* send, v
             if (result == ncclSuccess && nccl_fault_due(comm)) nccl_fault_after(receive, results, p.width, type);
             if (result != ncclSuccess) comm->error = result;
         });
+        if (!captured) comm->last_stream = id, comm->last_entry = stream ? stream->put : 0;
         return comm->error.load();
     };
     if (nccl_group_depth == 0) return issue();
