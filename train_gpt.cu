@@ -6152,19 +6152,21 @@ void train_step(Model& m, DataLoader& data, const Options& o, int64_t step, bool
     CHECK(cudaEventRecord(r.done, m.stream));
 }
 
-// The ranks whose weights are not those of the most.
+// The ranks whose weights are not those of the most. Without a majority nobody knows who is wrong.
 void compare_hashes(const unsigned long long* hashes, int64_t step) {
     std::map<unsigned long long, int> votes;
     for (int r = 0; r < ranks.size; r++) votes[hashes[r]]++;
     if (votes.size() == 1) return;
     auto fewer = [](auto& a, auto& b) { return a.second < b.second; };
     const auto most = std::max_element(votes.begin(), votes.end(), fewer);
+    const bool majority = 2 * most->second > ranks.size;
     std::string others;
     for (int r = 0; r < ranks.size; r++)
-        if (hashes[r] != most->first) others += format(others.empty() ? "%d" : ", %d", r);
-    throw Error(format("training: the ranks' weights differ after step %lld: rank %s from the others. Nothing was saved; "
-                       "look for a bad GPU or network there and resume from the last checkpoint.",
-                       (long long)step, others.c_str()));
+        if (!majority || hashes[r] != most->first) others += format(others.empty() ? "%d" : ", %d", r);
+    throw Error(format("training: the ranks' weights differ after step %lld: %s. Nothing was saved; look for a bad GPU or "
+                       "network there and resume from the last checkpoint.", (long long)step,
+                       majority ? format("rank %s from the others", others.c_str()).c_str()
+                                : format("ranks %s, and no majority tells which is wrong", others.c_str()).c_str()));
 }
 
 // Bytes in use: of the device; on a CPU, which processes share, of this one at its most.

@@ -26,6 +26,8 @@ JOBS = {
     "serial_bf16": (["build/test_serial_bf16"], ["build/test_serial_bf16"], [1]),
     "cli_fp32": (["build/train_gpt_cpu_fp32"], [*CLI, "build/train_gpt_cpu_fp32", GOLDEN], [1]),
     "cli_bf16": (["build/train_gpt_cpu_bf16"], [*CLI, "build/train_gpt_cpu_bf16", GOLDEN, "--bf16"], [1]),
+    **{f"ranks_{x}": ([f"build/train_gpt_cpu_{x}"], [sys.executable, "dev/test/test_ranks.py", f"build/train_gpt_cpu_{x}",
+                                                     *(["--bf16"] if x == "bf16" else [])], [1]) for x in ("fp32", "bf16")},
     "standin_exact": (["build/test_standin_exact"], ["build/test_standin_exact"], [1]),
     "standin_serial": (["build/test_standin_serial"], ["build/test_standin_serial"], [1]),
     **{f"nccl_{n}": (["build/test_nccl"], [*MPIRUN, "-n", str(n), "build/test_nccl"], [1]) for n in range(1, 5)},

@@ -139,7 +139,11 @@ inline ncclResult_t nccl_join(ncclComm* comm, const ncclUniqueId& id) {
         NCCL_CHECK_MPI(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &level), "MPI_Init_thread",
                        ncclSystemError);
         // A process that ends well waits for the others; one that fails does not, and mpirun ends the job.
-        on_exit([](int status, void*) { if (status == 0) MPI_Finalize(); }, nullptr);
+        on_exit([](int status, void*) {
+            int done = 0;
+            MPI_Finalized(&done);  // by the program itself, maybe
+            if (status == 0 && !done) MPI_Finalize();
+        }, nullptr);
     }
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
     NCCL_CHECK_MPI(MPI_Comm_size(MPI_COMM_WORLD, &size), "MPI_Comm_size", ncclSystemError);
