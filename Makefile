@@ -127,6 +127,9 @@ build/test_standin_serial: build/src/dev/cpu/test_standin.cu $(STANDIN)
 build/test_standin_exact: build/src/dev/cpu/test_standin.cu $(STANDIN)
 	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY -x c++ $< -lopenblas -lboost_context -o $@
 
+build/test_channel: build/src/dev/test/test_channel.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN)
+	g++ $(CXXFLAGS) -O1 -x c++ build/src/dev/test/test_channel.cu -lopenblas -o $@
+
 build/test_nccl: dev/cpu/test_nccl.cpp $(STANDIN) $(MPI_STAMP)
 	g++ $(CXXFLAGS) $(MPI) $< $(MPI_LIB) -o $@
 

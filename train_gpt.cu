@@ -4019,7 +4019,7 @@ double learning_rate(double peak, int64_t s, int64_t W, int64_t S) {
 // =====================================================================================================================
 // Ranks: who am I, and a channel beside NCCL by which they meet, watch each other and end as one.
 // Needs <arpa/inet.h> <fcntl.h> <ifaddrs.h> <net/if.h> <netdb.h> <netinet/tcp.h> <poll.h> <signal.h> <sys/socket.h>
-// <unistd.h>, <condition_variable> <functional> <mutex> <random> <sstream> <thread>.
+// <unistd.h>, <climits> <condition_variable> <functional> <mutex> <random> <sstream> <thread> <utility>.
 
 struct World {
     int rank = 0, size = 1, local = 0;
@@ -4034,8 +4034,8 @@ int64_t environment_number(const char* name, int64_t fallback, int64_t least, in
     errno = 0;
     const long long n = strtoll(text, &stop, 10);
     if (!isdigit((unsigned char)*text) || *stop || errno || n < least || n > most)
-        throw Error(format("%s=%s: is no %s (%lld to %lld). Start with the launcher again, or unset it.", name, text, what,
-                           (long long)least, (long long)most));
+        throw Error(format("%s=%s: is no %s, %lld to %lld. Start with the launcher again, or unset it.", name, text,
+                           what, (long long)least, (long long)most));
     return n;
 }
 
@@ -4068,7 +4068,7 @@ std::string default_address() {
     }
     if (!nodes) nodes = getenv("SLURM_JOB_NODELIST");
     if (!nodes || !getenv("SLURM_JOB_ID"))
-        throw Error("rendezvous: no address to meet at. Set MASTER_ADDR and MASTER_PORT, or give --rendezvous HOST:PORT.");
+        throw Error("rendezvous: no address. Set MASTER_ADDR and MASTER_PORT, or give --rendezvous HOST:PORT.");
     std::string first;  // node[003-010,012],gpu7: node003
     for (const char* p = nodes; *p && *p != ','; p++) {
         if (*p != '[') {
@@ -4103,13 +4103,13 @@ struct Channel {
         int port = 0, listener = -1;
         if (!broadcast) {
             const size_t colon = where.rfind(':');
-            const std::string digits = colon == std::string::npos ? "" : where.substr(colon + 1);
-            port = digits.size() < 6 && digits.find_first_not_of("0123456789") == std::string::npos ? atoi(digits.c_str()) : 0;
-            hosts = {where.substr(0, port ? colon : 0)};
-            if (hosts[0].size() > 2 && hosts[0][0] == '[') hosts[0] = hosts[0].substr(1, hosts[0].size() - 2);
-            if (port < 1 || port > 65535 || hosts[0].empty())
-                throw Error(format("rendezvous: %s: is not HOST:PORT. Give the host of rank 0 and a free port there.",
-                                   where.c_str()));
+            int end = 0;
+            if (colon == std::string::npos || !isdigit((unsigned char)where[colon + 1]) || where.size() - colon > 6 ||
+                sscanf(&where[colon + 1], "%d%n", &port, &end) != 1 || where[colon + 1 + end] || port < 1 ||
+                port > 65535 || colon == 0)
+                throw Error("rendezvous: " + where + ": is not HOST:PORT. Give rank 0's host and a free port there.");
+            const bool bracketed = where[0] == '[' && where[colon - 1] == ']';  // IPv6
+            hosts = {bracketed ? where.substr(1, colon - 2) : where.substr(0, colon)};
         }
         if (me.rank == 0) listener = listen_at(port);
         if (broadcast) {
@@ -4126,7 +4126,7 @@ struct Channel {
         }
         me.rank == 0 ? gather(listener, where, cookie, id) : join(hosts, port, where, cookie, id);
         for (Peer& p : peers) p.heard = p.moved = now();
-        if (pipe2(wake, O_CLOEXEC | O_NONBLOCK)) throw Error(std::string("rendezvous: no pipe: ") + strerror(errno) + ".");
+        if (pipe2(wake, O_CLOEXEC | O_NONBLOCK)) throw Error(format("rendezvous: no pipe: %s.", strerror(errno)));
         sigset_t all, before;  // signals are for the main thread
         sigfillset(&all);
         pthread_sigmask(SIG_BLOCK, &all, &before);
@@ -4139,11 +4139,8 @@ struct Channel {
     // this as often as it likes. Otherwise all ranks make the same calls.
     void progress(const char* doing, int64_t step) {
         std::lock_guard<std::mutex> lock(place_mutex);
-        place.moves++;
-        if (step != place.step) place.stage = 0;
-        else if (doing != place.doing) place.stage++;
-        place.step = step;
-        place.doing = doing;
+        const long long stage = step != place.step ? 0 : place.stage + (doing != place.doing);
+        place = {place.moves + 1, step, stage, doing};
     }
 
     // Asked at every heartbeat: words mean that this rank failed so. Returns when the former hook is no longer running.
@@ -4156,8 +4153,10 @@ struct Channel {
         if (text.size() > MOST) throw Error("channel: a report of more than 1 MiB. Send less.");
         {
             std::lock_guard<std::mutex> lock(mutex);
-            if (me.rank == 0) reports.emplace_back(0, text);
-            else outbox.push_back(text);
+            if (me.rank == 0)
+                reports.emplace_back(0, text);
+            else
+                outbox.push_back(text);
         }
         changed.notify_all();
         nudge();
@@ -4208,28 +4207,37 @@ private:
         }
     };
 
+    struct Reason {  // rank 0: why the job ends, when that was first known, which rank said it
+        std::string text;
+        double time = 0;
+        int rank = 0;
+        bool death = false;
+    };
+
     World me;
     double limit = 0, beat = 0;
     bool speaks = false;      // says it when rank 0 is lost
     std::vector<Peer> peers;  // on rank 0 by rank, itself included; elsewhere rank 0 alone. The thread's.
     int wake[2] = {-1, -1};
     std::thread thread;
-    struct { std::string text; double time = 0; int rank = 0; bool death = false; } reason;  // rank 0: why the job ends
+    Reason reason;
     double told = 0;  // the others: when rank 0 was told of a failure
     bool said_bye = false;
 
-    std::mutex mutex;  // of these
-    std::condition_variable changed;
+    std::mutex mutex;  // of the flags, failure, outbox, reports
     bool running = false, leaving = false, abandoned = false;
     std::string failure;
     std::vector<std::string> outbox;
     std::vector<std::pair<int, std::string>> reports;
 
+    std::condition_variable changed;  // reports came
     std::mutex place_mutex, check_mutex;
     Place place;
     std::function<std::string()> check;
 
-    static double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+    static double now() {
+        return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    }
 
     static std::string list(const std::vector<int>& ranks) {  // "rank 3", "ranks 1, 2, 3, 4 and 59 more"
         std::string s = ranks.size() == 1 ? "rank " : "ranks ";
@@ -4307,9 +4315,12 @@ private:
             if (!fds[i + 1].revents) continue;
             flush(who[i]);
             const ssize_t n = recv(who[i].fd, buffer, sizeof(buffer), 0);
-            if (n > 0) who[i].in.append(buffer, n);
-            else if (n == 0) drop(who[i], "its connection closed");
-            else if (errno != EAGAIN && errno != EINTR) drop(who[i], strerror(errno));
+            if (n > 0)
+                who[i].in.append(buffer, n);
+            else if (n == 0)
+                drop(who[i], "its connection closed");
+            else if (errno != EAGAIN && errno != EINTR)
+                drop(who[i], strerror(errno));
         }
         return fds[0].revents != 0;
     }
@@ -4334,8 +4345,10 @@ private:
         if (fd < 0 || bad || listen(fd, SOMAXCONN)) {
             const int why = errno;
             if (fd >= 0) ::close(fd);
-            throw Error(format("rendezvous: rank 0 cannot listen at port %d: %s. Choose another (MASTER_PORT, or --rendezvous "
-                               "HOST:PORT), or end the job that has it.", port, strerror(why)));
+            throw Error(
+                format("rendezvous: rank 0 cannot listen at port %d: %s. Choose another by MASTER_PORT or "
+                       "--rendezvous HOST:PORT, or end the job that has it.",
+                       port, strerror(why)));
         }
         getsockname(fd, (sockaddr*)&any, &size);
         port = ntohs(any.sin6_port);
@@ -4349,11 +4362,10 @@ private:
         ifaddrs* all = nullptr;
         if (getifaddrs(&all) == 0)
             for (ifaddrs* i = all; i; i = i->ifa_next) {
+                const auto* a = (sockaddr_in*)i->ifa_addr;
+                if (!a || a->sin_family != AF_INET || (i->ifa_flags & (IFF_UP | IFF_LOOPBACK)) != IFF_UP) continue;
                 char text[INET_ADDRSTRLEN];
-                if (!i->ifa_addr || i->ifa_addr->sa_family != AF_INET || !(i->ifa_flags & IFF_UP) ||
-                    (i->ifa_flags & IFF_LOOPBACK))
-                    continue;
-                card += std::string(" ") + inet_ntop(AF_INET, &((sockaddr_in*)i->ifa_addr)->sin_addr, text, sizeof(text));
+                card += std::string(" ") + inet_ntop(AF_INET, &a->sin_addr, text, sizeof(text));
             }
         if (all) freeifaddrs(all);
         return card + " 127.0.0.1";
@@ -4370,25 +4382,23 @@ private:
                const std::vector<Peer>& guests, std::string& trouble) {
         int version = 0, rank = 0, size = 0, pid = 0;
         char key[40] = "", host[65] = "";
-        if (sscanf(body.c_str(), "%d %39s %d %d %d %64s", &version, key, &rank, &size, &pid, host) != 6 || cookie != key)
-            return drop(guest, "a stranger");
+        const int n = sscanf(body.c_str(), "%d %39s %d %d %d %64s", &version, key, &rank, &size, &pid, host);
+        if (n != 6 || cookie != key) return drop(guest, "a stranger");
+        guest.rank = std::max(rank, 0), guest.host = host;
+        guest.name = format("rank %d (%s, pid %d)", rank, host, pid);
         std::string wrong;
-        const std::string name = format("(%s, pid %d)", host, pid);
         if (version != VERSION)
-            wrong = format("rank %d %s runs another version of train_gpt. Start one build everywhere.", rank, name.c_str());
+            wrong = " runs another version of train_gpt than rank 0. Start one build everywhere.";
         else if (size != me.size)
-            wrong = format("rank %d %s was started in a world of %d, rank 0 in one of %d. Start all ranks with one command.",
-                           rank, name.c_str(), size, me.size);
+            wrong = format(" was started in a world of %d, rank 0 in one of %d. Start all ranks with one command.",
+                           size, me.size);
         else if (rank < 1 || rank >= size)
-            wrong = format("%s was started as rank %d of %d. Start all ranks with one command.", name.c_str(), rank, size);
-        else if (came[rank])
-            for (const Peer& other : guests)
-                if (other.rank == rank)
-                    wrong = format("rank %d came twice, %s and %s. Start all ranks with one command, and one job at an "
-                                   "address.", rank, other.name.c_str(), name.c_str());
-        guest.rank = std::max(rank, 0), guest.host = host, guest.name = name;
+            wrong = format(" is none of the %d ranks. Start all ranks with one command.", size);
+        for (const Peer& other : guests)
+            if (wrong.empty() && &other != &guest && other.rank == rank)
+                wrong = " was started twice, " + other.name + " is here. Start all ranks with one command.";
         if (rank >= 0 && rank < me.size) came[rank] = true;
-        if (trouble.empty()) trouble = wrong;
+        if (trouble.empty() && !wrong.empty()) trouble = guest.name + wrong;
     }
 
     // Rank 0: waits for all. After the first trouble it waits a second more, so that those on their way hear of it too.
@@ -4414,7 +4424,7 @@ private:
                 while (g.rank < 0 && take(g, kind, body))
                     kind == HELLO ? admit(g, body, cookie, came, guests, trouble) : drop(g, "a stranger");
                 if (g.rank >= 0 && !g.gone.empty() && trouble.empty())
-                    trouble = format("rank %d %s died: %s. See its own messages.", g.rank, g.name.c_str(), g.gone.c_str());
+                    trouble = g.name + " died: " + g.gone + ". See its own messages.";
             }
             auto strange = [](const Peer& g) { return g.rank < 0 && g.fd < 0; };
             guests.erase(std::remove_if(guests.begin(), guests.end(), strange), guests.end());
@@ -4433,10 +4443,8 @@ private:
         }
         peers.resize(me.size);
         peers[0].host = host_name();
-        peers[0].name = format("(%s, pid %d)", peers[0].host.c_str(), int(getpid()));
-        for (Peer& g : guests)
-            if (g.rank > 0) peers[g.rank] = std::move(g);
-            else drop(g, "a stranger");
+        peers[0].name = format("rank 0 (%s, pid %d)", peers[0].host.c_str(), int(getpid()));
+        for (Peer& g : guests) g.rank > 0 ? std::swap(peers[g.rank], g) : drop(g, "a stranger");
         int second = 1;  // the first rank on another host than rank 0
         while (second < me.size && peers[second].host == peers[0].host) second++;
         for (int r = 1; r < me.size; r++)
@@ -4446,24 +4454,23 @@ private:
     // The others: try every address of rank 0 until one lets them in.
     void join(const std::vector<std::string>& hosts, int port, const std::string& where, const std::string& cookie,
               std::string& id) {
-        std::string why = "no address", unresolved;
+        std::string why = "no address";
         const double end = now() + limit;
         for (; now() < end; usleep(100000))
             for (const std::string& host : hosts) {
                 addrinfo hints = {}, *all = nullptr;
                 hints.ai_socktype = SOCK_STREAM;
                 const int bad = getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &all);
-                unresolved = bad ? gai_strerror(bad) : "";
+                if (bad) why = host + ": " + gai_strerror(bad);
                 bool in = false;
-                for (addrinfo* a = bad ? nullptr : all; a && !in; a = a->ai_next) in = knock(*a, port, end, cookie, id, why);
-                if (!bad) freeaddrinfo(all);
+                for (addrinfo* a = all; a && !in; a = a->ai_next) in = knock(*a, port, end, cookie, id, why);
+                if (all) freeaddrinfo(all);
                 if (in) return;
             }
-        if (!unresolved.empty())
-            throw Error(format("rendezvous: the host of %s is unknown here: %s. Give a name or an address that this host "
-                               "resolves.", where.c_str(), unresolved.c_str()));
-        throw Error(format("rendezvous: rank 0 does not answer at %s within %g s (%s). Check that it was started, that this "
-                           "is its host, and that no firewall is between.", where.c_str(), limit, why.c_str()));
+        throw Error(
+            format("rendezvous: rank 0 does not answer at %s within %g s (%s). Check that it was started, that "
+                   "this is its host, and that no firewall is between.",
+                   where.c_str(), limit, why.c_str()));
     }
 
     // Rank 0 greets first: whoever does not is somebody else, and hears nothing from us.
@@ -4488,8 +4495,9 @@ private:
                 const size_t line = body.find('\n');
                 if (kind == GREETING && !greeted) {
                     greeted = true;
-                    put(p, HELLO, format("%d %s %d %d %d %s", VERSION, cookie.c_str(), me.rank, me.size, int(getpid()),
-                                         host_name().c_str()));
+                    put(p, HELLO,
+                        format("%d %s %d %d %d %s", VERSION, cookie.c_str(), me.rank, me.size, int(getpid()),
+                               host_name().c_str()));
                     until = now() + limit + 2;  // rank 0 decides within its own limit
                 } else if (kind == GO && greeted && line != std::string::npos && line >= 2) {
                     speaks = body[0] == '1';
@@ -4533,8 +4541,10 @@ private:
     // rank 0 says itself needs no "rank k:".
     void blame(int rank, const std::string& why, bool death) {
         if (why.empty()) return;
-        if (reason.text.empty()) reason.time = now();
-        else if (!(death && !reason.death) && !(rank == 0 && why == reason.text)) return;
+        if (reason.text.empty())
+            reason.time = now();
+        else if (!(death && !reason.death) && !(rank == 0 && why == reason.text))
+            return;
         reason = {why, reason.time, rank, death};
     }
 
@@ -4556,14 +4566,14 @@ private:
         }
     }
 
-    std::string death(int rank, const Peer& p, double t) const {  // what is wrong with p's connection, or nothing
+    std::string death(const Peer& p, double t) const {  // what is wrong with p's connection, or nothing
         if (p.bye || p.failed) return "";
         if (!p.gone.empty())
-            return format("rank %d %s died at %s: %s. See its own messages, and the system log of its host (out of memory?).",
-                          rank, p.name.c_str(), p.at().c_str(), p.gone.c_str());
+            return p.name + " died at " + p.at() + ": " + p.gone +
+                   ". See its own messages, and its host's system log (out of memory?).";
         if (t - p.heard > limit)
-            return format("rank %d %s has not been heard of for %g s, last at %s. Check that its host is up and that the "
-                          "process is not stopped.", rank, p.name.c_str(), limit, p.at().c_str());
+            return p.name + format(" has not been heard of for %g s, last at ", limit) + p.at() +
+                   ". See whether its host is up and the process is not stopped.";
         return "";
     }
 
@@ -4579,15 +4589,14 @@ private:
             if (order(*first) < order(p)) first = &p;
         }
         if (last->bye) return "";
+        const std::string at = format(" at %s for %g s", last->at().c_str(), limit);
         if (last->at() == first->at())
-            return format("no rank has moved for %g s at %s: a collective, the storage or a GPU hangs. Try NCCL_DEBUG=INFO, "
-                          "look at the hosts' system logs.", limit, last->at().c_str());
+            return "no rank has moved" + at + ": a collective, the storage or a GPU hangs. NCCL_DEBUG=INFO tells more.";
         std::vector<int> behind;
         for (size_t r = 0; r < peers.size(); r++)
             if (order(peers[r]) == order(*last)) behind.push_back(int(r));
-        const std::string name = behind.size() == 1 ? " " + last->name + " hangs" : " hang";
-        return format("%s%s at %s for %g s, the others are at %s. Look at its host: GPU, storage, network.",
-                      list(behind).c_str(), name.c_str(), last->at().c_str(), limit, first->at().c_str());
+        return (behind.size() == 1 ? last->name + " hangs" : list(behind) + " hang") + at + ", the others are at " +
+               first->at() + ". Look at the GPU, storage and network there.";
     }
 
     // What rank 0 makes of the others. True: all have said goodbye, itself too.
@@ -4595,7 +4604,7 @@ private:
         if (done) peers[0].leave();
         bool all = true;
         for (int r = 1; r < me.size; r++) {
-            const std::string why = death(r, peers[r], t);
+            const std::string why = death(peers[r], t);
             if (!why.empty()) blame(0, why, true);
             all = all && peers[r].bye;
         }
@@ -4611,11 +4620,10 @@ private:
         if (peers[0].bye) return true;
         if (done && !said_bye) put(peers[0], BYE), said_bye = true;
         if (!failed.empty() && !told) put(peers[0], FAIL, failed), told = t;
-        const std::string why = death(0, peers[0], t);
+        const std::string why = death(peers[0], t);  // then the others leave quietly
         if (!why.empty() && speaks) end_job(why);
         if (!why.empty()) {
-            linger(STOP);
-            sleep(1);  // a launcher that sees us end ends the speaker
+            sleep(1);  // a launcher that sees us end would end the speaker
             _exit(1);
         }
         if (told && t - told > 3) end_job(format("rank %d: ", me.rank) + failed);  // rank 0 does not take it
@@ -4627,8 +4635,7 @@ private:
         for (;;) {
             char notes[64];
             const double until = reason.text.empty() ? next : std::min(next, reason.time + 0.2);
-            if (exchange(peers, wake[0], until - now()))
-                while (::read(wake[0], notes, sizeof(notes)) > 0) {}
+            if (exchange(peers, wake[0], until - now()) && ::read(wake[0], notes, sizeof(notes)) < 0) errno = 0;
             const double t = now();
             if (t - last > 4 * beat)  // stopped ourselves (a debugger, a sleeping machine): accuse nobody of that time
                 for (Peer& p : peers) p.heard += t - last, p.moved += t - last;

@@ -28,6 +28,7 @@ JOBS = {
     "cli_bf16": (["build/train_gpt_cpu_bf16"], [*CLI, "build/train_gpt_cpu_bf16", GOLDEN, "--bf16"], [1]),
     **{f"ranks_{x}": ([f"build/train_gpt_cpu_{x}"], [sys.executable, "dev/test/test_ranks.py", f"build/train_gpt_cpu_{x}",
                                                      *(["--bf16"] if x == "bf16" else [])], [1]) for x in ("fp32", "bf16")},
+    "channel": (["build/test_channel"], ["build/test_channel"], [1]),
     "standin_exact": (["build/test_standin_exact"], ["build/test_standin_exact"], [1]),
     "standin_serial": (["build/test_standin_serial"], ["build/test_standin_serial"], [1]),
     **{f"nccl_{n}": (["build/test_nccl"], [*MPIRUN, "-n", str(n), "build/test_nccl"], [1]) for n in range(1, 5)},
@@ -74,8 +75,9 @@ def main():
     shared += ["build/test_nccl"] * any(n.startswith("nccl") for n in names)
     subprocess.run(["make", "--no-print-directory", *shared], check=True, stdout=subprocess.DEVNULL)
     passed = failed = 0
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(job, n) for n in names]):
+    # "channel" waits for time-outs most of its time, so it goes beside the two
+    with concurrent.futures.ThreadPoolExecutor(2) as pool, concurrent.futures.ThreadPoolExecutor(1) as waiting:
+        for done in concurrent.futures.as_completed([(waiting if n == "channel" else pool).submit(job, n) for n in names]):
             name, ok, bad, seconds, lines = done.result()
             passed, failed = passed + ok, failed + bad
             print(f"{name:16} {ok:5} passed {bad:4} failed {seconds:7.1f} s", flush=True)
