@@ -104,20 +104,20 @@ $(MPI_STAMP): FORCE
 	@mkdir -p $(@D)
 	@echo '$(MPI) $(MPI_LIB)' | cmp -s - $@ || echo '$(MPI) $(MPI_LIB)' > $@
 
-CPU_SOURCES = build/src/train_gpt.cu build/src/simplenorm.cuh
+CPU_SOURCES = build/src/train_gpt.cu build/src/simplenorm.cuh dataloader.h tokenizer.h $(STANDIN)
 
-build/train_gpt_cpu_%: $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN) $(MPI_STAMP)
+build/train_gpt_cpu_%: $(CPU_SOURCES) $(MPI_STAMP)
 	g++ $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/train_gpt.cu -lopenblas $(MPI_LIB) -o $@
 
 # tests, in both geometries and both precisions; exact ones at -O1, what they check is not speed
-build/test_serial_%: build/src/test_gpt.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN) $(MPI_STAMP)
+build/test_serial_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES) $(MPI_STAMP)
 	g++ $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/test_gpt.cu -lopenblas $(MPI_LIB) -o $@
 
-build/test_exact_%: build/src/test_gpt.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN) $(MPI_STAMP)
+build/test_exact_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES) $(MPI_STAMP)
 	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY $($*) $(MPI) -x c++ build/src/test_gpt.cu -lopenblas $(MPI_LIB) \
 	    -lboost_context -o $@
 
-build/test_sanitized_%: build/src/test_gpt.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN)
+build/test_sanitized_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES)
 	g++ $(CXXFLAGS) -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -DEXACT_GEOMETRY $($*) \
 	    -x c++ build/src/test_gpt.cu -lopenblas -lboost_context -o $@
 
@@ -127,13 +127,13 @@ build/test_standin_serial: build/src/dev/cpu/test_standin.cu $(STANDIN)
 build/test_standin_exact: build/src/dev/cpu/test_standin.cu $(STANDIN)
 	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY -x c++ $< -lopenblas -lboost_context -o $@
 
-build/test_channel: build/src/dev/test/test_channel.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN)
+build/test_channel: build/src/dev/test/test_channel.cu dev/test/frame.h $(CPU_SOURCES)
 	g++ $(CXXFLAGS) -O1 -x c++ build/src/dev/test/test_channel.cu -lopenblas -o $@
 
 build/test_nccl: dev/cpu/test_nccl.cpp $(STANDIN) $(MPI_STAMP)
 	g++ $(CXXFLAGS) $(MPI) $< $(MPI_LIB) -o $@
 
-build/bench_cpu_%: build/src/dev/bench/bench.cu $(CPU_SOURCES) dataloader.h tokenizer.h $(STANDIN) $(MPI_STAMP)
+build/bench_cpu_%: build/src/dev/bench/bench.cu $(CPU_SOURCES) $(MPI_STAMP)
 	g++ $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/dev/bench/bench.cu -lopenblas $(MPI_LIB) -o $@
 
 build/test_dataloader: dev/test/test_dataloader.cpp dataloader.h
@@ -153,7 +153,7 @@ build/train_gpt_gpu_%: $(SOURCES)
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) $($*) $(GPU_INC) train_gpt.cu $(GPU_LIBS) -o $@
 
-build/test_gpu_%: test_gpt.cu $(SOURCES)
+build/test_gpu_%: test_gpt.cu dev/test/frame.h $(SOURCES)
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) $($*) $(GPU_INC) test_gpt.cu $(GPU_LIBS) -o $@
 

@@ -5,6 +5,8 @@
 #define TESTING
 #include "train_gpt.cu"
 
+#include "dev/test/frame.h"
+
 #include <numeric>
 #include <set>
 
@@ -20,30 +22,7 @@ std::string golden_dir = "dev/test/golden";
 // ---------------------------------------------------------------------------------------------------------------------
 // The frame
 
-struct Test {
-    const char* name;
-    void (*body)();
-};
-std::vector<Test>& tests() {
-    static std::vector<Test> all;
-    return all;
-}
-struct Register {
-    Register(const char* name, void (*body)()) { tests().push_back({name, body}); }
-};
-#define TEST(name)                                \
-    void test_##name();                           \
-    Register register_##name(#name, test_##name); \
-    void test_##name()
-
-std::string why;   // the first failed expectation of the running test
-double worst = 0;  // the largest error over tolerance in it
-
-void fail(const std::string& message) {
-    if (why.empty()) why = message;
-}
-#define EXPECT(condition) \
-    if (!(condition)) fail(format("line %d: %s", __LINE__, #condition))
+double worst = 0;  // the largest error over tolerance in the running test
 
 typedef std::vector<double> Vec;
 

@@ -1,13 +1,15 @@
-// SimpleGPT in one file: model, kernels, optimizer, training loop. Trains on one GPU (nvcc) or, unchanged, on a CPU
+// SimpleGPT in one file: model, kernels, optimizer, training loop. Trains on GPUs (nvcc) or, unchanged, on a CPU
 // through the stand-in in dev/cpu (g++). Read it from top to bottom; every section has a heading of its own:
 //
 //   errors            configuration     tensor table      device helpers    warp tiles      Hopper instructions
 //   rows              SimpleNorm        embedding         matmul            Matmul on Hopper
-//   attention         head and loss     the model         optimizer         files           checkpoint
-//   sampling          the run's log     speed of light    command line      main
+//   attention         head and loss     ranks             the model         optimizer       channel
+//   files             checkpoint        sampling          the run's log     speed of light
+//   command line      main
 //
 // Shapes: B batch, T sequence length, N = B T tokens, C width, V vocabulary, Vp padded, L layers, NH query heads, NKV
 // key/value heads, HS head size, F feed-forward width. Activations are row-major. `d` before a name is its gradient.
+#include <arpa/inet.h>
 #include <cublasLt.h>
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -15,9 +17,8 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <getopt.h>
-#include <nccl.h>
-#include <arpa/inet.h>
 #include <ifaddrs.h>
+#include <nccl.h>
 #include <net/if.h>
 #include <netdb.h>
 #include <netinet/tcp.h>
@@ -38,7 +39,9 @@
 #include <atomic>
 #include <cerrno>
 #include <chrono>
+#include <climits>
 #include <cmath>
+#include <condition_variable>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -46,7 +49,6 @@
 #include <cstring>
 #include <ctime>
 #include <functional>
-#include <condition_variable>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -57,6 +59,7 @@
 #include <string>
 #include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "dataloader.h"
@@ -4017,9 +4020,8 @@ double learning_rate(double peak, int64_t s, int64_t W, int64_t S) {
 }
 
 // =====================================================================================================================
-// Ranks: who am I, and a channel beside NCCL by which they meet, watch each other and end as one.
-// Needs <arpa/inet.h> <fcntl.h> <ifaddrs.h> <net/if.h> <netdb.h> <netinet/tcp.h> <poll.h> <signal.h> <sys/socket.h>
-// <unistd.h>, <climits> <condition_variable> <functional> <mutex> <random> <sstream> <thread> <utility>.
+// Channel: who this process is among the ranks, and connections beside NCCL's by which they meet, watch each other and
+// end as one.
 
 struct World {
     int rank = 0, size = 1, local = 0;

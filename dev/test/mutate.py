@@ -431,6 +431,7 @@ def main():
             shutil.copy(os.path.join(ROOT, name), work)
         shutil.copytree(os.path.join(ROOT, "dev", "cpu"), os.path.join(work, "dev", "cpu"))
         shutil.copytree(os.path.join(ROOT, "dev", "test", "golden"), os.path.join(work, "dev", "test", "golden"))
+        shutil.copy(os.path.join(ROOT, "dev", "test", "frame.h"), os.path.join(work, "dev", "test"))
         chosen = [m for m in MUTATIONS if not words or any(w in m[0] for w in words)]
         for build, test in sorted({m[4:] for m in chosen}):
             if not passes(work, build, test):

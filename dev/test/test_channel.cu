@@ -4,6 +4,8 @@
 #define TESTING
 #include "../../train_gpt.cu"
 
+#include "dev/test/frame.h"
+
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -16,28 +18,6 @@ constexpr double SLACK = 1;
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 void nap(double s) { std::this_thread::sleep_for(std::chrono::duration<double>(s)); }
-
-struct Test {
-    const char* name;
-    void (*body)();
-};
-std::vector<Test>& tests() {
-    static std::vector<Test> all;
-    return all;
-}
-struct Register {
-    Register(const char* name, void (*body)()) { tests().push_back({name, body}); }
-};
-#define TEST(name)                                \
-    void test_##name();                           \
-    Register register_##name(#name, test_##name); \
-    void test_##name()
-std::string why;
-void complain(const std::string& message) {
-    if (why.empty()) why = message;
-}
-#define EXPECT(condition) \
-    if (!(condition)) complain(format("line %d: %s", __LINE__, #condition))
 
 // What the processes of a job share: places to meet in, and a place to leave word.
 struct Shared {
@@ -125,7 +105,7 @@ struct Job {
     }
     bool all_open(int n) {
         for (double end = seconds() + 10; shared->opened < n; nap(0.005))
-            if (seconds() > end) return complain("the ranks do not meet"), false;
+            if (seconds() > end) return fail("the ranks do not meet"), false;
         return true;
     }
     // Waits for all processes but `stopped`, which is woken only then.
@@ -135,7 +115,7 @@ struct Job {
             pid_t got;
             while ((got = waitpid(pids[number], &s, WNOHANG)) == 0 && seconds() < until) nap(0.002);
             if (got == 0) {
-                complain(format("process %d did not end", number));
+                fail(format("process %d did not end", number));
                 kill(pids[number], SIGKILL);
                 kill(pids[number], SIGCONT);
                 waitpid(pids[number], &s, 0);
@@ -158,19 +138,19 @@ struct Job {
     // All ended with status 1, but `killed`, and there is one line, with all of `words`.
     void expect_line(const std::vector<std::string>& words, int killed = -1) {
         for (auto& [number, s] : status)
-            if (s != (number == killed ? -SIGKILL : 1)) complain(format("process %d ended with %d", number, s));
+            if (s != (number == killed ? -SIGKILL : 1)) fail(format("process %d ended with %d", number, s));
         std::string all;
         for (auto& l : lines) all += l;
-        if (lines.size() != 1) return complain(format("%zu lines: ", lines.size()) + all);
-        if (lines[0].rfind("train_gpt: ", 0) || lines[0].back() != '\n') complain("line: " + all);
+        if (lines.size() != 1) return fail(format("%zu lines: ", lines.size()) + all);
+        if (lines[0].rfind("train_gpt: ", 0) || lines[0].back() != '\n') fail("line: " + all);
         for (auto& w : words)
-            if (all.find(w) == std::string::npos) complain("no '" + w + "' in: " + all);
+            if (all.find(w) == std::string::npos) fail("no '" + w + "' in: " + all);
         if (getenv("SHOW")) printf("    %s", all.c_str());
     }
     void expect_clean() {
         for (auto& [number, s] : status)
-            if (s) complain(format("process %d ended with %d, ", number, s) + (lines.empty() ? "" : lines[0]));
-        if (!lines.empty()) complain("stderr: " + lines[0]);
+            if (s) fail(format("process %d ended with %d, ", number, s) + (lines.empty() ? "" : lines[0]));
+        if (!lines.empty()) fail("stderr: " + lines[0]);
     }
     std::string who(int rank, int number = -1) {
         char host[64] = "";
