@@ -5651,11 +5651,19 @@ struct Log {
         waiting += format("%lld,%.9g,%.12g,%.9g,%.6g,", (long long)step, loss, lr, grad_norm, tokens_per_s);
         if (val_loss) waiting += format("%.9g", *val_loss);
         waiting += std::string(",") + note + "\n";
-        const ssize_t done = ::write(fd, waiting.data(), waiting.size());
-        if (done > 0) waiting.erase(0, done);
+        put();
         if (!waiting.empty() && !waited)  // a full disk does not end a training: the rows are kept and tried again
             fprintf(stderr, "train_gpt: warning: %s: cannot be written: %s. Make room; training goes on.\n", path.c_str(),
-                    done < 0 ? strerror(errno) : "no room");
+                    strerror(errno));
+    }
+    void finish() {  // after the last row
+        put();
+        if (!waiting.empty())
+            fprintf(stderr, "train_gpt: warning: %s: ends too early, the disk does not take its last rows: %s.\n",
+                    path.c_str(), strerror(errno));
+    }
+    void put() {
+        for (ssize_t done; !waiting.empty() && (done = ::write(fd, waiting.data(), waiting.size())) > 0;) waiting.erase(0, done);
     }
     ~Log() {
         if (fd >= 0) close(fd);
@@ -6281,6 +6289,7 @@ void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
                            happened(m.reports[state.step % 2].done);
         while (reported < state.step - (drain ? 0 : 1)) report(++reported);
     }
+    log.finish();
     saver.finish();
     if (!saver.failure.empty())
         throw Error(format("training: ended after step %lld, but its last checkpoint could not be saved: %s",

@@ -1,5 +1,7 @@
 """What the tests of many ranks share: trainers that are started, alone or under mpirun, and always ended; traces;
 checkpoints seen from outside. Standard library only."""
+import argparse
+import concurrent.futures
 import json
 import os
 import re
@@ -8,6 +10,7 @@ import signal
 import struct
 import subprocess
 import tempfile
+import threading
 import time
 
 from test_cli import Failure, expect, read_log, read_safetensors, values, write_safetensors, write_shard  # noqa: F401
@@ -228,3 +231,83 @@ class Trace:
         work = self.ran if ran else self.issued
         sums = [i for i, (_, w) in enumerate(work) if w[:2] == ["allreduce", "24"]]
         return work[sums[number - 1] + 1:sums[number] + 1]
+
+
+class Tests:
+    """Tests that run a few at a time, since much of each is waiting; `all` of a class lists them by test()."""
+
+    def __init__(self, args):
+        self.args, self.passed, self.failed = args, 0, 0
+        self.exe, self.full = os.path.abspath(args.train_gpt), args.full
+        self.dir = tempfile.mkdtemp(prefix="train_gpt_")
+        self.made, self.lock, self.worst, self.todo = {}, threading.Lock(), {}, []
+        state, tokens = 1, []
+        for _ in range(60000):
+            state = (state * 1103515245 + 12345) % 2**31
+            tokens.append(state // 65536 % 60 if len(tokens) % 3 else 7)
+        write_shard(self.path("tokens.bin"), tokens)
+
+    def path(self, name):
+        return os.path.join(self.dir, name)
+
+    def once(self, key, make):
+        """make()'s result, made by whoever asks first."""
+        with self.lock:
+            mine = key not in self.made
+            if mine:
+                self.made[key] = concurrent.futures.Future()
+        future = self.made[key]
+        if mine:
+            try:
+                future.set_result(make())
+            except BaseException as e:
+                future.set_exception(e)
+        return future.result()
+
+    def test(self, name, body, *rest):
+        if re.search(self.args.filter, name):
+            self.todo.append((name, body, rest))
+
+    def note(self, what, value):
+        """Keeps the worst of what is measured, for the summary."""
+        with self.lock:
+            self.worst[what] = max(self.worst.get(what, 0.0), value)
+
+    def perform(self):
+        def one(name, body, rest):
+            begin = time.monotonic()
+            try:
+                body(*rest)
+                ok, line = True, f"ok {name}"
+            except Exception as e:  # whatever it is, this test failed and the others run
+                ok, line = False, f"FAIL {name}: {type(e).__name__}: {e}"
+            with self.lock:
+                self.passed, self.failed = self.passed + ok, self.failed + (not ok)
+                print(line if not self.args.verbose else f"{line} ({time.monotonic() - begin:.1f} s)", flush=True)
+
+        with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
+            for future in [pool.submit(one, *t) for t in self.todo]:
+                future.result()
+
+    def report(self):
+        for what, value in sorted(self.worst.items()):
+            print(f"worst {what}: {value:.3g}")
+
+    @classmethod
+    def main(cls, program, about):
+        parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("train_gpt")
+        parser.add_argument("--full", action="store_true", help="every combination")
+        parser.add_argument("--bf16", action="store_true", help="the trainer is a bf16 build")
+        parser.add_argument("--filter", default="", help="only tests whose name holds this regular expression")
+        parser.add_argument("--jobs", type=int, default=3, help="tests at a time (3)")
+        parser.add_argument("--verbose", action="store_true", help="print the seconds of each test")
+        tests = cls(parser.parse_args())
+        try:
+            tests.all()
+            tests.perform()
+            tests.report()
+        finally:
+            shutil.rmtree(tests.dir, ignore_errors=True)
+        print(f"{program}: {tests.passed} passed, {tests.failed} failed")
+        return 1 if tests.failed else 0

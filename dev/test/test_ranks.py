@@ -4,8 +4,6 @@ another, over damage, signals, bad steps and cut wires. Standard library, g++'s 
 
 usage: test_ranks.py TRAIN_GPT [--full] [--bf16] [--filter TEXT] [--jobs N]
 """
-import argparse
-import concurrent.futures
 import math
 import os
 import random
@@ -14,12 +12,10 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
-import threading
 import time
 
 from launch import (Failure, Job, Trace, checkpoint, checkpoints, contents, copy, expect, log_bits, losses, read_log,
-                    read_safetensors, refuse, run, values, verify, write_safetensors, write_shard)
+                    read_safetensors, refuse, run, Tests, values, verify, write_safetensors, write_shard)
 
 STEPS = 6
 # Small and odd: nothing is a multiple of 64, heads share keys, positions are more than the tokens of a sequence.
@@ -79,62 +75,12 @@ class Sizes:
         return (elements + 2 * 3 * 8) * (ranks - 1) / ranks
 
 
-class Tests:
+class RankTests(Tests):
     def __init__(self, args):
-        self.args, self.passed, self.failed = args, 0, 0
-        self.dir = tempfile.mkdtemp(prefix="test_ranks_")
-        self.exe, self.full = os.path.abspath(args.train_gpt), args.full
+        super().__init__(args)
         # of losses near 4: sums in another order, 5e-7 measured; in bf16 weights that then round the other way, 5e-4
         self.tolerance = 2e-3 if args.bf16 else 1e-5
-        self.made, self.lock, self.table, self.worst = {}, threading.Lock(), [], {}
-        self.todo = []
-        state, tokens = 1, []
-        for _ in range(60000):
-            state = (state * 1103515245 + 12345) % 2**31
-            tokens.append(state // 65536 % 60 if len(tokens) % 3 else 7)
-        write_shard(self.path("tokens.bin"), tokens)
-
-    def path(self, name):
-        return os.path.join(self.dir, name)
-
-    def once(self, key, make):
-        """make()'s result, made by whoever asks first."""
-        with self.lock:
-            mine = key not in self.made
-            if mine:
-                self.made[key] = concurrent.futures.Future()
-        future = self.made[key]
-        if mine:
-            try:
-                future.set_result(make())
-            except BaseException as e:
-                future.set_exception(e)
-        return future.result()
-
-    def test(self, name, body, *rest):
-        if re.search(self.args.filter, name):
-            self.todo.append((name, body, rest))
-
-    def note(self, what, value):
-        """Keeps the worst of what is measured, for the summary."""
-        with self.lock:
-            self.worst[what] = max(self.worst.get(what, 0.0), value)
-
-    def perform(self):
-        def one(name, body, rest):
-            begin = time.monotonic()
-            try:
-                body(*rest)
-                ok, line = True, f"ok {name}"
-            except Exception as e:  # whatever it is, this test failed and the others run
-                ok, line = False, f"FAIL {name}: {type(e).__name__}: {e}"
-            with self.lock:
-                self.passed, self.failed = self.passed + ok, self.failed + (not ok)
-                print(line if not self.args.verbose else f"{line} ({time.monotonic() - begin:.1f} s)", flush=True)
-
-        with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
-            for future in [pool.submit(one, *t) for t in self.todo]:
-                future.result()
+        self.table = []
 
     # --- a. the same training on any number of ranks
 
@@ -701,30 +647,10 @@ class Tests:
         if self.full:
             print(f"{'model':8} ranks zero micro reduce  worst loss  plan MiB       in use MiB  bytes sent a step")
             for shape, ranks, zero, accum, each, worst, plan, low, high, sent in sorted(self.table):
-                print(f"{shape:8} {ranks:5} {zero:4} {accum:5} {each:6} {worst:11.2e} {plan:9.1f} {low:7.1f} to {high:6.1f} {sent:18}")
-        for what, value in sorted(self.worst.items()):
-            print(f"worst {what}: {value:.3g}")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("train_gpt")
-    parser.add_argument("--full", action="store_true", help="every combination, and a table of them")
-    parser.add_argument("--bf16", action="store_true", help="the trainer is a bf16 build")
-    parser.add_argument("--filter", default="", help="only tests whose name holds this regular expression")
-    parser.add_argument("--jobs", type=int, default=3, help="tests at a time: much of each is waiting (3)")
-    parser.add_argument("--verbose", action="store_true", help="print the seconds of each test")
-    args = parser.parse_args()
-    tests = Tests(args)
-    try:
-        tests.all()
-        tests.perform()
-        tests.report()
-    finally:
-        shutil.rmtree(tests.dir, ignore_errors=True)
-    print(f"test_ranks: {tests.passed} passed, {tests.failed} failed")
-    return 1 if tests.failed else 0
+                print(f"{shape:8} {ranks:5} {zero:4} {accum:5} {each:6} {worst:11.2e} {plan:9.1f} {low:7.1f} to "
+                      f"{high:6.1f} {sent:18}")
+        super().report()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(RankTests.main("test_ranks", __doc__))
