@@ -2900,29 +2900,33 @@ struct Ranks {
     cudaStream_t stream = nullptr;
     cudaEvent_t moment = nullptr;
     double* values = nullptr;  // (size) on the device, for exchange()
-    double sent = 0;           // bytes, by the formulas above
+    double sent = 0;                   // bytes, by the formulas above
+    std::atomic<long long> calls{0};   // of collectives, by which the watch (Channel) knows who is behind
 
     // The stream `later` goes on only when all that `earlier` has been given so far is done.
     void order(cudaStream_t later, cudaStream_t earlier) {
         CHECK(cudaEventRecord(moment, earlier));
         CHECK(cudaStreamWaitEvent(later, moment, 0));
     }
-    void count(double bytes, int times) { sent += times * bytes * (size - 1) / size; }
+    void count(double bytes, int times) {
+        calls++;
+        sent += times * bytes * (size - 1) / size;
+    }
 
     // p (elements): the sum over ranks, on all of them
     void all_reduce(void* p, size_t elements, ncclDataType_t type, size_t width) {
-        CHECK_NCCL(ncclAllReduce(p, p, elements, type, ncclSum, comm, stream));
         count(double(elements) * width, 2);
+        CHECK_NCCL(ncclAllReduce(p, p, elements, type, ncclSum, comm, stream));
     }
     // out (piece) = this rank's piece of the sum over ranks of inp (size pieces); in place: out is that piece of inp
     void reduce_scatter(Flat out, Flat inp, size_t piece) {
-        CHECK_NCCL(ncclReduceScatter(inp.p, out.p, piece, inp.nccl(), ncclSum, comm, stream));
         count(double(piece) * size * inp.width(), 1);
+        CHECK_NCCL(ncclReduceScatter(inp.p, out.p, piece, inp.nccl(), ncclSum, comm, stream));
     }
     // out (size pieces) from every rank's inp (piece); in place: inp is this rank's piece of out
     void all_gather(void* out, const void* inp, size_t piece, ncclDataType_t type, size_t width) {
-        CHECK_NCCL(ncclAllGather(inp, out, piece, type, comm, stream));
         count(double(piece) * size * width, 1);
+        CHECK_NCCL(ncclAllGather(inp, out, piece, type, comm, stream));
     }
 
     // Every rank's number, known to all when it returns.
@@ -2958,7 +2962,7 @@ struct Ranks {
             CHECK(cudaEventDestroy(moment));
             CHECK(cudaStreamDestroy(stream));
         }
-        *this = Ranks();
+        comm = nullptr, rank = 0, size = 1;
     }
 } ranks;
 
@@ -4142,7 +4146,7 @@ struct Channel {
     void progress(const char* doing, int64_t step) {
         std::lock_guard<std::mutex> lock(place_mutex);
         const long long stage = step != place.step ? 0 : place.stage + (doing != place.doing);
-        place = {place.moves + 1, step, stage, doing};
+        place = {place.moves + 1, 0, step, stage, doing};
     }
 
     // Asked at every heartbeat: words mean that this rank failed so. Returns when the former hook is no longer running.
@@ -4190,7 +4194,7 @@ private:
     static constexpr int VERSION = 1;
 
     struct Place {
-        long long moves = 0, step = 0, stage = 0;  // stage within the step
+        long long moves = 0, calls = 0, step = 0, stage = 0;  // calls of collectives; stage within the step
         std::string doing = "starting";
     };
     struct Peer {
@@ -4199,9 +4203,12 @@ private:
         double heard = 0, moved = 0;            // when
         Place place;
         bool bye = false, failed = false;
-        std::string at() const { return bye ? "the end" : format("step %lld (%s)", place.step, place.doing.c_str()); }
+        std::string at() const {
+            const std::string call = place.calls ? format(", collective %lld", place.calls) : "";
+            return bye ? "the end" : format("step %lld (%s%s)", place.step, place.doing.c_str(), call.c_str());
+        }
         void move_to(const Place& to) {
-            if (to.moves != place.moves) moved = now();
+            if (to.moves != place.moves || to.calls != place.calls) moved = now();
             place = to;
         }
         void leave() {  // a goodbye is a move, too
@@ -4558,7 +4565,8 @@ private:
         if (kind == BEAT) {
             Place to;
             int words = 0;
-            if (sscanf(body.c_str(), "%lld %lld %lld %n", &to.moves, &to.step, &to.stage, &words) == 3 && words)
+            if (sscanf(body.c_str(), "%lld %lld %lld %lld %n", &to.moves, &to.calls, &to.step, &to.stage, &words) == 4 &&
+                words)
                 to.doing = body.substr(words), p.move_to(to);
         }
         if (kind == REPORT && me.rank == 0) {
@@ -4579,10 +4587,11 @@ private:
         return "";
     }
 
-    // If all ranks stand still, which of them is behind? Those that have left are in front.
+    // If all ranks stand still, which of them is behind? Those that have left are in front; all make the same calls of
+    // collectives, so who has made fewer keeps the others waiting.
     std::string hang(double t) const {
         auto order = [](const Peer& p) {
-            return p.bye ? std::make_pair(LLONG_MAX, 0ll) : std::make_pair(p.place.step, p.place.stage);
+            return std::make_tuple(p.bye, p.bye ? 0 : p.place.calls, p.bye ? 0 : p.place.step, p.bye ? 0 : p.place.stage);
         };
         const Peer *last = &peers[0], *first = last;
         for (const Peer& p : peers) {
@@ -4592,7 +4601,7 @@ private:
         }
         if (last->bye) return "";
         const std::string at = format(" at %s for %g s", last->at().c_str(), limit);
-        if (last->at() == first->at())
+        if (order(*last) == order(*first))
             return "no rank has moved" + at + ": a collective, the storage or a GPU hangs. NCCL_DEBUG=INFO tells more.";
         std::vector<int> behind;
         for (size_t r = 0; r < peers.size(); r++)
@@ -4670,10 +4679,12 @@ private:
 
     void send_beat() {
         std::unique_lock<std::mutex> lock(place_mutex);
-        const Place p = place;
+        Place p = place;
         lock.unlock();
+        p.calls = ranks.calls;
         if (me.rank == 0) peers[0].move_to(p);
-        const std::string body = format("%lld %lld %lld %s", p.moves, p.step, p.stage, p.doing.c_str());
+        const std::string body =
+            format("%lld %lld %lld %lld %s", p.moves, p.calls, p.step, p.stage, p.doing.c_str());
         for (Peer& to : peers)
             if (to.fd >= 0 && to.out.empty()) put(to, BEAT, body);  // one that does not read gets no more
     }

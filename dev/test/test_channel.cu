@@ -566,6 +566,19 @@ TEST(hang_of_all) {
     job.wait(3);
     job.expect_line({"train_gpt: no rank has moved at step 5 (reduce) for 1 s: "});
 }
+TEST(hang_before_a_collective) {  // at the same place as the others, which wait for it in a collective
+    Job job;
+    job.limit = 1;
+    job.start(3, [&](const World& w) {
+        job.open(w);
+        channel.progress("computing", 5);
+        ranks.calls = w.rank == 2 ? 47 : 48;
+        nap(100);
+    });
+    job.wait(3);
+    job.expect_line({"train_gpt: " + job.who(2) + " hangs at step 5 (computing, collective 47) for 1 s, the others are at "
+                     "step 5 (computing, collective 48). "});
+}
 TEST(hang_in_long_work) {  // its many words for one place do not bring it ahead
     Job job;
     job.limit = 1;
