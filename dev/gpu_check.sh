@@ -1,6 +1,6 @@
 #!/bin/sh
 # Everything that needs a GPU, in one go; `make gpu-check` calls it.
-#   dev/gpu_check.sh [STAGE ...]     build tests sanitize train bench; each takes under nine minutes, but bench
+#   dev/gpu_check.sh [STAGE ...]     build tests sanitize train ranks bench; each takes under nine minutes, but bench
 # stands for: kernels steps-162M steps-1B steps-7B steps-llama3-8B report, each under nine minutes.
 # Environment: NVCC, PYTHON, RESULTS (default dev/bench/results: where reports land, with date and device in them),
 # MINUTES (8.5: of each steps-MODEL).
@@ -8,7 +8,7 @@
 set -u
 cd "$(dirname "$0")/.."
 NVCC=${NVCC:-nvcc} PYTHON=${PYTHON:-python3} RESULTS=${RESULTS:-dev/bench/results}
-stages=$(echo " ${*:-build tests sanitize train bench} " |
+stages=$(echo " ${*:-build tests sanitize train ranks bench} " |
     sed 's/ bench / kernels steps-162M steps-1B steps-7B steps-llama3-8B report /')
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
 [ -n "$device" ] || { echo "gpu_check: no GPU is visible to nvidia-smi. Run it on a machine that has one." >&2; exit 1; }
@@ -33,6 +33,20 @@ train() {  # train NAME SECONDS FLAGS...: a short run on the sources of Python's
     rm -rf "build/gpu_run_$name"
     timeout "$limit" ./build/train_gpt_gpu_bf16 --train-data 'data/gpu/text_train_*.bin' --vocab-size 32000 \
         --out "build/gpu_run_$name" "$@" && tail -n 1 "build/gpu_run_$name/log.csv"
+}
+
+ranks() {  # ranks ZERO FLAGS...: a short run on all GPUs, a process each, that meet by TCP; what it sent and its last step
+    zero=$1
+    shift
+    rm -rf build/gpu_run_ranks
+    for rank in $(seq 0 $((gpus - 1))); do
+        RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$gpus MASTER_ADDR=127.0.0.1 MASTER_PORT=29517 timeout 100 \
+            ./build/train_gpt_gpu_bf16 --train-data 'data/gpu/text_train_*.bin' --vocab-size 32000 --zero "$zero" \
+            --timeout 60 --check-every 5 --out build/gpu_run_ranks "$@" &
+        started="${started-} $!"
+    done
+    for pid in $started; do wait "$pid" || return 1; done
+    tail -n 1 build/gpu_run_ranks/log.csv
 }
 
 for stage in $stages; do
@@ -60,6 +74,16 @@ for stage in $stages; do
         check train_7B train 7B 200 --model 7B --seq-len 2048 --batch-size auto --recompute norm --moments bf16 --steps 4
         check train_llama3-8B train llama3-8B 200 --model llama3-8B --vocab-size 128256 --seq-len 2048 \
             --batch-size auto --recompute norm --moments bf16 --steps 4
+        ;;
+    ranks)
+        gpus=$(nvidia-smi -L | wc -l)
+        if [ "$gpus" -lt 2 ]; then
+            echo "skipped ranks: there is one GPU" | tee -a "$report"
+        else
+            for zero in 0 1 2 3; do
+                check "ranks_zero$zero" ranks $zero --model 1B --seq-len 512 --batch-size 16 --steps 20
+            done
+        fi
         ;;
     kernels)
         check kernels_1B timeout 260 build/bench_gpu_bf16 --part kernels --model 1B --results "$RESULTS"

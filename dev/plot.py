@@ -3,8 +3,9 @@
 
 usage: plot.py RUN_DIR... [--out FILE.png] [--title TEXT] [--baseline NAME=VALUE]...
 
-Reads RUN_DIR/log.csv. Without --out the picture is RUN_DIR/loss.png of the first run. A baseline is a horizontal line,
-for example the loss of another model on the same validation data.
+Reads RUN_DIR/log.csv; marks loss spikes and steps whose update was skipped. Without --out the picture is
+RUN_DIR/loss.png of the first run. A baseline is a horizontal line, for example the loss of another model on the same
+validation data.
 """
 import argparse
 import csv
@@ -24,10 +25,12 @@ except ImportError as e:
     sys.exit(f"plot.py: {sys.executable}: {e}. Run dev/setup.sh run, or use another Python.")
 
 COLUMNS = ["step", "loss", "lr", "grad_norm", "tokens_per_s", "val_loss"]
+NOTES = {"": 0, "spike": 1, "skipped": 2}  # the column note
 COLORS = ["#1f6fb4", "#d1495b", "#2e8b57", "#8a5fbf", "#d98200", "#1aa6a6", "#7a5230", "#d65fa6"]
 GREY = "#555555"
 VALIDATION = {"linewidth": 1.0, "linestyle": "--", "marker": "o", "markersize": 5, "markerfacecolor": "white",
               "markeredgewidth": 1.5, "zorder": 3}
+SPIKE = {"linestyle": "none", "marker": "^", "markersize": 6, "zorder": 4}
 
 
 def fail(message):
@@ -35,7 +38,7 @@ def fail(message):
 
 
 def read_log(path):
-    """Column name -> array, one value a step; an empty field is NaN."""
+    """Column name -> array, one value a step; an empty field is NaN, a note its number."""
     try:
         with open(path, newline="", encoding="utf-8") as f:
             text = f.read()
@@ -53,11 +56,12 @@ def read_log(path):
             fields = next(csv.reader([line]), [])
             if len(fields) != len(header):
                 raise ValueError
-            row = [float(value) if value else math.nan for value in fields]
+            row = [float(NOTES[value]) if name == "note" else float(value) if value else math.nan
+                   for name, value in zip(header, fields)]
             if not math.isfinite(row[header.index("step")]):
                 raise ValueError
             rows.append(row)
-        except (ValueError, csv.Error):
+        except (ValueError, KeyError, csv.Error):
             if number < len(lines):  # the last row may be half-written: the run goes on
                 fail(f"{path}: line {number} is not {len(header)} numbers. Delete it, or give another run.")
     if text and not text.endswith("\n") and len(lines) - 1 == len(rows):
@@ -116,6 +120,11 @@ def draw(names, logs, baselines, title, out):
         if val.any():
             label += f", validation {log['val_loss'][val][-1]:.3f}"
             main.plot(step[val], log["val_loss"][val], color=color, **VALIDATION)
+        spikes, skipped = (step[log["note"] == NOTES[n]] if "note" in log else [] for n in ("spike", "skipped"))
+        if len(spikes):
+            main.plot(spikes, log["loss"][np.isin(step, spikes)], color=color, **SPIKE)
+        for x in skipped:
+            main.axvline(x, color=color, linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
         for axes, column in zip([main, *panels], ["loss", "lr", "grad_norm", "tokens_per_s"]):
             axes.plot(step, log[column], color=color, alpha=0.25, linewidth=0.8)
             axes.plot(step, log["lr"] if column == "lr" else smooth(log[column]), color=color, linewidth=1.8,
@@ -136,6 +145,11 @@ def draw(names, logs, baselines, title, out):
     handles, labels = main.get_legend_handles_labels()
     if np.isfinite(values[len(baselines):]).any():
         handles, labels = [*handles, Line2D([], [], color=GREY, **VALIDATION)], [*labels, "validation"]
+    noted = {note: any((log.get("note", np.zeros(1)) == NOTES[note]).any() for log in logs) for note in NOTES}
+    if noted["spike"]:
+        handles, labels = [*handles, Line2D([], [], color=GREY, **SPIKE)], [*labels, "spike"]
+    if noted["skipped"]:
+        handles, labels = [*handles, Line2D([], [], color=GREY, linestyle=(0, (1, 3)))], [*labels, "update skipped"]
     columns = max(1, int(10 / (0.6 + 0.075 * max(map(len, labels)))))  # inches
     main.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncol=columns, frameon=False, fontsize=9)
 
