@@ -5036,7 +5036,7 @@ std::vector<std::string> weight_files(const std::string& path) {
 
 // Weights from safetensors with the paper's names. All must be there, in the model's shapes, and nothing else; all are
 // looked at before the first is taken.
-void import_weights(Model& m, const std::string& path) {
+void import_weights(Model& m, const std::string& path, const std::function<void()>& moved = [] {}) {
     std::vector<std::unique_ptr<Safetensors>> files;
     std::map<std::string, Safetensors*> where;
     for (const std::string& file : weight_files(path)) {
@@ -5063,11 +5063,12 @@ void import_weights(Model& m, const std::string& path) {
         const size_t there = first < t.size() ? std::min(count, t.size() - first) : 0;
         values = where[t.name]->floats(t.name, first, there);
         values.resize(count, 0.0f);
+        moved();
     });
 }
 
 // Float32 weights (the masters), with the paper's names. All ranks call, the first writes.
-void export_weights(const Model& m, const std::string& path) {
+void export_weights(const Model& m, const std::string& path, const std::function<void()>& moved = [] {}) {
     const bool cut = m.master ? m.storage.cut_state() : m.storage.cut_weights();
     const Flat flat = m.master ? Flat(m.master) : Flat(m.params);
     int held = -1;
@@ -5097,6 +5098,7 @@ void export_weights(const Model& m, const std::string& path) {
                                    }
                                    memcpy(to + i * sizeof(x), &x, sizeof(x));
                                }
+                               moved();
                            }});
     save_safetensors(path, tensors);
 }
@@ -5206,14 +5208,14 @@ struct Saver {
     std::string out;
     int keep = 0;             // the newest that stay, 0: all
     bool background = false;
-    std::function<void()> moved = [] {};  // tells, in the training's thread, that work goes on
+    std::function<void(const char* doing)> moved = [](const char*) {};  // called in the training's thread
     std::string failure;      // why the last save was given up, "" if it was not; the first rank's, after finish()
 
     // One file of this rank, by name.
     using Files = std::vector<std::pair<std::string, std::vector<SaveTensor>>>;
     std::thread writer;
-    std::atomic<bool> writing{false};
-    std::atomic<uint64_t> pieces{0};  // read or written so far by the writer
+    std::atomic<bool> writing{false}, written{false};  // the latter: this rank's own files are
+    std::atomic<uint64_t> pieces{0};                   // read or written so far by the writer
     char* copy = nullptr;             // pinned, of copy_bytes
     size_t copy_bytes = 0;
 
@@ -5223,9 +5225,12 @@ struct Saver {
     }
 
     void finish() {
-        for (uint64_t seen = 0; writing; usleep(1000))
-            if (pieces != seen) seen = pieces, moved();
-        if (writer.joinable()) writer.join();
+        if (!writer.joinable()) return;
+        moved(WRITING);
+        for (uint64_t seen = pieces; writing && !written; usleep(1000))
+            if (pieces != seen) seen = pieces, moved(WRITING);
+        moved(WAITING);
+        writer.join();
     }
 
     // All ranks call, between steps. Returns when the training may go on.
@@ -5237,17 +5242,20 @@ struct Saver {
         const std::string head = manifest_head(m, state);
         const std::vector<std::string> index = weight_index(m);
         if (background && copy_all(files)) {
-            writing = true;
+            writing = true, written = false;
             writer = std::thread([=, step = state.step] {
-                write_all(step, files, head, index, [this] { pieces++; });
+                write_all(step, files, head, index, [this] { pieces++; }, [this] { written = true; });
                 writing = false;
             });
         } else {
-            write_all(state.step, files, head, index, moved);
+            write_all(state.step, files, head, index, [this] { moved(WRITING); }, [this] { moved(WAITING); });
         }
     }
 
 private:
+    // Who is at the first of these is behind those that are at the second.
+    static constexpr const char *WRITING = "saving", *WAITING = "waiting for all ranks' files";
+
     Files own_files(Model& m) {
         Files files;
         std::vector<SaveTensor> weights, state;
@@ -5255,7 +5263,7 @@ private:
         for (int u = 0; u < m.units(); u++) {
             std::shared_ptr<std::vector<char>> gathered;
             if (cut) gathered.reset(new std::vector<char>(get_unit(m, m.params, true, u)));
-            moved();
+            moved(WRITING);
             if (model_file_of(m, u) != ranks.rank) continue;
             const Unit& unit = m.table.units[u];
             for (size_t i = unit.tensor; i < unit.tensor + unit.tensors; i++) {
@@ -5313,7 +5321,7 @@ private:
                     const size_t count = std::min(t.bytes - done, HOST_CHUNK * sizeof(float));
                     t.read(at + done, done, count);
                     done += count;
-                    moved();
+                    moved(WRITING);
                 }
                 t.read = [from = at](char* to, size_t offset, size_t count) { memcpy(to, from + offset, count); };
                 at += t.bytes;
@@ -5344,7 +5352,7 @@ private:
 
     // Writes this rank's files and tells the first rank, which waits for all and completes the checkpoint.
     void write_all(int64_t step, const Files& files, const std::string& head, const std::vector<std::string>& index,
-                   const std::function<void()>& tick) {
+                   const std::function<void()>& tick, const std::function<void()>& done) {
         const std::string name = checkpoint_name(step), dir = out + "/." + name;
         std::string error, report = format("saved %lld\n", (long long)step);
         try {
@@ -5364,9 +5372,10 @@ private:
             error = e.what();
             report = format("failed %lld\n%s\n", (long long)step, error.c_str());
         }
+        done();
         if (ranks.rank > 0) return job.report(report);
         try {
-            std::vector<FileRecord> records = gather_reports(step, report, tick);
+            std::vector<FileRecord> records = gather_reports(step, report);
             complete(step, dir, records, head, index);
             failure = "";
         } catch (const std::exception& e) {
@@ -5377,7 +5386,7 @@ private:
     }
 
     // What all ranks have written for `step`; throws what one of them could not.
-    std::vector<FileRecord> gather_reports(int64_t step, const std::string& own, const std::function<void()>& tick) {
+    std::vector<FileRecord> gather_reports(int64_t step, const std::string& own) {
         std::vector<FileRecord> records;
         auto take = [&](int rank, const std::string& report) {
             long long of = -1;
@@ -5395,10 +5404,8 @@ private:
             return true;
         };
         take(0, own);
-        for (int missing = ranks.size - 1; missing > 0;) {
+        for (int missing = ranks.size - 1; missing > 0;)
             for (auto& [rank, report] : job.take_reports(true, 0.5)) missing -= take(rank, report);
-            tick();
-        }
         return records;
     }
 
@@ -5506,7 +5513,7 @@ void verify_checkpoint(const std::string& dir, const std::function<void()>& move
 }
 
 // Takes a checkpoint of any number of ranks.
-TrainState load_checkpoint(Model& m, const std::string& dir) {
+TrainState load_checkpoint(Model& m, const std::string& dir, const std::function<void()>& moved = [] {}) {
     const Manifest manifest = read_manifest(dir);
     const Json* config = manifest.json.find("config");
     for (auto& [key, value] : config_fields(m.c, m.storage)) {
@@ -5515,7 +5522,7 @@ TrainState load_checkpoint(Model& m, const std::string& dir) {
             throw Error(dir + "/state.json: the checkpoint has " + key + " " + (there ? there->string : "unknown") +
                         ", this run " + value + ". Resume with the flags of the first run.");
     }
-    import_weights(m, dir);
+    import_weights(m, dir, moved);
 
     // Pieces of n ranks from those of as many as there were: within a unit, positions mean the same.
     const TensorTable old = build_table(m.c, manifest.ranks);
@@ -5542,6 +5549,7 @@ TrainState load_checkpoint(Model& m, const std::string& dir) {
                 file->read(found->second, values.data(), at * width, values.size());
                 CHECK(cudaMemcpy(flat.at(cut ? own.shard + begin - from : unit.begin + begin).p, values.data(),
                                  values.size(), cudaMemcpyHostToDevice));
+                moved();
             }
         }
     }
@@ -5649,7 +5657,8 @@ struct Log {
                     path.c_str(), strerror(errno));
     }
     void put() {
-        for (ssize_t done; !waiting.empty() && (done = ::write(fd, waiting.data(), waiting.size())) > 0;) waiting.erase(0, done);
+        for (ssize_t done; !waiting.empty() && (done = ::write(fd, waiting.data(), waiting.size())) > 0;)
+            waiting.erase(0, done);
     }
     ~Log() {
         if (fd >= 0) close(fd);
@@ -6202,7 +6211,7 @@ void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
     if (ranks.rank == 0) log.open(o.out + "/log.csv", state.step);
     Saver saver;
     saver.out = o.out, saver.keep = o.keep, saver.background = o.save_async;
-    saver.moved = [] { job.progress("saving", -1); };
+    saver.moved = [&state](const char* doing) { job.progress(doing, state.step); };
     int64_t marked = state.step;  // step and time since which the line on the terminal counts
     double mark = now(), last = mark;
     double paused = 0.0;  // seconds of validation, samples and checkpoints among them
@@ -6279,6 +6288,7 @@ void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
         throw Error(format("training: ended after step %lld, but its last checkpoint could not be saved: %s",
                            (long long)end, saver.failure.c_str()));
     if (!bad.empty()) throw Error(bad);
+    job.progress("ending", end);
     if (end > begun) print_use(m, memory_before, sent, o.grad_accum);
     if (stopping)
         printf("asked to stop: saved after step %lld in %s; --resume goes on\n", (long long)end,
@@ -6523,17 +6533,18 @@ void run(Options& o, const World& world, const Tokenizer* tokenizer) {
     TrainState state;
     state.seed = o.seed;
     const int64_t newest = o.resume ? find_checkpoint(o.out) : -1;
-    job.progress("setting the weights", 0);
+    const auto setting = [] { job.progress("setting the weights", 0); };
+    setting();
     if (newest >= 0) {
         const std::string dir = o.out + "/" + checkpoint_name(newest);
-        state = load_checkpoint(m, dir);
+        state = load_checkpoint(m, dir, setting);
         if (state.seed != o.seed)
             throw Error(
                 format("%s: was begun with --seed %llu. Give the same.", dir.c_str(), (unsigned long long)state.seed));
         if (data) data->seek(state.loader);
         printf("resumed from %s\n", dir.c_str());
     } else if (!o.init_from.empty()) {
-        import_weights(m, o.init_from);
+        import_weights(m, o.init_from, setting);
     } else {
         initialize(m, o.seed);
     }
@@ -6543,7 +6554,9 @@ void run(Options& o, const World& world, const Tokenizer* tokenizer) {
         catch_signals();
         train(m, o, *data, val.get(), tokenizer, state, used_before);
     }
-    if (!o.export_to.empty()) export_weights(m, o.export_to);
+    const auto exporting = [&o] { job.progress("exporting the weights", o.steps); };
+    exporting();
+    if (!o.export_to.empty()) export_weights(m, o.export_to, exporting);
     destroy(m);
     matmul.close();
     close_job();
