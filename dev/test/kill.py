@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""A run that is killed by SIGKILL again and again, many times while it saves, and restarted with --resume each time: after
-each kill every checkpoint is whole and the newest is none older than before; at the end log and weights are, bit for
-bit, those of a run that nobody disturbed. The text is Python's own standard library. Standard library only.
+"""A run that is killed by SIGKILL again and again, many times while it saves, and restarted with --resume each time:
+after each kill every checkpoint is whole and the newest is none older than before; at the end log and weights are, bit
+for bit, those of a run that nobody disturbed. The text is Python's own standard library. Standard library only.
 
 usage: kill.py TRAIN_GPT [--kills 200] [--ranks 2] [--seed N]
 """
@@ -42,12 +42,14 @@ class Kills:
 
     def flags(self, name, *more):
         return ["--dim", 48, "--layers", 2, "--heads", 3, "--vocab-size", 258, "--multiple-of", 16, "--seq-len", 64,
-                "--total-batch", 4, "--batch-size", 4 // max(self.ranks, 1), "--steps", self.steps, "--lr", 3e-3, "--zero",
-                self.random.randrange(4), "--shuffle", "--train-data", self.path("text.bin"), "--out", self.path(name),
-                "--export", self.path(name + ".st"), "--log-every", 1000000, "--timeout", 60, "--save-every", 3, *more]
+                "--total-batch", 4, "--batch-size", 4 // max(self.ranks, 1), "--steps", self.steps, "--lr", 3e-3,
+                "--zero", self.random.randrange(4), "--shuffle", "--train-data", self.path("text.bin"),
+                "--out", self.path(name), "--export", self.path(name + ".st"), "--log-every", 1000000,
+                "--timeout", 60, "--save-every", 3, *more]
 
     def saving(self):
-        return any(n.startswith((".step_", ".old_step_")) for n in os.listdir(self.out)) if os.path.isdir(self.out) else False
+        names = os.listdir(self.out) if os.path.isdir(self.out) else []
+        return any(n.startswith((".step_", ".old_step_")) for n in names)
 
     def rows(self):
         try:
@@ -147,8 +149,8 @@ class Kills:
             while not self.life(log):
                 if time.monotonic() - said > 10:
                     said = time.monotonic()
-                    print(f"{self.kills} kills, {self.hits} within a save, step {(checkpoints(self.out) or [0])[-1]} of "
-                          f"{self.steps}, {said - begin:.0f} s", flush=True)
+                    print(f"{self.kills} kills, {self.hits} within a save, step {(checkpoints(self.out) or [0])[-1]} "
+                          f"of {self.steps}, {said - begin:.0f} s", flush=True)
             self.rounds += 1
             expect(len(read_log(self.out)) == self.steps and log_bits(self.out) == log, "the logs differ")
             expect(contents(self.path("run.st")) == weights, "the weights differ")
