@@ -1,11 +1,13 @@
-// A disk that fails, for tests: LD_PRELOAD this, and the FAULT_AT-th of the process's calls of open with O_CREAT, write,
-// fsync, close, rename and mkdir on paths that FAULT_PATH matches fails. Build: gcc -shared -fPIC -o X.so faulty_disk.c -ldl
+// A disk that fails, for tests: LD_PRELOAD this, and the FAULT_AT-th of the process's calls of open with O_CREAT,
+// write, fsync, close, rename and mkdir on paths that FAULT_PATH matches fails.
 //   FAULT_PATH     prefixes, with colons between; one that ends in $ is a whole path
 //   FAULT_AT       the call, from 1; 0 or not set: none
-//   FAULT_ERRNO    ENOSPC (default), EIO, or SHORT: a write takes half of the bytes and the one after it fails with ENOSPC
+//   FAULT_ERRNO    ENOSPC (default), EIO, or SHORT: a write takes half of the bytes, the one after it fails with ENOSPC
+//                  SLOW: no call fails, every write takes a tenth of a second; HANG: that call never returns
 //   FAULT_STICKY   1: all matching calls after that one fail as well
 //   FAULT_RANK     only in this rank of MPI's
 //   FAULT_LIST     file to which, with .RANK behind its name, each call goes as a line: its name and path
+// Build: gcc -shared -fPIC -o X.so faulty_disk.c -ldl
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -24,7 +26,7 @@ static char* path_of[FILES];  // of open files that match; a file is opened and 
 static atomic_long calls, short_at = -2;
 static FILE* list;
 static long fault_at;
-static int fault_errno = ENOSPC, is_short, sticky;
+static int fault_errno = ENOSPC, is_short, is_slow, is_hang, sticky;
 
 #define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
@@ -38,6 +40,8 @@ __attribute__((constructor)) static void begin(void) {
                *lines = getenv("FAULT_LIST"), *rank = getenv("OMPI_COMM_WORLD_RANK");
     fault_at = at && mine() ? atol(at) : 0;
     if (error && strcmp(error, "EIO") == 0) fault_errno = EIO;
+    is_slow = error && strcmp(error, "SLOW") == 0 && mine();
+    is_hang = error && strcmp(error, "HANG") == 0;
     is_short = error && strcmp(error, "SHORT") == 0;
     sticky = more && *more == '1';
     if (lines && mine()) {
@@ -49,8 +53,8 @@ __attribute__((constructor)) static void begin(void) {
 
 static int matches(const char* path) {
     for (const char* p = getenv("FAULT_PATH"); p && *p;) {
-        size_t n = strcspn(p, ":");
-        if (p[n - 1] == '$' ? strlen(path) == n - 1 && strncmp(path, p, n - 1) == 0 : strncmp(path, p, n) == 0) return 1;
+        const size_t n = strcspn(p, ":"), whole = n > 0 && p[n - 1] == '$';
+        if (n > whole && strncmp(path, p, n - whole) == 0 && (!whole || !path[n - 1])) return 1;
         p += n + (p[n] == ':');
     }
     return 0;
@@ -60,7 +64,9 @@ static int matches(const char* path) {
 static int fails(const char* name, const char* path) {
     const long n = ++calls;
     if (list) fprintf(list, "%s %s\n", name, path), fflush(list);
-    if (!fault_at || n < fault_at) return 0;
+    if (is_slow && strcmp(name, "write") == 0) usleep(100000);
+    if (is_slow || !fault_at || n < fault_at) return 0;
+    while (is_hang) sleep(1);
     if (n == fault_at && is_short && strcmp(name, "write") == 0) {
         short_at = n;
         return 0;

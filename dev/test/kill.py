@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""A run that is killed by SIGKILL again and again, many times while it saves, and restarted with --resume each time: after
-each kill every checkpoint is whole and the newest is none older than before; at the end log and weights are, bit for
-bit, those of a run that nobody disturbed. The text is Python's own standard library. Standard library only.
+"""A run that is killed by SIGKILL again and again, many times while it saves, and restarted with --resume each time:
+after each kill every checkpoint is whole and the newest is none older than before; at the end log and weights are, bit
+for bit, those of a run that nobody disturbed. The text is Python's own standard library. Standard library only.
 
 usage: kill.py TRAIN_GPT [--kills 200] [--ranks 2] [--seed N]
 """
@@ -33,8 +33,8 @@ class Kills:
         self.args, self.dir, self.random = args, directory, random.Random(args.seed)
         self.ranks = args.ranks if args.ranks > 1 else 0
         self.steps = 6 * min(args.kills, 100) + 6
-        self.kills = self.hits = self.starts = self.lives = self.rounds = self.longest = 0
-        self.kinds = {"all": 0, "rank": 0, "mpirun": 0}
+        self.kills = self.hits = self.starts = self.lives = self.rounds = self.orphaned = 0
+        self.kinds = {"all processes": 0, "one rank": 0, "mpirun": 0}
         write_text(self.path("text.bin"))
 
     def path(self, name):
@@ -42,12 +42,14 @@ class Kills:
 
     def flags(self, name, *more):
         return ["--dim", 48, "--layers", 2, "--heads", 3, "--vocab-size", 258, "--multiple-of", 16, "--seq-len", 64,
-                "--total-batch", 4, "--batch-size", 4 // max(self.ranks, 1), "--steps", self.steps, "--lr", 3e-3, "--zero",
-                self.random.randrange(4), "--shuffle", "--train-data", self.path("text.bin"), "--out", self.path(name),
-                "--export", self.path(name + ".st"), "--log-every", 1000000, "--timeout", 60, "--save-every", 3, *more]
+                "--total-batch", 4, "--batch-size", 4 // max(self.ranks, 1), "--steps", self.steps, "--lr", 3e-3,
+                "--zero", self.random.randrange(4), "--shuffle", "--train-data", self.path("text.bin"),
+                "--out", self.path(name), "--export", self.path(name + ".st"), "--log-every", 1000000,
+                "--timeout", 60, "--save-every", 3, *more]
 
     def saving(self):
-        return any(n.startswith((".step_", ".old_step_")) for n in os.listdir(self.out)) if os.path.isdir(self.out) else False
+        names = os.listdir(self.out) if os.path.isdir(self.out) else []
+        return any(n.startswith((".step_", ".old_step_")) for n in names)
 
     def rows(self):
         try:
@@ -60,6 +62,7 @@ class Kills:
         draw = self.random.random()
         end = time.monotonic() + 60
         alive = lambda: job.process.poll() is None and time.monotonic() < end
+        self.members, self.pids = [], []
         if draw < 0.1:
             time.sleep(self.random.uniform(0, 0.8))
             return
@@ -68,27 +71,30 @@ class Kills:
             while alive() and (checkpoints(self.out) or [0])[-1] <= newest:
                 time.sleep(0.001)
             newest = (checkpoints(self.out) or [0])[-1]
-        if draw < 0.4:
+        self.members, self.pids = job.members(), sorted(job.pids().values())
+        if draw < 0.3:
             time.sleep(self.random.uniform(0, 0.05))
             return
         while alive() and not self.saving():
             time.sleep(0.0002)
         time.sleep(self.random.choice((0, 0.001, self.random.uniform(0, 0.015))))
 
-    def kill(self, job):
-        kind = self.random.choice(("all", "all", "rank", "mpirun")) if self.ranks else "all"
-        pids = sorted(job.pids().items()) if kind == "rank" else []
-        if pids:
-            os.kill(self.random.choice(pids)[1], signal.SIGKILL)
-        elif kind == "mpirun":
-            os.kill(job.process.pid, signal.SIGKILL)
-            end = time.monotonic() + 30  # the ranks see that it is gone; what they still save is whole as well
-            while time.monotonic() < end and job.pids():
-                time.sleep(0.01)
-            expect(not job.pids(), "ranks train on without mpirun")
-            job.kill()
-        else:
-            kind = "all"
+    def kill(self, job, kind, members, ranks):
+        """members, ranks: pids, looked up before the moment came, so that it does not pass meanwhile"""
+        try:
+            if kind == "mpirun":
+                os.kill(job.process.pid, signal.SIGKILL)
+                step, end = self.rows(), time.monotonic() + 30
+                while time.monotonic() < end and job.pids():  # the ranks see that it is gone
+                    time.sleep(0.01)
+                expect(not job.pids(), "ranks train on without mpirun")
+                self.orphaned = max(self.orphaned, self.rows() - step)
+            else:
+                for pid in [self.random.choice(ranks)] if kind == "one rank" else members:
+                    os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        if kind != "one rank":
             job.kill()
         self.kinds[kind] += 1
 
@@ -101,10 +107,12 @@ class Kills:
         kill = self.kills < self.args.kills
         try:
             if kill:
+                kind = self.random.choice(("all processes", "all processes", "one rank", "mpirun") if self.ranks else
+                                          ("all processes",))
                 self.moment(job, before)
             ended = job.process.poll() is not None
             if kill and not ended:
-                self.kill(job)
+                self.kill(job, kind if self.pids else "all processes", self.members or job.members(), self.pids)
         finally:
             try:
                 job.wait(300)
@@ -127,7 +135,6 @@ class Kills:
         hit = self.saving()
         self.hits += hit
         self.starts += not resumed
-        self.longest = max(self.longest, newest - before)
         rows = log_bits(self.out) if self.rows() > 1 else []
         expect(rows == undisturbed[:len(rows)], "a row of the log is not that of the undisturbed run")
         return False
@@ -142,15 +149,16 @@ class Kills:
             while not self.life(log):
                 if time.monotonic() - said > 10:
                     said = time.monotonic()
-                    print(f"{self.kills} kills, {self.hits} within a save, step {(checkpoints(self.out) or [0])[-1]} of "
-                          f"{self.steps}, {said - begin:.0f} s", flush=True)
+                    print(f"{self.kills} kills, {self.hits} within a save, step {(checkpoints(self.out) or [0])[-1]} "
+                          f"of {self.steps}, {said - begin:.0f} s", flush=True)
             self.rounds += 1
             expect(len(read_log(self.out)) == self.steps and log_bits(self.out) == log, "the logs differ")
             expect(contents(self.path("run.st")) == weights, "the weights differ")
-        print(f"{self.kills} kills in {self.lives} lives of {self.rounds} runs of {self.steps} steps on {self.args.ranks} "
-              f"ranks: {self.hits} within a save, {self.starts} before it had resumed; " +
-              ", ".join(f"{n} of {'all processes' if k == 'all' else 'one rank' if k == 'rank' else k}" for k, n in self.kinds.items()) +
-              f"; the same bits as undisturbed; {time.monotonic() - begin:.0f} s, seed {self.args.seed}")
+        kinds = ", ".join(f"{n} of {k}" for k, n in self.kinds.items())
+        print(f"{self.kills} kills ({kinds}) in {self.lives} lives of {self.rounds} runs of {self.steps} steps on "
+              f"{self.args.ranks} ranks: {self.hits} within a save, {self.starts} before it had resumed; at most "
+              f"{self.orphaned} steps without mpirun; the same bits as undisturbed; {time.monotonic() - begin:.0f} s, "
+              f"seed {self.args.seed}")
 
 
 def main():

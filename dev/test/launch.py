@@ -101,7 +101,8 @@ class Job:
 
     def lines(self):
         """What the trainer, not mpirun, said on stderr, but for warnings."""
-        return [line for line in self.err.splitlines() if line.startswith("train_gpt: ") and not line.startswith(WARNING)]
+        mine = [line for line in self.err.splitlines() if line.startswith("train_gpt: ")]
+        return [line for line in mine if not line.startswith(WARNING)]
 
     def warnings(self):
         return [line for line in self.err.splitlines() if line.startswith(WARNING)]
@@ -193,7 +194,7 @@ def xxh64(data):
 
 
 def verify(directory):
-    """Whether a checkpoint is whole: every file of its manifest as it was written, and no others. Returns state.json."""
+    """Whether a checkpoint is whole: every file of its manifest as written, and no others. Returns state.json."""
     text = contents(os.path.join(directory, "state.json"))
     state = json.loads(text)
     head = text[:text.rindex(b'  "checksum"')]

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 
-from launch import Failure, Job, Tests, checkpoint, checkpoints, contents, copy, expect, log_bits, read_log, run, verify
+from launch import Failure, Job, Tests, checkpoint, checkpoints, contents, copy, expect, log_bits, read_log, refuse, run, verify
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KINDS = [("ENOSPC", ""), ("EIO", ""), ("SHORT", ""), ("ENOSPC", "1"), ("SHORT", "1")]  # FAULT_ERRNO, FAULT_STICKY
@@ -18,6 +18,7 @@ KINDS = [("ENOSPC", ""), ("EIO", ""), ("SHORT", ""), ("ENOSPC", "1"), ("SHORT", 
 class DiskTests(Tests):
     def __init__(self, args):
         super().__init__(args)
+        self.failures = 0
         self.library = self.path("faulty_disk.so")
         subprocess.run(["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", self.library,
                         os.path.join(HERE, "faulty_disk.c"), "-ldl"], check=True)
@@ -48,7 +49,8 @@ class DiskTests(Tests):
     def calls_of(self, ranks, rank, step):
         """Numbers of the calls of one checkpoint: from its folder's mkdir to before the next one's."""
         calls = self.calm(ranks, rank)[0]
-        begins = [i + 1 for i, (name, path) in enumerate(calls) if name == "mkdir" and "/.step_" in path] + [len(calls) + 1]
+        begins = [i + 1 for i, (name, path) in enumerate(calls) if name == "mkdir" and "/.step_" in path]
+        begins.append(len(calls) + 1)
         expect(len(begins) == 4, f"{len(begins) - 1} checkpoints were written, not 3")
         return range(begins[step // 2 - 1], begins[step // 2])
 
@@ -69,7 +71,7 @@ class DiskTests(Tests):
         if not sticky:
             expect(set(there) >= {2, 4, 6} - {step}, f"{what}a later checkpoint is missing: {there}")
         expect(log_bits(out) == log, f"{what}the log is not that of a good disk")
-        last = 6 not in there or (job.status and step == 6)  # what is there but may not be on the disk counts as missing
+        last = 6 not in there or (job.status and step == 6)  # what is there but may not be on the disk is missing
         if job.status == 0:
             expect(6 in there and not job.lines(), f"{what}exit 0, checkpoints {there}: {job.text()}")
             expect(contents(self.path(name + ".st")) == weights, f"{what}the weights differ")
@@ -87,7 +89,7 @@ class DiskTests(Tests):
             expect(log_bits(again) == log, f"{what}resumed from {s}: the log differs")
             expect(contents(self.path(name + "_again.st")) == weights, f"{what}resumed from {s}: the weights differ")
             left = [n for n in os.listdir(again) if n.startswith(".")]
-            expect(checkpoints(again) == [2, 4, 6] and not left, f"{what}resumed: {checkpoints(again)}, {left} are left")
+            expect(checkpoints(again) == [2, 4, 6] and not left, f"{what}resumed: {checkpoints(again)}, left: {left}")
         shutil.rmtree(out)
         shutil.rmtree(out + "_again", ignore_errors=True)
 
@@ -101,7 +103,7 @@ class DiskTests(Tests):
             except Failure as e:
                 broken.append(str(e))
             with self.lock:
-                self.worst["calls that failed in a checkpoint"] = self.worst.get("calls that failed in a checkpoint", 0) + 1
+                self.failures += 1
         expect(not broken, f"{len(broken)} of {len(calls[phase::every])}: " + "; ".join(broken[:5]))
 
     def log_fault(self, call, kind):
@@ -137,29 +139,59 @@ class DiskTests(Tests):
                 broken.append(str(e))
         expect(not broken, f"{len(broken)}: " + "; ".join(broken[:5]))
 
+    def slow(self, what, ranks, more):
+        """Every write takes a tenth of a second, all of them longer than --timeout: slow, but no hang."""
+        name = f"slow_{what}_{ranks}{len(more)}"
+        where = {"weights": self.path(name + ".st"), "checkpoint": self.path(name) + "/.step_"}[what]
+        flags = ["--timeout", 1.2, "--save-every", 6, *more]
+        job = run(self.exe, self.flags(name, ranks, *flags), ranks, {**self.faults(name, FAULT_ERRNO="SLOW", FAULT_RANK=0),
+                                                                     "FAULT_PATH": where})
+        self.note("seconds of a run whose disk is slow", job.seconds)
+        expect(job.seconds > 1.9, f"{job.seconds:.1f} s: the disk was not slow")
+        expect(contents(self.path(name + ".st")) == self.calm(ranks, 0)[2], "the weights differ")
+
+    def hangs(self, rank, more):
+        """One rank's disk never answers: the job ends, and says who."""
+        call = list(self.calls_of(2, rank, 4))[5]
+        name = f"hangs_{rank}{len(more)}"
+        error = refuse(self.exe, self.flags(name, 2, "--timeout", 1.5, *more), 2,
+                       self.faults(name, FAULT_ERRNO="HANG", FAULT_AT=call, FAULT_RANK=rank), limit=30)
+        expect(f"rank {rank} " in error and "hangs at step" in error and "saving" in error, error)
+        expect(2 in checkpoints(self.path(name)) and 4 not in checkpoints(self.path(name)), "not the checkpoint of 2")
+
     def all(self):
         full, test = self.full, self.test
         modes = (("", ()), (", --save-async", ("--save-async",)))
+        times = lambda kind: f"{'from then on' if kind[1] else 'once'} {kind[0]}"
         if full:
             for mode, more in modes:
                 for kind in KINDS:
                     for step in (4, 6):
                         for ranks, rank in ((0, 0), (2, 0), (2, 1)) if kind[0] == "ENOSPC" else ((0, 0),):
                             for phase in range(3):  # in pieces, so that they share the cores
-                                test(f"step {step}, {'once' if not kind[1] else 'from then on'} {kind[0]}, rank {rank} of "
-                                     f"{max(ranks, 1)}{mode}, part {phase}", self.checkpoint_faults, ranks, rank, step, kind,
-                                     more, 3, phase)
+                                test(f"step {step}, {times(kind)}, rank {rank} of {max(ranks, 1)}{mode}, part {phase}",
+                                     self.checkpoint_faults, ranks, rank, step, kind, more, 3, phase)
         else:  # every call of a checkpoint, in the foreground and not; kinds and steps take turns
             for i, kind in enumerate(KINDS):
                 for j, (mode, more) in enumerate(modes):
                     step = (4, 6)[(i + j) % 2]
-                    test(f"step {step}, {'once' if not kind[1] else 'from then on'} {kind[0]}{mode}", self.checkpoint_faults,
-                         0, 0, step, kind, more, 5, (i + j) % 5)
-            for i, (rank, step, more) in enumerate(((0, 4, ()), (0, 6, ("--save-async",)), (1, 4, ("--save-async",)), (1, 6, ()))):
-                test(f"step {step}, rank {rank} of 2, {KINDS[i][0]}", self.checkpoint_faults, 2, rank, step, KINDS[i], more, 16,
-                     5 + i)
+                    test(f"step {step}, {times(kind)}{mode}", self.checkpoint_faults, 0, 0, step, kind, more, 5,
+                         (i + j) % 5)
+            late = ("--save-async",)
+            for i, (rank, step, more) in enumerate(((0, 4, ()), (0, 6, late), (1, 4, late), (1, 6, ()))):
+                test(f"step {step}, rank {rank} of 2, {KINDS[i][0]}", self.checkpoint_faults, 2, rank, step, KINDS[i],
+                     more, 16, 5 + i)
         for kind in KINDS:
-            test(f"log.csv, {'once' if not kind[1] else 'from then on'} {kind[0]}", self.log_faults, kind)
+            test(f"log.csv, {times(kind)}", self.log_faults, kind)
+        for mode, more in modes:
+            test(f"a slow disk, checkpoint{mode}", self.slow, "checkpoint", 2, more)
+            for rank in (0, 1):
+                test(f"a disk of rank {rank} that hangs{mode}", self.hangs, rank, more)
+        test("a slow disk, weights", self.slow, "weights", 2, ())
+
+    def report(self):
+        super().report()
+        print(f"{self.failures} calls failed in checkpoints")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,14 @@ from launch import (Failure, Job, Trace, checkpoint, checkpoints, contents, copy
 STEPS = 6
 # Small and odd: nothing is a multiple of 64, heads share keys, positions are more than the tokens of a sequence.
 SHAPES = {
-    "llama": dict(backbone="llama", variant="simplegpt", dim=48, layers=3, heads=3, kv=1, vocab=77, T=19, multiple=8),
-    "nanogpt": dict(backbone="nanogpt", variant="preqknorm", dim=32, layers=4, heads=2, kv=2, vocab=83, T=19, positions=23),
-    "plain": dict(backbone="nanogpt", variant="simplegpt", dim=48, layers=1, heads=3, kv=3, vocab=64, T=19, positions=19),
-    "large": dict(backbone="llama", variant="simplegpt", dim=256, layers=8, heads=4, kv=4, vocab=8000, T=64, multiple=256),
+    "llama": dict(backbone="llama", variant="simplegpt", dim=48, layers=3, heads=3, kv=1, vocab=77, T=19,
+                  multiple=8),
+    "nanogpt": dict(backbone="nanogpt", variant="preqknorm", dim=32, layers=4, heads=2, kv=2, vocab=83, T=19,
+                    positions=23),
+    "plain": dict(backbone="nanogpt", variant="simplegpt", dim=48, layers=1, heads=3, kv=3, vocab=64, T=19,
+                  positions=19),
+    "large": dict(backbone="llama", variant="simplegpt", dim=256, layers=8, heads=4, kv=4, vocab=8000, T=64,
+                  multiple=256),
 }
 TOTAL = 36  # sequences of a step: 1 to 4 ranks share them, in 1 or 3 micro-batches
 
@@ -85,9 +89,9 @@ class RankTests(Tests):
     # --- a. the same training on any number of ranks
 
     def flags(self, out, *more, shape="llama", steps=STEPS, total=TOTAL, accum=1, ranks=1, save=0):
-        return [*shape_flags(shape), "--total-batch", total, "--batch-size", total // (max(ranks, 1) * accum), "--steps",
-                steps, "--lr", 1e-3, "--train-data", self.path("tokens.bin"), "--out", self.path(out), "--save-every",
-                save, *more]
+        return [*shape_flags(shape), "--total-batch", total, "--batch-size", total // (max(ranks, 1) * accum),
+                "--steps", steps, "--lr", 1e-3, "--train-data", self.path("tokens.bin"), "--out", self.path(out),
+                "--save-every", save, *more]
 
     def trained(self, shape, ranks, zero, accum, each, again=0, env=None):
         """(log, bits of the log, export, output, traces) of a run; ranks 0: without mpirun."""
@@ -127,9 +131,13 @@ class RankTests(Tests):
             expect(wire == ranks * mine, f"{wire} bytes on the wire of all ranks, not {ranks} times {mine}")
         same = [t.collectives() for t in traces]
         expect(all([c[:2] for c in s] == [c[:2] for c in same[0]] for s in same), "ranks call different collectives")
-        plan, low, high = map(float, re.search(r"plan ([\d.]+) MiB, in use ([\d.]+) MiB to ([\d.]+)", text).groups())
+        plan, low, high = self.memory_of(text)
         with self.lock:
             self.table.append((shape, ranks, zero, accum, "each" if each else "once", worst, plan, low, high, sent))
+
+    @staticmethod
+    def memory_of(text):
+        return map(float, re.search(r"plan ([\d.]+) MiB, in use ([\d.]+) MiB to ([\d.]+)", text).groups())
 
     def same_bits(self, shape, ranks, runs, why):
         """All runs (zero, accum, each, again) leave the same log and weights."""
@@ -156,9 +164,9 @@ class RankTests(Tests):
             flags = [*shape_flags("large"), "--batch-size", 1, "--steps", 2, "--zero", zero, "--train-data",
                      self.path("tokens.bin"), "--out", self.path(out)]
             text = run(self.exe, flags, ranks).out
-            plan, low, high = map(float, re.search(r"plan ([\d.]+) MiB, in use ([\d.]+) MiB to ([\d.]+)", text).groups())
+            plan, low, high = self.memory_of(text)
             plans.append(plan)
-            state, part = 8 + master, 1 - 1 / ranks  # what a level saves: of the moments and masters, then gradients ...
+            state, part = 8 + master, 1 - 1 / ranks  # a level saves that part of moments, masters, then gradients ...
             saved = [0, P * state * part, P * (state + 4) * part - 4 * room,
                      P * (state + 4 + width) * part - (4 + width) * room][zero] / 2**20
             self.note("plan against arithmetic, MiB", abs(plans[0] - saved - plan))
@@ -214,7 +222,8 @@ class RankTests(Tests):
     def save_async(self, zero):
         """Saving in the background and every level write the same files, byte for byte."""
         name = f"async{zero}"
-        run(self.exe, self.flags(name, "--zero", zero, "--keep", 0, "--save-async", steps=9, ranks=2, save=3, accum=3), 2)
+        run(self.exe, self.flags(name, "--zero", zero, "--keep", 0, "--save-async", steps=9, ranks=2, save=3, accum=3),
+            2)
         expect(checkpoints(self.path(name)) == [3, 6, 9], "not the checkpoints of 3, 6 and 9")
         for step in (3, 6, 9):
             a, b = checkpoint(self.saved(), step), checkpoint(self.path(name), step)
@@ -256,8 +265,8 @@ class RankTests(Tests):
 
         def undamaged():  # from step 6 on this many ranks, and without harm
             self.from_step(6, f"clean{ranks}")
-            run(self.exe, self.flags(f"clean{ranks}", *flags[:-1], self.path(f"clean{ranks}.st"), steps=9, accum=3, save=3,
-                                     ranks=ranks), ranks)
+            run(self.exe, self.flags(f"clean{ranks}", *flags[:-1], self.path(f"clean{ranks}.st"), steps=9, accum=3,
+                                     save=3, ranks=ranks), ranks)
             return log_bits(self.path(f"clean{ranks}")), contents(self.path(f"clean{ranks}.st"))
         expect((log_bits(out), contents(export)) == self.once(("clean", ranks), undamaged), "other bits than undamaged")
         expect(checkpoints(out) == [3, 6, 9], "the damaged checkpoint was not made again")
@@ -276,7 +285,7 @@ class RankTests(Tests):
 
     # --- d. signals
 
-    def long_flags(self, name, *more, ranks=1, steps=120):
+    def long_flags(self, name, *more, ranks=1, steps=400):
         """Long enough to be caught in the middle."""
         return self.flags(name, "--export", self.path(name + ".st"), *more, total=12, ranks=ranks, accum=1, steps=steps)
 
@@ -302,14 +311,16 @@ class RankTests(Tests):
         name = f"stopped_{ranks}_{rank}_{number}"
         job = Job(self.exe, self.long_flags(name, ranks=ranks), ranks)
         try:
+            self.until_step(job, self.path(name), 1)
+            pid = job.pids()[rank]  # looking for it takes a while
             self.until_step(job, self.path(name), 10)
-            os.kill(job.pids()[rank], number)
+            os.kill(pid, number)
         finally:
             job.wait()
         expect(job.status == 0, f"exit {job.status}: {job.text()}")
         expect("asked to stop: saved after step" in job.out, f"it does not say so: {job.out[-300:]}")
         there = checkpoints(self.path(name))
-        expect(len(there) == 1 and 10 <= there[0] < 120, f"checkpoints {there}")
+        expect(len(there) == 1 and 10 <= there[0] < 400, f"checkpoints {there}")
         expect(len(read_log(self.path(name))) == there[0], "the log does not end with the checkpoint")
         verify(checkpoint(self.path(name), there[0]))
         run(self.exe, self.long_flags(name, "--resume", ranks=ranks), ranks)
@@ -354,23 +365,25 @@ class RankTests(Tests):
         return [row["note"] for row in read_log(out)]
 
     def bad_data(self, ranks, zero):
-        """One sequence of one rank makes the fourth step's loss infinite or NaN: no rank updates, the next step is well."""
+        """One sequence of one rank makes the fourth step's loss NaN: no rank updates, the next step is well."""
         self.poisoned()
         name = f"bad_data_{ranks}_{zero}"
-        job = run(self.exe, self.bad_flags(name, "--init-from", self.path("poisoned.st"), "--zero", zero, "--save-every", 3,
-                                           ranks=ranks), ranks)
+        job = run(self.exe, self.bad_flags(name, "--init-from", self.path("poisoned.st"), "--zero", zero,
+                                           "--save-every", 3, ranks=ranks), ranks)
         expect(self.notes(self.path(name)) == ["", "", "", "skipped", "", ""], f"notes {self.notes(self.path(name))}")
         expect("skipped, 1 of at most" in job.out, job.out)
         state = verify(checkpoint(self.path(name), 6))
-        expect((state["updates"], state["skipped"]) == (5, 1), f"{state['updates']} updates, {state['skipped']} skipped")
-        self.finite(checkpoint(self.path(name), 6), but=2 if self.args.bf16 else 1)  # the row that came so, and its master
+        counts = state["updates"], state["skipped"]
+        expect(counts == (5, 1), f"updates, skipped: {counts}")
+        self.finite(checkpoint(self.path(name), 6), but=2 if self.args.bf16 else 1)  # that came so, with its master
 
     def bad_wire(self, zero):
         """A NaN in rank 0's part of the reduced gradients of step 3."""
         name = f"bad_wire_{zero}"
         flags = lambda n: self.flags(n, "--zero", zero, "--check-every", 0, ranks=2, total=12, steps=6, save=6)
         traced = self.once(("wire", zero), lambda: (
-            run(self.exe, flags(name + "_calm"), 2, {"CUDA_CPU_TRACE": self.path(name)}), Trace(self.path(name) + ".0"))[1])
+            run(self.exe, flags(name + "_calm"), 2, {"CUDA_CPU_TRACE": self.path(name)}),
+            Trace(self.path(name) + ".0"))[1])
         calls = traced.collectives()
         sums = [i for i, c in enumerate(calls) if c[:2] == ("allreduce", 24)]
         kind = "reducescatter" if zero else "allreduce"
@@ -379,13 +392,14 @@ class RankTests(Tests):
         expect(self.notes(self.path(name)) == ["", "", "skipped", "", "", ""], f"notes {self.notes(self.path(name))}")
         expect("skipped, 1 of at most" in job.out, job.out)
         self.finite(checkpoint(self.path(name), 6))
-        expect(log_bits(self.path(name))[:2] == log_bits(self.path(name + "_calm"))[:2], "steps before the bad one differ")
+        logs = [log_bits(self.path(n))[:2] for n in (name, name + "_calm")]
+        expect(logs[0] == logs[1], "steps before the bad one differ")
 
     def too_many(self, ranks):
         """--max-bad-steps: saved, one line, status 1. With it raised the run goes on."""
         self.poisoned()
         name = f"too_many_{ranks}"
-        tokens = [70 if i == 500 else (i * i // 7) % 60 for i in range(3 * 12 * 20)]  # every third step, again and again
+        tokens = [70 if i == 500 else (i * i // 7) % 60 for i in range(3 * 12 * 20)]  # every third step's batch
         with self.lock:
             if not os.path.exists(self.path("often.bin")):
                 write_shard(self.path("often.bin"), tokens)
@@ -421,8 +435,8 @@ class RankTests(Tests):
         """One rank fails within a collective: the job ends in time with one line that names the rank."""
         calls = self.wire_calls()
         sums = [i for i, c in enumerate(calls) if c[:2] == ("allreduce", 24)]
-        number = {"start": 1, "reducescatter": next(i for i in range(sums[4], len(calls)) if calls[i][0] == "reducescatter") + 1,
-                  "allgather": sums[4] + 2, "end": len(calls)}[where]
+        scatters = [i for i in range(sums[4], len(calls)) if calls[i][0] == "reducescatter"]
+        number = {"start": 1, "reducescatter": scatters[0] + 1, "allgather": sums[4] + 2, "end": len(calls)}[where]
         begin = time.monotonic()
         error = refuse(self.exe, self.wire_flags(f"cut_{rank}_{kind}_{where}"), 2,
                        {"NCCL_CPU_FAULT": f"{rank},{number},{kind}"})
@@ -430,7 +444,12 @@ class RankTests(Tests):
         self.note("seconds from start to the end of a cut job, limit 3", took)
         named = re.search(rf"\brank {rank}\b", error)
         # where all wait within one collective, one that hangs there for ever looks like the others
+<<<<<<< HEAD
         expect(named or kind == "hang" and "no rank has moved at step" in error, f"does not name rank {rank}: {error}")
+=======
+        alike = kind == "hang" and "no rank has moved for 3 s at step" in error
+        expect(named or alike, f"does not name rank {rank}: {error}")
+>>>>>>> 359a71707a90836fc5753ca24dbf889decbbd23f
         expect(took < self.LIMIT + 12, f"took {took:.1f} s")
         for step in checkpoints(self.path(f"cut_{rank}_{kind}_{where}")):
             verify(checkpoint(self.path(f"cut_{rank}_{kind}_{where}"), step))
@@ -438,15 +457,17 @@ class RankTests(Tests):
     def flipped(self, ranks, zero, rank):
         """A bit of one rank's gathered weights flips: found within a step, by name, and not saved."""
         name = f"flip_{ranks}_{zero}"
-        flags = lambda n: self.flags(n, "--zero", zero, "--check-every", 1, "--save-every", 1, total=12, ranks=ranks, steps=6)
+        flags = lambda n: self.flags(n, "--zero", zero, "--check-every", 1, "--save-every", 1, total=12, ranks=ranks,
+                                     steps=6)
         calls = self.once(("flip", ranks, zero), lambda: (
             run(self.exe, flags(name + "_calm"), ranks, {"CUDA_CPU_TRACE": self.path(name)}),
             Trace(self.path(name) + ".0"))[1]).collectives()
         sums = [i for i, c in enumerate(calls) if c[:2] == ("allreduce", 24)]
-        # after the sum of step 3's numbers come the weights, unit by unit; with zero 0 there are only step 3's gradients,
-        # of which a flipped bit may be lost in rounding: a NaN in what is another rank's part of the norm is not
+        # after the sum of step 3's numbers come the weights, unit by unit; with zero 0 there are only step 3's
+        # gradients, of which a flipped bit may be lost in rounding: a NaN in another rank's part of the norm is not
         call = sums[2] + 2 if zero else next(i for i in range(sums[1] + 1, sums[2]) if calls[i][0] == "allreduce") + 1
-        error = refuse(self.exe, flags(name), ranks, {"NCCL_CPU_FAULT": f"{rank},{call + 1},{'flip' if zero else 'nan'}"})
+        fault = f"{rank},{call + 1},{'flip' if zero else 'nan'}"
+        error = refuse(self.exe, flags(name), ranks, {"NCCL_CPU_FAULT": fault})
         who = f"rank {rank} from the others" if ranks > 2 else "ranks 0, 1"  # of two, nobody knows who is right
         expect("differ after step 3" in error and who in error, error)
         expect(checkpoints(self.path(name)) == [1, 2], f"saved {checkpoints(self.path(name))}")
@@ -492,8 +513,8 @@ class RankTests(Tests):
     def by_address(self):
         """Met by TCP, the training is the same."""
         name = "by_address"
-        flags = self.flags(name, "--zero", 1, "--export", self.path(name + ".st"), "--reduce", "once", "--check-every", 0,
-                           "--rendezvous", f"127.0.0.1:{self.free_port()}", accum=1, ranks=2)
+        flags = self.flags(name, "--zero", 1, "--export", self.path(name + ".st"), "--check-every", 0, "--rendezvous",
+                           f"127.0.0.1:{self.free_port()}", accum=1, ranks=2)
         run(self.exe, flags, 2)
         _, log, weights, _, _ = self.trained("llama", 2, 1, 1, False)
         expect(log_bits(self.path(name)) == log and contents(self.path(name + ".st")) == weights, "other bits")
@@ -505,16 +526,14 @@ class RankTests(Tests):
 
     # --- g. the order of events
 
-    def overlap(self, mode):
-        return self.trained("llama", 2, *mode[1:], env={"CUDA_CPU_STREAMS": mode[0]})[4][0]
-
     @staticmethod
     def spans(work, edges):
         """The model's kernels and matmuls between each two of the places in `edges`."""
-        return [[" ".join(w) for _, w in work[a + 1:b] if w[0] in ("kernel", "matmul")] for a, b in zip(edges, edges[1:])]
+        return [[" ".join(w) for _, w in work[a + 1:b] if w[0] in ("kernel", "matmul")]
+                for a, b in zip(edges, edges[1:])]
 
     def order_of_gradients(self):
-        """zero 2: a layer's gradients go as soon as it is done, before the next one down begins, which need not wait."""
+        """zero 2: a layer's gradients go when it is done, before the next one down begins, which does not wait."""
         trace = self.trained("llama", 2, 2, 1, False)[4][0]
         work = trace.step(2)
         at = [i for i, (_, w) in enumerate(work) if w[0] == "reducescatter"]
@@ -524,14 +543,15 @@ class RankTests(Tests):
         expect(all(span == layers[0] for span in layers), "not one layer's kernels between two reductions")
         expect(sum("attention_backward_kernel" in w for w in layers[0]) == 1, f"no layer: {layers[0]}")
         # with the wire as late as the events allow, a layer is reduced only after all of the next one's kernels
-        late = self.overlap(("early", 2, 1, False)).step(2, ran=True)  # the ranks' stream is the first: early has it wait
+        # (the ranks' stream is the first, which `early` has wait)
+        late = self.trained("llama", 2, 2, 1, False, env={"CUDA_CPU_STREAMS": "early"})[4][0].step(2, ran=True)
         names = [w[0] if w[0] == "reducescatter" else " ".join(w) for _, w in late]
         attention = [i for i, n in enumerate(names) if n.startswith("kernel attention_backward_kernel")]
         scatter = [i for i, n in enumerate(names) if n == "reducescatter"]
         expect(len(attention) == L and attention[1] < scatter[1], "a reduction holds up the next layer's backward")
 
     def order_of_weights(self):
-        """zero 3: the next layer's weights are asked for before a layer's kernels, and none waits for the wire but its own."""
+        """zero 3: the next layer's weights are asked for before a layer's kernels, forward and backward."""
         L = SHAPES["llama"]["layers"]
         work = self.trained("llama", 2, 3, 1, False)[4][0].step(2)
         gathers = [i for i, (_, w) in enumerate(work) if w[0] == "allgather"]
@@ -542,7 +562,7 @@ class RankTests(Tests):
         for l in range(L):  # the embedding, layers 0 .. l+1 (or the head)
             there = sum(g < begin[l] for g in gathers)
             expect(there == l + 3, f"forward, layer {l}: {there} units were asked for, not {l + 3}")
-        # the forward ends with the last two layers there: the backward gathers L-2, the first before layer L-2's kernels
+        # the forward ends with the last two layers there: the backward gathers L-2, the first before those of layer L-2
         again = [g for g in gathers if g > backwards[0]]
         expect(len(again) == L - 2 and again[0] < backwards[1], f"backward: {len(again)} units asked for")
 
@@ -559,7 +579,8 @@ class RankTests(Tests):
         every = [(z, a, e) for a in (1, 3) for z in range(4) for e in ([False, True] if z > 1 and a > 1 else [False])]
         some = {("llama", 2): every, ("llama", 3): [(0, 3, False), (1, 1, False), (3, 3, True)],
                 ("llama", 4): [(2, 3, True), (3, 1, False)],
-                ("nanogpt", 2): [(0, 1, False), (3, 3, True), (2, 3, True)], ("nanogpt", 3): [(1, 3, False), (3, 1, False)],
+                ("nanogpt", 2): [(0, 1, False), (3, 3, True), (2, 3, True)],
+                ("nanogpt", 3): [(1, 3, False), (3, 1, False)],
                 ("nanogpt", 4): [(3, 3, True)], ("plain", 3): [(3, 3, True), (2, 1, False)]}
         if full:
             some = {(s, n): every for s in ("llama", "nanogpt", "plain") for n in (1, 2, 3, 4)}
@@ -580,7 +601,8 @@ class RankTests(Tests):
         for ranks in (2, 3, 4) if full else (2,):
             test(f"a memory, {ranks} ranks", self.memory, ranks)
 
-        for ranks, zero in ((3, 3), (0, 0), (4, 0), (2, 3), (2, 0)) + (((2, 1), (2, 2), (4, 3), (3, 1), (1, 3)) if full else ()):
+        more = ((2, 1), (2, 2), (4, 3), (3, 1), (1, 3)) if full else ()
+        for ranks, zero in ((3, 3), (0, 0), (4, 0), (2, 3), (2, 0), *more):
             test(f"b resume on {ranks or 1} ranks, zero {zero}", self.resume, ranks, zero)
         for zero in (0, 1, 2, 3) if full else (1, 3):
             test(f"b --save-async, zero {zero}", self.save_async, zero)
@@ -596,6 +618,9 @@ class RankTests(Tests):
                 test(f"c {file} is cut short", self.damage, f"cut {i}", 0, file, self.cut)
             if full or i in (3, 5):
                 test(f"c {file} is missing", self.damage, f"missing {i}", 0, file, os.remove)
+        for key in (b'"window": ', b'"updates": ', b'"seed": '):  # still JSON, with another digit
+            test(f"c a wrong {key.decode()[1:-3]} in state.json", self.damage, f"number {len(key)}", 0, "state.json",
+                 lambda path, key=key: self.flip(path, contents(path).index(key) + len(key)))
         pick = random.Random(1)
         for i in range(60 if full else 0):
             place, file = pick.random(), pick.choice(kinds)
@@ -604,8 +629,9 @@ class RankTests(Tests):
         for ranks in (0, 2):
             test(f"c all damaged, {ranks or 1} ranks", self.all_damaged, ranks)
 
-        for ranks, rank, number in ((2, 1, signal.SIGTERM), (2, 0, signal.SIGUSR1), (2, 1, signal.SIGINT), (0, 0, signal.SIGTERM)) + (
-                ((0, 0, signal.SIGUSR1), (0, 0, signal.SIGINT), (3, 2, signal.SIGTERM)) if full else ()):
+        term, usr1, interrupt = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+        more = ((0, 0, usr1), (0, 0, interrupt), (3, 2, term)) if full else ()
+        for ranks, rank, number in ((2, 1, term), (2, 0, usr1), (2, 1, interrupt), (0, 0, term), *more):
             test(f"d {number.name} to rank {rank} of {ranks or 1}", self.signals, ranks, rank, number)
 
         for ranks, zero in ((0, 0), (2, 1), (2, 3)) + (((2, 0), (2, 2), (3, 3)) if full else ()):
@@ -615,9 +641,10 @@ class RankTests(Tests):
         for ranks in (0, 2):
             test(f"e --max-bad-steps, {ranks or 1} ranks", self.too_many, ranks)
 
-        wires = [(r, k, w) for r in (0, 1) for k in ("kill", "hang", "stop") for w in ("start", "reducescatter", "allgather", "end")]
-        few = {(0, "kill", "reducescatter"), (1, "kill", "allgather"), (1, "hang", "reducescatter"), (0, "hang", "allgather"),
-               (1, "stop", "start"), (0, "stop", "reducescatter")}
+        wires = [(r, k, w) for r in (0, 1) for k in ("kill", "hang", "stop")
+                 for w in ("start", "reducescatter", "allgather", "end")]
+        few = {(0, "kill", "reducescatter"), (1, "kill", "allgather"), (1, "hang", "reducescatter"),
+               (0, "hang", "allgather"), (1, "stop", "start"), (0, "stop", "reducescatter")}
         for rank, kind, where in wires:
             if full or (rank, kind, where) in few:
                 test(f"f {kind} of rank {rank} in {where}", self.cut_wire, rank, kind, where)
@@ -632,16 +659,18 @@ class RankTests(Tests):
             test(f"f rendezvous: {name}", self.rendezvous, name, worlds, words, lines, busy)
         test("f --rendezvous under mpirun", self.by_address)
         for name, flags, words in (("unknown", ["--nonsense"], ["--nonsense"]),
-                                   ("batch", self.flags("odd", ranks=2) + ["--total-batch", 7], ["--total-batch", "7", "2 ranks"]),
+                                   ("batch", self.flags("odd", ranks=2) + ["--total-batch", 7], ["7", "2 ranks"]),
                                    ("graph", self.flags("odd", "--graph", ranks=2), ["--graph"]),
-                                   ("data", self.flags("odd", ranks=2) + ["--train-data", self.path("none")], ["none"])):
+                                   ("data", self.flags("odd", "--train-data", self.path("no"), ranks=2), ["no such"])):
             test(f"f bad option on 2 ranks: {name}", self.bad_option, flags, words)
 
         test("g gradients go before the next layer's backward", self.order_of_gradients)
         test("g weights come before the layer above computes", self.order_of_weights)
         for mode in ("late", "early"):
-            for zero, accum, each in every if full else [(0, 1, False), (1, 1, False), (2, 3, True), (3, 1, False), (3, 3, True)]:
-                test(f"g streams {mode}, zero {zero}, {accum} micro-batches{' each' * each}", self.streams, mode, zero, accum, each)
+            few = [(0, 1, False), (1, 1, False), (2, 3, True), (3, 1, False), (3, 3, True)]
+            for zero, accum, each in every if full else few:
+                test(f"g streams {mode}, zero {zero}, {accum} micro-batches{' each' * each}", self.streams, mode, zero,
+                     accum, each)
 
     def report(self):
         if self.full:
