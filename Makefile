@@ -144,19 +144,21 @@ build/test_tokenizer: dev/test/test_tokenizer.cpp tokenizer.h
 
 # --- GPU
 
-GPU_INC   = -isystem $(NCCL)/include $(MPI)
-GPU_LIBS  = -lcublasLt $(NCCL_LIBS) $(filter-out -Wl%,$(MPI_LIB))
+# /usr/include named once more would hide the C++ headers; nvcc knows neither -pthread nor -Wl,
+GPU_INC   = $(if $(filter-out /usr,$(NCCL)),-isystem $(NCCL)/include) $(filter-out -pthread,$(MPI))
+GPU_LIBS  = -lcublasLt $(NCCL_LIBS) $(patsubst -Wl$(comma)%,-Xlinker %,$(filter-out -pthread,$(MPI_LIB)))
+comma    := ,
 
-build/train_gpt_gpu_%: $(SOURCES)
+build/train_gpt_gpu_%: $(SOURCES) $(MPI_STAMP)
 	@test -n "$(NVCC)" || { echo "make gpu: nvcc is missing. Install the CUDA Toolkit, or: make cpu" >&2; exit 1; }
 	@test -n "$(NCCL)" || { echo "make gpu: nccl.h is missing. Install NCCL (libnccl-dev), or: NCCL=folder" >&2; exit 1; }
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) $($*) $(GPU_INC) train_gpt.cu $(GPU_LIBS) -o $@
 
-build/test_gpu_%: test_gpt.cu dev/test/frame.h $(SOURCES)
+build/test_gpu_%: test_gpt.cu dev/test/frame.h $(SOURCES) $(MPI_STAMP)
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) $($*) $(GPU_INC) test_gpt.cu $(GPU_LIBS) -o $@
 
-build/bench_gpu_%: dev/bench/bench.cu $(SOURCES)
+build/bench_gpu_%: dev/bench/bench.cu $(SOURCES) $(MPI_STAMP)
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) $($*) $(GPU_INC) dev/bench/bench.cu $(GPU_LIBS) -o $@

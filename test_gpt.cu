@@ -937,7 +937,7 @@ TEST(same_bits_and_checkpoint) {
                 saver.save(m, {2, 4, {1, 7}, 2, 0});
                 saver.finish();
                 EXPECT(saver.failure.empty());
-                verify_checkpoint(dir + "/step_00000002", [] {});
+                verify_checkpoint(dir + "/step_00000002");
                 destroy(m);
                 plan(m, small_config(Backbone::llama, variant), 2, true, storage);
                 create(m);

@@ -24,7 +24,7 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <signal.h>
-#include <sys/resource.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -96,6 +96,9 @@ __attribute__((format(printf, 1, 2))) std::string format(const char* fmt, ...) {
     va_end(again);
     return s;
 }
+
+// Pieces of long work done on the host, weights set, bytes written: the watch over the ranks (Channel) sees it move.
+std::atomic<long long> ticks{0};
 
 // Asserts that a CUDA call went well; names the call, the file and the line.
 inline void check_cuda(cudaError_t status, const char* call, const char* file, int line) {
@@ -2933,10 +2936,10 @@ struct Ranks {
     std::vector<double> exchange(double mine) {
         std::vector<double> all(size, mine);
         if (size == 1) return all;
-        CHECK(cudaMemcpy(values + rank, &mine, sizeof(double), cudaMemcpyHostToDevice));
+        CHECK(cudaMemcpyAsync(values + rank, &mine, sizeof(double), cudaMemcpyHostToDevice, stream));
         all_gather(values, values + rank, 1, ncclFloat64, sizeof(double));
+        CHECK(cudaMemcpyAsync(all.data(), values, size * sizeof(double), cudaMemcpyDeviceToHost, stream));
         CHECK(cudaStreamSynchronize(stream));
-        CHECK(cudaMemcpy(all.data(), values, size * sizeof(double), cudaMemcpyDeviceToHost));
         return all;
     }
     double least(double mine) {
@@ -2954,6 +2957,16 @@ struct Ranks {
         CHECK(cudaEventCreateWithFlags(&moment, cudaEventDisableTiming));
         CHECK(cudaMalloc(&values, size * sizeof(double)));
         CHECK_NCCL(ncclCommInitRank(&comm, size, id, rank));
+        // NCCL takes its buffers when a collective is first used: now, so that the free memory is what is left
+        const size_t piece = (size_t(32) << 20) / sizeof(float) / size;
+        float* buffer = nullptr;
+        CHECK(cudaMalloc(&buffer, piece * size * sizeof(float)));
+        CHECK(cudaMemsetAsync(buffer, 0, piece * size * sizeof(float), stream));
+        all_reduce(buffer, piece * size, ncclFloat32, sizeof(float));
+        reduce_scatter(buffer + piece * rank, buffer, piece);
+        all_gather(buffer, buffer + piece * rank, piece, ncclFloat32, sizeof(float));
+        CHECK(cudaStreamSynchronize(stream));
+        CHECK(cudaFree(buffer));
     }
     void close() {
         if (comm) {
@@ -3111,6 +3124,11 @@ inline int chunks(size_t elements) { return int((elements + CHUNK - 1) / CHUNK);
 
 inline size_t batch_ints(size_t N) { return 4 * N + 1; }  // a batch: tokens, targets, places, begin
 
+// Bytes of the logits' place, where between steps units pass by on their way to the host: some of each rank's piece.
+size_t logits_bytes(const Model& m) {
+    return std::max(m.logit_rows * size_t(m.c.Vp()) * sizeof(floatX), 256 * size_t(m.storage.ranks));
+}
+
 // One walk over everything on the device. Called twice: to add up, and to hand out.
 void lay_out(Model& m, bool training) {
     const Config& c = m.c;
@@ -3211,7 +3229,9 @@ void lay_out(Model& m, bool training) {
     a.take(m.norm_stats, N);
     a.section("logits, a chunk of rows");
     m.logit_rows = int(std::min(N, std::max<size_t>(16, (size_t(1) << (BF16 ? 29 : 26)) / (Vp * sizeof(floatX)))));
-    a.take(m.logits, m.logit_rows * Vp);
+    char* logits = nullptr;
+    a.take(logits, logits_bytes(m));
+    m.logits = reinterpret_cast<floatX*>(logits);
     a.section("batch, tables, scratch");
     a.take(m.losses, N);
     a.take(m.numbers, 1);
@@ -3441,25 +3461,26 @@ void settle(const Model& m) {
     if (m.storage.ranks > 1) CHECK(cudaStreamSynchronize(ranks.stream));
 }
 
-// A unit of a flat buffer, which is cut over the ranks or not, in its own type; with `cut` all ranks must call. Passes
-// by where the logits are between steps.
-std::vector<char> get_unit(const Model& m, const Flat& f, bool cut, int unit) {
+// A unit of a flat buffer, which is cut over the ranks or not, in its own type, empty unless `wanted`; with `cut` all
+// ranks must call. Passes by where the logits are between steps.
+std::vector<char> get_unit(const Model& m, const Flat& f, bool cut, int unit, bool wanted) {
     const Unit& u = m.table.units[unit];
     const size_t width = f.width();
-    std::vector<char> all(u.size * width);
+    std::vector<char> all(wanted ? u.size * width : 0);
     if (!cut) {
-        CHECK(cudaMemcpy(all.data(), f.at(u.begin).p, all.size(), cudaMemcpyDeviceToHost));
+        if (wanted) CHECK(cudaMemcpy(all.data(), f.at(u.begin).p, all.size(), cudaMemcpyDeviceToHost));
         return all;
     }
     const Piece mine = m.piece(unit);
-    const size_t room = m.logit_rows * size_t(m.c.Vp()) * sizeof(floatX) / (width * ranks.size);
+    const size_t room = logits_bytes(m) / (width * ranks.size);
     char* passing = reinterpret_cast<char*>(m.logits);
     settle(m);
     for (size_t at = 0; at < mine.size; at += room) {
         const size_t count = std::min(room, mine.size - at);
         ranks.all_gather(passing, f.at(mine.shard + at).p, count, f.nccl(), width);
         CHECK(cudaStreamSynchronize(ranks.stream));
-        for (int r = 0; r < ranks.size; r++)
+        ticks++;
+        for (int r = 0; wanted && r < ranks.size; r++)
             CHECK(cudaMemcpy(&all[(m.table.piece(unit, r).whole - u.begin + at) * width], passing + r * count * width,
                              count * width, cudaMemcpyDeviceToHost));
     }
@@ -3482,6 +3503,7 @@ void fill_parameters(Model& m, F f) {
             if (!here) continue;
             f(values, t, i, first, count);
             set_parameters(m, t.offset + first, values);
+            ticks++;
         }
     }
 }
@@ -4168,9 +4190,10 @@ struct Channel {
         nudge();
     }
 
-    std::vector<std::pair<int, std::string>> take_reports(bool wait, double seconds) {
+    // Rank 0: the reports that have come and their senders, after at most `seconds` of waiting for one.
+    std::vector<std::pair<int, std::string>> take_reports(double seconds) {
         std::unique_lock<std::mutex> lock(mutex);
-        if (wait) changed.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return !reports.empty(); });
+        changed.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return !reports.empty(); });
         return std::exchange(reports, {});
     }
 
@@ -4681,7 +4704,7 @@ private:
         std::unique_lock<std::mutex> lock(place_mutex);
         Place p = place;
         lock.unlock();
-        p.calls = ranks.calls;
+        p.calls = ranks.calls, p.moves += ticks;
         if (me.rank == 0) peers[0].move_to(p);
         const std::string body =
             format("%lld %lld %lld %lld %s", p.moves, p.calls, p.step, p.stage, p.doing.c_str());
@@ -4855,7 +4878,10 @@ struct OutFile {
         throw Error(path + ": cannot be written: " + strerror(errno) + ". Give a place with room and rights.");
     }
     void write(const void* data, size_t bytes) {
+        constexpr uint64_t SYNC = uint64_t(256) << 20;  // so that ticks mean bytes on the disk, and the end is not one long wait
+        if ((hash.total + bytes) / SYNC > hash.total / SYNC && fdatasync(fd)) fail();
         hash.add(data, bytes);
+        ticks++;
         for (auto* p = static_cast<const char*>(data); bytes > 0;) {
             const ssize_t done = ::write(fd, p, bytes);
             if (done < 0 && errno == EINTR) continue;
@@ -5100,7 +5126,7 @@ void export_weights(const Model& m, const std::string& path) {
     std::vector<char> unit;
     settle(m);
     auto get = [&](int u) {
-        if (u != held) unit = get_unit(m, flat, cut, u), held = u;
+        if (u != held) unit = get_unit(m, flat, cut, u, ranks.rank == 0), held = u;
     };
     if (ranks.rank > 0) {
         for (int u = 0; cut && u < m.units(); u++) get(u);
@@ -5233,15 +5259,14 @@ struct Saver {
     std::string out;
     int keep = 0;             // the newest that stay, 0: all
     bool background = false;
-    std::function<void()> moved = [] {};  // tells, in the training's thread, that work goes on
     std::string failure;      // why the last save was given up, "" if it was not; the first rank's, after finish()
 
     // One file of this rank, by name.
     using Files = std::vector<std::pair<std::string, std::vector<SaveTensor>>>;
     std::thread writer;
-    std::atomic<bool> writing{false};
-    std::atomic<uint64_t> pieces{0};  // read or written so far by the writer
-    char* copy = nullptr;             // pinned, of copy_bytes
+    std::atomic<bool> written{false};  // this rank's own files are
+    int64_t step = 0;                  // that is saved
+    char* copy = nullptr;              // pinned, of copy_bytes
     size_t copy_bytes = 0;
 
     ~Saver() {
@@ -5250,39 +5275,49 @@ struct Saver {
     }
 
     void finish() {
-        for (uint64_t seen = 0; writing; usleep(1000))
-            if (pieces != seen) seen = pieces, moved();
-        if (writer.joinable()) writer.join();
+        if (!writer.joinable()) return;
+        job.progress(WRITING, step);
+        while (!written) usleep(1000);
+        job.progress(WAITING, step);
+        writer.join();
     }
 
     // All ranks call, between steps. Returns when the training may go on.
     void save(Model& m, const TrainState& state) {
         finish();
+        step = state.step, written = false;
+        job.progress(WRITING, step);
         settle(m);
         Files files = own_files(m);
         const std::string head = manifest_head(m, state);
         const std::vector<std::string> index = weight_index(m);
         if (background && copy_all(files)) {
-            writing = true;
-            writer = std::thread([=, step = state.step] {
-                write_all(step, files, head, index, [this] { pieces++; });
-                writing = false;
+            writer = std::thread([this, files = std::move(files), head, index] {
+                write_own(files);
+                written = true;
+                if (ranks.rank == 0) complete_all(head, index);
             });
         } else {
-            write_all(state.step, files, head, index, moved);
+            write_own(files);
+            job.progress(WAITING, step);
+            if (ranks.rank == 0) complete_all(head, index);
         }
     }
 
 private:
+    // To the watch, who is at the first of these is behind those that are at the second.
+    static constexpr const char *WRITING = "saving", *WAITING = "waiting for all ranks' files";
+    std::string report;  // of this rank, for the first
+
     Files own_files(Model& m) {
         Files files;
         std::vector<SaveTensor> weights, state;
         const bool cut = m.storage.cut_weights();
         for (int u = 0; u < m.units(); u++) {
             std::shared_ptr<std::vector<char>> gathered;
-            if (cut) gathered.reset(new std::vector<char>(get_unit(m, m.params, true, u)));
-            moved();
-            if (model_file_of(m, u) != ranks.rank) continue;
+            const bool mine = model_file_of(m, u) == ranks.rank;
+            if (cut) gathered.reset(new std::vector<char>(get_unit(m, m.params, true, u, mine)));
+            if (!mine) continue;
             const Unit& unit = m.table.units[u];
             for (size_t i = unit.tensor; i < unit.tensor + unit.tensors; i++) {
                 const Tensor& t = m.table.tensors[i];
@@ -5339,7 +5374,7 @@ private:
                     const size_t count = std::min(t.bytes - done, HOST_CHUNK * sizeof(float));
                     t.read(at + done, done, count);
                     done += count;
-                    moved();
+                    ticks++;
                 }
                 t.read = [from = at](char* to, size_t offset, size_t count) { memcpy(to, from + offset, count); };
                 at += t.bytes;
@@ -5368,67 +5403,66 @@ private:
         return lines;
     }
 
-    // Writes this rank's files and tells the first rank, which waits for all and completes the checkpoint.
-    void write_all(int64_t step, const Files& files, const std::string& head, const std::vector<std::string>& index,
-                   const std::function<void()>& tick) {
-        const std::string name = checkpoint_name(step), dir = out + "/." + name;
-        std::string error, report = format("saved %lld\n", (long long)step);
+    std::string unfinished() const { return out + "/." + checkpoint_name(step); }
+
+    // Writes this rank's files and tells the first rank how that went, in lines: "saved STEP" and the files, or "failed
+    // STEP" and why.
+    void write_own(const Files& files) {
+        const std::string dir = unfinished();
+        report = format("saved %lld\n", (long long)step);
         try {
             if (mkdir(dir.c_str(), 0777) && errno != EEXIST)
                 throw Error(dir + ": cannot be made: " + strerror(errno) + ". Give a place with room and rights.");
             for (auto& [file, tensors] : files) {
-                std::vector<SaveTensor> watched = tensors;
-                for (SaveTensor& t : watched)
-                    t.read = [&tick, read = t.read](char* to, size_t offset, size_t count) {
-                        read(to, offset, count);
-                        tick();
-                    };
-                const FileRecord r = save_safetensors(dir + "/" + file, watched);
+                const FileRecord r = save_safetensors(dir + "/" + file, tensors);
                 report += format("%s %llu %s\n", r.name.c_str(), (unsigned long long)r.bytes, r.hash.c_str());
             }
         } catch (const std::exception& e) {
-            error = e.what();
-            report = format("failed %lld\n%s\n", (long long)step, error.c_str());
+            report = format("failed %lld\n%s\n", (long long)step, e.what());
         }
-        if (ranks.rank > 0) return job.report(report);
+        if (ranks.rank > 0) job.report(report);
+    }
+
+    // The first rank waits for all and completes the checkpoint, or gives it up.
+    void complete_all(const std::string& head, const std::vector<std::string>& index) {
         try {
-            std::vector<FileRecord> records = gather_reports(step, report, tick);
-            complete(step, dir, records, head, index);
+            std::vector<FileRecord> records = gather_reports();
+            complete(records, head, index);
             failure = "";
         } catch (const std::exception& e) {
-            remove_dir(dir);
+            remove_dir(unfinished());
             failure = e.what();
             fprintf(stderr, "train_gpt: warning: no checkpoint of step %lld: %s\n", (long long)step, e.what());
         }
     }
 
-    // What all ranks have written for `step`; throws what one of them could not.
-    std::vector<FileRecord> gather_reports(int64_t step, const std::string& own, const std::function<void()>& tick) {
+    // What all ranks have written; throws what one of them could not, but when none writes any more.
+    std::vector<FileRecord> gather_reports() {
         std::vector<FileRecord> records;
-        auto take = [&](int rank, const std::string& report) {
+        std::string error;
+        auto take = [&](int rank, const std::string& text) {
+            char word[16], name[256], hash[32];
             long long of = -1;
-            int used = 0;
-            if (sscanf(report.c_str(), "failed %lld\n%n", &of, &used) == 1 && of == step) {
-                const std::string why = report.substr(used, report.find('\n', used) - used);
-                throw Error((rank ? format("rank %d: ", rank) : "") + why);
-            }
-            if (sscanf(report.c_str(), "saved %lld\n%n", &of, &used) != 1 || of != step) return false;
-            const char* p = report.c_str() + used;
-            char name[256], hash[32];
+            int used = 0, n;
             unsigned long long bytes;
-            for (int n; sscanf(p, "%255s %llu %31s\n%n", name, &bytes, hash, &n) == 3; p += n)
-                records.push_back({name, bytes, hash});
-            return true;
+            if (sscanf(text.c_str(), "%15s %lld\n%n", word, &of, &used) != 2 || of != step) return 0;
+            const char* p = text.c_str() + used;
+            if (strcmp(word, "failed") == 0 && error.empty())
+                error = (rank ? format("rank %d: ", rank) : "") + std::string(p, strcspn(p, "\n"));
+            if (strcmp(word, "saved") == 0)
+                for (; sscanf(p, "%255s %llu %31s\n%n", name, &bytes, hash, &n) == 3; p += n)
+                    records.push_back({name, bytes, hash});
+            return 1;
         };
-        take(0, own);
-        if (!background) job.progress("waiting for the others' files", step);
-        for (int missing = ranks.size - 1; missing > 0;)  // the job's watch sees who does not come
-            for (auto& [rank, report] : job.take_reports(true, 0.5)) missing -= take(rank, report), tick();
+        take(0, report);
+        for (int missing = ranks.size - 1; missing > 0;)  // the watch sees who does not come
+            for (auto& [rank, text] : job.take_reports(0.5)) missing -= take(rank, text);
+        if (!error.empty()) throw Error(error);
         return records;
     }
 
-    void complete(int64_t step, const std::string& dir, std::vector<FileRecord>& records, const std::string& head,
-                  const std::vector<std::string>& index) {
+    void complete(std::vector<FileRecord>& records, const std::string& head, const std::vector<std::string>& index) {
+        const std::string dir = unfinished();
         if (!index.empty()) {
             std::string json = "{\"metadata\": {}, \"weight_map\": {\n";
             for (const std::string& line : index) json += line + (&line == &index.back() ? "\n" : ",\n");
@@ -5460,12 +5494,11 @@ private:
         for (const std::string& path : foreign) unlink(path.c_str());
         fsync_dir(dir);
         const std::string final_dir = out + "/" + checkpoint_name(step);
-        remove_checkpoint(out, step);  // a damaged one, else this step would not have come again
+        remove_checkpoint(out, step);  // of another run's, else this step would not have come again
         if (rename(dir.c_str(), final_dir.c_str()))
             throw Error(final_dir + ": cannot be made: " + strerror(errno) + ". Check --out.");
         fsync_dir(out);
-        std::vector<int64_t> steps = list_checkpoints(out);  // later ones than this are damaged: they do not count
-        steps.erase(std::upper_bound(steps.begin(), steps.end(), step), steps.end());
+        const std::vector<int64_t> steps = list_checkpoints(out);
         for (size_t i = 0; keep > 0 && i + keep < steps.size(); i++) remove_checkpoint(out, steps[i]);
     }
 };
@@ -5511,7 +5544,7 @@ Manifest read_manifest(const std::string& dir) {
 }
 
 // Reads this rank's share of a checkpoint's files, to see that they are as they were written.
-void verify_checkpoint(const std::string& dir, const std::function<void()>& moved) {
+void verify_checkpoint(const std::string& dir) {
     const Manifest m = read_manifest(dir);
     std::vector<char> data(HOST_CHUNK);
     for (size_t i = ranks.rank; i < m.files.size(); i += ranks.size) {
@@ -5519,7 +5552,7 @@ void verify_checkpoint(const std::string& dir, const std::function<void()>& move
         FILE* f = fopen(path.c_str(), "rb");
         if (!f) throw Error(path + ": cannot be read: " + strerror(errno) + ".");
         Hash hash;
-        for (size_t n; (n = fread(data.data(), 1, data.size(), f)) > 0; moved()) hash.add(data.data(), n);
+        for (size_t n; (n = fread(data.data(), 1, data.size(), f)) > 0; ticks++) hash.add(data.data(), n);
         const bool bad = ferror(f);
         fclose(f);
         if (bad) throw Error(path + ": cannot be read to its end: " + strerror(EIO) + ".");
@@ -5567,6 +5600,7 @@ TrainState load_checkpoint(Model& m, const std::string& dir) {
                 file->read(found->second, values.data(), at * width, values.size());
                 CHECK(cudaMemcpy(flat.at(cut ? own.shard + begin - from : unit.begin + begin).p, values.data(),
                                  values.size(), cudaMemcpyHostToDevice));
+                ticks++;
             }
         }
     }
@@ -5586,6 +5620,7 @@ std::vector<int> sample(Model& m, std::vector<int> tokens, int n, int vocabulary
     const size_t prompt = tokens.size(), Vp = m.c.Vp();
     std::vector<floatX> row(Vp);
     for (int i = 0; i < n; i++) {
+        ticks++;
         const int T = int(std::min<size_t>(tokens.size(), m.c.T));
         CHECK(cudaMemcpy(m.tokens, tokens.data() + tokens.size() - T, T * sizeof(int), cudaMemcpyHostToDevice));
         forward(m, 1, T);
@@ -5639,9 +5674,9 @@ struct Log {
     void open(const std::string& path_, int64_t step) {
         path = path_;
         std::string kept = std::string(LOG_HEADER) + "\n";
-        if (step > 0) {
+        if (step > 0 && access(path.c_str(), F_OK) == 0) {
             const std::string old = read_file(path);
-            if (old.compare(0, kept.size(), kept)) throw Error(path + ": not a log of this program. Move it away.");
+            if (old.compare(0, kept.size(), kept)) throw Error(path + ": is no log of this version. Move it away: a new one begins.");
             size_t at = kept.size(), end;
             while ((end = old.find('\n', at)) != std::string::npos && strtoll(old.c_str() + at, nullptr, 10) <= step) {
                 const char* comma = strchr(old.c_str() + at, ',');
@@ -6197,22 +6232,35 @@ void compare_hashes(const unsigned long long* hashes, int64_t step) {
                                 : format("ranks %s, and no majority tells which is wrong", others.c_str()).c_str()));
 }
 
-// Bytes in use: of the device; on a CPU, which processes share, of this one at its most.
+// Bytes in use: of the device; on a CPU, whose memory processes share, this one's.
 double memory_used() {
     if (SERIAL) {
-        rusage usage;
-        getrusage(RUSAGE_SELF, &usage);
-        return 1024.0 * double(usage.ru_maxrss);
+        long pages = 0;
+        if (FILE* f = fopen("/proc/self/statm", "r")) {
+            if (fscanf(f, "%*d %ld", &pages) != 1) pages = 0;
+            fclose(f);
+        }
+        return double(pages) * double(sysconf(_SC_PAGESIZE));
     }
     size_t free = 0, total = 0;
     CHECK(cudaMemGetInfo(&free, &total));
     return double(total - free);
 }
 
-// Prints what a rank holds in memory and sends, beside the plan. before: memory_used() of an empty device.
-void print_use(const Model& m, size_t before, double sent, int micro) {
+// Compares the ranks' weights where all ranks are between steps.
+void check_weights(Model& m, int64_t step) {
+    if (ranks.size == 1 || m.storage.cut_weights()) return;
+    std::vector<unsigned long long> hashes(ranks.size);
+    hash_weights(m);
     settle(m);
-    const double mib = 1048576.0, used = memory_used() - double(before);
+    CHECK(cudaMemcpy(hashes.data(), m.hashes, ranks.size * sizeof(hashes[0]), cudaMemcpyDeviceToHost));
+    compare_hashes(hashes.data(), step);
+}
+
+// Prints what a rank holds in memory and sends, beside the plan. before: memory_used() of an empty device.
+void print_use(const Model& m, double before, double sent, int micro) {
+    settle(m);
+    const double mib = 1048576.0, used = memory_used() - before;
     const double least = ranks.least(used), most = ranks.most(used);
     printf("memory a rank: plan %.1f MiB, in use %.1f MiB", m.arena.used / mib, least / mib);
     printf(ranks.size > 1 ? " to %.1f MiB\n" : "\n", most / mib);
@@ -6222,24 +6270,24 @@ void print_use(const Model& m, size_t before, double sent, int micro) {
 }
 
 void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const Tokenizer* tokenizer,
-           TrainState state, size_t memory_before) {
+           TrainState state, double memory_before) {
     const int64_t S = o.steps, begun = state.step;
     const double tokens = double(m.N()) * o.grad_accum * ranks.size;
     Log log;
     if (ranks.rank == 0) log.open(o.out + "/log.csv", state.step);
     Saver saver;
     saver.out = o.out, saver.keep = o.keep, saver.background = o.save_async;
-    saver.moved = [&state] { job.progress("saving", state.step); };
     int64_t marked = state.step;  // step and time since which the line on the terminal counts
     double mark = now(), last = mark;
     double paused = 0.0;  // seconds of validation, samples and checkpoints among them
     double sent = 0.0;    // bytes of the last step
     int64_t end = S;      // the step to stop after
+    int64_t suspect = 0;  // a step after a skipped one, which ranks that have gone apart may have caused
     bool stopping = false;
     std::string bad;      // why, if it was not asked to
     auto checked = [&](int64_t step) {
         return ranks.size > 1 && !m.storage.cut_weights() && o.check_every > 0 &&
-               (step % o.check_every == 0 || step == begun + 1);
+               (step % o.check_every == 0 || step == begun + 1 || step == suspect);
     };
     auto due = [&](int64_t step, int64_t every) { return every > 0 && (step % every == 0 || step == S); };
     // What makes a run stop early is in the numbers of a step, so that all ranks see it there; some have begun the next
@@ -6278,9 +6326,13 @@ void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
             stop(step, format("training: loss or gradient norm were not finite in %lld steps, at last in step %lld. Lower "
                               "--lr or raise --warmup; --resume with a larger --max-bad-steps goes on.",
                               n.skipped, (long long)step));
+        if (n.skip && suspect <= step) suspect = step + 2;  // no rank has begun it yet
         if (n.stop) stop(step, "");
         if (tokenizer && due(step, o.sample_every)) print_sample(m, *tokenizer, o, step);
-        if (due(step, o.save_every) || (stopping && step == end)) saver.save(m, state);
+        if (due(step, o.save_every) || (stopping && step == end)) {
+            check_weights(m, step);
+            saver.save(m, state);
+        }
         last = now();
         paused += last - done;
         fflush(stdout);
@@ -6357,19 +6409,17 @@ void choose_batch(Options& o, size_t room) {
     if (o.total_batch) o.grad_accum = o.total_batch / (o.batch_size * n);
 }
 
-// Has the matmuls' algorithms chosen, unless there is only one. A rank's choices lie in a file beside the log; a resumed
-// run takes them from there, if every rank can.
+// Has the matmuls' algorithms chosen, unless there is only one. A rank's choices lie in a file beside the log; a run takes
+// them from there, resumed or not, if every rank can.
 void settle_matmuls(Model& m, const std::string& path, bool resumed) {
     const Config& c = m.c;
-    if (matmul.plan({false, true, int(m.N()), c.QKV(), c.C, CUDA_FLOATX}).algos.size() < 2) return;
-    const bool there = resumed && access(path.c_str(), R_OK) == 0;
-    if (ranks.least(there && matmul.take_choices(read_file(path)))) {
-        matmul.forget_plans();
-        return;
-    }
+    const Matmul::Shape one = {false, true, int(m.N()), c.QKV(), c.C, CUDA_FLOATX};
+    if (ranks.most(double(matmul.plan(one).algos.size())) < 2) return;
+    const bool there = access(path.c_str(), R_OK) == 0 && matmul.take_choices(read_file(path)) && matmul.chosen.count(one);
+    if (ranks.least(there)) return matmul.forget_plans();
     matmul.chosen.clear(), matmul.ways.clear();
     if (resumed)
-        printf("%s: is missing or of another cuBLASLt; matmuls are timed again, sums may round differently\n",
+        printf("%s: is missing, or of another cuBLASLt or batch; matmuls are timed again, sums may round differently\n",
                path.c_str());
     const double begin = now();
     time_matmuls(m);
@@ -6413,9 +6463,8 @@ void print_plan(Options& o) {
     printf("  %lld steps take at least %s\n", (long long)o.steps, duration(seconds).c_str());
 }
 
-// Reads and settles the options. False: only information was asked for, and has been printed.
-bool settle_options(Options& o, int argc, char** argv, const World& world, std::unique_ptr<Tokenizer>& tokenizer) {
-    if (!parse_options(o, argc, argv)) return false;
+// Settles the options, some by the tokenizer and the files that they name.
+void settle_options(Options& o, const World& world, std::unique_ptr<Tokenizer>& tokenizer) {
     Config& c = o.config;
     if (!o.tokenizer.empty()) {
         tokenizer.reset(new Tokenizer(o.tokenizer == "bytes" ? Tokenizer::bytes() : Tokenizer::load(o.tokenizer)));
@@ -6446,7 +6495,6 @@ bool settle_options(Options& o, int argc, char** argv, const World& world, std::
     if (o.graph && world.size > 1) throw Error("--graph: is for one rank. Leave it out.");
     o.storage.ranks = o.plan && o.ranks ? o.ranks : world.size;
     o.adamw.seed = o.seed;
-    return true;
 }
 
 // Brings the ranks together and opens the device; one rank is alone.
@@ -6500,14 +6548,20 @@ void close_job() {
 int64_t find_checkpoint(const std::string& out) {
     std::vector<int64_t> steps = list_checkpoints(out);
     bool any = false;
+    if (DIR* d = opendir(out.c_str())) {
+        while (dirent* e = readdir(d)) any |= strncmp(e->d_name, "damaged_step_", 13) == 0;
+        closedir(d);
+    }
     while (true) {
-        const int64_t step = int64_t(ranks.exchange(steps.empty() ? -1.0 : double(steps.back()))[0]);
-        if (step < 0 && any)
-            throw Error(out + ": none of its checkpoints is sound. Move them away to begin anew, or repair the disk.");
-        if (step < 0) return -1;
+        const int64_t step = int64_t(ranks.exchange(steps.empty() ? any ? -2.0 : -1.0 : double(steps.back()))[0]);
+        if (step == -2)
+            throw Error(out + ": none of its checkpoints is sound. Give another --out to begin anew, or repair the disk.");
+        if (step == -1) return -1;
+        const std::string dir = out + "/" + checkpoint_name(step), aside = out + "/damaged_" + checkpoint_name(step);
         std::string trouble;
         try {
-            verify_checkpoint(out + "/" + checkpoint_name(step), [] { job.progress("verifying a checkpoint", 0); });
+            job.progress("verifying a checkpoint", 0);
+            verify_checkpoint(dir);
         } catch (const Error& e) {
             trouble = e.what();
         }
@@ -6515,20 +6569,37 @@ int64_t find_checkpoint(const std::string& out) {
         // a trouble that all have, as with state.json, is told by the first
         const bool common = ranks.exchange(!trouble.empty())[0];
         if (!trouble.empty() && (ranks.rank == 0 || !common))
-            fprintf(stderr, "train_gpt: warning: %s Trying the checkpoint before it.\n", trouble.c_str());
+            fprintf(stderr, "train_gpt: warning: %s Trying the checkpoint before it; this one is put aside as %s.\n",
+                    trouble.c_str(), aside.c_str());
         any = true;
+        if (ranks.rank == 0) remove_dir(aside), rename(dir.c_str(), aside.c_str());
         while (!steps.empty() && steps.back() >= step) steps.pop_back();
     }
 }
 
-void run(Options& o, const World& world, const Tokenizer* tokenizer) {
+// One run at a time writes in a folder; the lock goes with the process.
+void lock_folder(const std::string& out) {
+    const int fd = open(out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) throw Error(out + ": cannot be opened: " + strerror(errno) + ". Check --out.");
+    for (int tries = 0; flock(fd, LOCK_EX | LOCK_NB); tries++, ticks++) {  // one that is being ended gets ten seconds
+        if (errno != EWOULDBLOCK && errno != EINTR) return;                // a file system without locks
+        if (tries == 100) throw Error(out + ": another run writes there. End it, or choose another --out.");
+        usleep(100000);
+    }
+}
+
+void run(Options& o, const World& world) {
     const Config& c = o.config;
+    std::unique_ptr<Tokenizer> tokenizer;
     open_job(o, world);
+    settle_options(o, world, tokenizer);
     if (ranks.rank > 0 && !freopen("/dev/null", "w", stdout)) throw Error("/dev/null: cannot be opened.");
     size_t free = 0, total = 0;
     CHECK(cudaMemGetInfo(&free, &total));
-    const size_t used_before = size_t(memory_used());
-    choose_batch(o, size_t(ranks.least(double(free))));
+    const double used_before = memory_used();
+    // with several ranks a GiB is left to NCCL, which may take more later
+    const double reserve = ranks.size > 1 && !SERIAL ? 1 << 30 : 0;
+    choose_batch(o, size_t(std::max(0.0, ranks.least(double(free)) - reserve)));
 
     const int B = o.batch_size, n = ranks.size;
     std::unique_ptr<DataLoader> data, val;
@@ -6538,6 +6609,7 @@ void run(Options& o, const World& world, const Tokenizer* tokenizer) {
     if (val && o.val_every < 0) o.val_every = int(std::max<int64_t>(1, o.steps / 10));
     make_dirs(o.out);
     if (ranks.rank == 0) {
+        lock_folder(o.out);
         { OutFile probe(o.out + "/log.csv"); }  // tells now, not after an hour
         if (!o.export_to.empty()) OutFile probe(o.export_to);
         if (!list_checkpoints(o.out).empty() && !o.resume)
@@ -6575,7 +6647,7 @@ void run(Options& o, const World& world, const Tokenizer* tokenizer) {
     if (data) {
         settle_matmuls(m, o.out + choices, state.step > 0);
         catch_signals();
-        train(m, o, *data, val.get(), tokenizer, state, used_before);
+        train(m, o, *data, val.get(), tokenizer.get(), state, used_before);
     }
     if (!o.export_to.empty()) export_weights(m, o.export_to);
     destroy(m);
@@ -6587,18 +6659,21 @@ void run(Options& o, const World& world, const Tokenizer* tokenizer) {
 int main(int argc, char** argv) {
     World world;
     Options o;
-    std::unique_ptr<Tokenizer> tokenizer;
     try {
         world = find_world();
-        if (!settle_options(o, argc, argv, world, tokenizer)) return 0;
-        if (o.plan) return print_plan(o), 0;
+        if (!parse_options(o, argc, argv)) return 0;
+        if (o.plan) {
+            std::unique_ptr<Tokenizer> tokenizer;
+            settle_options(o, world, tokenizer);
+            return print_plan(o), 0;
+        }
     } catch (const std::exception& e) {  // the same on every rank: one says it
         fflush(stdout);
         if (world.rank == 0) fprintf(stderr, "train_gpt: %s\n", e.what());
         return 1;
     }
     try {
-        run(o, world, tokenizer.get());
+        run(o, world);
     } catch (const std::exception& e) {
         fflush(stdout);
         job.fail(e.what());

@@ -28,14 +28,9 @@ JOBS = {
     "serial_bf16": (["build/test_serial_bf16"], ["build/test_serial_bf16"], [1]),
     "cli_fp32": (["build/train_gpt_cpu_fp32"], [*CLI, "build/train_gpt_cpu_fp32", GOLDEN], [1]),
     "cli_bf16": (["build/train_gpt_cpu_bf16"], [*CLI, "build/train_gpt_cpu_bf16", GOLDEN, "--bf16"], [1]),
-<<<<<<< HEAD
-    **{f"ranks_{x}": ([f"build/train_gpt_cpu_{x}"], [sys.executable, "dev/test/test_ranks.py", f"build/train_gpt_cpu_{x}",
-                                                     *(["--bf16"] if x == "bf16" else [])], [1]) for x in ("fp32", "bf16")},
     "channel": (["build/test_channel"], ["build/test_channel"], [1]),
-=======
     "ranks_fp32": (["build/train_gpt_cpu_fp32"], [*RANKS, "build/train_gpt_cpu_fp32"], [1]),
     "ranks_bf16": (["build/train_gpt_cpu_bf16"], [*RANKS, "build/train_gpt_cpu_bf16", "--bf16"], [1]),
->>>>>>> 359a71707a90836fc5753ca24dbf889decbbd23f
     "disk": (["build/train_gpt_cpu_fp32"], [sys.executable, "dev/test/test_disk.py", "build/train_gpt_cpu_fp32"], [1]),
     "kill": (["build/train_gpt_cpu_fp32"], [*KILL, "build/train_gpt_cpu_fp32", "--kills", "6"], [1]),
     "standin_exact": (["build/test_standin_exact"], ["build/test_standin_exact"], [1]),

@@ -280,7 +280,7 @@ TEST(one_rank_alone) {
         channel.open(w, "", 1, nullptr, id);
         channel.progress("forward", 1);
         channel.report("alone");
-        auto got = channel.take_reports(true, 1);
+        auto got = channel.take_reports(1);
         if (id != "id" || got.size() != 1 || got[0].second != "alone" || got[0].first) throw Error("no report");
         channel.close();
         throw Error("over");
@@ -761,19 +761,19 @@ TEST(reports) {
         int next[4] = {}, all = 0;
         if (w.rank == 0) {
             while (all < 80)
-                for (auto& [from, text] : channel.take_reports(true, 5)) {
+                for (auto& [from, text] : channel.take_reports(5)) {
                     if (text != format("%d:%d", from, next[from]) + std::string(next[from] * 3000, '.'))
                         throw Error("wrong report");
                     next[from]++, all++;
                 }
             const double t = seconds();
-            if (!channel.take_reports(true, 0.2).empty() || seconds() - t < 0.19) throw Error("one too many");
-            if (!channel.take_reports(false, 5).empty() || seconds() - t > 1) throw Error("waited");
+            if (!channel.take_reports(0.2).empty() || seconds() - t < 0.19) throw Error("one too many");
+            if (!channel.take_reports(0).empty() || seconds() - t > 1) throw Error("waited");
         }
         if (w.rank == 3) nap(1), channel.report("last words");
         channel.close();
         if (w.rank == 0) {
-            auto rest = channel.take_reports(false, 0);
+            auto rest = channel.take_reports(0);
             if (rest.size() != 1 || rest[0].first != 3 || rest[0].second != "last words") throw Error("no last words");
         }
     });
@@ -787,7 +787,7 @@ TEST(large_report) {
         job.open(w);
         if (w.rank)
             channel.report(std::string(1 << 20, 'r'));
-        else if (channel.take_reports(true, 5).at(0).second != std::string(1 << 20, 'r'))
+        else if (channel.take_reports(5).at(0).second != std::string(1 << 20, 'r'))
             throw Error("wrong");
         channel.close();
         if (w.rank) {

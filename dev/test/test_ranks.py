@@ -279,9 +279,11 @@ class RankTests(Tests):
         self.flip(checkpoint(out, 6) + "/state.json")
         os.remove(checkpoint(out, 3) + "/model-00002-of-00002.safetensors")
         flags = self.flags(f"lost{ranks}", "--resume", steps=9, accum=3, save=3, ranks=ranks)
-        error = refuse(self.exe, flags, ranks)
-        expect("sound" in error, error)
-        expect(checkpoints(out) == [3, 6, 9], "checkpoints were removed")
+        for _ in range(2):  # the second time they are put aside already, and still the run does not begin anew
+            error = refuse(self.exe, flags, ranks)
+            expect("sound" in error, error)
+            for step in (3, 6, 9):
+                expect(os.listdir(os.path.join(out, f"damaged_step_{step:08}")), "a checkpoint was removed")
 
     # --- d. signals
 
@@ -444,12 +446,8 @@ class RankTests(Tests):
         self.note("seconds from start to the end of a cut job, limit 3", took)
         named = re.search(rf"\brank {rank}\b", error)
         # where all wait within one collective, one that hangs there for ever looks like the others
-<<<<<<< HEAD
-        expect(named or kind == "hang" and "no rank has moved at step" in error, f"does not name rank {rank}: {error}")
-=======
-        alike = kind == "hang" and "no rank has moved for 3 s at step" in error
+        alike = kind == "hang" and "no rank has moved at step" in error
         expect(named or alike, f"does not name rank {rank}: {error}")
->>>>>>> 359a71707a90836fc5753ca24dbf889decbbd23f
         expect(took < self.LIMIT + 12, f"took {took:.1f} s")
         for step in checkpoints(self.path(f"cut_{rank}_{kind}_{where}")):
             verify(checkpoint(self.path(f"cut_{rank}_{kind}_{where}"), step))
