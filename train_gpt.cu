@@ -4070,6 +4070,8 @@ std::string default_address() {
     if (!nodes || !getenv("SLURM_JOB_ID"))
         throw Error("rendezvous: no address. Set MASTER_ADDR and MASTER_PORT, or give --rendezvous HOST:PORT.");
     std::string first;  // node[003-010,012],gpu7: node003
+    if (environment_number("SLURM_STEP_NUM_NODES", 0, 0, INT_MAX, "number of nodes") == 1)
+        nodes = "localhost";  // a node's name need not be its host's
     for (const char* p = nodes; *p && *p != ','; p++) {
         if (*p != '[') {
             first += *p;
@@ -4079,9 +4081,10 @@ std::string default_address() {
         while (*p && *p != ']') p++;
         if (!*p) break;
     }
-    // below 32768, where the kernel begins to give ports to outgoing connections
-    const int64_t job = environment_number("SLURM_JOB_ID", 0, 0, INT64_MAX, "number of a job");
-    return format("%s:%lld", first.c_str(), (long long)port(20000 + job % 12768));
+    // below 32768, where the kernel begins to give ports to outgoing connections; steps of one job can run side by side
+    const int64_t job = environment_number("SLURM_JOB_ID", 0, 0, INT64_MAX, "number of a job") % 12768;
+    const int64_t step = environment_number("SLURM_STEP_ID", 0, 0, UINT_MAX, "number of a step") % 12768;
+    return format("%s:%lld", first.c_str(), (long long)port(20000 + (job + 499 * step) % 12768));
 }
 
 // TCP connections of all ranks to rank 0. They carry the rendezvous and its payload (the NCCL id), heartbeats, errors,
