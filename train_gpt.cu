@@ -4410,9 +4410,20 @@ private:
         std::vector<bool> came(me.size);
         came[0] = true;
         std::string trouble;
-        for (double end = now() + limit; std::count(came.begin(), came.end(), false) && now() < end;) {
+        auto missing = [&] {
+            std::vector<int> those;
+            for (int r = 0; r < me.size; r++)
+                if (!came[r]) those.push_back(r);
+            return those;
+        };
+        double notice = now() + 20;
+        for (double end = now() + limit; !missing().empty() && now() < end;) {
             const bool calm = trouble.empty();
-            if (exchange(guests, listener, end - now())) {
+            if (now() >= notice && calm)
+                fprintf(stderr, "train_gpt: warning: waiting at %s for %s of %d, until --timeout %g\n", where.c_str(),
+                        list(missing()).c_str(), me.size, limit);
+            if (now() >= notice) notice = end;
+            if (exchange(guests, listener, std::min(end, notice) - now())) {
                 const int fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK), on = 1;
                 if (fd >= 0) {
                     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
@@ -4434,12 +4445,9 @@ private:
             if (calm && !trouble.empty()) end = std::min(end, now() + 1);
         }
         ::close(listener);
-        std::vector<int> missing;
-        for (int r = 0; r < me.size; r++)
-            if (!came[r]) missing.push_back(r);
-        if (trouble.empty() && !missing.empty())
+        if (trouble.empty() && !missing().empty())
             trouble = format("%s of %d did not come to %s within %g s. Check that they were started and can reach it.",
-                             list(missing).c_str(), me.size, where.c_str(), limit);
+                             list(missing()).c_str(), me.size, where.c_str(), limit);
         if (!trouble.empty()) {
             peers = std::move(guests);  // whom fail() stops
             throw Error("rendezvous: " + trouble);
