@@ -4039,6 +4039,15 @@ int64_t environment_number(const char* name, int64_t fallback, int64_t least, in
     return n;
 }
 
+// The launcher whose ranks MPI can bring together; to another MPI's it starts alone.
+#if !defined(USE_MPI)
+constexpr const char* BUILT_WITH = "no MPI";
+#elif defined(OPEN_MPI)
+constexpr const char* BUILT_WITH = "Open MPI";
+#else
+constexpr const char* BUILT_WITH = "MPICH";  // and what descends from it
+#endif
+
 // The first launcher whose variables are all there; without one, a world of one rank.
 World find_world() {
     static const char* const launchers[][4] = {
@@ -6442,12 +6451,11 @@ bool settle_options(Options& o, int argc, char** argv, const World& world, std::
 void open_job(const Options& o, const World& world) {
     std::function<void(void*, size_t)> broadcast;
 #ifdef USE_MPI
-    const bool by_mpi = strcmp(world.launcher, "Open MPI") == 0 || strcmp(world.launcher, "MPICH") == 0;
-    if (world.size > 1 && by_mpi && o.rendezvous.empty()) {
+    if (world.size > 1 && strcmp(world.launcher, BUILT_WITH) == 0 && o.rendezvous.empty()) {
         int level = 0, size = 0;
         MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &level);
         MPI_Comm_size(MPI_COMM_WORLD, &size);
-        if (size == world.size)  // else the launcher belongs to another MPI than this was built with
+        if (size == world.size)
             broadcast = [](void* p, size_t bytes) { MPI_Bcast(p, int(bytes), MPI_BYTE, 0, MPI_COMM_WORLD); };
     }
 #endif
@@ -6581,6 +6589,10 @@ int main(int argc, char** argv) {
         world = find_world();
         if (!settle_options(o, argc, argv, world, tokenizer)) return 0;
         if (o.plan) return print_plan(o), 0;
+        if (world.size > 1 && strstr(world.launcher, "MPI") && strcmp(world.launcher, BUILT_WITH) &&
+            o.rendezvous.empty() && !getenv("MASTER_ADDR") && !getenv("SLURM_JOB_ID"))
+            throw Error(format("MPI: started by %s, but built with %s. Take mpicxx and mpirun of one MPI; GPU builds "
+                               "can do with --rendezvous HOST:PORT.", world.launcher, BUILT_WITH));
     } catch (const std::exception& e) {  // the same on every rank: one says it
         fflush(stdout);
         if (world.rank == 0) fprintf(stderr, "train_gpt: %s\n", e.what());
