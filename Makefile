@@ -26,11 +26,12 @@ CXXFLAGS  = -std=c++17 $(OPTIMIZE) -march=native -mprefer-vector-width=512 --par
 bf16      = -DPRECISION_BF16
 
 # Several ranks on the CPU go over MPI, if there is one; test builds under the sanitizers do without. On GPUs MPI only
-# carries NCCL's id.
+# carries NCCL's id. MPICXX=mpicxx.mpich takes another than the first: Open MPI's and MPICH's know -show.
 MPICXX   := $(shell command -v mpicxx 2>/dev/null)
 ifneq ($(MPICXX),)
-MPI_INC  := $(patsubst -I%,-isystem %,$(shell $(MPICXX) --showme:compile 2>/dev/null))
-MPI_LIB  := $(shell $(MPICXX) --showme:link 2>/dev/null)
+MPI_SHOW := $(shell $(MPICXX) -show 2>/dev/null)
+MPI_INC  := $(patsubst -I%,-isystem %,$(filter -I%,$(MPI_SHOW)))
+MPI_LIB  := $(filter -L% -l% -Wl%,$(MPI_SHOW))
 MPI      := $(if $(MPI_LIB),-DUSE_MPI $(MPI_INC))
 endif
 MPI_STAMP = build/mpi.flags

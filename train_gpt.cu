@@ -4067,6 +4067,15 @@ int64_t environment_number(const char* name, int64_t fallback, int64_t least, in
     return n;
 }
 
+// The launcher whose ranks MPI can bring together; to another MPI's it starts alone.
+#if !defined(USE_MPI)
+constexpr const char* BUILT_WITH = "no MPI";
+#elif defined(OPEN_MPI)
+constexpr const char* BUILT_WITH = "Open MPI";
+#else
+constexpr const char* BUILT_WITH = "MPICH";  // and what descends from it
+#endif
+
 // The first launcher whose variables are all there; without one, a world of one rank.
 World find_world() {
     static const char* const launchers[][4] = {
@@ -4098,6 +4107,8 @@ std::string default_address() {
     if (!nodes || !getenv("SLURM_JOB_ID"))
         throw Error("rendezvous: no address. Set MASTER_ADDR and MASTER_PORT, or give --rendezvous HOST:PORT.");
     std::string first;  // node[003-010,012],gpu7: node003
+    if (environment_number("SLURM_STEP_NUM_NODES", 0, 0, INT_MAX, "number of nodes") == 1)
+        nodes = "localhost";  // a node's name need not be its host's
     for (const char* p = nodes; *p && *p != ','; p++) {
         if (*p != '[') {
             first += *p;
@@ -4107,9 +4118,10 @@ std::string default_address() {
         while (*p && *p != ']') p++;
         if (!*p) break;
     }
-    // below 32768, where the kernel begins to give ports to outgoing connections
-    const int64_t job = environment_number("SLURM_JOB_ID", 0, 0, INT64_MAX, "number of a job");
-    return format("%s:%lld", first.c_str(), (long long)port(20000 + job % 12768));
+    // below 32768, where the kernel begins to give ports to outgoing connections; steps of one job can run side by side
+    const int64_t job = environment_number("SLURM_JOB_ID", 0, 0, INT64_MAX, "number of a job") % 12768;
+    const int64_t step = environment_number("SLURM_STEP_ID", 0, 0, UINT_MAX, "number of a step") % 12768;
+    return format("%s:%lld", first.c_str(), (long long)port(20000 + (job + 499 * step) % 12768));
 }
 
 // TCP connections of all ranks to rank 0. They carry the rendezvous and its payload (the NCCL id), heartbeats, errors,
@@ -4439,9 +4451,20 @@ private:
         std::vector<bool> came(me.size);
         came[0] = true;
         std::string trouble;
-        for (double end = now() + limit; std::count(came.begin(), came.end(), false) && now() < end;) {
+        auto missing = [&] {
+            std::vector<int> those;
+            for (int r = 0; r < me.size; r++)
+                if (!came[r]) those.push_back(r);
+            return those;
+        };
+        double notice = now() + 20;
+        for (double end = now() + limit; !missing().empty() && now() < end;) {
             const bool calm = trouble.empty();
-            if (exchange(guests, listener, end - now())) {
+            if (now() >= notice && calm)
+                fprintf(stderr, "train_gpt: warning: waiting at %s for %s of %d, until --timeout %g\n", where.c_str(),
+                        list(missing()).c_str(), me.size, limit);
+            if (now() >= notice) notice = end;
+            if (exchange(guests, listener, std::min(end, notice) - now())) {
                 const int fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK), on = 1;
                 if (fd >= 0) {
                     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
@@ -4463,12 +4486,9 @@ private:
             if (calm && !trouble.empty()) end = std::min(end, now() + 1);
         }
         ::close(listener);
-        std::vector<int> missing;
-        for (int r = 0; r < me.size; r++)
-            if (!came[r]) missing.push_back(r);
-        if (trouble.empty() && !missing.empty())
+        if (trouble.empty() && !missing().empty())
             trouble = format("%s of %d did not come to %s within %g s. Check that they were started and can reach it.",
-                             list(missing).c_str(), me.size, where.c_str(), limit);
+                             list(missing()).c_str(), me.size, where.c_str(), limit);
         if (!trouble.empty()) {
             peers = std::move(guests);  // whom fail() stops
             throw Error("rendezvous: " + trouble);
@@ -6501,12 +6521,11 @@ void settle_options(Options& o, const World& world, std::unique_ptr<Tokenizer>& 
 void open_job(const Options& o, const World& world) {
     std::function<void(void*, size_t)> broadcast;
 #ifdef USE_MPI
-    const bool by_mpi = strcmp(world.launcher, "Open MPI") == 0 || strcmp(world.launcher, "MPICH") == 0;
-    if (world.size > 1 && by_mpi && o.rendezvous.empty()) {
+    if (world.size > 1 && strcmp(world.launcher, BUILT_WITH) == 0 && o.rendezvous.empty()) {
         int level = 0, size = 0;
         MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &level);
         MPI_Comm_size(MPI_COMM_WORLD, &size);
-        if (size == world.size)  // else the launcher belongs to another MPI than this was built with
+        if (size == world.size)
             broadcast = [](void* p, size_t bytes) { MPI_Bcast(p, int(bytes), MPI_BYTE, 0, MPI_COMM_WORLD); };
     }
 #endif
@@ -6667,6 +6686,10 @@ int main(int argc, char** argv) {
             settle_options(o, world, tokenizer);
             return print_plan(o), 0;
         }
+        if (world.size > 1 && strstr(world.launcher, "MPI") && strcmp(world.launcher, BUILT_WITH) &&
+            o.rendezvous.empty() && !getenv("MASTER_ADDR") && !getenv("SLURM_JOB_ID"))
+            throw Error(format("MPI: started by %s, but built with %s. Take mpicxx and mpirun of one MPI; GPU builds "
+                               "can do with --rendezvous HOST:PORT.", world.launcher, BUILT_WITH));
     } catch (const std::exception& e) {  // the same on every rank: one says it
         fflush(stdout);
         if (world.rank == 0) fprintf(stderr, "train_gpt: %s\n", e.what());

@@ -179,6 +179,8 @@ static void test_wrong_job() {
     std::string want = "MPI started " + std::to_string(ranks) + (ranks == 1 ? " process, " : " processes, ");
 #ifndef USE_MPI
     want = "this CPU build has no MPI, so one rank only";
+#else
+    if (!nccl_launched_by_mpi()) want = "did not start them: start with its mpirun -n 3";
 #endif
     EXPECT_RESULT(ncclCommInitRank(&other, ranks + 2, unique_id(1), rank), ncclInvalidUsage);
     EXPECT(other == nullptr && strstr(ncclGetLastError(nullptr), want.c_str()), "%s", ncclGetLastError(nullptr));
@@ -323,7 +325,10 @@ static void test_abort() {
 static void test_memory_share() {
     size_t free, total, shared_free, shared_total;
     const char* local = getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
-    EXPECT(cuda_local_ranks() == size_t(environment("OMPI_COMM_WORLD_LOCAL_SIZE", 1)), "%zu", cuda_local_ranks());
+    EXPECT(cuda_local_ranks() == size_t(ranks), "%zu", cuda_local_ranks());
+    setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "100000", 1);
+    cudaSetDevice(0);
+    EXPECT(getenv("OMP_NUM_THREADS") || omp_get_max_threads() == 1, "%d threads", omp_get_max_threads());
     setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "1", 1);
     cudaMemGetInfo(&free, &total);
     setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "4", 1);
@@ -348,7 +353,8 @@ static void speed() {
 
 int main() {
     setvbuf(stdout, nullptr, _IOLBF, 0);
-    ranks = environment("OMPI_COMM_WORLD_SIZE", 1), rank = environment("OMPI_COMM_WORLD_RANK", 0);
+    ranks = environment("OMPI_COMM_WORLD_SIZE", environment("PMI_SIZE", 1));  // Open MPI's, MPICH's
+    rank = environment("OMPI_COMM_WORLD_RANK", environment("PMI_RANK", 0));
     cudaStreamCreate(&stream);
     ncclUniqueId id = {}, next = {};
     test("init", [&] {

@@ -180,6 +180,8 @@ const char* const VARIABLES[] = {"RANK",
                                  "MASTER_PORT",
                                  "TORCHELASTIC_USE_AGENT_STORE",
                                  "SLURM_STEP_NODELIST",
+                                 "SLURM_STEP_NUM_NODES",
+                                 "SLURM_STEP_ID",
                                  "SLURM_JOB_NODELIST",
                                  "SLURM_JOB_ID"};
 void set(const Env& env) {
@@ -237,6 +239,13 @@ TEST(default_address) {
            "h:1234");
     EXPECT(meeting({{"MASTER_ADDR", "h"}, {"MASTER_PORT", "p"}}).rfind("! MASTER_PORT=p: ", 0) == 0);
     EXPECT(meeting({{"SLURM_STEP_NODELIST", "node[003-010,012],gpu7"}, {"SLURM_JOB_ID", "5"}}) == "node003:20005");
+    Env step = {{"SLURM_STEP_NODELIST", "a[1-2]"}, {"SLURM_STEP_NUM_NODES", "2"}, {"SLURM_JOB_ID", "5"}};
+    step["SLURM_STEP_ID"] = "0";
+    EXPECT(meeting(step) == "a1:20005");
+    step["SLURM_STEP_ID"] = "1";  // beside the other
+    EXPECT(meeting(step) == "a1:20504");
+    step["SLURM_STEP_NUM_NODES"] = "1";
+    EXPECT(meeting(step) == "localhost:20504");
     EXPECT(meeting({{"SLURM_JOB_NODELIST", "gpu7,node1"}, {"SLURM_JOB_ID", "12769"}}) == "gpu7:20001");
     EXPECT(meeting({{"SLURM_JOB_NODELIST", "r[1-2]n[07,9]x,a"}, {"SLURM_JOB_ID", "5"}}) == "r1n07x:20005");
     EXPECT(meeting({{"SLURM_JOB_NODELIST", "n[4]"}, {"SLURM_JOB_ID", "5"}, {"MASTER_PORT", "77"}}) == "n4:77");

@@ -447,9 +447,9 @@ inline size_t cuda_proc_number(const std::string& path, const char* key) {
 
 inline size_t cuda_allocated = 0;  // bytes of cudaMalloc and cudaMallocHost now held
 
-// Ranks on this machine, which share its memory.
+// Ranks on this machine, which share its memory and cores. Slurm names the first node's first: 4(x2),3.
 inline size_t cuda_local_ranks() {
-    for (const char* name : {"OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"})
+    for (const char* name : {"OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TASKS_PER_NODE"})
         if (const char* value = getenv(name)) return std::max(1, atoi(value));
     return 1;
 }
@@ -692,7 +692,14 @@ struct cudaDeviceProp {
 };
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cuda_fail(cudaErrorInvalidDevice); }
+
+// Ranks that are bound to no cores share them out: each with a thread a core they wait for each other.
+inline cudaError_t cudaSetDevice(int device) {
+    const long share = sysconf(_SC_NPROCESSORS_ONLN) / long(cuda_local_ranks());
+    if (!getenv("OMP_NUM_THREADS") && omp_get_max_threads() > share) omp_set_num_threads(std::max(1, int(share)));
+    return device == 0 ? cudaSuccess : cuda_fail(cudaErrorInvalidDevice);
+}
+
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* prop, int device) {
     if (device != 0) return cuda_fail(cudaErrorInvalidDevice);
     size_t free;

@@ -130,10 +130,24 @@ inline ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
 }
 
 #ifdef USE_MPI
+#ifdef OPEN_MPI  // starts under its own mpirun, or PMIx
+#define NCCL_MPI "Open MPI"
+#define NCCL_SRUN "srun --mpi=pmix"
+inline bool nccl_launched_by_mpi() { return getenv("OMPI_COMM_WORLD_SIZE") || getenv("PMIX_RANK"); }
+#else
+#define NCCL_MPI "MPICH"
+#define NCCL_SRUN "srun --mpi=pmi2"
+inline bool nccl_launched_by_mpi() { return getenv("PMI_RANK") || getenv("PMIX_RANK"); }
+#endif
+
 // Joins the processes that mpirun has started; collective. All fail if one must.
 inline ncclResult_t nccl_join(ncclComm* comm, const ncclUniqueId& id) {
     int started = 0, size, rank;
     MPI_Initialized(&started);
+    // Without its launcher MPI starts one process, or says so in many lines and exits.
+    if (!started && comm->ranks > 1 && !nccl_launched_by_mpi())
+        return nccl_fail(ncclInvalidUsage, "the CPU build's ranks talk over MPI, and " NCCL_MPI " did not start them: "
+                         "start with its mpirun -n %d, or " NCCL_SRUN, comm->ranks);
     if (!started) {
         int level;
         NCCL_CHECK_MPI(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &level), "MPI_Init_thread",
