@@ -23,6 +23,7 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -6497,6 +6498,23 @@ int64_t find_checkpoint(const std::string& out) {
     }
 }
 
+// One job at a time writes to a folder: two would take each other's unfinished checkpoints for leftovers. The kernel
+// frees the lock of a process, whatever ends it; where a file system has no locks, nobody is stopped.
+struct FolderLock {
+    int fd;
+    explicit FolderLock(const std::string& out)
+        : fd(open((out + "/.lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
+        for (int tries = 0; fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK; usleep(100000))
+            if (++tries == 30) {  // the last moments of a job that was killed
+                close(fd);
+                throw Error(out + ": another job is writing there. End it, or choose another --out.");
+            }
+    }
+    ~FolderLock() {
+        if (fd >= 0) close(fd);
+    }
+};
+
 void run(Options& o, const World& world, const Tokenizer* tokenizer) {
     const Config& c = o.config;
     open_job(o, world);
@@ -6513,7 +6531,9 @@ void run(Options& o, const World& world, const Tokenizer* tokenizer) {
         val.reset(new DataLoader(o.val_data, B, c.T, c.V, false, 0, ranks.rank, n));
     if (val && o.val_every < 0) o.val_every = int(std::max<int64_t>(1, o.steps / 10));
     make_dirs(o.out);
+    std::unique_ptr<FolderLock> lock;
     if (ranks.rank == 0) {
+        lock.reset(new FolderLock(o.out));
         { OutFile probe(o.out + "/log.csv"); }  // tells now, not after an hour
         if (!o.export_to.empty()) OutFile probe(o.export_to);
         if (!list_checkpoints(o.out).empty() && !o.resume)
