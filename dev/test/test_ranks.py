@@ -659,7 +659,7 @@ class RankTests(Tests):
         for rank, kind, where in wires:
             if full or (rank, kind, where) in few:
                 test(f"f {kind} of rank {rank} in {where}", self.cut_wire, rank, kind, where)
-        for ranks, zero, rank in ((2, 1, 1), (3, 0, 1)) + (((3, 1, 2), (3, 2, 0), (2, 0, 0)) if full else ()):
+        for ranks, zero, rank in ((2, 1, 1), (3, 0, 1)) + (((3, 1, 2), (3, 2, 0), (2, 0, 1)) if full else ()):
             test(f"f flip, {ranks} ranks, zero {zero}", self.flipped, ranks, zero, rank)
         for name, worlds, words, lines, busy in (
                 ("absent", [(0, 3), (1, 3)], ["rank 2 of 3 did not come"], 1, False),
