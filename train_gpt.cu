@@ -6596,13 +6596,14 @@ int64_t find_checkpoint(const std::string& out) {
     }
 }
 
-// One run at a time writes in a folder; the lock goes with the process.
+// One job at a time writes to a folder: two would take each other's unfinished checkpoints for leftovers. The lock is the
+// kernel's and goes with the process.
 void lock_folder(const std::string& out) {
     const int fd = open(out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0) throw Error(out + ": cannot be opened: " + strerror(errno) + ". Check --out.");
     for (int tries = 0; flock(fd, LOCK_EX | LOCK_NB); tries++, ticks++) {  // one that is being ended gets ten seconds
         if (errno != EWOULDBLOCK && errno != EINTR) return;                // a file system without locks
-        if (tries == 100) throw Error(out + ": another run writes there. End it, or choose another --out.");
+        if (tries == 100) throw Error(out + ": another job is writing there. End it, or choose another --out.");
         usleep(100000);
     }
 }

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 
-from launch import Failure, Job, Tests, checkpoint, checkpoints, contents, copy, expect, log_bits, read_log, refuse, run, verify
+from launch import (Failure, Job, Tests, checkpoint, checkpoints, contents, copy, expect, log_bits, read_log, refuse, run,
+                    verify)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KINDS = [("ENOSPC", ""), ("EIO", ""), ("SHORT", ""), ("ENOSPC", "1"), ("SHORT", "1")]  # FAULT_ERRNO, FAULT_STICKY
@@ -71,6 +72,12 @@ class DiskTests(Tests):
         if not sticky:
             expect(set(there) >= {2, 4, 6} - {step}, f"{what}a later checkpoint is missing: {there}")
         expect(log_bits(out) == log, f"{what}the log is not that of a good disk")
+        calls, folder = self.calm(ranks, rank)[0], f"/.step_{step:08d}"
+        renames = [i + 1 for i, (c, path) in enumerate(calls) if c == "rename" and path.endswith(folder)]
+        named = renames[0] if renames else len(calls)
+        c, path = calls[call - 1]
+        if call <= named and folder in path and (c, path[-len(folder):]) != ("close", folder):  # else nothing is lost
+            expect(step not in there, f"{what}{checkpoint(out, step)} has its name")
         last = 6 not in there or (job.status and step == 6)  # what is there but may not be on the disk is missing
         if job.status == 0:
             expect(6 in there and not job.lines(), f"{what}exit 0, checkpoints {there}: {job.text()}")
@@ -88,7 +95,7 @@ class DiskTests(Tests):
             run(self.exe, self.flags(name + "_again", ranks, "--resume"), ranks)
             expect(log_bits(again) == log, f"{what}resumed from {s}: the log differs")
             expect(contents(self.path(name + "_again.st")) == weights, f"{what}resumed from {s}: the weights differ")
-            left = [n for n in os.listdir(again) if n.startswith(".")]
+            left = [n for n in os.listdir(again) if n.startswith(".") and n != ".lock"]
             expect(checkpoints(again) == [2, 4, 6] and not left, f"{what}resumed: {checkpoints(again)}, left: {left}")
         shutil.rmtree(out)
         shutil.rmtree(out + "_again", ignore_errors=True)
@@ -144,8 +151,8 @@ class DiskTests(Tests):
         name = f"slow_{what}_{ranks}{len(more)}"
         where = {"weights": self.path(name + ".st"), "checkpoint": self.path(name) + "/.step_"}[what]
         flags = ["--timeout", 1.2, "--save-every", 6, *more]
-        job = run(self.exe, self.flags(name, ranks, *flags), ranks, {**self.faults(name, FAULT_ERRNO="SLOW", FAULT_RANK=0),
-                                                                     "FAULT_PATH": where})
+        faults = {**self.faults(name, FAULT_ERRNO="SLOW", FAULT_RANK=0), "FAULT_PATH": where}
+        job = run(self.exe, self.flags(name, ranks, *flags), ranks, faults)
         self.note("seconds of a run whose disk is slow", job.seconds)
         expect(job.seconds > 1.9, f"{job.seconds:.1f} s: the disk was not slow")
         expect(contents(self.path(name + ".st")) == self.calm(ranks, 0)[2], "the weights differ")

@@ -329,6 +329,19 @@ class RankTests(Tests):
         expect(log_bits(self.path(name)) == want[0], "the log differs from that of a run that was not stopped")
         expect(contents(self.path(name + ".st")) == want[1], "the weights differ")
 
+    def two_jobs(self):
+        """A second job in the folder of one that runs is refused, and the first does not notice."""
+        job = Job(self.exe, self.long_flags("shared", "--save-every", 1, ranks=0, steps=3000), 0)
+        try:
+            self.until_step(job, self.path("shared"), 1)
+            for ranks in (0, 2):
+                error = refuse(self.exe, self.long_flags("shared", "--resume", ranks=ranks), ranks)
+                expect("another job" in error and "shared" in error, error)
+            os.kill(job.pids()[0], signal.SIGTERM)
+        finally:
+            job.wait()
+        expect(job.status == 0 and not job.err, f"the first job was disturbed: {job.text()}")
+
     # --- e. bad steps
 
     def poisoned(self):
@@ -632,6 +645,8 @@ class RankTests(Tests):
         for ranks, rank, number in ((2, 1, term), (2, 0, usr1), (2, 1, interrupt), (0, 0, term), *more):
             test(f"d {number.name} to rank {rank} of {ranks or 1}", self.signals, ranks, rank, number)
 
+        test("d two jobs in one folder", self.two_jobs)
+
         for ranks, zero in ((0, 0), (2, 1), (2, 3)) + (((2, 0), (2, 2), (3, 3)) if full else ()):
             test(f"e an infinite weight in one sequence, {ranks or 1} ranks, zero {zero}", self.bad_data, ranks, zero)
         for zero in (1, 2) + ((0, 3) if full else ()):
@@ -646,7 +661,7 @@ class RankTests(Tests):
         for rank, kind, where in wires:
             if full or (rank, kind, where) in few:
                 test(f"f {kind} of rank {rank} in {where}", self.cut_wire, rank, kind, where)
-        for ranks, zero, rank in ((2, 1, 1), (3, 0, 1)) + (((3, 1, 2), (3, 2, 0), (2, 0, 0)) if full else ()):
+        for ranks, zero, rank in ((2, 1, 1), (3, 0, 1)) + (((3, 1, 2), (3, 2, 0), (2, 0, 1)) if full else ()):
             test(f"f flip, {ranks} ranks, zero {zero}", self.flipped, ranks, zero, rank)
         for name, worlds, words, lines, busy in (
                 ("absent", [(0, 3), (1, 3)], ["rank 2 of 3 did not come"], 1, False),
