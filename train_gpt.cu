@@ -5327,7 +5327,8 @@ struct Saver {
 private:
     // To the watch, who is at the first of these is behind those that are at the second.
     static constexpr const char *WRITING = "saving", *WAITING = "waiting for all ranks' files";
-    std::string report;  // of this rank, for the first
+    std::string report;                                // of this rank, for the first
+    std::vector<std::pair<int, std::string>> reports;  // to the first, of saves that others have begun before it
 
     Files own_files(Model& m) {
         Files files;
@@ -5460,23 +5461,30 @@ private:
     std::vector<FileRecord> gather_reports() {
         std::vector<FileRecord> records;
         std::string error;
+        auto step_of = [](const std::string& text) { return strtoll(text.c_str() + text.find(' '), nullptr, 10); };
         auto take = [&](int rank, const std::string& text) {
             char word[16], name[256], hash[32];
-            long long of = -1;
             int used = 0, n;
             unsigned long long bytes;
-            if (sscanf(text.c_str(), "%15s %lld\n%n", word, &of, &used) != 2 || of != step) return 0;
+            if (sscanf(text.c_str(), "%15s %*d\n%n", word, &used) != 1) return;
             const char* p = text.c_str() + used;
             if (strcmp(word, "failed") == 0 && error.empty())
                 error = (rank ? format("rank %d: ", rank) : "") + std::string(p, strcspn(p, "\n"));
             if (strcmp(word, "saved") == 0)
                 for (; sscanf(p, "%255s %llu %31s\n%n", name, &bytes, hash, &n) == 3; p += n)
                     records.push_back({name, bytes, hash});
-            return 1;
         };
         take(0, report);
-        for (int missing = ranks.size - 1; missing > 0;)  // the watch sees who does not come
-            for (auto& [rank, text] : job.take_reports(0.5)) missing -= take(rank, text);
+        for (int missing = ranks.size - 1;;) {
+            std::vector<std::pair<int, std::string>> later;
+            for (auto& [rank, text] : reports) {
+                if (step_of(text) == step) take(rank, text), missing--;
+                if (step_of(text) > step) later.push_back({rank, text});
+            }
+            reports = later;
+            if (missing == 0) break;
+            for (auto& r : job.take_reports(0.5)) reports.push_back(r);  // the watch sees who does not come
+        }
         if (!error.empty()) throw Error(error);
         return records;
     }
