@@ -5217,7 +5217,8 @@ struct Saver {
     std::thread writer;
     std::atomic<bool> writing{false}, written{false};  // the latter: this rank's own files are
     std::atomic<uint64_t> pieces{0};                   // read or written so far by the writer
-    char* copy = nullptr;             // pinned, of copy_bytes
+    std::vector<std::pair<int, std::string>> early;    // reports of later checkpoints than the one that is waited for
+    char* copy = nullptr;                              // pinned, of copy_bytes
     size_t copy_bytes = 0;
 
     ~Saver() {
@@ -5405,8 +5406,19 @@ private:
             return true;
         };
         take(0, own);
-        for (int missing = ranks.size - 1; missing > 0;)
-            for (auto& [rank, report] : job.take_reports(true, 0.5)) missing -= take(rank, report);
+        // Others may be a checkpoint ahead, if their writers are quicker: such reports wait for their turn.
+        auto due = [step](const std::pair<int, std::string>& report) {
+            long long of = -1;
+            return sscanf(report.second.c_str(), "%*s %lld", &of) == 1 && of <= step;
+        };
+        int missing = ranks.size - 1;
+        for (auto reports = std::exchange(early, {});; reports = job.take_reports(true, 0.5)) {
+            const auto later = std::stable_partition(reports.begin(), reports.end(), due);
+            early.insert(early.end(), later, reports.end());
+            reports.erase(later, reports.end());
+            for (auto& [rank, report] : reports) missing -= take(rank, report);
+            if (missing == 0) break;
+        }
         return records;
     }
 
