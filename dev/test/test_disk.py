@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import sys
 
-from launch import (Failure, Job, Tests, checkpoint, checkpoints, contents, copy, expect, log_bits, read_log, refuse, run,
-                    verify)
+from launch import (Failure, Job, Tests, checkpoint, checkpoints, contents, copy, expect, log_bits, read_log, refuse,
+                    run, verify)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KINDS = [("ENOSPC", ""), ("EIO", ""), ("SHORT", ""), ("ENOSPC", "1"), ("SHORT", "1")]  # FAULT_ERRNO, FAULT_STICKY
