@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import sys
 
-from launch import (Failure, Job, Tests, checkpoint, checkpoints, contents, copy, expect, log_bits, read_log, refuse, run,
-                    verify)
+from launch import (Failure, Job, Tests, checkpoint, checkpoints, contents, copy, expect, log_bits, read_log, refuse,
+                    run, verify)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KINDS = [("ENOSPC", ""), ("EIO", ""), ("SHORT", ""), ("ENOSPC", "1"), ("SHORT", "1")]  # FAULT_ERRNO, FAULT_STICKY
@@ -147,15 +147,21 @@ class DiskTests(Tests):
         expect(not broken, f"{len(broken)}: " + "; ".join(broken[:5]))
 
     def slow(self, what, ranks, more):
-        """Every write takes a tenth of a second, all of them longer than --timeout: slow, but no hang."""
+        """Every write takes a tenth of a second, all of them longer than --timeout: slow, but no hang. What is written
+        while training goes on is the step's that was saved."""
         name = f"slow_{what}_{ranks}{len(more)}"
         where = {"weights": self.path(name + ".st"), "checkpoint": self.path(name) + "/.step_"}[what]
-        flags = ["--timeout", 1.2, "--save-every", 6, *more]
+        flags = ["--timeout", 1.2, *more]
         faults = {**self.faults(name, FAULT_ERRNO="SLOW", FAULT_RANK=0), "FAULT_PATH": where}
         job = run(self.exe, self.flags(name, ranks, *flags), ranks, faults)
         self.note("seconds of a run whose disk is slow", job.seconds)
         expect(job.seconds > 1.9, f"{job.seconds:.1f} s: the disk was not slow")
         expect(contents(self.path(name + ".st")) == self.calm(ranks, 0)[2], "the weights differ")
+        for step in (2, 4, 6):
+            want = checkpoint(self.path(f"calm{ranks}_0False"), step)
+            for file in os.listdir(want):
+                got = contents(os.path.join(checkpoint(self.path(name), step), file))
+                expect(got == contents(os.path.join(want, file)), f"step {step}: {file} differs")
 
     def hangs(self, rank, more):
         """One rank's disk never answers: the job ends, and says who."""
