@@ -16,7 +16,8 @@ import sysconfig
 import tempfile
 import time
 
-from launch import Failure, Job, checkpoint, checkpoints, contents, expect, log_bits, read_log, run, verify, write_shard
+from launch import (MPI_ENV, Failure, Job, checkpoint, checkpoints, contents, expect, log_bits, read_log, run, verify,
+                    write_shard)
 
 
 def write_text(path, size=300000):
@@ -36,6 +37,7 @@ class Kills:
         self.kills = self.hits = self.starts = self.lives = self.rounds = self.orphaned = 0
         self.kinds = {"all processes": 0, "one rank": 0, "mpirun": 0}
         write_text(self.path("text.bin"))
+        MPI_ENV["OMPI_MCA_btl_vader_backing_directory"] = directory  # killed jobs leave their shared memory behind
 
     def path(self, name):
         return os.path.join(self.dir, name)

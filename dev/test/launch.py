@@ -241,6 +241,7 @@ class Tests:
         self.args, self.passed, self.failed = args, 0, 0
         self.exe, self.full = os.path.abspath(args.train_gpt), args.full
         self.dir = tempfile.mkdtemp(prefix="train_gpt_")
+        MPI_ENV["OMPI_MCA_btl_vader_backing_directory"] = self.dir  # killed jobs leave their shared memory behind
         self.made, self.lock, self.worst, self.todo = {}, threading.Lock(), {}, []
         state, tokens = 1, []
         for _ in range(60000):
