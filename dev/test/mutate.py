@@ -3,8 +3,8 @@
 
 usage: dev/test/mutate.py [FILTER ...]     only mutations whose name holds one of the words
 
-Each mutation changes one place of a copy of the sources, builds the test of a geometry and precision and runs the named
-tests. Prints caught or SURVIVED; exit status 1 if one survived, 2 if a mutation no longer fits the source. The sources as they
+Each mutation changes one place of a copy of the sources, builds the test of a geometry and precision, or the trainer, and runs
+the named tests. Prints caught or SURVIVED; exit status 1 if one survived, 2 if a mutation no longer fits the source. The sources as they
 are must pass the same tests first, or every verdict would be worthless.
 """
 import os
@@ -402,18 +402,199 @@ MUTATIONS = [
      "for (int i = threadIdx.x; i < count; i += blockDim.x) sum += sums[i];",
      "for (int i = threadIdx.x; i < 1; i += blockDim.x) sum += sums[i];",
      "exact_fp32", "adamw"),
+    # many ranks, checkpoints, the watch: through the command line
+    ("ranks: reduce does not wait", MAIN,
+     "    ranks.order(ranks.stream, m.stream);\n"
+     "    if (!m.storage.cut_state()) return",
+     "    if (!m.storage.cut_state()) return",
+     "ranks", "^g streams"),
+    ("ranks: slot not awaited", MAIN,
+     "        CHECK(cudaStreamWaitEvent(m.stream, m.slot(u).reduced, 0));\n",
+     "",
+     "ranks", "^g streams"),
+    ("ranks: theory off", MAIN,
+     "double bytes = 2 * sizeof(Numbers::summed);",
+     "double bytes = 1 * sizeof(Numbers::summed);",
+     "ranks", "^a llama, 2 ranks, zero 1"),
+    ("ranks: gathers again", MAIN,
+     "    if (s.held == u) return;\n",
+     "",
+     "ranks", "^a llama, 2 ranks, zero 3"),
+    ("ranks: weight of a micro-batch", MAIN,
+     "1.0f / (o.grad_accum * float(ranks.size)), i == 0",
+     "1.0f / (o.grad_accum * float(2)), i == 0",
+     "ranks", "^a .*3 ranks"),
+    ("ranks: norm of all at zero 0", MAIN,
+     "const size_t state = s.cut_state() ? at : begin;\n"
+     "        floatX* params = m.params + (s.cut_weights() ? at : begin);",
+     "const size_t state = s.cut_state() ? at : begin;\n"
+     "        if (s.cut_weights()) part.lr *= 1.0001f;\n"
+     "        floatX* params = m.params + (s.cut_weights() ? at : begin);",
+     "ranks", "all levels"),
+    ("ranks: moments not cut", MAIN,
+     "const size_t state = section(\"AdamW moments\", m.m.name(), s.cut_state());",
+     "const size_t state = P; section(\"AdamW moments\", m.m.name(), s.cut_state());",
+     "ranks", "memory"),
+    ("ranks: piece of a resume", MAIN,
+     "const size_t at = theirs.shard + begin - (theirs.whole - old_unit.begin)",
+     "const size_t at = theirs.shard",
+     "ranks", "^b resume"),
+    ("ranks: no seek", MAIN,
+     "        if (data) data->seek(state.loader);\n",
+     "",
+     "ranks", "^b resume"),
+    ("ranks: no copy", MAIN,
+     "                t.read = [from = at](char* to, size_t offset, size_t count) { memcpy(to, from + "
+     "offset, count); };\n",
+     "",
+     "disk", "slow disk, check"),
+    ("ranks: keeps all", MAIN,
+     "for (size_t i = 0; keep > 0 && i + keep",
+     "for (size_t i = 0; keep > 99 && i + keep",
+     "ranks", "^b --keep"),
+    ("ranks: hash not checked", MAIN,
+     "if (hash.text() != m.files[i].hash) throw",
+     "if (false) throw",
+     "ranks", "^c a flipped"),
+    ("ranks: manifest not checked", MAIN,
+     "|| checksum->string != hash.text())",
+     ")",
+     "ranks", "^c .*state"),
+    ("ranks: all ranks warn", MAIN,
+     "if (!trouble.empty() && (ranks.rank == 0 || !common))",
+     "if (ranks.rank == 0 || true)",
+     "ranks", "^c .*2 ranks"),
+    ("ranks: all damaged begins anew", MAIN,
+     "        if (step == -2)\n",
+     "        if (step == -3)\n",
+     "ranks", "^c all"),
+    ("ranks: does not stop", MAIN,
+     "if (n.stop) stop(step, \"\");",
+     "",
+     "ranks", "^d "),
+    ("ranks: stop not saved", MAIN,
+     "|| (stopping && step == end)) {\n"
+     "            check",
+     "|| false) {\n"
+     "            check",
+     "ranks", "^(d SIGUSR1|e --max)"),
+    ("ranks: bad steps update", MAIN,
+     "    if (n->skip) return;\n",
+     "",
+     "ranks", "^e "),
+    ("ranks: bad steps endless", MAIN,
+     "if (n.skip && n.skipped >= o.max_bad_steps)",
+     "if (false)",
+     "ranks", "^e --max"),
+    ("ranks: death unseen", MAIN,
+     "        if (p.bye || p.failed) return \"\";\n",
+     "        return \"\";\n",
+     "ranks", "^f (kill|stop)"),
+    ("ranks: hashes not compared", MAIN,
+     "        if (checked(step)) compare_hashes(r.hashes, step);\n",
+     "",
+     "ranks", "^f flip"),
+    ("ranks: two ranks blamed", MAIN,
+     "majority = 2 * most->second > ranks.size;",
+     "majority = true;",
+     "ranks", "^f flip"),
+    ("ranks: other size", MAIN,
+     "        else if (size != me.size)\n",
+     "        else if (false)\n",
+     "ranks", "^f rendezvous: wrong"),
+    ("ranks: every rank complains", MAIN,
+     "        if (world.rank == 0) fprintf(stderr, \"train_gpt: %s\\n\", e.what());",
+     "        fprintf(stderr, \"train_gpt: %s\\n\", e.what());",
+     "ranks", "^f bad"),
+    ("ranks: gradients at the end", MAIN,
+     "        block_backward(m, l, B, T, begin_gradients(m, l + 1, first));\n"
+     "        finished(l + 1);\n",
+     "        block_backward(m, l, B, T, begin_gradients(m, l + 1, first));\n"
+     "    }\n"
+     "    for (int l = L - 1; l >= 0; l--) {\n"
+     "        finished(l + 1);\n",
+     "ranks", "^g gradients"),
+    ("ranks: reduction is waited for", MAIN,
+     "    CHECK(cudaEventRecord(m.slot(u).reduced, ranks.stream));\n"
+     "}\n",
+     "    CHECK(cudaEventRecord(m.slot(u).reduced, ranks.stream));\n"
+     "    ranks.order(m.stream, ranks.stream);\n"
+     "}\n",
+     "ranks", "^g gradients"),
+    ("ranks: no gather ahead", MAIN,
+     "    if (m.storage.cut_weights() && next >= 0) gather_weights(m, next);\n",
+     "",
+     "ranks", "^g weights"),
+    ("ranks: write error ignored", MAIN,
+     "            if (done < 0) fail();\n",
+     "            if (done < 0) return;\n",
+     "disk", "^step"),
+    ("ranks: fsync error ignored", MAIN,
+     "        if (fsync(fd)) fail();\n",
+     "        fsync(fd);\n",
+     "disk", "^step"),
+    ("ranks: final name at once", MAIN,
+     "return out + \"/.\" + checkpoint_name(step);",
+     "return out + \"/\" + checkpoint_name(step);",
+     "disk", "^step"),
+    ("ranks: failed save ends the run", MAIN,
+     "            failure = e.what();\n",
+     "            failure = e.what();\n"
+     "            throw;\n",
+     "disk", "^step"),
+    ("ranks: last failure unsaid", MAIN,
+     "    if (!saver.failure.empty())\n"
+     "        throw",
+     "    if (false)\n"
+     "        throw",
+     "disk", "^step"),
+    ("ranks: killed: log not cut", MAIN,
+     "strtoll(old.c_str() + at, nullptr, 10) <= step) {",
+     "strtoll(old.c_str() + at, nullptr, 10) <= 1 << 30) {",
+     "kill", ""),
+    ("ranks: killed: removed before", MAIN,
+     "        fsync_dir(dir);\n"
+     "        const std::string final_dir",
+     "        for (int64_t s : list_checkpoints(out)) remove_checkpoint(out, s);\n"
+     "        usleep(3000);\n"
+     "        const std::string final_dir",
+     "kill", ""),
+    ("ranks: killed: moments forgotten", MAIN,
+     "                CHECK(cudaMemcpy(flat.at(cut ? own.shard + begin - from : unit.begin + "
+     "begin).p, values.data(),\n"
+     "                                 values.size(), cudaMemcpyHostToDevice));\n",
+     "",
+     "kill", ""),
+    ("ranks: waiting is moving", MAIN,
+     "reports.push_back(r);  // the watch sees who does not come",
+     "reports.push_back(r);\n"
+     "            job.progress(\"saving\", step + missing);",
+     "disk", "hangs"),
+    ("ranks: early lost", MAIN,
+     "            reports = later;\n",
+     "            reports.clear();\n",
+     "disk", "slow disk, check"),
+    ("ranks: no lock", MAIN,
+     "        lock_folder(o.out);\n",
+     "",
+     "ranks", "two jobs"),
 ]
+
+SCRIPTS = {"ranks": "test_ranks.py", "disk": "test_disk.py", "kill": "kill.py"}
 
 
 def passes(work, build, test):
     """Builds a test in `work` and runs it, exact ones with three lane orders. None: it does not build. (Of the serial tests
     those that sum over long rows need -O3's order of adding for their tolerances: here they run in the exact geometry.)"""
     quiet = dict(cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    target = "build/test_" + build
+    target = "build/train_gpt_cpu_fp32" if build in SCRIPTS else "build/test_" + build
     if subprocess.run(["make", "-s", target, "OPTIMIZE=-O1"], **quiet).returncode:
         return None
     command = ["./" + target, "--quick", "--filter", test]
-    for seed in ("1",) if "serial" in build else ("1", "2", "3"):
+    if build in SCRIPTS:
+        command = [sys.executable, "dev/test/" + SCRIPTS[build], target]
+        command += ["--kills", "12"] if build == "kill" else ["--filter", test]
+    for seed in ("1", "2", "3") if "exact" in build else ("1",):
         env = {**os.environ, "CUDA_CPU_SEED": seed, "OMP_NUM_THREADS": "1"}
         try:
             if subprocess.run(command, env=env, timeout=300, **quiet).returncode:
@@ -431,7 +612,8 @@ def main():
             shutil.copy(os.path.join(ROOT, name), work)
         shutil.copytree(os.path.join(ROOT, "dev", "cpu"), os.path.join(work, "dev", "cpu"))
         shutil.copytree(os.path.join(ROOT, "dev", "test", "golden"), os.path.join(work, "dev", "test", "golden"))
-        shutil.copy(os.path.join(ROOT, "dev", "test", "frame.h"), os.path.join(work, "dev", "test"))
+        for name in ("frame.h", "faulty_disk.c", "launch.py", *SCRIPTS.values()):
+            shutil.copy(os.path.join(ROOT, "dev", "test", name), os.path.join(work, "dev", "test"))
         chosen = [m for m in MUTATIONS if not words or any(w in m[0] for w in words)]
         for build, test in sorted({m[4:] for m in chosen}):
             if not passes(work, build, test):

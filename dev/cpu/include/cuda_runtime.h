@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <math.h>
 #include <malloc.h>
+#include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
