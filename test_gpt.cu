@@ -1203,8 +1203,8 @@ TEST(speed_of_light) {
         EXPECT(seconds[level] > seconds[level - 1]);
     }
     if (BF16) EXPECT(seconds[1] < 1.025 * seconds[0] && seconds[3] < 4.0 / 3 * seconds[0]);
-    // over 8 ranks: (n-1)/n of gradients reduced and weights gathered, once, and with ZeRO 3 all weights but those of the
-    // last two layers twice
+    // over 8 ranks: (n-1)/n of gradients reduced and weights gathered, once, and with ZeRO 3 all weights but those of
+    // the last two layers twice
     for (int zero = 0; zero < 4; zero++) {
         Storage s;
         s.ranks = 8, s.zero = zero, s.half_gradients = BF16;

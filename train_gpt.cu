@@ -111,7 +111,8 @@ inline void check_cublas(cublasStatus_t status, const char* call, const char* fi
 #define CHECK_CUBLAS(call) check_cublas(call, #call, __FILE__, __LINE__)
 inline void check_nccl(ncclResult_t status, const char* call, const char* file, int line) {
     if (status != ncclSuccess)
-        throw Error(format("%s:%d: %s: %s: %s", file, line, call, ncclGetErrorString(status), ncclGetLastError(nullptr)));
+        throw Error(
+            format("%s:%d: %s: %s: %s", file, line, call, ncclGetErrorString(status), ncclGetLastError(nullptr)));
 }
 #define CHECK_NCCL(call) check_nccl(call, #call, __FILE__, __LINE__)
 
@@ -245,8 +246,8 @@ struct Storage {
     bool half_gradients = false;  // in bf16: 2 bytes a parameter instead of 4, each micro-batch's sum rounded
     bool half_moments = false;    // AdamW's moments in bf16, rounded at random: 4 bytes a parameter, not 8
     bool no_master = false;       // no float weights beside the bf16 ones, which are rounded at random: 4 bytes less
-    // ZeRO (Rajbhandari et al. 2020): of `ranks` ranks each keeps 1/ranks of nothing (0), of masters and moments (1), of
-    // gradients too (2), of weights too (3).
+    // ZeRO (Rajbhandari et al. 2020): of `ranks` ranks each keeps 1/ranks of nothing (0), of masters and moments (1),
+    // of gradients too (2), of weights too (3).
     int ranks = 1, zero = 0;
     bool whole_gradients = false;  // even so not gradients: they are summed over micro-batches, then reduced once
 
@@ -287,7 +288,7 @@ struct LayerOffsets {
 };
 
 struct Unit {
-    size_t begin, size;       // in a flat buffer; both multiples of 64 ranks
+    size_t begin, size;      // in a flat buffer; both multiples of 64 ranks
     size_t tensor, tensors;  // its first one and their number
 };
 
@@ -2902,9 +2903,9 @@ struct Ranks {
     ncclComm_t comm = nullptr;
     cudaStream_t stream = nullptr;
     cudaEvent_t moment = nullptr;
-    double* values = nullptr;  // (size) on the device, for exchange()
-    double sent = 0;                   // bytes, by the formulas above
-    std::atomic<long long> calls{0};   // of collectives, by which the watch (Channel) knows who is behind
+    double* values = nullptr;         // (size) on the device, for exchange()
+    double sent = 0;                  // bytes, by the formulas above
+    std::atomic<long long> calls{0};  // of collectives, by which the watch (Channel) knows who is behind
 
     // The stream `later` goes on only when all that `earlier` has been given so far is done.
     void order(cudaStream_t later, cudaStream_t earlier) {
@@ -3024,17 +3025,17 @@ struct Staging {
 // A step's numbers, on the device, the same on all ranks once summed.
 struct Numbers {
     float loss, grad_norm;
-    int stop;                         // ranks that were asked to stop
-    int skip;                         // loss or gradient norm is not finite: no update
-    long long updates, skipped;       // so far
+    int stop;                               // ranks that were asked to stop
+    int skip;                               // loss or gradient norm is not finite: no update
+    long long updates, skipped;             // so far
     float scale, correction1, correction2;  // of the update: clipping, 1 - beta^updates
-    double summed[3];                 // over ranks: loss, square of the gradient norm, stop
+    double summed[3];                       // over ranks: loss, square of the gradient norm, stop
 };
 
 // What a step tells the host, which need not wait for it: there once `done` has happened.
 struct Report {
-    Numbers* numbers = nullptr;             // pinned
-    unsigned long long* hashes = nullptr;   // (ranks) pinned: of each rank's weights, if this step checks them
+    Numbers* numbers = nullptr;            // pinned
+    unsigned long long* hashes = nullptr;  // (ranks) pinned: of each rank's weights, if this step checks them
     cudaEvent_t done = nullptr;
 };
 
@@ -3841,8 +3842,8 @@ float evaluate(Model& m, const int32_t* windows, int B, int T) {
 // parameter in bf16: 4 for the norm, 30 for the update (22 with bf16 moments). Over ranks, each takes the norm of its
 // pieces and, unless nothing is cut (zero 0), updates only those; the weights are then gathered unit by unit.
 //
-// A step whose loss or gradient norm is not finite updates nothing and is counted; t counts the updates. The decision is
-// the device's, so that the host need not wait.
+// A step whose loss or gradient norm is not finite updates nothing and is counted; t counts the updates. The decision
+// is the device's, so that the host need not wait.
 
 struct AdamW {
     float lr = 1e-3f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, clip = 1.0f;  // clip 0: none
@@ -3931,7 +3932,8 @@ __global__ void adamw_kernel(floatX* params, float* master, S* m, S* v, const G*
             four(master, i) = w4;
             for (int j = 0; j < FOUR; j++) p4.v[j] = w4.v[j];
         } else {
-            for (int j = 0; j < FOUR; j++) store_randomly(p4.v[j], w4.v[j], BF16 ? rounding_bits(index + i + j, ~key) : 0);
+            for (int j = 0; j < FOUR; j++)
+                store_randomly(p4.v[j], w4.v[j], BF16 ? rounding_bits(index + i + j, ~key) : 0);
         }
         four(params, i) = p4;
         four(m, i) = m4;
@@ -3975,9 +3977,9 @@ void update(Model& m, const AdamW& o, int64_t step, bool stop = false) {
             m.m.at(state).visit([&](auto* moments) {
                 using G = std::decay_t<decltype(*grads)>;
                 using S = std::decay_t<decltype(*moments)>;
-                adamw_kernel<G, S><<<chunks(count), 256, 0, m.stream>>>(
-                    params, master, moments, static_cast<S*>(m.v.at(state).p), grads, m.numbers, count, begin, part,
-                    key);
+                adamw_kernel<G, S><<<chunks(count), 256, 0, m.stream>>>(params, master, moments,
+                                                                        static_cast<S*>(m.v.at(state).p), grads,
+                                                                        m.numbers, count, begin, part, key);
             });
         });
         CHECK(cudaGetLastError());
@@ -4008,7 +4010,7 @@ void update(Model& m, const AdamW& o, int64_t step, bool stop = false) {
     }
 }
 
-// hash[0..blocks) of the weights as they lie in memory, each of a CHUNK: sum of mixed words, the same whatever the order
+// parts[block] = sum of the mixed words of a CHUNK of the weights, as they lie in memory; the order does not matter.
 __global__ void weights_hash_kernel(unsigned long long* parts, const unsigned* words, size_t count) {
     size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, count);
     unsigned long long sum[1] = {0};
@@ -4019,6 +4021,7 @@ __global__ void weights_hash_kernel(unsigned long long* parts, const unsigned* w
     block_sums(sum);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum[0];
 }
+// hash = sum of parts; one block
 __global__ void hash_sum_kernel(unsigned long long* hash, const unsigned long long* parts, int count) {
     unsigned long long sum[1] = {0};
     for (int i = threadIdx.x; i < count; i += blockDim.x) sum[0] += parts[i];
@@ -4030,7 +4033,8 @@ __global__ void hash_sum_kernel(unsigned long long* hash, const unsigned long lo
 void hash_weights(Model& m) {
     const size_t words = m.table.size * sizeof(floatX) / sizeof(unsigned);
     for (const cudaEvent_t& there : m.gathered) CHECK(cudaStreamWaitEvent(m.stream, there, 0));
-    weights_hash_kernel<<<chunks(words), 256, 0, m.stream>>>(m.hash_parts, reinterpret_cast<unsigned*>(m.params), words);
+    weights_hash_kernel<<<chunks(words), 256, 0, m.stream>>>(m.hash_parts, reinterpret_cast<unsigned*>(m.params),
+                                                             words);
     CHECK(cudaGetLastError());
     hash_sum_kernel<<<1, 512, 0, m.stream>>>(m.hashes + ranks.rank, m.hash_parts, chunks(words));
     CHECK(cudaGetLastError());
@@ -4608,7 +4612,8 @@ private:
         if (kind == BEAT) {
             Place to;
             int words = 0;
-            if (sscanf(body.c_str(), "%lld %lld %lld %lld %n", &to.moves, &to.calls, &to.step, &to.stage, &words) == 4 &&
+            if (sscanf(body.c_str(), "%lld %lld %lld %lld %n", &to.moves, &to.calls, &to.step, &to.stage, &words) ==
+                    4 &&
                 words)
                 to.doing = body.substr(words), p.move_to(to);
         }
@@ -4634,7 +4639,8 @@ private:
     // collectives, so who has made fewer keeps the others waiting.
     std::string hang(double t) const {
         auto order = [](const Peer& p) {
-            return std::make_tuple(p.bye, p.bye ? 0 : p.place.calls, p.bye ? 0 : p.place.step, p.bye ? 0 : p.place.stage);
+            return std::make_tuple(p.bye, p.bye ? 0 : p.place.calls, p.bye ? 0 : p.place.step,
+                                   p.bye ? 0 : p.place.stage);
         };
         const Peer *last = &peers[0], *first = last;
         for (const Peer& p : peers) {
@@ -4726,8 +4732,7 @@ private:
         lock.unlock();
         p.calls = ranks.calls, p.moves += ticks;
         if (me.rank == 0) peers[0].move_to(p);
-        const std::string body =
-            format("%lld %lld %lld %lld %s", p.moves, p.calls, p.step, p.stage, p.doing.c_str());
+        const std::string body = format("%lld %lld %lld %lld %s", p.moves, p.calls, p.step, p.stage, p.doing.c_str());
         for (Peer& to : peers)
             if (to.fd >= 0 && to.out.empty()) put(to, BEAT, body);  // one that does not read gets no more
     }
@@ -4898,7 +4903,7 @@ struct OutFile {
         throw Error(path + ": cannot be written: " + strerror(errno) + ". Give a place with room and rights.");
     }
     void write(const void* data, size_t bytes) {
-        constexpr uint64_t SYNC = uint64_t(256) << 20;  // so that ticks mean bytes on the disk, and the end is not one long wait
+        constexpr uint64_t SYNC = 256 << 20;  // so that ticks mean bytes on the disk, and the end is no long wait
         if ((hash.total + bytes) / SYNC > hash.total / SYNC && fdatasync(fd)) fail();
         hash.add(data, bytes);
         ticks++;
@@ -5179,8 +5184,9 @@ void export_weights(const Model& m, const std::string& path) {
 //   model.safetensors, or model-0000I-of-0000K.safetensors and an index of them as Hugging Face has it: the weights as
 //                                trained, with the paper's names, whole tensors; units are dealt to the ranks
 //   optimizer_rankR.safetensors  the shard of the moments and, in bf16, the masters
-//   state.json                   step, seed, configuration, the loader's position, counts; size and XXH64 of every other
-//                                file, and of itself. Random numbers are functions of seed and step: no other state.
+//   state.json                   step, seed, configuration, the loader's position, counts; size and XXH64 of every
+//                                other file, and of itself. Random numbers are functions of seed and step: there is no
+//                                other state.
 // It is the same at every ZeRO level. Files are written to OUT/.step_NNNNNNNN and fsynced; when every rank has told the
 // first that its own are there, that one writes state.json and renames: what has the name is complete. What cannot be
 // written is given up with a warning, training goes on, and the checkpoints before it stay.
@@ -5277,9 +5283,9 @@ std::string model_file(const Model& m, int i) {
 // Writes checkpoints, in the foreground or, from a copy in host memory, behind the training's back.
 struct Saver {
     std::string out;
-    int keep = 0;             // the newest that stay, 0: all
+    int keep = 0;  // the newest that stay, 0: all
     bool background = false;
-    std::string failure;      // why the last save was given up, "" if it was not; the first rank's, after finish()
+    std::string failure;  // why the last save was given up, "" if it was not; the first rank's, after finish()
 
     // One file of this rank, by name.
     using Files = std::vector<std::pair<std::string, std::vector<SaveTensor>>>;
@@ -5382,8 +5388,10 @@ private:
             copy = nullptr, copy_bytes = 0;
             if (cudaMallocHost(&copy, bytes) != cudaSuccess) {
                 cudaGetLastError();
-                fprintf(stderr, "train_gpt: --save-async: no %.1f GiB of host memory for a copy; saving in the "
-                        "foreground.\n", bytes / 1073741824.0);
+                fprintf(stderr,
+                        "train_gpt: --save-async: no %.1f GiB of host memory for a copy; saving in the "
+                        "foreground.\n",
+                        bytes / 1073741824.0);
                 return background = false;
             }
             copy_bytes = bytes;
@@ -5404,9 +5412,9 @@ private:
     }
 
     static std::string manifest_head(const Model& m, const TrainState& s) {
-        std::string json = format("{\n  \"step\": %lld,\n  \"seed\": %llu,\n  \"updates\": %lld,\n  \"skipped\": %lld,\n",
-                                  (long long)s.step, (unsigned long long)s.seed, (long long)s.updates,
-                                  (long long)s.skipped);
+        std::string json =
+            format("{\n  \"step\": %lld,\n  \"seed\": %llu,\n  \"updates\": %lld,\n  \"skipped\": %lld,\n",
+                   (long long)s.step, (unsigned long long)s.seed, (long long)s.updates, (long long)s.skipped);
         json += format("  \"ranks\": %d,\n  \"loader\": {\"epoch\": %llu, \"window\": %llu},\n", ranks.size,
                        (unsigned long long)s.loader.epoch, (unsigned long long)s.loader.window);
         json += "  \"config\": {";
@@ -5420,7 +5428,8 @@ private:
         std::vector<std::string> lines;
         if (ranks.rank > 0 || model_files(m) == 1) return lines;
         for (const Tensor& t : m.table.tensors)
-            lines.push_back("\"" + t.name + "\": \"" + model_file(m, model_file_of(m, m.table.unit_of(t.offset))) + "\"");
+            lines.push_back("\"" + t.name + "\": \"" + model_file(m, model_file_of(m, m.table.unit_of(t.offset))) +
+                            "\"");
         return lines;
     }
 
@@ -5704,7 +5713,8 @@ struct Log {
         std::string kept = std::string(LOG_HEADER) + "\n";
         if (step > 0 && access(path.c_str(), F_OK) == 0) {
             const std::string old = read_file(path);
-            if (old.compare(0, kept.size(), kept)) throw Error(path + ": is no log of this version. Move it away: a new one begins.");
+            if (old.compare(0, kept.size(), kept))
+                throw Error(path + ": is no log of this version. Move it away: a new one begins.");
             size_t at = kept.size(), end;
             while ((end = old.find('\n', at)) != std::string::npos && strtoll(old.c_str() + at, nullptr, 10) <= step) {
                 const char* comma = strchr(old.c_str() + at, ',');
@@ -5727,8 +5737,8 @@ struct Log {
         waiting += std::string(",") + note + "\n";
         put();
         if (!waiting.empty() && !waited)  // a full disk does not end a training: the rows are kept and tried again
-            fprintf(stderr, "train_gpt: warning: %s: cannot be written: %s. Make room; training goes on.\n", path.c_str(),
-                    strerror(errno));
+            fprintf(stderr, "train_gpt: warning: %s: cannot be written: %s. Make room; training goes on.\n",
+                    path.c_str(), strerror(errno));
     }
     void finish() {  // after the last row
         put();
@@ -5737,7 +5747,8 @@ struct Log {
                     path.c_str(), strerror(errno));
     }
     void put() {
-        for (ssize_t done; !waiting.empty() && (done = ::write(fd, waiting.data(), waiting.size())) > 0;) waiting.erase(0, done);
+        for (ssize_t done; !waiting.empty() && (done = ::write(fd, waiting.data(), waiting.size())) > 0;)
+            waiting.erase(0, done);
     }
     ~Log() {
         if (fd >= 0) close(fd);
@@ -5764,12 +5775,12 @@ struct Device {
     double link, network;      // bytes/s that a rank can send in a ring within a node of eight, and over several
 };
 const Device DEVICES[] = {
-    // matmul and copy measured with PyTorch 2.11. Links by their datasheets: NVLink, and between nodes an adapter a GPU of
-    // 400 (a100: 200) Gbit/s, all eight of which share what the rings send out of a node.
+    // matmul and copy measured with PyTorch 2.11. Links by their datasheets: NVLink, and between nodes an adapter a GPU
+    // of 400 (a100: 200) Gbit/s, all eight of which share what the rings send out of a node.
     {"h200", 788e12, 989e12, 4.3e12, 139.0 * (1 << 30), 450e9, 400e9},
     {"h100", 989e12, 989e12, 3.35e12, 79.0 * (1 << 30), 450e9, 400e9},  // SXM5, datasheet: nobody reaches it
     {"a100", 312e12, 312e12, 2.0e12, 79.0 * (1 << 30), 300e9, 200e9},   // SXM4 80 GB, datasheet
-    {"2-cores", 215e9, 215e9, 58e9, 16.0 * (1 << 30), 5e9, 5e9},       // an AMD EPYC with AVX-512, fp32, measured but links
+    {"2-cores", 215e9, 215e9, 58e9, 16.0 * (1 << 30), 5e9, 5e9},  // an AMD EPYC with AVX-512, fp32, measured but links
 };
 
 Device parse_device(const std::string& text) {
@@ -5895,8 +5906,8 @@ std::string speed_of_light(const Model& m, int micro, const Device& device) {
     for (const Work& w : work) all.flops += w.flops, all.bytes += w.bytes, all.seconds += w.seconds;
     std::string s =
         format("speed of light on %s: %.4g TFLOP/s of matmul, %.4g GB/s of copy\n  %-32s %10s %10s %10s %7s\n",
-               device.name.c_str(), device.flops / 1e12, device.copy / 1e9, n > 1 ? "a step of a rank" : "a step", "TFLOP",
-               "GB", "ms", "share");
+               device.name.c_str(), device.flops / 1e12, device.copy / 1e9, n > 1 ? "a step of a rank" : "a step",
+               "TFLOP", "GB", "ms", "share");
     auto line = [&](const Work& w) {
         s += format("  %-32s %10.4g %10.4g %10.4g %6.1f%%\n", w.kind.c_str(), w.flops / 1e12, w.bytes / 1e9,
                     w.seconds * 1e3, 100 * w.seconds / all.seconds);
@@ -6059,9 +6070,10 @@ std::vector<Flag> flags(Options& o) {
     choice("zero", "0|1|2|3",
            "each rank keeps its part only of: nothing, AdamW's state, gradients too, weights too (1)",
            {"0", "1", "2", "3"}, [&o](int i) { o.zero = i; });
-    choice("reduce", "once|each",
-           "with --zero 2, 3 and several micro-batches: sum gradients here first, or send each's and keep a part (once)",
-           {"once", "each"}, [&o](int i) { o.reduce_each = i; });
+    choice(
+        "reduce", "once|each",
+        "with --zero 2, 3 and several micro-batches: sum gradients here first, or send each's and keep a part (once)",
+        {"once", "each"}, [&o](int i) { o.reduce_each = i; });
     text("rendezvous", "HOST:PORT", "where rank 0 is found by TCP (over MPI, else MASTER_ADDR:MASTER_PORT)",
          &o.rendezvous);
     all.push_back({"timeout", "SECONDS", "until a rank that does not come, dies or hangs ends the job (600)",
@@ -6096,8 +6108,7 @@ std::vector<Flag> flags(Options& o) {
             "steps between checkpoints, one at the end too; 0 for none (0)");
     integer("keep", &o.keep, 0, big, "checkpoints that stay, the newest; 0 for all (2)");
     toggle("save-async", "write checkpoints from a copy in host memory while training goes on", &o.save_async, true);
-    toggle("resume", "go on from the newest sound checkpoint in --out, or begin if there is none", &o.resume,
-           true);
+    toggle("resume", "go on from the newest sound checkpoint in --out, or begin if there is none", &o.resume, true);
     integer("max-bad-steps", &o.max_bad_steps, 1, big,
             "steps skipped, as loss or gradient norm is not finite, until the run saves and stops (10)");
 
@@ -6130,8 +6141,10 @@ void print_help(const std::vector<Flag>& all) {
         "\nSeveral GPUs, on one node or many:\n"
         "  mpirun -n 8 ./train_gpt ...                                  Open MPI, MPICH\n"
         "  srun --ntasks-per-node=8 --gpus-per-node=8 ./train_gpt ...   Slurm\n"
-        "  torchrun --no-python --nproc-per-node=8 ./train_gpt ...      PyTorch's, as any other starter that sets RANK,\n"
-        "                                                               WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT\n"
+        "  torchrun --no-python --nproc-per-node=8 ./train_gpt ...      PyTorch's, as any other starter that sets "
+        "RANK,\n"
+        "                                                               WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, "
+        "MASTER_PORT\n"
         "SIGTERM, SIGINT and SIGUSR1 save a checkpoint and stop after the step; go on with --resume.\n"
         "\nDefaults in parentheses. Errors: one line on stderr, exit status 1.\n");
 }
@@ -6254,10 +6267,12 @@ void compare_hashes(const unsigned long long* hashes, int64_t step) {
     std::string others;
     for (int r = 0; r < ranks.size; r++)
         if (!majority || hashes[r] != most->first) others += format(others.empty() ? "%d" : ", %d", r);
-    throw Error(format("training: the ranks' weights differ after step %lld: %s. Nothing was saved; look for a bad GPU or "
-                       "network there and resume from the last checkpoint.", (long long)step,
-                       majority ? format("rank %s from the others", others.c_str()).c_str()
-                                : format("ranks %s, and no majority tells which is wrong", others.c_str()).c_str()));
+    throw Error(
+        format("training: the ranks' weights differ after step %lld: %s. Nothing was saved; look for a bad GPU or "
+               "network there and resume from the last checkpoint.",
+               (long long)step,
+               majority ? format("rank %s from the others", others.c_str()).c_str()
+                        : format("ranks %s, and no majority tells which is wrong", others.c_str()).c_str()));
 }
 
 // Bytes in use: of the device; on a CPU, whose memory processes share, this one's.
@@ -6297,8 +6312,8 @@ void print_use(const Model& m, double before, double sent, int micro) {
                m.storage.zero);
 }
 
-void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const Tokenizer* tokenizer,
-           TrainState state, double memory_before) {
+void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const Tokenizer* tokenizer, TrainState state,
+           double memory_before) {
     const int64_t S = o.steps, begun = state.step;
     const double tokens = double(m.N()) * o.grad_accum * ranks.size;
     Log log;
@@ -6312,7 +6327,7 @@ void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
     int64_t end = S;      // the step to stop after
     int64_t suspect = 0;  // a step after a skipped one, which ranks that have gone apart may have caused
     bool stopping = false;
-    std::string bad;      // why, if it was not asked to
+    std::string bad;  // why, if it was not asked to
     auto checked = [&](int64_t step) {
         return ranks.size > 1 && !m.storage.cut_weights() && o.check_every > 0 &&
                (step % o.check_every == 0 || step == begun + 1 || step == suspect);
@@ -6338,7 +6353,9 @@ void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
         const bool spike = log.spikes.add(n.loss);
         if (ranks.rank == 0)
             log.row(step, n.loss, lr, n.grad_norm, tokens / (done - last), validated ? &val_loss : nullptr,
-                    n.skip ? "skipped" : spike ? "spike" : "");
+                    n.skip  ? "skipped"
+                    : spike ? "spike"
+                            : "");
         if (step % o.log_every == 0 || step == S || step == 1 || n.skip || spike || validated) {
             const double seconds = (done - mark - paused) / double(step - marked);
             printf("step %6lld/%lld %5.1f%% | loss %.4f | lr %.2e | norm %.3f | %.0f tokens/s | ETA %s%s%s\n",
@@ -6351,9 +6368,10 @@ void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
             marked = step, mark = done, paused = 0.0;
         }
         if (n.skip && n.skipped >= o.max_bad_steps)
-            stop(step, format("training: loss or gradient norm were not finite in %lld steps, at last in step %lld. Lower "
-                              "--lr or raise --warmup; --resume with a larger --max-bad-steps goes on.",
-                              n.skipped, (long long)step));
+            stop(step,
+                 format("training: loss or gradient norm were not finite in %lld steps, at last in step %lld. Lower "
+                        "--lr or raise --warmup; --resume with a larger --max-bad-steps goes on.",
+                        n.skipped, (long long)step));
         if (n.skip && suspect <= step) suspect = step + 2;  // no rank has begun it yet
         if (n.stop) stop(step, "");
         if (tokenizer && due(step, o.sample_every)) print_sample(m, *tokenizer, o, step);
@@ -6427,23 +6445,26 @@ int largest_batch(const Options& o, size_t room) {
 void choose_batch(Options& o, size_t room) {
     const int n = o.storage.ranks;
     if (o.total_batch % n)
-        throw Error(format("--total-batch: %d sequences cannot be shared by %d ranks. Choose a multiple.", o.total_batch, n));
+        throw Error(
+            format("--total-batch: %d sequences cannot be shared by %d ranks. Choose a multiple.", o.total_batch, n));
     if (o.batch_size == 0)
         o.batch_size = std::max(1, largest_batch(o, room));  // if not even 1 fits, create() says what would help
     if (o.total_batch % (int64_t(o.batch_size) * n))
-        throw Error(format("--total-batch: %d sequences are no multiple of --batch-size %d%s. Choose a divisor, or auto.",
-                           o.total_batch, o.batch_size, n > 1 ? format(" on %d ranks", n).c_str() : ""));
+        throw Error(
+            format("--total-batch: %d sequences are no multiple of --batch-size %d%s. Choose a divisor, or auto.",
+                   o.total_batch, o.batch_size, n > 1 ? format(" on %d ranks", n).c_str() : ""));
     o.storage = storage_of(o, o.batch_size);
     if (o.total_batch) o.grad_accum = o.total_batch / (o.batch_size * n);
 }
 
-// Has the matmuls' algorithms chosen, unless there is only one. A rank's choices lie in a file beside the log; a run takes
-// them from there, resumed or not, if every rank can.
+// Has the matmuls' algorithms chosen, unless there is only one. A rank's choices lie in a file beside the log; a run
+// takes them from there, resumed or not, if every rank can.
 void settle_matmuls(Model& m, const std::string& path, bool resumed) {
     const Config& c = m.c;
     const Matmul::Shape one = {false, true, int(m.N()), c.QKV(), c.C, CUDA_FLOATX};
     if (ranks.most(double(matmul.plan(one).algos.size())) < 2) return;
-    const bool there = access(path.c_str(), R_OK) == 0 && matmul.take_choices(read_file(path)) && matmul.chosen.count(one);
+    const bool there =
+        access(path.c_str(), R_OK) == 0 && matmul.take_choices(read_file(path)) && matmul.chosen.count(one);
     if (ranks.least(there)) return matmul.forget_plans();
     matmul.chosen.clear(), matmul.ways.clear();
     if (resumed)
@@ -6470,9 +6491,10 @@ void print_run(const Model& m, const Options& o) {
     printf("%s %s, %s: dim %d, %d layers, %d heads of %d (%d key/value), hidden %d, vocabulary %d, T %d; %s\n",
            fields[0].second.c_str(), fields[1].second.c_str(), fields[2].second.c_str(), c.C, c.L, c.NH, c.HS(), c.NKV,
            c.F(), c.V, c.T, PRECISION);
-    const std::string many = o.storage.ranks > 1 ? format(" on %d ranks, ZeRO %d", o.storage.ranks, o.storage.zero) : "";
-    printf("%zu parameters; %lld steps of %d x %d sequences%s\n%s", m.table.parameters, (long long)o.steps, o.grad_accum,
-           o.batch_size, many.c_str(), memory_plan(m).c_str());
+    const std::string many =
+        o.storage.ranks > 1 ? format(" on %d ranks, ZeRO %d", o.storage.ranks, o.storage.zero) : "";
+    printf("%zu parameters; %lld steps of %d x %d sequences%s\n%s", m.table.parameters, (long long)o.steps,
+           o.grad_accum, o.batch_size, many.c_str(), memory_plan(m).c_str());
     if (o.save_async) printf("  and on the host, for --save-async %10.1f MiB\n", saved_bytes(m) / 1048576.0);
 }
 
@@ -6582,7 +6604,8 @@ int64_t find_checkpoint(const std::string& out) {
     while (true) {
         const int64_t step = int64_t(ranks.exchange(steps.empty() ? any ? -2.0 : -1.0 : double(steps.back()))[0]);
         if (step == -2)
-            throw Error(out + ": none of its checkpoints is sound. Give another --out to begin anew, or repair the disk.");
+            throw Error(out +
+                        ": none of its checkpoints is sound. Give another --out to begin anew, or repair the disk.");
         if (step == -1) return -1;
         const std::string dir = out + "/" + checkpoint_name(step), aside = out + "/damaged_" + checkpoint_name(step);
         std::string trouble;
@@ -6604,8 +6627,8 @@ int64_t find_checkpoint(const std::string& out) {
     }
 }
 
-// One job at a time writes to a folder: two would take each other's unfinished checkpoints for leftovers. The lock is the
-// kernel's and goes with the process.
+// One job at a time writes to a folder: two would take each other's unfinished checkpoints for leftovers. The lock is
+// the kernel's and goes with the process.
 void lock_folder(const std::string& out) {
     const int fd = open(out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0) throw Error(out + ": cannot be opened: " + strerror(errno) + ". Check --out.");
@@ -6632,8 +6655,7 @@ void run(Options& o, const World& world) {
     const int B = o.batch_size, n = ranks.size;
     std::unique_ptr<DataLoader> data, val;
     if (o.steps > 0) data.reset(new DataLoader(o.train_data, B, c.T, c.V, o.shuffle, o.seed, ranks.rank, n));
-    if (o.steps > 0 && !o.val_data.empty())
-        val.reset(new DataLoader(o.val_data, B, c.T, c.V, false, 0, ranks.rank, n));
+    if (o.steps > 0 && !o.val_data.empty()) val.reset(new DataLoader(o.val_data, B, c.T, c.V, false, 0, ranks.rank, n));
     if (val && o.val_every < 0) o.val_every = int(std::max<int64_t>(1, o.steps / 10));
     make_dirs(o.out);
     if (ranks.rank == 0) {
@@ -6697,8 +6719,10 @@ int main(int argc, char** argv) {
         }
         if (world.size > 1 && strstr(world.launcher, "MPI") && strcmp(world.launcher, BUILT_WITH) &&
             o.rendezvous.empty() && !getenv("MASTER_ADDR") && !getenv("SLURM_JOB_ID"))
-            throw Error(format("MPI: started by %s, but built with %s. Take mpicxx and mpirun of one MPI; GPU builds "
-                               "can do with --rendezvous HOST:PORT.", world.launcher, BUILT_WITH));
+            throw Error(
+                format("MPI: started by %s, but built with %s. Take mpicxx and mpirun of one MPI; GPU builds "
+                       "can do with --rendezvous HOST:PORT.",
+                       world.launcher, BUILT_WITH));
     } catch (const std::exception& e) {  // the same on every rank: one says it
         fflush(stdout);
         if (world.rank == 0) fprintf(stderr, "train_gpt: %s\n", e.what());

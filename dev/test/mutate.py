@@ -578,6 +578,7 @@ MUTATIONS = [
      "        lock_folder(o.out);\n",
      "",
      "ranks", "two jobs"),
+    ("ranks: last rows lost", MAIN, "    log.finish();\n", "", "disk", "^log"),
 ]
 
 SCRIPTS = {"ranks": "test_ranks.py", "disk": "test_disk.py", "kill": "kill.py"}

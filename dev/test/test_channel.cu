@@ -585,7 +585,8 @@ TEST(hang_before_a_collective) {  // at the same place as the others, which wait
         nap(100);
     });
     job.wait(3);
-    job.expect_line({"train_gpt: " + job.who(2) + " hangs at step 5 (computing, collective 47) for 1 s, the others are at "
+    job.expect_line({"train_gpt: " + job.who(2) +
+                     " hangs at step 5 (computing, collective 47) for 1 s, the others are at "
                      "step 5 (computing, collective 48). "});
 }
 TEST(hang_in_long_work) {  // its many words for one place do not bring it ahead
