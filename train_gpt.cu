@@ -6102,7 +6102,8 @@ std::vector<Flag> flags(Options& o) {
 
     heading("Files");
     text("init-from", "FILE", "begin with these weights: safetensors with the paper's names", &o.init_from);
-    text("export", "FILE", "write the final weights there: float32 safetensors with the paper's names", &o.export_to);
+    text("export", "FILE", "write the weights of the end there, as float32 safetensors with the paper's names",
+         &o.export_to);
     text("out", "DIR", "the run's directory: log.csv and checkpoints (run)", &o.out);
     integer("save-every", &o.save_every, 0, int64_t(1) << 50,
             "steps between checkpoints, one at the end too; 0 for none (0)");
@@ -6312,8 +6313,9 @@ void print_use(const Model& m, double before, double sent, int micro) {
                m.storage.zero);
 }
 
-void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const Tokenizer* tokenizer, TrainState state,
-           double memory_before) {
+// True: trained to the end; false: asked to stop before it. trouble: "", or why the last checkpoint is missing.
+bool train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const Tokenizer* tokenizer, TrainState state,
+           double memory_before, std::string& trouble) {
     const int64_t S = o.steps, begun = state.step;
     const double tokens = double(m.N()) * o.grad_accum * ranks.size;
     Log log;
@@ -6400,14 +6402,15 @@ void train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
     }
     log.finish();
     saver.finish();
-    if (!saver.failure.empty())
-        throw Error(format("training: ended after step %lld, but its last checkpoint could not be saved: %s",
-                           (long long)end, saver.failure.c_str()));
     if (!bad.empty()) throw Error(bad);
+    if (!saver.failure.empty())
+        trouble = format("training: ended after step %lld, but its last checkpoint could not be saved: %s",
+                         (long long)end, saver.failure.c_str());
     if (end > begun) print_use(m, memory_before, sent, o.grad_accum);
-    if (stopping)
+    if (stopping && trouble.empty())
         printf("asked to stop: saved after step %lld in %s; --resume goes on\n", (long long)end,
                (o.out + "/" + checkpoint_name(end)).c_str());
+    return end == S;
 }
 
 // What is kept where, with micro-batches of B sequences.
@@ -6694,12 +6697,16 @@ void run(Options& o, const World& world) {
         initialize(m, o.seed);
     }
     const std::string choices = ranks.rank ? format("/matmul_rank%d.txt", ranks.rank) : "/matmul.txt";
+    bool finished = true;
+    std::string trouble;
     if (data) {
         settle_matmuls(m, o.out + choices, state.step > 0);
         catch_signals();
-        train(m, o, *data, val.get(), tokenizer.get(), state, used_before);
+        finished = train(m, o, *data, val.get(), tokenizer.get(), state, used_before, trouble);
     }
-    if (!o.export_to.empty()) export_weights(m, o.export_to);
+    job.progress("exporting the weights", o.steps);
+    if (finished && !o.export_to.empty()) export_weights(m, o.export_to);
+    if (!trouble.empty()) throw Error(trouble);
     destroy(m);
     matmul.close();
     close_job();

@@ -85,6 +85,8 @@ class DiskTests(Tests):
         else:
             expect(last or sticky, f"{what}exit {job.status} with checkpoints {there}: {job.text()}")
             expect(len(job.lines()) == 1 and "last checkpoint" in job.lines()[0], f"{what}not one line: {job.text()}")
+            if not sticky:  # the weights go elsewhere
+                expect(contents(self.path(name + ".st")) == weights, f"{what}the weights were not exported")
         for s in set(range(2, 7, 2)) - set(there):
             expect(any(f"step {s}:" in w for w in job.warnings()), f"{what}no warning of step {s}: {job.text()}")
         for s in there[:1] if not self.full else there:  # goes on from what the fault has left

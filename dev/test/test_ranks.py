@@ -324,6 +324,7 @@ class RankTests(Tests):
         there = checkpoints(self.path(name))
         expect(len(there) == 1 and 10 <= there[0] < 400, f"checkpoints {there}")
         expect(len(read_log(self.path(name))) == there[0], "the log does not end with the checkpoint")
+        expect(not os.path.exists(self.path(name + ".st")), "weights of the middle were exported as those of the end")
         verify(checkpoint(self.path(name), there[0]))
         run(self.exe, self.long_flags(name, "--resume", ranks=ranks), ranks)
         expect(log_bits(self.path(name)) == want[0], "the log differs from that of a run that was not stopped")
