@@ -58,7 +58,7 @@ struct Job {
     std::map<int, pid_t> pids;       // by a number of the test's choice, mostly the rank
     std::map<int, int> status;       // exit status, or -signal
     std::vector<std::string> lines;  // on stderr of all
-    char path[64] = "/tmp/channel_scratch/stderr.XXXXXX";
+    char path[64] = "/tmp/test_channel.XXXXXX";
     int err = mkstemp(path);
 
     Job() {
