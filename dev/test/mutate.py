@@ -611,7 +611,7 @@ def main():
             shutil.copy(os.path.join(ROOT, name), work)
         shutil.copytree(os.path.join(ROOT, "dev", "cpu"), os.path.join(work, "dev", "cpu"))
         shutil.copytree(os.path.join(ROOT, "dev", "test", "golden"), os.path.join(work, "dev", "test", "golden"))
-        for name in ("frame.h", "faulty_disk.c", "launch.py", *SCRIPTS.values()):
+        for name in ("frame.h", "faulty_disk.c", "launch.py", "test_cli.py", *SCRIPTS.values()):
             shutil.copy(os.path.join(ROOT, "dev", "test", name), os.path.join(work, "dev", "test"))
         chosen = [m for m in MUTATIONS if not words or any(w in m[0] for w in words)]
         for build, test in sorted({m[4:] for m in chosen}):
