@@ -122,16 +122,16 @@ build/test_sanitized_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES)
 	g++ $(CXXFLAGS) -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -DEXACT_GEOMETRY $($*) \
 	    -x c++ build/src/test_gpt.cu -lopenblas -lboost_context -o $@
 
-build/test_standin_serial: build/src/dev/cpu/test_standin.cu $(STANDIN)
+build/test_standin_serial: build/src/dev/cpu/test_standin.cu dev/cpu/expect.h $(STANDIN)
 	g++ $(CXXFLAGS) -x c++ $< -lopenblas -o $@
 
-build/test_standin_exact: build/src/dev/cpu/test_standin.cu $(STANDIN)
+build/test_standin_exact: build/src/dev/cpu/test_standin.cu dev/cpu/expect.h $(STANDIN)
 	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY -x c++ $< -lopenblas -lboost_context -o $@
 
 build/test_channel: build/src/dev/test/test_channel.cu dev/test/frame.h $(CPU_SOURCES)
 	g++ $(CXXFLAGS) -O1 -x c++ build/src/dev/test/test_channel.cu -lopenblas -o $@
 
-build/test_nccl: dev/cpu/test_nccl.cpp $(STANDIN) $(MPI_STAMP)
+build/test_nccl: dev/cpu/test_nccl.cpp dev/cpu/expect.h $(STANDIN) $(MPI_STAMP)
 	g++ $(CXXFLAGS) $(MPI) $< $(MPI_LIB) -o $@
 
 build/bench_cpu_%: build/src/dev/bench/bench.cu $(CPU_SOURCES) $(MPI_STAMP)

@@ -3562,7 +3562,7 @@ float begin_gradients(Model& m, int u, bool first) {
     return 0.0f;
 }
 
-// sum[i] += x[i] for i < count, a multiple of FOUR
+// sum[i] += x[i] for i < count, a multiple of FOUR; any number of blocks, which stride over the elements
 template <typename G>
 __global__ void add_kernel(G* sum, const G* x, size_t count) {
     const size_t stride = size_t(gridDim.x) * blockDim.x * FOUR;
@@ -3880,7 +3880,8 @@ __global__ void square_sum_kernel(float* sums, const G* grads, size_t size) {
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// What the ranks sum: this one's loss, its part of the square of the gradient norm, whether it was asked to stop.
+// What the ranks sum: this one's loss, the square of its part of the gradient norm (sums (count), from
+// square_sum_kernel), whether it was asked to stop. One block.
 __global__ void numbers_kernel(Numbers* n, const float* sums, int count, bool stop) {
     double sum = 0.0;
     for (int i = threadIdx.x; i < count; i += blockDim.x) sum += sums[i];
@@ -3899,8 +3900,8 @@ __global__ void decide_kernel(Numbers* n, AdamW o) {
     n->correction2 = float(1.0 - pow(double(o.beta2), double(n->updates)));
 }
 
-// `count` elements, a multiple of FOUR, whose first is number `index` in the flat buffers (for the random rounding).
-// master null: params are their own masters. G is the gradients' type, S the moments'.
+// `count` elements, a multiple of FOUR, CHUNK a block; the first is number `index` in the flat buffers (for the random
+// rounding). master null: params are their own masters. G is the gradients' type, S the moments'.
 template <typename G, typename S>
 __global__ void adamw_kernel(floatX* params, float* master, S* m, S* v, const G* grads, const Numbers* n, size_t count,
                              size_t index, AdamW o, unsigned key) {
@@ -4010,23 +4011,24 @@ void update(Model& m, const AdamW& o, int64_t step, bool stop = false) {
     }
 }
 
-// parts[block] = sum of the mixed words of a CHUNK of the weights, as they lie in memory; the order does not matter.
+// parts[block] = sum of the mixed words of the block's CHUNK of the weights, as they lie in memory, modulo 2^64: the
+// same in any order. words (count), parts (chunks(count)).
 __global__ void weights_hash_kernel(unsigned long long* parts, const unsigned* words, size_t count) {
     size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, count);
-    unsigned long long sum[1] = {0};
+    unsigned long long sum = 0;
     for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
         unsigned long long x = (words[i] + 0x9e3779b97f4a7c15ull * (i + 1)) * 0xbf58476d1ce4e5b9ull;
-        sum[0] += (x ^ (x >> 29)) * 0x94d049bb133111ebull;
+        sum += (x ^ (x >> 29)) * 0x94d049bb133111ebull;
     }
-    block_sums(sum);
-    if (threadIdx.x == 0) parts[blockIdx.x] = sum[0];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 // hash = sum of parts; one block
 __global__ void hash_sum_kernel(unsigned long long* hash, const unsigned long long* parts, int count) {
-    unsigned long long sum[1] = {0};
-    for (int i = threadIdx.x; i < count; i += blockDim.x) sum[0] += parts[i];
-    block_sums(sum);
-    if (threadIdx.x == 0) *hash = sum[0];
+    unsigned long long sum = 0;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) sum += parts[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) *hash = sum;
 }
 
 // Each rank's hash of the weights, which must be the same on all, to m.hashes. Not with weights that are cut.

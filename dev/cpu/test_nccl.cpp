@@ -1,4 +1,5 @@
 // Tests of the stand-in's NCCL: mpirun -n K build/test_nccl, K from 1; also without mpirun. Totals are over the ranks.
+#include "dev/cpu/expect.h"
 #include <nccl.h>
 #include <sys/wait.h>
 #include <random>
@@ -7,17 +8,6 @@
 static int ranks, rank;
 static ncclComm_t comm;
 static cudaStream_t stream;
-static int passed = 0, failed = 0;
-static std::string why;  // of the running test: first failure, or empty
-
-#define EXPECT(condition, ...)                                              \
-    do {                                                                    \
-        if (!(condition) && why.empty()) {                                  \
-            char text[400];                                                 \
-            snprintf(text, sizeof text, __VA_ARGS__);                       \
-            why = "line " + std::to_string(__LINE__) + ": " + text;         \
-        }                                                                   \
-    } while (0)
 #define EXPECT_RESULT(call, want)                                                                              \
     do {                                                                                                       \
         ncclResult_t code = call;                                                                              \

@@ -7,6 +7,7 @@
 //       -o build/cpu/test_standin -lopenblas && build/cpu/test_standin
 // exact: with -DEXACT_GEOMETRY -lboost_context; again with -fsanitize=address,undefined to test that as well.
 // Exit code 1 when a test fails. An argument runs one deliberate mistake (see mistake()).
+#include "dev/cpu/expect.h"
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -20,17 +21,6 @@
 #endif
 
 static const char* program;
-static int passed = 0, failed = 0;
-static std::string why;  // of the running test: first failure, or empty
-
-#define EXPECT(condition, ...)                                              \
-    do {                                                                    \
-        if (!(condition) && why.empty()) {                                  \
-            char text[400];                                                 \
-            snprintf(text, sizeof text, __VA_ARGS__);                       \
-            why = "line " + std::to_string(__LINE__) + ": " + text;         \
-        }                                                                   \
-    } while (0)
 
 static void test(const char* name, std::function<void()> body) {
     why.clear();

@@ -172,8 +172,10 @@ class RankTests(Tests):
             self.note("plan against arithmetic, MiB", abs(plans[0] - saved - plan))
             expect(abs(plans[0] - saved - plan) < 0.5, f"zero {zero} plans {plan} MiB, not {plans[0] - saved:.1f}")
             for used in (low, high):
-                self.note("memory in use against the plan, %", 100 * abs(used / plan - 1))
-                expect(abs(used - plan) < 0.15 * plan + 40, f"zero {zero} plans {plan} MiB, uses {used}")
+                # the CPU does not touch the matmuls' workspace, and libraries take some; measured: 11
+                beside = used - (plan - 32)
+                self.note("MiB in use beside the plan", abs(beside))
+                expect(abs(beside) < 20, f"zero {zero} plans {plan} MiB, uses {used}")
             with self.lock:
                 self.table.append(("large", ranks, zero, 1, "once", 0.0, plan, low, high,
                                    int(re.search(r"by theory (\d+)", text).group(1))))
