@@ -828,6 +828,59 @@ TEST(random_rounding) {
     destroy(m);
 }
 
+TEST(probe_kernels) {
+    for (size_t n : {size_t(1), size_t(300), CHUNK, CHUNK + 1, 2 * CHUNK + 77}) {
+        const int blocks = chunks(n);
+        Random r{n};
+        DevX x(normals(n, r, 2.0)), y(normals(n, r));
+        DevF a(normals(n, r)), b(normals(n, r)), c(normals(n, r)), out(n), noise(n);
+        Dev<double> sums(2 * blocks);
+        for (bool difference : {false, true}) {
+            scale_kernel<<<blocks, 256>>>(sums.p, x.p, difference ? y.p : nullptr, n);
+            Vec want(2 * blocks);
+            for (size_t i = 0; i < n; i++) {
+                const double d = x.v[i] - difference * y.v[i];
+                want[i / CHUNK] += d * d;
+                want[blocks + i / CHUNK] = std::max(want[blocks + i / CHUNK], fabs(d));
+            }
+            expect_close(sums.get(), want, 1e-6, "scale");
+        }
+        Dev<double> products(blocks);
+        dot_kernel<<<blocks, 256>>>(products.p, a.p, b.p, n);
+        Vec dots(blocks), sum(n), step(n);
+        for (size_t i = 0; i < n; i++) {
+            dots[i / CHUNK] += a.v[i] * b.v[i];
+            sum[i] = 0.5 * a.v[i] - 3 * b.v[i];
+            step[i] = 2 * b.v[i] - 0.25 * a.v[i] - 0.75 * c.v[i];
+        }
+        expect_close(products.get(), dots, 1e-12, "dot");
+        combine_kernel<<<blocks, 256>>>(out.p, 0.5f, a.p, -3.0f, b.p, n);
+        expect_close(out.get(), sum, TOL_FLOAT, "combine");
+        lanczos_kernel<<<blocks, 256>>>(c.p, a.p, b.p, 2.0f, 0.25f, 0.75f, n);
+        expect_close(c.get(), step, TOL_FLOAT, "lanczos");
+        random_direction_kernel<<<blocks, 256>>>(noise.p, n, 1);
+        double mean = 0, square = 0;
+        for (double v : noise.get()) {
+            EXPECT(v >= -1 && v <= 1);
+            mean += v / n, square += v * v / n;
+        }
+        if (n >= CHUNK) EXPECT(fabs(mean) < 0.02 && fabs(square - 1.0 / 3) < 0.01);
+    }
+}
+
+// Second differences: eigenvalues 2 - 2 cos(k pi / (n + 1)), eigenvectors sin(i k pi / (n + 1)) sqrt(2 / (n + 1))
+TEST(tridiagonal) {
+    for (int n : {1, 2, 5, 40}) {
+        std::vector<double> a(n, 2.0), b(n, 1.0);
+        b[n - 1] = 0.5;
+        for (int k = 1; k <= n; k++) {
+            const double angle = k * M_PI / (n + 1), value = 2 - 2 * cos(angle);
+            EXPECT(fabs(tridiagonal_eigenvalue(a, b, k - 1) - value) < 1e-12 * (n + 3));
+            EXPECT(fabs(tridiagonal_error(a, b, value) - 0.5 * fabs(sin(n * angle)) * sqrt(2.0 / (n + 1))) < 1e-9);
+        }
+    }
+}
+
 TEST(learning_rate) {
     EXPECT(fabs(learning_rate(1, 0, 4, 20) - 0.2) < 1e-15 && fabs(learning_rate(1, 3, 4, 20) - 0.8) < 1e-15);
     EXPECT(learning_rate(1, 4, 4, 20) == 1 && fabs(learning_rate(1, 12, 4, 20) - 0.5) < 1e-15);

@@ -246,6 +246,7 @@ struct Storage {
     bool half_gradients = false;  // in bf16: 2 bytes a parameter instead of 4, each micro-batch's sum rounded
     bool half_moments = false;    // AdamW's moments in bf16, rounded at random: 4 bytes a parameter, not 8
     bool no_master = false;       // no float weights beside the bf16 ones, which are rounded at random: 4 bytes less
+    bool probe = false;           // room for the probe's direction and copy of the weights
     // ZeRO (Rajbhandari et al. 2020): of `ranks` ranks each keeps 1/ranks of nothing (0), of masters and moments (1),
     // of gradients too (2), of weights too (3).
     int ranks = 1, zero = 0;
@@ -3090,6 +3091,8 @@ struct Model {
     floatX *dqkv_raw = nullptr, *dq = nullptr, *dk = nullptr, *dv = nullptr;          // (N,QKV), attention's layouts
     floatX *dw13_raw = nullptr, *dact = nullptr;                                      // (N,FF) (N,F)
     float* attention_scratch = nullptr;  // the backward's, see attention_scratch()
+    float *direction = nullptr, *previous = nullptr, *kept = nullptr;  // the probe's two directions, and the weights
+    double* probe_sums = nullptr;                 // (chunks) twice
 
     void* memory = nullptr;
     size_t state_bytes = 0;  // at its begin: weights, gradients, masters, moments, slots
@@ -3265,6 +3268,12 @@ void lay_out(Model& m, bool training) {
         a.take(m.dw13_raw, N * FF);
         a.take(m.dact, N * F);
         a.take(m.attention_scratch, attention_scratch({m.B, c.T, c.NH, c.NKV, c.HS()}));
+    }
+    if (s.probe) {
+        a.section("probe");
+        a.take(m.probe_sums, 2 * chunks(std::max(P, N * std::max(C, FF))));
+        if (!BF16)
+            for (float** p : {&m.direction, &m.previous, &m.kept}) a.take(*p, P);
     }
 }
 
@@ -3725,14 +3734,15 @@ void set_batch(Model& m, const int32_t* windows, int B, int T, bool places) {
     CHECK(cudaEventRecord(s.copied, m.stream));
 }
 
-// Tokens to m.normed, the final norm's output: all but the head.
-void forward(Model& m, int B, int T) {
+// Tokens to m.normed, the final norm's output: all but the head. after_block(l) finds layer l's activations all there.
+void forward(Model& m, int B, int T, const std::function<void(int)>& after_block = nullptr) {
     const int N = B * T, C = m.c.C, L = m.c.L;
     need_weights(m, 0, 1);
     embedding_forward(m.acts[0].x, m.tokens, m.w(m.table.tok), m.w(m.table.pos), N, T, C, m.stream);
     for (int l = 0; l < L; l++) {
         need_weights(m, l + 1, l + 2);
         block_forward(m, l, l + 1 < L ? m.acts[l + 1].x : m.out, B, T);
+        if (after_block) after_block(l);
     }
     need_weights(m, L + 1, m.table.unit_of(m.table.head));
     norm_residual_forward(m.normed, m.norm_stats, m.out, nullptr, m.w(m.table.norm), N, C, m.norm(), m.stream);
@@ -5704,30 +5714,38 @@ struct Spikes {
     }
 };
 
+// A table that grows by rows which begin with their step: begun anew or, after a resume at `step`, going on behind that
+// step's row, as later ones will be made again. Returns the rows that stay.
+std::string begin_rows(const std::string& path, const std::string& header, int64_t step) {
+    std::string kept;
+    if (step > 0 && access(path.c_str(), F_OK) == 0) {
+        const std::string old = read_file(path);
+        if (old.compare(0, header.size() + 1, header + "\n"))
+            throw Error(path + ": is no table of this version. Move it away: a new one begins.");
+        size_t end = header.size();
+        for (size_t at; (at = end + 1, end = old.find('\n', at)) != std::string::npos;) {
+            if (strtoll(old.c_str() + at, nullptr, 10) > step) break;
+            kept.append(old, at, end + 1 - at);
+        }
+    }
+    OutFile out(path);
+    out.write(header + "\n" + kept);
+    out.commit();
+    return kept;
+}
+
 struct Log {
     int fd = -1;
     std::string path, waiting;  // rows that the disk has not taken yet
     Spikes spikes;
 
-    // Begins anew, or after a resume at `step` goes on behind that step's row: later rows will be made again.
     void open(const std::string& path_, int64_t step) {
         path = path_;
-        std::string kept = std::string(LOG_HEADER) + "\n";
-        if (step > 0 && access(path.c_str(), F_OK) == 0) {
-            const std::string old = read_file(path);
-            if (old.compare(0, kept.size(), kept))
-                throw Error(path + ": is no log of this version. Move it away: a new one begins.");
-            size_t at = kept.size(), end;
-            while ((end = old.find('\n', at)) != std::string::npos && strtoll(old.c_str() + at, nullptr, 10) <= step) {
-                const char* comma = strchr(old.c_str() + at, ',');
-                spikes.add(comma ? strtof(comma + 1, nullptr) : NAN);
-                kept.append(old, at, end + 1 - at);
-                at = end + 1;
-            }
+        const std::string kept = begin_rows(path, LOG_HEADER, step);
+        for (size_t at = 0; at < kept.size(); at = kept.find('\n', at) + 1) {
+            const size_t comma = kept.find(',', at);
+            spikes.add(comma < kept.size() ? strtof(&kept[comma + 1], nullptr) : NAN);
         }
-        OutFile out(path);
-        out.write(kept);
-        out.commit();
         fd = ::open(path.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);
         if (fd < 0) throw Error(path + ": cannot be written: " + strerror(errno) + ". Check --out.");
     }
@@ -5763,6 +5781,223 @@ std::string duration(double seconds) {
            : s >= 60 ? format("%dm%02ds", s / 60, s % 60)
                      : format("%ds", s);
 }
+
+// =====================================================================================================================
+// Probe (--probe): what the paper's argument rests on, measured between steps on batches that stay the same. How large
+// activations are, and how curved the loss is: the largest eigenvalue of its Hessian H over all parameters, beyond whose
+// inverse (up to a factor that is the optimizer's) a learning rate is too large. Power iteration with
+// Lanczos' eye on it: from v_1 at random, v_0 = 0,
+//   b_k v_k+1 = H v_k - a_k v_k - b_k-1 v_k-1,  a_k = v_k.H v_k,      H v = (g(w + e v) - g(w - e v)) / 2e
+// the v span what H^k v_1 spans, and the extreme eigenvalues of the tridiagonal matrix of a and b approach those of H,
+// also where the largest and the smallest are of one size, between which the plain iteration wavers (Lanczos 1950).
+// The weights come back bit by bit; gradients are what a step's begin overwrites.
+
+const char ACTIVATIONS_HEADER[] = "step,layer,tensor,rms,max";
+const char CURVATURE_HEADER[] = "step,loss,eigenvalue,error,iterations";
+
+// Of x - minus (null: x), per CHUNK elements: sums[block] of squares, sums[blocks + block] the largest magnitude.
+__global__ void scale_kernel(double* sums, const floatX* x, const floatX* minus, size_t size) {
+    const size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
+    float sum = 0.0f, most = 0.0f;
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+        const float value = float(x[i]) - (minus ? float(minus[i]) : 0.0f);
+        sum += value * value;
+        most = fmaxf(most, fabsf(value));
+    }
+    sum = block_sum(sum);
+    most = block_max(most);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum, sums[gridDim.x + blockIdx.x] = most;
+}
+
+// Per CHUNK elements: sums[block] of a b.
+__global__ void dot_kernel(double* sums, const float* a, const float* b, size_t size) {
+    const size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
+    double sum = 0.0;
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) sum += double(a[i]) * double(b[i]);
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+// out[i] = s x[i] + t y[i], CHUNK elements a block; out may be x or y
+__global__ void combine_kernel(float* out, float s, const float* x, float t, const float* y, size_t size) {
+    const size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) out[i] = s * x[i] + t * y[i];
+}
+
+// previous[i] = s g[i] - a v[i] - b previous[i], CHUNK elements a block
+__global__ void lanczos_kernel(float* previous, const float* v, const float* g, float s, float a, float b, size_t size) {
+    const size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) previous[i] = s * g[i] - a * v[i] - b * previous[i];
+}
+
+// uniform in [-1,1)
+__global__ void random_direction_kernel(float* v, size_t size, unsigned key) {
+    const size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) v[i] = float(rounding_bits(i, key)) * 0x1p-31f - 1.0f;
+}
+
+// The symmetric tridiagonal matrix with diagonal a (n) and b (n) beside it, b[n-1] being the next step's: eigenvalue
+// number `index` in ascending order, by bisection over Sturm's count of those below.
+double tridiagonal_eigenvalue(const std::vector<double>& a, const std::vector<double>& b, size_t index) {
+    double bound = 0.0;
+    for (size_t i = 0; i < a.size(); i++) bound = std::max(bound, fabs(a[i]) + b[i] + (i ? b[i - 1] : 0.0));
+    double low = -bound, high = bound;
+    for (int halving = 0; halving < 60; halving++) {
+        const double middle = 0.5 * (low + high);
+        size_t below = 0;
+        double d = 1.0;
+        for (size_t i = 0; i < a.size(); i++) {
+            d = a[i] - middle - (i ? b[i - 1] * b[i - 1] / d : 0.0);
+            if (d == 0.0) d = 1e-300;
+            below += d < 0.0;
+        }
+        (below > index ? high : low) = middle;
+    }
+    return 0.5 * (low + high);
+}
+
+// How far eigenvalue x of that matrix may be from one of H: b[n-1] times the last component of its eigenvector.
+double tridiagonal_error(const std::vector<double>& a, const std::vector<double>& b, double x) {
+    double before = 0.0, here = 1.0, sum = 1.0;
+    for (size_t i = 0; i + 1 < a.size(); i++) {
+        const double next = ((x - a[i]) * here - (i ? b[i - 1] : 0.0) * before) / b[i];
+        before = here, here = next, sum += next * next;
+        if (sum > 1e200) before *= 1e-100, here *= 1e-100, sum *= 1e-200;
+    }
+    return b.back() * fabs(here) / sqrt(sum);
+}
+
+struct Probe {
+    Model& m;
+    std::string out;
+    int iterations;
+    std::vector<std::vector<int32_t>> batches;
+
+    std::vector<double> fetch(int count) {
+        std::vector<double> values(count);
+        CHECK(cudaGetLastError());
+        CHECK(cudaStreamSynchronize(m.stream));
+        CHECK(cudaMemcpy(values.data(), m.probe_sums, count * sizeof(double), cudaMemcpyDeviceToHost));
+        ticks++;
+        return values;
+    }
+    void combine(float* to, double s, const float* x, double t, const float* y) {
+        combine_kernel<<<chunks(m.table.size), 256, 0, m.stream>>>(to, float(s), x, float(t), y, m.table.size);
+        CHECK(cudaGetLastError());
+    }
+    double dot(const float* a, const float* b) {
+        const int n = chunks(m.table.size);
+        dot_kernel<<<n, 256, 0, m.stream>>>(m.probe_sums, a, b, m.table.size);
+        const std::vector<double> parts = fetch(n);
+        return std::accumulate(parts.begin(), parts.end(), 0.0);
+    }
+
+    void scale(std::string& rows, int64_t step, int layer, const char* name, const floatX* x, const floatX* minus,
+               size_t size) {
+        const int n = chunks(size);
+        scale_kernel<<<n, 256, 0, m.stream>>>(m.probe_sums, x, minus, size);
+        const std::vector<double> parts = fetch(2 * n);
+        rows += format("%lld,%d,%s,%.6g,%.6g\n", (long long)step, layer, name,
+                       sqrt(std::accumulate(parts.begin(), parts.begin() + n, 0.0) / double(size)),
+                       *std::max_element(parts.begin() + n, parts.end()));
+    }
+    // Rows of ACTIVATIONS_HEADER, of the first batch. Branches are what a half of the block adds to the residual stream;
+    // layer L is the stream behind the last block.
+    std::string activations(int64_t step) {
+        const Config& c = m.c;
+        const size_t N = m.N(), kv = size_t(c.NKV) * c.HS();
+        std::string rows;
+        set_batch(m, batches[0].data(), m.B, c.T, false);
+        forward(m, m.B, c.T, [&](int l) {
+            const LayerActivations& a = m.acts[l];
+            auto add = [&](const char* name, const floatX* x, size_t width, const floatX* minus = nullptr) {
+                scale(rows, step, l, name, x, minus, N * width);
+            };
+            add("residual", a.x, c.C);
+            add("q", a.q, c.C), add("k", a.k, kv), add("v", a.v, kv);
+            add("attention", a.att, c.C);
+            add("attention_branch", a.h, c.C, a.x);
+            add("w13", a.w13_raw, c.FF());
+            add("activation", a.act, c.F());
+            add("ffn_branch", l + 1 < c.L ? m.acts[l + 1].x : m.out, c.C, a.h);
+        });
+        scale(rows, step, c.L, "residual", m.out, nullptr, N * c.C);
+        return rows;
+    }
+
+    float loss() {
+        double sum = 0.0;
+        for (auto& b : batches) sum += evaluate(m, b.data(), m.B, m.c.T);
+        return float(sum / double(batches.size()));
+    }
+
+    struct Curvature {
+        double largest = 0.0, error = INFINITY;  // eigenvalue; how far it is at most from one of H
+        int iterations = 0;
+    };
+    Curvature curvature(int64_t step) {
+        const size_t P = m.table.size, bytes = P * sizeof(float);
+        float *const w = reinterpret_cast<float*>(m.params), *const g = static_cast<float*>(m.grads.p);
+        float *v = m.direction, *previous = m.previous;
+        CHECK(cudaMemcpyAsync(m.kept, w, bytes, cudaMemcpyDeviceToDevice, m.stream));
+        CHECK(cudaMemsetAsync(previous, 0, bytes, m.stream));
+        random_direction_kernel<<<chunks(P), 256, 0, m.stream>>>(v, P, 1);
+        combine(v, 1.0 / sqrt(dot(v, v)), v, 0.0, v);
+        Curvature found;
+        std::vector<double> a, b;
+        while (found.iterations < iterations) {
+            // the loss changes by 2e-6 at most: higher orders do not show then, rounding does not yet
+            const double most = std::max(fabs(found.largest), 30.0), e = 0.002 / sqrt(most);
+            for (int side : {1, -1}) {  // 2e H v to g: a half of the difference runs with negative weights
+                combine(w, 1.0, m.kept, side * e, v);
+                for (size_t i = 0; i < batches.size(); i++) {
+                    job.progress("probing", step);
+                    forward_backward(m, batches[i].data(), m.B, m.c.T, float(side) / float(batches.size()),
+                                     side == 1 && i == 0);
+                }
+            }
+            a.push_back(dot(v, g) / (2 * e));
+            lanczos_kernel<<<chunks(P), 256, 0, m.stream>>>(previous, v, g, float(0.5 / e), float(a.back()),
+                                                            b.empty() ? 0.0f : float(b.back()), P);
+            b.push_back(sqrt(dot(previous, previous)));
+            found.iterations++;
+            if (!std::isfinite(a.back()) || !std::isfinite(b.back())) {
+                found.largest = NAN;
+                break;
+            }
+            found.largest = tridiagonal_eigenvalue(a, b, a.size() - 1);
+            found.error = tridiagonal_error(a, b, found.largest);
+            if (found.error <= 3e-3 * fabs(found.largest) && found.iterations > 2) break;
+            std::swap(v, previous);
+            combine(v, 1.0 / b.back(), v, 0.0, v);
+        }
+        CHECK(cudaMemcpyAsync(w, m.kept, bytes, cudaMemcpyDeviceToDevice, m.stream));
+        return found;
+    }
+
+    void open(int64_t step) const {
+        begin_rows(out + "/activations.csv", ACTIVATIONS_HEADER, step);
+        if (m.direction) begin_rows(out + "/curvature.csv", CURVATURE_HEADER, step);
+    }
+    void append(const char* name, const std::string& rows) const {
+        const std::string path = out + "/" + name;
+        FILE* f = fopen(path.c_str(), "a");
+        const bool written = f && fwrite(rows.data(), 1, rows.size(), f) == rows.size();
+        if ((f && fclose(f)) || !written)
+            fprintf(stderr, "train_gpt: warning: %s: cannot be written: %s. Make room; training goes on.\n",
+                    path.c_str(), strerror(errno));
+    }
+    void run(int64_t step) {
+        append("activations.csv", activations(step));
+        const float l = loss();
+        if (!m.direction || iterations == 0) return;
+        const Curvature k = curvature(step);
+        append("curvature.csv",
+               format("%lld,%.9g,%.6g,%.3g,%d\n", (long long)step, l, k.largest, k.error, k.iterations));
+        printf("probe at step %lld: loss %.4f, largest eigenvalue of the Hessian %.4g +- %.2g (%d iterations)\n",
+               (long long)step, l, k.largest, k.error, k.iterations);
+    }
+};
 
 // =====================================================================================================================
 // Speed of light: what a step must compute and move at the least, and how long that takes on a device; --plan prints
@@ -5945,7 +6180,8 @@ struct Options {
     std::string train_data, val_data, tokenizer, prompt, init_from, export_to, out = "run";
     bool shuffle = false, resume = false, graph = false;
     int batch_size = 4, grad_accum = 1, total_batch = 0, log_every = 10, val_every = -1, val_batches = 20,
-        sample_every = 0;
+        sample_every = 0, probe_iterations = 50, probe_batches = 1;
+    int64_t probe = 0;
     int sample_tokens = 200, keep = 2;
     int64_t steps = 1000, warmup = -1, save_every = 0;
     uint64_t seed = 1;
@@ -6122,6 +6358,11 @@ std::vector<Flag> flags(Options& o) {
     integer("val-batches", &o.val_batches, 1, big, "batches of a validation on each rank, always the same (20)");
     integer("sample-every", &o.sample_every, 0, big, "steps between samples of text; 0 for none (0)");
     integer("sample-tokens", &o.sample_tokens, 1, 1 << 20, "tokens of a sample (200)");
+    integer("probe", &o.probe, 0, int64_t(1) << 50,
+            "steps between probes of activations and curvature (DIR/activations.csv, curvature.csv); 0 for none (0)");
+    integer("probe-iterations", &o.probe_iterations, 0, big,
+            "Hessian-vector products at most, two gradients each; 0: activations only, as in a bf16 build (50)");
+    integer("probe-batches", &o.probe_batches, 1, big, "of --val-data, else --train-data, that the probe looks at (1)");
     text("prompt", "TEXT", "what samples begin with (the tokenizer's BOS alone)", &o.prompt);
     all.push_back({"help", nullptr, "this", nullptr});
     return all;
@@ -6337,6 +6578,16 @@ bool train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
                (step % o.check_every == 0 || step == begun + 1 || step == suspect);
     };
     auto due = [&](int64_t step, int64_t every) { return every > 0 && (step % every == 0 || step == S); };
+    Probe probe = {m, o.out, o.probe_iterations, {}};
+    if (o.probe) {
+        DataLoader fixed(val ? o.val_data : o.train_data, m.B, m.c.T, m.c.V, false, 0, 0, 1);
+        for (int i = 0; i < o.probe_batches; i++) {
+            const int32_t* windows = fixed.next();
+            probe.batches.emplace_back(windows, windows + size_t(m.B) * (m.c.T + 1));
+        }
+        probe.open(begun);
+        if (begun == 0) probe.run(0);
+    }
     // What makes a run stop early is in the numbers of a step, so that all ranks see it there; some have begun the next
     // step by then and some have not, so that one is the last.
     auto stop = [&](int64_t step, const std::string& why) {
@@ -6379,6 +6630,7 @@ bool train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
         if (n.skip && suspect <= step) suspect = step + 2;  // no rank has begun it yet
         if (n.stop) stop(step, "");
         if (tokenizer && due(step, o.sample_every)) print_sample(m, *tokenizer, o, step);
+        if (due(step, o.probe)) probe.run(step);
         if (due(step, o.save_every) || (stopping && step == end)) {
             check_weights(m, step);
             saver.save(m, state);
@@ -6398,7 +6650,7 @@ bool train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
             state.loader = data.state();
         }
         const bool drain = due(state.step, o.val_every) || due(state.step, o.sample_every) ||
-                           due(state.step, o.save_every) || state.step >= end ||
+                           due(state.step, o.probe) || due(state.step, o.save_every) || state.step >= end ||
                            happened(m.reports[state.step % 2].done);
         while (reported < state.step - (drain ? 0 : 1)) report(++reported);
     }
@@ -6538,7 +6790,7 @@ void settle_options(Options& o, const World& world, std::unique_ptr<Tokenizer>& 
         }
     }
     finish(c);
-    if (o.steps > 0 && o.train_data.empty() && !o.plan)
+    if ((o.steps > 0 || o.probe) && o.train_data.empty() && !o.plan)
         throw Error("--train-data: is missing. Give token shards, made by dev/data/prepare.py (README, Data).");
     if (o.warmup > o.steps) throw Error("--warmup: is longer than --steps. Shorten it.");
     if (o.warmup < 0) o.warmup = o.steps / 100;
@@ -6547,6 +6799,9 @@ void settle_options(Options& o, const World& world, std::unique_ptr<Tokenizer>& 
         throw Error("--gradients: the fp32 build's are fp32. Leave it out, or make PRECISION=bf16.");
     if (o.val_every > 0 && o.val_data.empty())
         throw Error("--val-every: needs --val-data. Give it, or leave both out.");
+    if (o.probe && world.size > 1)
+        throw Error("--probe: is for one rank. Probe a checkpoint: --init-from DIR --steps 0 --probe 1.");
+    o.storage.probe = o.probe > 0;
     if (o.graph && world.size > 1) throw Error("--graph: is for one rank. Leave it out.");
     o.storage.ranks = o.plan && o.ranks ? o.ranks : world.size;
     o.adamw.seed = o.seed;
@@ -6659,8 +6914,8 @@ void run(Options& o, const World& world) {
 
     const int B = o.batch_size, n = ranks.size;
     std::unique_ptr<DataLoader> data, val;
-    if (o.steps > 0) data.reset(new DataLoader(o.train_data, B, c.T, c.V, o.shuffle, o.seed, ranks.rank, n));
-    if (o.steps > 0 && !o.val_data.empty()) val.reset(new DataLoader(o.val_data, B, c.T, c.V, false, 0, ranks.rank, n));
+    if (o.steps > 0 || o.probe) data.reset(new DataLoader(o.train_data, B, c.T, c.V, o.shuffle, o.seed, ranks.rank, n));
+    if (data && !o.val_data.empty()) val.reset(new DataLoader(o.val_data, B, c.T, c.V, false, 0, ranks.rank, n));
     if (val && o.val_every < 0) o.val_every = int(std::max<int64_t>(1, o.steps / 10));
     make_dirs(o.out);
     if (ranks.rank == 0) {

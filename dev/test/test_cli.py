@@ -20,6 +20,7 @@ import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+CURVATURE = os.path.join(HERE, "curvature")
 
 
 def read_safetensors(path):
@@ -56,15 +57,27 @@ def write_shard(path, tokens, wide=False):
         array.array("I" if wide else "H", tokens).tofile(f)
 
 
-def read_log(out):
-    with open(os.path.join(out, "log.csv")) as f:
+def distance(got, want):
+    """Relative, in the norm over the tensor."""
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(got, want)) / max(sum(b * b for b in want), 1e-30))
+
+
+def model_flags(c):
+    """Of a fixture's `config`."""
+    return ["--backbone", c["backbone"], "--variant", c["variant"], "--norm", c["norm_type"], "--dim", c["dim"],
+            "--layers", c["n_layers"], "--heads", c["n_heads"], "--kv-heads", c["n_kv_heads"] or c["n_heads"],
+            "--vocab-size", c["vocab_size"], "--multiple-of", c["multiple_of"],
+            "--ffn-mult", c["ffn_dim_multiplier"] or 1, "--rope-theta", c["rope_theta"], "--norm-eps", c["norm_eps"]]
+
+
+def read_rows(path):
+    with open(path) as f:
         names = f.readline().strip().split(",")
         return [dict(zip(names, line.strip().split(","))) for line in f]
 
 
-def distance(got, want):
-    """Relative, in the norm over the tensor."""
-    return math.sqrt(sum((a - b) ** 2 for a, b in zip(got, want)) / max(sum(b * b for b in want), 1e-30))
+def read_log(out):
+    return read_rows(os.path.join(out, "log.csv"))
 
 
 class Failure(Exception):
@@ -116,11 +129,7 @@ class Tests:
         shutil.rmtree(out, ignore_errors=True)
         write_shard(shard, values(tensors["tokens"]))
         write_safetensors(init, {n[6:]: t for n, t in tensors.items() if n.startswith("param/")})
-        flags = ["--backbone", c["backbone"], "--variant", c["variant"], "--norm", c["norm_type"], "--dim", c["dim"],
-                 "--layers", c["n_layers"], "--heads", c["n_heads"], "--kv-heads", c["n_kv_heads"] or c["n_heads"],
-                 "--vocab-size", c["vocab_size"], "--multiple-of", c["multiple_of"],
-                 "--ffn-mult", c["ffn_dim_multiplier"] or 1, "--rope-theta", c["rope_theta"], "--norm-eps", c["norm_eps"],
-                 "--seq-len", o["T"], "--batch-size", o["B"], "--grad-accum", o["accum"], "--steps", o["steps"],
+        flags = [*model_flags(c), "--seq-len", o["T"], "--batch-size", o["B"], "--grad-accum", o["accum"], "--steps", o["steps"],
                  "--warmup", o["warmup"], "--lr", o["lr"], "--weight-decay", o["wd"], "--beta1", o["beta1"],
                  "--beta2", o["beta2"], "--adam-eps", o["eps"], "--clip", o["clip"], "--train-data", shard,
                  "--init-from", init, "--export", export, "--out", out]
@@ -147,6 +156,51 @@ class Tests:
             expect(worst[key] <= limit, f"{key} is off by {worst[key]:.2e}, more than {limit:.0e}")
         if self.args.verbose:
             print("   ", os.path.basename(path), {k: f"{v:.1e}" for k, v in worst.items()})
+
+    # --- the probe
+
+    def curvature(self, path):
+        """Against the exact Hessian of ../reference/curvature.py."""
+        tensors, metadata = read_safetensors(path)
+        c = json.loads(metadata["config"])
+        tokens = tensors.pop("tokens")
+        B, windows = tokens[1]
+        shard, init, out = (self.path(n) for n in ("curvature.bin", "curvature.st", "curvature"))
+        shutil.rmtree(out, ignore_errors=True)
+        write_shard(shard, values(tokens))
+        write_safetensors(init, tensors)
+        self.run(*model_flags(c), "--seq-len", windows - 1, "--batch-size", B, "--steps", 0, "--train-data", shard,
+                 "--init-from", init, "--probe", 1, "--probe-iterations", 200, "--out", out)
+        activations = read_rows(out + "/activations.csv")
+        expect([r["layer"] for r in activations if r["tensor"] == "residual"] == [str(i) for i in range(c["n_layers"] + 1)],
+               "no residual stream of each layer")
+        expect(len(activations) == 9 * c["n_layers"] + 1, f"{len(activations)} rows of activations")
+        for r in activations:
+            expect(0 < float(r["rms"]) <= float(r["max"]) < 1e3, f"rms and max of {r}")
+        if self.args.bf16:  # weights too coarse for differences of gradients
+            expect(not os.path.exists(out + "/curvature.csv"), "a bf16 build measured curvature")
+            return
+        (row,) = read_rows(out + "/curvature.csv")
+        got, exact = float(row["eigenvalue"]), float(metadata["largest"])
+        if self.args.verbose:
+            print(f"    {os.path.basename(path)}: {got}, exactly {exact}, {abs(got / exact - 1):.1e} off")
+        # measured 1.6e-4 at most
+        expect(abs(got / exact - 1) < 1e-3, f"the largest eigenvalue is {got}, exactly {exact}")
+
+    def probe(self):
+        """Looks without touching: same bits with it; rows go on over a resume."""
+        more = ("--save-every", 6, "--val-data", self.path("tokens.bin"), "--val-every", 0)
+        plain, probed = self.path("unprobed.st"), self.path("probed.st")
+        self.run(*self.small("unprobed", *more, "--export", plain))
+        said = self.run(*self.small("probed", *more, "--export", probed, "--probe", 4, "--probe-iterations", 3))
+        expect(open(plain, "rb").read() == open(probed, "rb").read(), "a probed run ends with other weights")
+        steps = [r["step"] for r in read_rows(self.path("probed/activations.csv")) if r["tensor"] == "v"]
+        expect(steps == [s for s in ("0", "4", "8", "12") for _ in range(2)], f"probed after steps {steps}")
+        expect(self.args.bf16 or said.count("probe at step") == 4, "no line a probe")
+        before = open(self.path("probed/activations.csv")).read()
+        shutil.rmtree(self.path("probed/step_00000012"))
+        self.run(*self.small("probed", *more, "--probe", 4, "--probe-iterations", 3, "--resume"))
+        expect(open(self.path("probed/activations.csv")).read() == before, "rows differ after a resume")
 
     # --- a small run to build on
 
@@ -269,8 +323,10 @@ class Tests:
                 if name.endswith(".safetensors"):
                     self.test("golden " + name, self.golden, os.path.join(d, name))
         for body in (self.help, self.same_twice, self.loss_falls, self.resume, self.keep, self.import_export, self.sample,
-                     self.plan, self.memory_options):
+                     self.plan, self.memory_options, self.probe):
             self.test(body.__name__, body)
+        for name in sorted(os.listdir(CURVATURE)):
+            self.test("curvature " + name, self.curvature, os.path.join(CURVATURE, name))
 
         small = self.small
         header = lambda *h: struct.pack("<256i", *h, *[0] * (256 - len(h)))
