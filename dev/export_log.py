@@ -34,7 +34,7 @@ def rows(log):
 
 def times(log, folder):
     """Seconds since 1970 of each row: back from the last change of the log, where a step's tokens are known."""
-    end, tokens = os.path.getmtime(log.path), runlog.tokens_per_step(folder)
+    end, tokens = log.changed, runlog.tokens_per_step(folder)
     seconds = [tokens / speed if tokens and speed > 0 else 0.0 for speed in log["tokens_per_s"]]
     left = math.fsum(seconds)
     for spent in seconds:
@@ -56,7 +56,7 @@ def to_tensorboard(name, folder, log, out):
         writer = EventFileWriter(part)
         config = runlog.config(folder)
         if config:
-            writer.add_event(Event(summary=hparams_pb(config), wall_time=os.path.getmtime(log.path)))
+            writer.add_event(Event(summary=hparams_pb(config), wall_time=log.changed))
         for time, (step, values) in zip(times(log, folder), rows(log)):
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
             writer.add_event(Event(step=step, wall_time=time, summary=summary))

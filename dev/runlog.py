@@ -27,6 +27,7 @@ class Log:
 
     def __init__(self, run):
         self.path = os.path.join(run, "log.csv")
+        self.changed = 0.0  # when, in seconds since 1970
         self.forget()
 
     def forget(self):
@@ -43,6 +44,7 @@ class Log:
         """Reads what came since the last time; true if there was something. Begins anew if the file was replaced."""
         try:
             with open(self.path, "rb") as f:
+                self.changed = os.fstat(f.fileno()).st_mtime
                 f.seek(self.end - len(self.last))
                 data = f.read()
                 replaced = not data.startswith(self.last)
