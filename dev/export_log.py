@@ -4,9 +4,9 @@
 usage: export_log.py RUN... --tensorboard DIR     then: tensorboard --logdir DIR
        export_log.py RUN... --wandb DIR           then: wandb sync DIR/wandb/offline-run-*
 
-RUN is the folder of a run or NAME=FOLDER. Steps and values are log.csv's (TensorBoard's are float32); of the notes there
-is a 1 under `spike` or `skipped`; the model's configuration comes from the run's newest checkpoint if there is one.
-A second export to the same TensorBoard folder replaces the first; wandb gets a new run each time.
+RUN is the folder of a run or NAME=FOLDER. Steps and values are log.csv's (TensorBoard's are float32); a note becomes a 1
+under `spike` or `skipped`; the model's configuration comes from the run's newest checkpoint if there is one. A second
+export to the same TensorBoard folder replaces the first; wandb gets a new run each time.
 """
 import argparse
 import math
@@ -83,7 +83,7 @@ def to_wandb(name, folder, log, out, project):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, which holds log.csv; or NAME=FOLDER")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run (it holds log.csv), or NAME=FOLDER")
     parser.add_argument("--tensorboard", metavar="DIR", help="write event files to DIR/NAME")
     parser.add_argument("--wandb", metavar="DIR", help="write offline runs to DIR/wandb")
     parser.add_argument("--project", metavar="NAME", default="simplegpt", help="wandb's project (simplegpt)")

@@ -214,7 +214,7 @@ def limit_loss(axes, runs, options):
         curves = [smooth(run["loss"]) for run in runs]
         ends = [curve[-1] for curve in curves if curve[-1] < CAME_APART]
         if ends:  # there is something to compare: the fall from the first loss leaves the picture at the top
-            least, most = min(*losses, *map(np.nanmin, curves)), max(*losses, *ends)
+            least, most = min(*losses, np.nanmin(np.concatenate(curves))), max(*losses, *ends)
             low, high = least - 0.15 * (most - least), most + 0.8 * (most - least)
     margin = 0.05 * (high - low)
     for value in losses + [value for _, value in options.baseline]:
@@ -336,15 +336,15 @@ def panels(text):
 
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, which holds log.csv; or NAME=FOLDER")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run (it holds log.csv), or NAME=FOLDER")
     parser.add_argument("--out", metavar="FILE", help="a .png, .svg or .pdf (loss.png in the first run's folder)")
     parser.add_argument("--title", metavar="TEXT", default="", help="a heading (none)")
     parser.add_argument("--x", choices=["step", "tokens", "time"], default="step",
                         help="the x axis; tokens and time need a checkpoint of the run (step)")
     parser.add_argument("--log-x", action="store_true", help="a logarithmic x axis")
     parser.add_argument("--panels", metavar="LIST", type=panels, default=["loss", "lr", "grad_norm", "tokens_per_s"],
-                        help=f"of {', '.join(PANELS)}, the first one large (loss,lr,grad_norm,tokens_per_s; validation is "
-                        "then drawn with the loss)")
+                        help=f"of {', '.join(PANELS)}, the first one large (loss,lr,grad_norm,tokens_per_s; "
+                        "validation is then drawn with the loss)")
     parser.add_argument("--ylim", metavar="LOW:HIGH", type=limits, help="the range of the loss that is shown")
     parser.add_argument("--baseline", metavar="NAME=VALUE", type=baseline, action="append", default=[],
                         help="a horizontal line at a loss, as llama=3.21; may be given again")

@@ -102,7 +102,8 @@ class Run:
     def facts(self):
         """name -> text"""
         log, total, step = self.log, self.total(), self.log["step"][-1]
-        facts = {"step": f"{step}/{total} {100 * step // total}%" if total else str(step), "loss": f"{log['loss'][-1]:.4f}"}
+        facts = {"step": f"{step}/{total} {100 * step // total}%" if total else str(step)}
+        facts["loss"] = f"{log['loss'][-1]:.4f}"
         validated = [i for i in range(len(log) - 1, -1, -1) if not math.isnan(log["val_loss"][i])][:1]
         facts["val"] = f"{log['val_loss'][validated[0]]:.4f}" if validated else "-"
         facts["lr"], facts["norm"] = f"{log['lr'][-1]:.3g}", f"{log['grad_norm'][-1]:.3g}"
@@ -198,9 +199,9 @@ def live(runs, every, bars):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, which holds log.csv; or NAME=FOLDER")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run (it holds log.csv), or NAME=FOLDER")
     parser.add_argument("--every", metavar="SECONDS", type=float, default=2.0, help="time between two pictures (2)")
-    parser.add_argument("--steps", metavar="N", type=int, help="the steps of the whole run (found from the learning rate)")
+    parser.add_argument("--steps", metavar="N", type=int, help="the run's last step (found from the learning rate)")
     parser.add_argument("--once", action="store_true", help="print one picture and end")
     parser.error = lambda message: fail(f"{message}. See watch.py --help.")
     options = parser.parse_args()
