@@ -4,8 +4,8 @@
 usage: export_log.py RUN... --tensorboard DIR     then: tensorboard --logdir DIR
        export_log.py RUN... --wandb DIR           then: wandb sync DIR/wandb/offline-run-*
 
-RUN is the folder of a run or NAME=FOLDER. Steps and values are log.csv's (TensorBoard's are float32); a note becomes a 1
-under `spike` or `skipped`; the model's configuration comes from the run's newest checkpoint if there is one. A second
+RUN is the folder of a run or NAME=FOLDER. Steps and values are log.csv's (TensorBoard's are float32); a note becomes a
+1 under `spike` or `skipped`; the model's configuration comes from the run's newest checkpoint if there is one. A second
 export to the same TensorBoard folder replaces the first; wandb gets a new run each time.
 """
 import argparse

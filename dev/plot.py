@@ -279,7 +279,7 @@ def draw(runs, options):
             panel.set_xscale("log")
             panel.xaxis.set_minor_formatter(NullFormatter())
         else:
-            panel.xaxis.set_major_locator(MaxNLocator(6 if panel is first else 4, steps=[1, 2, 5, 10],
+            panel.xaxis.set_major_locator(MaxNLocator(6 if panel is first else 4, steps=[1, 2, 2.5, 5, 10],
                                                       integer=options.x == "step", min_n_ticks=1))
         draw_curves(panel, column, runs, validation, options.log_x)
         panel.xaxis.set_major_formatter(plain if options.x == "time" else EngFormatter(sep=""))

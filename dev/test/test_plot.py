@@ -152,6 +152,8 @@ class ReadTest(Case):
         given = ["runs/a", "b=runs/c", str(self.dir / "x=1"), "none/lr=3", "p/s", "q/s"]
         self.assertEqual(runlog.named(given), [("a", "runs/a"), ("b", "runs/c"), ("x=1", given[2]),
                                                ("lr=3", "none/lr=3"), ("p/s", "p/s"), ("q/s", "q/s")])
+        with mock.patch.object(os.path, "isdir", "y=1".__eq__):
+            self.assertEqual(runlog.named(["y=1", "z=1"]), [("y=1", "y=1"), ("z", "1")])
 
     def test_total(self):
         for total, warmup in ((200, 2), (60000, 600), (1000, 0)):
@@ -161,6 +163,9 @@ class ReadTest(Case):
                 self.assertEqual(runlog.total_steps(log), total, (total, upto))
             for upto in (1, warmup, warmup + 2):
                 self.assertIsNone(runlog.total_steps({"step": list(range(1, upto + 1)), "lr": logged[:upto]}), upto)
+        bent = [rate(s, 200, 2) for s in range(1, 101)]
+        bent[40:60] = [1.01 * r for r in bent[40:60]]
+        self.assertIsNone(runlog.total_steps({"step": list(range(1, 101)), "lr": bent}))
         steps = list(range(1, 2000))
         cosine = [0.5 * (1 + math.cos(math.pi * s / 60000)) for s in steps]
         for rates in ([1e-3] * 1999, cosine, steps):
@@ -172,7 +177,7 @@ class ReadTest(Case):
         self.assertEqual(runlog.tokens_per_step(folder), 4 * 32)
         state = Path(folder) / "step_00000010" / "state.json"
         epoch = json.loads(state.read_text())
-        epoch["loader"] = {"epoch": 1, "window": 3}
+        epoch["loader"] = {"epoch": 1, "window": 60}
         state.write_text(json.dumps(epoch))
         self.assertEqual(runlog.tokens_per_step(folder), 4 * 32)  # by the checkpoint before it
         state.write_text(state.read_text()[:40])
@@ -264,8 +269,9 @@ class PlotTest(Case):
 
     def test_paper(self):
         text = "".join(row(s, 2.2 + 8 / s ** 0.4, 60000) for s in range(100, 60001, 100))
-        figure, (main, *_), _ = self.draw(self.run_folder("simplegpt", text), "--paper", "7B", "--panels", "loss",
-                                          "--baseline", "x=2.3", "--baseline", "y=2.301")
+        figure, (main, rates), _ = self.draw(self.run_folder("simplegpt", text), "--paper", "7B", "--panels", "loss,lr",
+                                             "--baseline", "x=2.3", "--baseline", "y=2.301")
+        self.assertEqual(main.get_xlim(), rates.get_xlim())
         stars = sorted((line.get_xdata()[0], line.get_ydata()[0]) for line in main.lines if line.get_marker() == "*")
         self.assertEqual(stars, [(20000, 2.331), (20000, 2.393), (20000, 4.115), (40000, 2.243), (40000, 2.320),
                                  (40000, 2.345), (60000, 2.208), (60000, 2.290), (60000, 2.311)])
@@ -329,7 +335,8 @@ class WatchTest(Case):
     def test_curve(self):
         self.assertEqual(watch.curve([8, 7, 6, 5, 4, 3, 2, 1], 20), "█▇▆▅▄▃▂▁")
         self.assertEqual(watch.curve([1, 3, 2, 2, math.nan, math.nan, 9, 9], 4, "0123456789"), "00 9")
-        self.assertEqual(watch.curve([100.0] + [2.0, 1.0] * 50, 40)[0], "█")
+        fall = watch.curve([100.0, 99.0, *range(38, 0, -1)], 40)
+        self.assertEqual((len(fall), fall[:3], fall[-1]), (40, "███", "▁"))
         self.assertEqual(watch.curve([math.nan] * 3, 3), "   ")
         self.assertEqual((watch.short(15321), watch.short(999700), watch.short(87)), ("15.3k", "1M", "87"))
         self.assertEqual((watch.duration(59.4), watch.duration(3700), watch.duration(200000)),
@@ -361,11 +368,15 @@ class WatchTest(Case):
                 self.run_folder("a", rows(n, 1000))
                 run.update()
             self.assertEqual(run.left(), 880 * 2)
+        self.run_folder("a", rows(30, 1000))  # begun anew: its pace too
+        run.update()
+        self.assertEqual(len(run.seen), 1)
 
     def test_terminal(self):
         folder = self.run_folder("a", rows(50))
         main, side = pty.openpty()
-        process = subprocess.Popen([sys.executable, DEV / "watch.py", folder, "--every", "60"], stdin=side, stdout=side, stderr=side)
+        command = [sys.executable, DEV / "watch.py", folder, "--every", "60"]
+        process = subprocess.Popen(command, stdin=side, stdout=side, stderr=side)
         os.close(side)
         self.addCleanup(os.close, main)
         self.addCleanup(process.kill)
