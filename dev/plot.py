@@ -29,9 +29,10 @@ except ImportError as e:
 PANELS = {"loss": "loss (nats a token)", "val_loss": "validation loss (nats a token)", "lr": "learning rate",
           "grad_norm": "gradient norm before clipping", "tokens_per_s": "tokens/s"}
 VARIANTS = {"simplegpt": 0, "prenorm": 1, "preqknorm": 2}  # place in COLORS
-# told apart by the colour-blind too (after Okabe and Ito); a run has a marker of its own besides, for grey print
-COLORS = {False: ["#0072b2", "#d55e00", "#009e73", "#b0589a", "#b58100", "#3c3c3c", "#4fa3d8", "#8c564b"],
-          True: ["#56b4e9", "#ff8c42", "#2cc79a", "#e59ccb", "#f0c640", "#d8d8d8", "#2f8fd0", "#c79488"]}
+# The first three after Okabe and Ito; all differ by 9 (CIE76) or more to the colour-blind too. In grey print a run is
+# known by its marker.
+COLORS = {False: ["#0072b2", "#d55e00", "#009e73", "#970dff", "#1a1a1a", "#752f0d", "#d884b8", "#8c8c8c"],
+          True: ["#56b4e9", "#ff8c42", "#3cd28c", "#c678ff", "#f2f2f2", "#b08968", "#ff9ed2", "#8a8a8a"]}
 MARKERS = "osDvPXph"
 THEMES = {  # ground, text, ticks and baselines, grid
     False: ("#ffffff", "#222222", "#555555", "#e6e6e6"), True: ("#0d1117", "#e6edf3", "#a0a8b2", "#272e38")}
