@@ -1,18 +1,20 @@
 #!/usr/bin/python3
 """Draws the log of one or several runs: loss, validation, learning rate, gradient norm, tokens/s.
 
-usage: plot.py RUN_DIR... [--out FILE.png] [--title TEXT] [--baseline NAME=VALUE]...
+usage: plot.py RUN... [--out FILE.png] [--x step|tokens|time] [--log-x] [--panels LIST] [--paper 7B]
+               [--baseline NAME=VALUE]... [--title TEXT] [--ylim LOW:HIGH] [--dark]
 
-Reads RUN_DIR/log.csv; marks loss spikes and steps whose update was skipped. Without --out the picture is
-RUN_DIR/loss.png of the first run. A baseline is a horizontal line, for example the loss of another model on the same
-validation data.
+RUN is the folder of a run or NAME=FOLDER. Marks loss spikes and steps whose update was skipped. Without --out the
+picture is loss.png in the first run's folder. A baseline is a horizontal line, for example the loss of another model on
+the same validation data.
 """
 import argparse
-import csv
 import math
 import os
 import sys
 import textwrap
+
+import runlog
 
 try:
     import matplotlib
@@ -20,61 +22,83 @@ try:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 except ImportError as e:
     sys.exit(f"plot.py: {sys.executable}: {e}. Run dev/setup.sh run, or use another Python.")
 
-COLUMNS = ["step", "loss", "lr", "grad_norm", "tokens_per_s", "val_loss"]
-NOTES = {"": 0, "spike": 1, "skipped": 2}  # the column note
-COLORS = ["#1f6fb4", "#d1495b", "#2e8b57", "#8a5fbf", "#d98200", "#1aa6a6", "#7a5230", "#d65fa6"]
-GREY = "#555555"
-VALIDATION = {"linewidth": 1.0, "linestyle": "--", "marker": "o", "markersize": 5, "markerfacecolor": "white",
-              "markeredgewidth": 1.5, "zorder": 3}
+PANELS = {"loss": "loss (nats a token)", "val_loss": "validation loss (nats a token)", "lr": "learning rate",
+          "grad_norm": "gradient norm before clipping", "tokens_per_s": "tokens/s"}
+VARIANTS = {"simplegpt": 0, "prenorm": 1, "preqknorm": 2}  # place in COLORS
+# The first three after Okabe and Ito; all differ by 9 (CIE76) or more to the colour-blind too. In grey print a run is
+# known by its marker.
+COLORS = {False: ["#0072b2", "#d55e00", "#009e73", "#970dff", "#1a1a1a", "#752f0d", "#d884b8", "#8c8c8c"],
+          True: ["#56b4e9", "#ff8c42", "#3cd28c", "#c678ff", "#f2f2f2", "#b08968", "#ff9ed2", "#8a8a8a"]}
+MARKERS = "osDvPXph"
+THEMES = {  # ground, text, ticks and baselines, grid
+    False: ("#ffffff", "#222222", "#555555", "#e6e6e6"), True: ("#0d1117", "#e6edf3", "#a0a8b2", "#272e38")}
+# Training loss at the end of runs of so many steps (arXiv 2602.01212): each point is a run of its own.
+PAPER = {"7B": {"steps": [20000, 40000, 60000],
+                "prenorm": ("LLaMA2", [4.115, 2.345, 2.311]),
+                "preqknorm": ("LLaMA2 with QK norm", [2.393, 2.320, 2.290]),
+                "simplegpt": ("SimpleGPT", [2.331, 2.243, 2.208])}}
+CAME_APART = 3.0  # a loss of the paper above this is no measure for an axis
+VALIDATION = {"linewidth": 1.0, "linestyle": "--", "markersize": 5, "markeredgewidth": 1.4, "zorder": 3}
 SPIKE = {"linestyle": "none", "marker": "^", "markersize": 6, "zorder": 4}
+SKIPPED = {"linewidth": 1.0, "linestyle": (0, (1, 3)), "zorder": 1}
+STAR = {"linestyle": "none", "marker": "*", "markersize": 11, "zorder": 5}
 
 
 def fail(message):
     sys.exit(f"plot.py: {message}")
 
 
-def read_log(path):
-    """Column name -> array, one value a step; an empty field is NaN, a note its number."""
-    try:
-        with open(path, newline="", encoding="utf-8") as f:
-            text = f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "it is not text"
-        fail(f"{path}: cannot be read: {reason}. Give the folder of a run (--out of train_gpt).")
-    lines = text.splitlines()
-    header = next(csv.reader(lines[:1]), [])
-    missing = [name for name in COLUMNS if name not in header]
-    if missing:
-        fail(f"{path}: has no column {', '.join(missing)}. Give the log.csv of a run.")
-    rows = []
-    for number, line in enumerate(lines[1:], 2):
-        try:
-            fields = next(csv.reader([line]), [])
-            if len(fields) != len(header):
-                raise ValueError
-            row = [float(NOTES[value]) if name == "note" else float(value) if value else math.nan
-                   for name, value in zip(header, fields)]
-            if not math.isfinite(row[header.index("step")]):
-                raise ValueError
-            rows.append(row)
-        except (ValueError, KeyError, csv.Error):
-            if number < len(lines):  # the last row may be half-written: the run goes on
-                fail(f"{path}: line {number} is not {len(header)} numbers. Delete it, or give another run.")
-    if text and not text.endswith("\n") and len(lines) - 1 == len(rows):
-        rows.pop()  # a number of it may be cut short
-    if not rows:
-        fail(f"{path}: has no rows yet. Wait for the first step.")
-    log = dict(zip(header, np.array(rows).T))
-    order = np.argsort(log["step"], kind="stable")
-    return {name: values[order] for name, values in log.items()}
+class Run:
+    """The log of one run as arrays, its place on the x axis, and how it looks."""
+
+    def __init__(self, name, folder, x):
+        log = runlog.read(folder)
+        self.name = shorten(name)
+        self.note = np.array(log["note"])
+        self.columns = {column: np.array(log[column], dtype=float) for column in runlog.COLUMNS}
+        self.variant = runlog.config(folder).get("variant")
+        words = {"qk": "preqknorm", "simple": "simplegpt", "prenorm": "prenorm", "llama": "prenorm"}
+        if not self.variant:  # no checkpoint tells
+            self.variant = next((variant for word, variant in words.items() if word in name.lower()), None)
+        self.x = self["step"]
+        if x != "step":
+            tokens = runlog.tokens_per_step(folder)
+            if not tokens:
+                fail(f"{folder}: without a checkpoint nothing tells the tokens of a step. Use --x step.")
+            seconds = np.nan_to_num(tokens / np.maximum(self["tokens_per_s"], 1e-9))
+            self.x = tokens * self["step"] if x == "tokens" else np.cumsum(seconds)
+
+    def __getitem__(self, column):
+        return self.columns[column]
 
 
 def shorten(name):
     return name if len(name) <= 40 else name[:19] + "…" + name[-20:]
+
+
+def shade(color, share):
+    """The colour itself at 0, lighter up to 1, darker down to -1."""
+    rgb = np.array(matplotlib.colors.to_rgb(color))
+    return matplotlib.colors.to_hex(rgb + (1 - rgb) * share if share > 0 else rgb * (1 + share))
+
+
+def dress(runs, dark):
+    """Gives each run its colour, by its variant if the runs differ in that, and its marker."""
+    palette = COLORS[dark]
+    one = len({run.variant for run in runs}) == 1
+    for i, run in enumerate(runs):
+        run.marker = MARKERS[i % len(MARKERS)]
+        same = [other for other in runs if other.variant == run.variant]
+        at, base = same.index(run), VARIANTS.get(run.variant, 0 if one else len(VARIANTS))
+        if one:  # the variant's colour, then those of no variant
+            order = [base, *range(len(VARIANTS), len(palette)), *(v for v in VARIANTS.values() if v != base)]
+            run.color = palette[order[at % len(order)]]
+        else:  # its colour, then in turn lighter and darker ones
+            run.color = shade(palette[base], (0.6 if at % 2 else -0.5) * at / len(same))
 
 
 def smooth(values):
@@ -89,106 +113,265 @@ def smooth(values):
     return np.where(n > 0, (sums[high] - sums[low]) / np.maximum(n, 1), np.nan)
 
 
-def set_limits(axes, curves, values=()):
+def set_limits(axes, curves, values=(), log=False):
     """Room for the smoothed curves, the values and most of the raw points; a spike is cut off at the edge."""
     raw = np.concatenate(curves)
     raw = raw[np.isfinite(raw)]
     shown = np.concatenate([*map(smooth, curves), values, np.percentile(raw, [0.5, 99.0]) if len(raw) else []])
     shown = shown[np.isfinite(shown)]
-    if len(shown):
-        margin = 0.05 * np.ptp(shown) or 0.1 * abs(shown[0]) or 0.1
-        axes.set_ylim(shown.min() - margin, shown.max() + margin)
+    if not len(shown):
+        return
+    low, high = shown.min(), shown.max()
+    if log and low > 0 and high > 20 * low:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(low / 1.2, high * 1.2)
+    else:
+        margin = 0.05 * (high - low) or 0.1 * abs(low) or 0.1
+        axes.set_ylim(low - margin, high + margin)
 
 
-def draw(names, logs, baselines, title, out):
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-                         "axes.labelcolor": "#222222", "xtick.color": GREY, "ytick.color": GREY, "axes.grid": True,
-                         "grid.color": "#e6e6e6", "axes.axisbelow": True, "axes.titlesize": 10,
+def spread(values, gap):
+    """Places for labels that want to stand at the values: in their order, at least a gap apart."""
+    places, order = np.array(values, dtype=float), np.argsort(values, kind="stable")
+    for before, after in zip(order, order[1:]):
+        places[after] = max(places[after], places[before] + gap)
+    return places
+
+
+def draw_curves(axes, column, runs, validation, log_x):
+    """One panel's curves; validation: as points in the panel of the loss."""
+    validation = column == "val_loss" or (validation and column == "loss")
+    for run in runs:
+        points = np.isfinite(run["val_loss"])
+        if validation and points.any():
+            every = math.ceil(points.sum() / 16)  # a marker, from the last one
+            axes.plot(run.x[points], run["val_loss"][points], color=run.color, marker=run.marker,
+                      markevery=((points.sum() - 1) % every, every), markerfacecolor=axes.get_facecolor(), **VALIDATION)
+        if column != "val_loss":
+            curve = run[column]
+            if column != "lr":
+                axes.plot(run.x, curve, color=run.color, alpha=0.25 if len(runs) == 1 else 0.15, linewidth=0.8)
+                curve = smooth(curve)
+            axes.plot(run.x, curve, color=run.color, linewidth=1.8)
+            axes.plot(run.x[-1:], curve[-1:], color=run.color, marker=run.marker, markersize=5, zorder=3)
+    # runs are compared behind the fall from their first loss, which leaves the picture at the top
+    begin = 0 if len(runs) == 1 or column != "loss" or log_x else 0.05 * max(run["step"][-1] for run in runs)
+    curves = [run[column][run["step"] >= min(begin, run["step"][-1])] for run in runs]
+    points = np.concatenate([run["val_loss"] for run in runs]) if validation else []
+    set_limits(axes, curves, points, log=column == "grad_norm")
+
+
+def mark_notes(axes, runs):
+    """Spikes at their loss, or at the edge that cuts them off; skipped steps as lines."""
+    low, high = axes.get_ylim()
+    for run in runs:
+        spikes = run.note == "spike"
+        if spikes.any():
+            at = np.clip(run["loss"][spikes], low, high - 0.015 * (high - low))
+            axes.plot(run.x[spikes], at, color=run.color, **SPIKE)
+        for x in run.x[run.note == "skipped"]:
+            axes.axvline(x, color=run.color, **SKIPPED)
+
+
+def draw_baselines(axes, baselines, grey):
+    """Horizontal lines, named in the margin one above the other."""
+    values = [value for _, value in baselines]
+    for (name, value), place in zip(baselines, spread(values, 0.05 * np.ptp(axes.get_ylim()))):
+        axes.axhline(value, color=grey, linewidth=1.2, linestyle=":")
+        axes.annotate(f"{shorten(name)} {value:.3f}", (1, place), xycoords=("axes fraction", "data"), xytext=(4, 0),
+                      textcoords="offset points", va="center", color=grey, fontsize=9)
+
+
+def draw_paper(axes, size, palette):
+    """The paper's points with their values; what is above the axis is told at its edge. Returns the legend's part."""
+    paper, (low, high) = PAPER[size], axes.get_ylim()
+    text = {"textcoords": "offset points", "va": "center", "fontsize": 9, "zorder": 6,
+            "bbox": {"facecolor": axes.get_facecolor(), "edgecolor": "none", "alpha": 0.75, "pad": 0.5}}
+    for i, step in enumerate(paper["steps"]):
+        at = {variant: paper[variant][1][i] for variant in VARIANTS}
+        inside = [variant for variant in VARIANTS if low <= at[variant] <= high]
+        places = dict(zip(inside, spread([at[variant] for variant in inside], 0.05 * (high - low))))
+        for variant, value in at.items():
+            color = palette[VARIANTS[variant]]
+            axes.plot(step, value, color=color, markeredgecolor=axes.get_facecolor(), **STAR)
+            if variant in inside:
+                axes.annotate(f"{value:.3f}", (step, places[variant]), xytext=(9, 0), color=color, **text)
+            elif value > high:
+                axes.annotate(f"{paper[variant][0]} {value:.3f}", (step, high), xytext=(0, -30), ha="center",
+                              color=color, arrowprops={"arrowstyle": "->", "color": color}, **text)
+    axes.set_xlim(right=max(axes.get_xlim()[1], 1.1 * paper["steps"][-1]))
+    return [Line2D([], [], color=palette[VARIANTS[v]], label=f"the paper's {paper[v][0]} {size}, ends of runs", **STAR)
+            for v in VARIANTS]
+
+
+def limit_loss(axes, runs, options):
+    """The range of the loss that is shown: that of the curves, the baselines and the paper, or what was asked for."""
+    low, high = axes.get_ylim()
+    losses = []
+    if options.paper:
+        losses = [loss for v in VARIANTS for loss in PAPER[options.paper][v][1] if loss < CAME_APART]
+        curves = [smooth(run["loss"]) for run in runs]
+        ends = [curve[-1] for curve in curves if curve[-1] < CAME_APART]
+        if ends:  # there is something to compare: the fall from the first loss leaves the picture at the top
+            least, most = min(*losses, np.nanmin(np.concatenate(curves))), max(*losses, *ends)
+            low, high = least - 0.15 * (most - least), most + 0.8 * (most - least)
+    margin = 0.05 * (high - low)
+    for value in losses + [value for _, value in options.baseline]:
+        low, high = min(low, value - margin), max(high, value + margin)
+    axes.set_ylim(options.ylim or (low, high))
+
+
+def legend_of(axes, runs, validation, grey):
+    """A line of text for each run, then what the marks mean."""
+    handles = []
+    for run in runs:
+        label = f"{run.name}: training {smooth(run['loss'])[-1]:.3f}"
+        points = run["val_loss"][np.isfinite(run["val_loss"])]
+        if len(points):
+            label += f", validation {points[-1]:.3f}"
+        handles.append(Line2D([], [], color=run.color, marker=run.marker, markersize=5, linewidth=1.8, label=label))
+    if validation and any(np.isfinite(run["val_loss"]).any() for run in runs):
+        handles.append(Line2D([], [], color=grey, marker=MARKERS[0], markerfacecolor=axes.get_facecolor(),
+                              label="validation", **VALIDATION))
+    notes = {note for run in runs for note in run.note}
+    if "spike" in notes:
+        handles.append(Line2D([], [], color=grey, label="spike", **SPIKE))
+    if "skipped" in notes:
+        handles.append(Line2D([], [], color=grey, label="update skipped", **SKIPPED))
+    return handles
+
+
+def set_x(runs, kind):
+    """The name of the x axis; time gets the unit that suits the longest run."""
+    if kind != "time":
+        return kind
+    longest = max(run.x[-1] for run in runs)
+    units = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+    unit = next((unit for unit, seconds in units.items() if longest > 2 * seconds), "seconds")
+    for run in runs:
+        run.x = run.x / units[unit]
+    return f"{unit} of training (validation and checkpoints not counted)"
+
+
+def draw(runs, options):
+    """The picture: the first panel large, the others in rows beneath it."""
+    ground, ink, grey, lines = THEMES[options.dark]
+    plt.rcParams.update({"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+                         "figure.facecolor": ground, "axes.facecolor": ground, "text.color": ink,
+                         "axes.labelcolor": ink, "axes.edgecolor": grey, "xtick.color": grey, "ytick.color": grey,
+                         "axes.grid": True, "grid.color": lines, "axes.axisbelow": True,
                          "text.parse_math": False})  # a run may be called $1
-    figure = plt.figure(figsize=(11, 7.5), constrained_layout={"w_pad": 0.1, "h_pad": 0.1})
-    grid = figure.add_gridspec(2, 3, height_ratios=[2.6, 1])
-    main = figure.add_subplot(grid[0, :])
-    panels = [figure.add_subplot(grid[1, i], sharex=main) for i in range(3)]
-    main.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))  # of the panels too
-    main.xaxis.set_major_formatter(EngFormatter(sep=""))
+    dress(runs, options.dark)
+    x_name = set_x(runs, options.x)
+    small = options.panels[1:]
+    rows = math.ceil(len(small) / 3)
+    across = math.ceil(len(small) / rows) if small else 1
+    figure = plt.figure(figsize=(9, 4.4 + 2.0 * rows), constrained_layout={"w_pad": 0.08, "h_pad": 0.08})
+    grid = figure.add_gridspec(1 + rows, across, height_ratios=[2.4] + [1] * rows)
+    first = figure.add_subplot(grid[0, :])
+    axes = [first] + [figure.add_subplot(grid[1 + i // across, i % across]) for i in range(len(small))]
 
-    for i, (name, log) in enumerate(zip(names, logs)):
-        color, step = COLORS[i % len(COLORS)], log["step"]
-
-        label = f"{shorten(name)}: training {smooth(log['loss'])[-1]:.3f}"
-        val = np.isfinite(log["val_loss"])
-        if val.any():
-            label += f", validation {log['val_loss'][val][-1]:.3f}"
-            main.plot(step[val], log["val_loss"][val], color=color, **VALIDATION)
-        spikes, skipped = (step[log["note"] == NOTES[n]] if "note" in log else [] for n in ("spike", "skipped"))
-        if len(spikes):
-            main.plot(spikes, log["loss"][np.isin(step, spikes)], color=color, **SPIKE)
-        for x in skipped:
-            main.axvline(x, color=color, linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
-        for axes, column in zip([main, *panels], ["loss", "lr", "grad_norm", "tokens_per_s"]):
-            axes.plot(step, log[column], color=color, alpha=0.25, linewidth=0.8)
-            axes.plot(step, log["lr"] if column == "lr" else smooth(log[column]), color=color, linewidth=1.8,
-                      label=label, marker="o" if len(step) == 1 else None)  # a line of one point cannot be seen
-
-    values = np.concatenate([[value for _, value in baselines], *(log["val_loss"] for log in logs)])
-    set_limits(main, [log["loss"] for log in logs], values)
-    place = -math.inf
-    for name, value in sorted(baselines, key=lambda b: b[1]):
-        place = max(value, place + 0.04 * np.ptp(main.get_ylim()))  # labels in the margin, one above the other
-        main.axhline(value, color=GREY, linewidth=1.2, linestyle=":")
-        main.annotate(f"{shorten(name)} {value:.3f}", (1, place), xycoords=("axes fraction", "data"), xytext=(4, 0),
-                      textcoords="offset points", va="center", color=GREY, fontsize=9)
-    main.set_ylabel("loss (nats a token)")
-    main.set_xlabel("step")
-    figure.suptitle(textwrap.fill(title, 90), fontsize=13)
+    plain = FuncFormatter(lambda value, _: f"{value:.4g}")
+    validation = "val_loss" not in options.panels
+    for panel, column in zip(axes, options.panels):
+        if options.log_x:
+            panel.set_xscale("log")
+            panel.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            panel.xaxis.set_major_locator(MaxNLocator(6 if panel is first else 4, steps=[1, 2, 2.5, 5, 10],
+                                                      integer=options.x == "step", min_n_ticks=1))
+        draw_curves(panel, column, runs, validation, options.log_x)
+        panel.xaxis.set_major_formatter(plain if options.x == "time" else EngFormatter(sep=""))
+        panel.yaxis.set_major_formatter(EngFormatter(sep="") if column == "tokens_per_s" else plain)
+        panel.set_xlabel(x_name if panel is first else x_name.split(" (")[0])
+        if panel is first:
+            panel.set_ylabel(PANELS[column])
+        else:
+            panel.set_title(PANELS[column], loc="left")
+    handles = legend_of(first, runs, validation and "loss" in options.panels, grey)
+    if "loss" in options.panels:
+        loss = axes[options.panels.index("loss")]
+        limit_loss(loss, runs, options)
+        if options.paper:
+            handles += draw_paper(loss, options.paper, COLORS[options.dark])
+        draw_baselines(loss, options.baseline, grey)
+        mark_notes(loss, runs)
+        for panel in axes:
+            panel.set_xlim(loss.get_xlim())
     # the legend is above the curves, where it hides nothing
-    handles, labels = main.get_legend_handles_labels()
-    if np.isfinite(values[len(baselines):]).any():
-        handles, labels = [*handles, Line2D([], [], color=GREY, **VALIDATION)], [*labels, "validation"]
-    noted = {note: any((log.get("note", np.zeros(1)) == NOTES[note]).any() for log in logs) for note in NOTES}
-    if noted["spike"]:
-        handles, labels = [*handles, Line2D([], [], color=GREY, **SPIKE)], [*labels, "spike"]
-    if noted["skipped"]:
-        handles, labels = [*handles, Line2D([], [], color=GREY, linestyle=(0, (1, 3)))], [*labels, "update skipped"]
-    columns = max(1, int(10 / (0.6 + 0.075 * max(map(len, labels)))))  # inches
-    main.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncol=columns, frameon=False, fontsize=9)
+    columns = max(1, int(8.2 / (0.6 + 0.064 * max(len(h.get_label()) for h in handles))))
+    first.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncol=columns, frameon=False, fontsize=9)
+    if options.title:
+        figure.suptitle(textwrap.fill(options.title, 80), fontsize=12)
+    return figure
 
-    for axes, heading in zip(panels, ["learning rate", "gradient norm before clipping", "tokens/s"]):
-        axes.set_title(heading, loc="left")
-        axes.set_xlabel("step")
-    set_limits(panels[1], [log["grad_norm"] for log in logs])
-    set_limits(panels[2], [log["tokens_per_s"] for log in logs])
-    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
-    panels[2].yaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.savefig(out, dpi=130, format="png")
+
+def baseline(text):
+    name, _, value = text.rpartition("=")
+    try:
+        if name.strip() and math.isfinite(float(value)):
+            return name.strip(), float(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"'{text}' is not NAME=VALUE. Give a name and a loss, as llama=3.21")
+
+
+def limits(text):
+    try:
+        low, high = map(float, text.split(":"))
+        if -math.inf < low < high < math.inf:
+            return low, high
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"'{text}' is not LOW:HIGH. Give two losses, as 2.2:3")
+
+
+def panels(text):
+    names = text.split(",")
+    if len(set(names)) == len(names) and set(names) <= set(PANELS):
+        return names
+    raise argparse.ArgumentTypeError(f"'{text}' is not a list of {', '.join(PANELS)}")
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run (it holds log.csv), or NAME=FOLDER")
+    parser.add_argument("--out", metavar="FILE", help="a .png, .svg or .pdf (loss.png in the first run's folder)")
+    parser.add_argument("--title", metavar="TEXT", default="", help="a heading (none)")
+    parser.add_argument("--x", choices=["step", "tokens", "time"], default="step",
+                        help="the x axis; tokens and time need a checkpoint of the run (step)")
+    parser.add_argument("--log-x", action="store_true", help="a logarithmic x axis")
+    parser.add_argument("--panels", metavar="LIST", type=panels, default=["loss", "lr", "grad_norm", "tokens_per_s"],
+                        help=f"of {', '.join(PANELS)}, the first one large (loss,lr,grad_norm,tokens_per_s; "
+                        "validation is then drawn with the loss)")
+    parser.add_argument("--ylim", metavar="LOW:HIGH", type=limits, help="the range of the loss that is shown")
+    parser.add_argument("--baseline", metavar="NAME=VALUE", type=baseline, action="append", default=[],
+                        help="a horizontal line at a loss, as llama=3.21; may be given again")
+    parser.add_argument("--paper", choices=sorted(PAPER), help="add the losses that the paper reports of this size")
+    parser.add_argument("--dark", action="store_true", help="light on dark")
+    parser.error = lambda message: fail(f"{message}. See plot.py --help.")
+    options = parser.parse_args(arguments)
+    if "loss" not in options.panels and (options.paper or options.baseline or options.ylim):
+        fail("--paper, --baseline and --ylim are about the loss. Add it to --panels.")
+    if options.out and not options.out.endswith((".png", ".svg", ".pdf")):
+        fail(f"--out: {options.out} is no .png, .svg or .pdf. Give it such a name.")
+    if options.paper and options.x != "step":
+        fail("--paper: its points are at numbers of steps. Leave --x away.")
+    return options
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="the folder of a run, which holds log.csv")
-    parser.add_argument("--out", metavar="FILE.png", help="the picture (loss.png in the first run's folder)")
-    parser.add_argument("--title", metavar="TEXT", help="the heading (the run's name)")
-    parser.add_argument("--baseline", metavar="NAME=VALUE", action="append", default=[],
-                        help="a horizontal line at a loss; may be given again")
-    parser.error = lambda message: fail(f"{message}. See plot.py --help.")
-    options = parser.parse_args()
-    baselines = []
-    for text in options.baseline:
-        name, _, value = text.rpartition("=")
-        try:
-            baselines.append((name.strip(), float(value)))
-            if not baselines[-1][0] or not math.isfinite(baselines[-1][1]):
-                raise ValueError
-        except ValueError:
-            fail(f"--baseline: '{text}' is not NAME=VALUE. Give a name and a loss, as llama=3.21.")
-    logs = [read_log(os.path.join(run, "log.csv")) for run in options.runs]
-    names = [os.path.basename(os.path.abspath(run)) for run in options.runs]
-    if len(set(names)) < len(names):
-        names = options.runs
-    out = options.out or os.path.join(options.runs[0], "loss.png")
+    options = parse(None)
+    try:
+        runs = [Run(name, folder, options.x) for name, folder in runlog.named(options.runs)]
+    except runlog.LogError as e:
+        fail(e)
+    out = options.out or os.path.join(runlog.named(options.runs)[0][1], "loss.png")
     part = out + ".part"
     try:
-        draw(names, logs, baselines, options.title or (names[0] if len(names) == 1 else ""), part)
+        draw(runs, options).savefig(part, dpi=150, format=os.path.splitext(out)[1][1:])
         os.replace(part, out)
     except OSError as e:
         if os.path.exists(part):

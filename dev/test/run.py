@@ -39,6 +39,7 @@ JOBS = {
     "dataloader": (["build/test_dataloader"], ["build/test_dataloader"], [1]),
     "tokenizer": (["build/test_tokenizer"], ["build/test_tokenizer"], [1]),
     "bench": (["build/bench_cpu_fp32"], [sys.executable, "dev/test/test_bench.py", "build/bench_cpu_fp32"], [1]),
+    "plot": ([], [sys.executable, "dev/test/test_plot.py"], [1]),
     "prepare": ([], [sys.executable, "dev/test/test_prepare.py"], [1]),
 }
 
