@@ -6767,7 +6767,9 @@ void print_plan(Options& o) {
                advice(m, size_t(device.memory)).c_str());
     printf("%s", speed_of_light(m, o.grad_accum, device).c_str());
     const double seconds = least_seconds(m, o.grad_accum, device) * double(o.steps);
-    printf("  %lld steps take at least %s\n", (long long)o.steps, duration(seconds).c_str());
+    printf("  %lld steps take at least %s, %.3g %s hours on %d of them; the rate that is reached divides that\n",
+           (long long)o.steps, duration(seconds).c_str(), seconds / 3600 * o.storage.ranks, BF16 ? "GPU" : "device",
+           o.storage.ranks);
 }
 
 // Settles the options, some by the tokenizer and the files that they name.

@@ -30,6 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Lock
 
+import runlog
+
 VARIANTS = {"simplegpt": "SimpleGPT", "prenorm": "pre-norm", "preqknorm": "pre-norm + QK norm"}
 OURS = ("--variant", "--lr", "--seed", "--out", "--resume")  # the sweep's own
 
@@ -45,22 +47,12 @@ class Run:
 
     def read(self):
         """(train, val, skipped): losses by step, validation losses by step, number of skipped steps."""
-        train, val, skipped = {}, {}, 0
         try:
-            with open(self.dir / "log.csv", newline="") as f:
-                for row in csv.DictReader(f):
-                    if None in row.values():
-                        break  # a row that is being written
-                    step = int(row["step"])
-                    train[step] = float(row["loss"])
-                    skipped += "skipped" in row["note"]
-                    if row["val_loss"]:
-                        val[step] = float(row["val_loss"])
-        except FileNotFoundError:
-            pass
-        except (KeyError, ValueError, csv.Error):
-            raise Refused(f"{self.dir / 'log.csv'}: this is not the trainer's log. Remove the folder, or sweep into another.")
-        return train, val, skipped
+            log = runlog.read(self.dir)
+        except runlog.LogError as e:
+            raise Refused(f"{e} Or remove {self.dir} and sweep again.")
+        val = {step: loss for step, loss in zip(log["step"], log["val_loss"]) if not math.isnan(loss)}
+        return dict(zip(log["step"], log["loss"])), val, log["note"].count("skipped")
 
     def done(self):
         return (self.dir / "done").exists()
@@ -68,8 +60,6 @@ class Run:
     def result(self):
         """(loss, skipped steps) of a finished run; loss is inf where it is not finite."""
         train, val, skipped = self.read()
-        if not train:
-            raise Refused(f"{self.dir}: finished, but its log.csv is empty or gone. Remove the folder and sweep again.")
         if val:
             loss = val[max(val)]
         else:

@@ -40,6 +40,8 @@ JOBS = {
     "tokenizer": (["build/test_tokenizer"], ["build/test_tokenizer"], [1]),
     "bench": (["build/bench_cpu_fp32"], [sys.executable, "dev/test/test_bench.py", "build/bench_cpu_fp32"], [1]),
     "plot": ([], [sys.executable, "dev/test/test_plot.py"], [1]),
+    "experiments": (["build/train_gpt_cpu_fp32"],
+                    [sys.executable, "dev/test/test_experiments.py", "build/train_gpt_cpu_fp32"], [1]),
     "prepare": ([], [sys.executable, "dev/test/test_prepare.py"], [1]),
 }
 

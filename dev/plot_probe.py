@@ -1,0 +1,90 @@
+#!/usr/bin/python3
+"""Draws what --probe has measured: the curvature of the loss over training, and how large activations are, layer by layer.
+
+usage: plot_probe.py RUN... [--out FILE.png] [--step N]
+
+RUN is the folder of a run or NAME=FOLDER, with the activations.csv and curvature.csv that train_gpt --probe writes there.
+Activations are those of --step, else of the last probe. Without --out the picture is probe.png in the first run's folder.
+"""
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import runlog
+from plot import COLORS, MARKERS, VARIANTS, plt
+
+PANELS = (("residual", "residual stream, RMS"), ("attention_branch", "what attention adds, RMS"),
+          ("ffn_branch", "what the feed-forward adds, RMS"), ("activation", "activation of the feed-forward, RMS"))
+
+
+def fail(message):
+    sys.exit(f"plot_probe.py: {message}")
+
+
+def read(path, names):
+    """Rows of a table as dictionaries; the columns `names` must be there."""
+    try:
+        with open(path, newline="") as f:
+            rows = list(csv.DictReader(f))
+    except FileNotFoundError:
+        fail(f"{path}: is missing. Train with --probe N.")
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        fail(f"{path}: cannot be read: {e}. Train with --probe N.")
+    if not rows or not set(names) <= rows[0].keys():
+        fail(f"{path}: holds no rows of {', '.join(names)}. Train with --probe N.")
+    try:
+        return [{n: r[n] if n == "tensor" else float(r[n]) for n in names} for r in rows]
+    except (TypeError, ValueError):
+        fail(f"{path}: holds something else than numbers. Train with --probe N anew.")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--out")
+    parser.add_argument("--step", type=int)
+    args = parser.parse_args()
+    try:
+        runs = runlog.named(args.runs)
+    except runlog.LogError as e:
+        fail(e)
+    fig, axes = plt.subplots(1, 1 + len(PANELS), figsize=(17, 3.6))
+    fig.subplots_adjust(left=0.04, right=0.99, bottom=0.27, top=0.9, wspace=0.2)
+    colors = COLORS[False]
+    for i, (name, folder) in enumerate(runs):
+        folder = Path(folder)
+        variant = next((v for v in sorted(VARIANTS, key=len, reverse=True) if v in f"{name} {folder}"), None)
+        color = colors[VARIANTS[variant]] if variant else colors[len(VARIANTS) + i % (len(colors) - len(VARIANTS))]
+        look = {"color": color, "marker": MARKERS[i % len(MARKERS)], "markersize": 4, "linewidth": 1.2}
+        if (folder / "curvature.csv").exists():  # a bf16 build writes none
+            rows = read(folder / "curvature.csv", ("step", "eigenvalue", "error"))
+            axes[0].errorbar([r["step"] for r in rows], [r["eigenvalue"] for r in rows], [r["error"] for r in rows],
+                             label=name, capsize=2, **look)
+        rows = read(folder / "activations.csv", ("step", "layer", "tensor", "rms", "max"))
+        steps = {r["step"] for r in rows}
+        step = max(steps) if args.step is None else args.step
+        if step not in steps:
+            fail(f"{folder}: has no probe at step {step}, but at {', '.join(f'{s:.0f}' for s in sorted(steps))}.")
+        for axis, (tensor, _) in zip(axes[1:], PANELS):
+            here = [r for r in rows if r["step"] == step and r["tensor"] == tensor]
+            axis.plot([r["layer"] for r in here], [r["rms"] for r in here], label=f"{name}, step {step:.0f}", **look)
+    axes[0].set(title="largest eigenvalue of the Hessian", xlabel="step", yscale="log")
+    for axis, (_, title) in zip(axes[1:], PANELS):
+        axis.set(title=title, xlabel="layer", ylim=(0, None))
+    for axis in axes:
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[1].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="lower center", ncols=min(4, len(runs)), frameon=False)
+    out = args.out or str(Path(runs[0][1]) / "probe.png")
+    try:
+        fig.savefig(out, dpi=90)
+    except OSError as e:
+        fail(f"{out}: cannot be written: {e.strerror}. Choose another --out.")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
