@@ -39,6 +39,8 @@ JOBS = {
     "dataloader": (["build/test_dataloader"], ["build/test_dataloader"], [1]),
     "tokenizer": (["build/test_tokenizer"], ["build/test_tokenizer"], [1]),
     "bench": (["build/bench_cpu_fp32"], [sys.executable, "dev/test/test_bench.py", "build/bench_cpu_fp32"], [1]),
+    "hf": (["build/train_gpt_cpu_fp32"], [sys.executable, "dev/test/test_hf.py", "build/train_gpt_cpu_fp32", GOLDEN],
+           [1]),
     "prepare": ([], [sys.executable, "dev/test/test_prepare.py"], [1]),
 }
 
