@@ -42,8 +42,9 @@ def open_model(path):
             words = json.loads(weights.metadata["config"])
         except (KeyError, ValueError, TypeError):
             words = {}
-    c = description(words, path)
-    weights.check(our_shapes(c), "Export it again: ./train_gpt --steps 0 --init-from FILE --export NEW.")
+    hint = "Export it again: ./train_gpt --steps 0 --init-from FILE --export NEW, with the model's flags."
+    c = description(words, path, hint)
+    weights.check(our_shapes(c), hint)
     return weights, c
 
 

@@ -4,7 +4,7 @@
     from_torch.py CHECKPOINT OUT.safetensors --heads N [--norm layernorm] [--rope-theta X] [--norm-eps X] [--seq-len N]
 
 CHECKPOINT is a state_dict that torch.save wrote (alone, or under "model"), or a folder of torch.distributed.checkpoint
-as torchtitan writes it. Names are ours already; what wrappers put before them is taken off, optimizer state left out.
+as torchtitan writes it. Names are ours already; what wrappers put before them goes, and so does optimizer state.
 Everything but the given numbers is seen from the tensors. Needs numpy and torch.
 """
 import re
@@ -85,7 +85,7 @@ def words_of(tensors, args):
     vocab, dim = shape("tok_embeddings.weight" if llama else "wte.weight")
     layers = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=-1)
     positions = args.seq_len if llama else shape("wpe.weight")[0]
-    if dim % args.heads:
+    if args.heads < 1 or dim % args.heads:
         raise Refused(
             f"--heads: {args.heads} do not divide the width {dim}. Give the number of the checkpoint's model.")
     return {
@@ -108,7 +108,8 @@ def main():
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens of a sequence (2048)")
     args = parser.parse_args()
     tensors = own_names(open_checkpoint(args.checkpoint), args.checkpoint)
-    c = description({key: str(value) for key, value in words_of(tensors, args).items()}, args.checkpoint)
+    words = {key: str(value) for key, value in words_of(tensors, args).items()}
+    c = description(words, args.checkpoint, "Give a whole checkpoint of the paper's code.")
     shapes = our_shapes(c)
     for name, shape in shapes.items():
         there = tensors.get(name)

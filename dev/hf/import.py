@@ -81,8 +81,11 @@ def main():
     parser.add_argument("out", type=Path, help="safetensors file to write")
     args = parser.parse_args()
     path = args.folder / "config.json"
-    words = their_description(path)
-    c = description({key: str(value) for key, value in words.items()}, path)
+    try:
+        words = their_description(path)
+    except (AttributeError, TypeError, ZeroDivisionError):  # a list for an object, text for a number
+        words = {}
+    c = description({key: str(value) for key, value in words.items()}, path, "Fetch the folder again.")
     rows = list((simplegpt_rows if read_json(path)["model_type"] == "simplegpt" else family(c)[1])(c))
     weights = Weights(args.folder)
     for name in [name for name in weights.entries if name.endswith(IGNORED)]:

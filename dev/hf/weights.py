@@ -196,7 +196,7 @@ WORDS = {
 NUMBERS = ("dim", "layers", "heads", "kv_heads", "hidden", "vocab_size", "seq_len", "max_seq_len")
 
 
-def description(words, where):
+def description(words, where, hint):
     """from an export's metadata or a checkpoint's state.json, where every value is text"""
     try:
         c = {key: words[key] for key in WORDS}
@@ -207,8 +207,7 @@ def description(words, where):
         if not known or min(c[key] for key in NUMBERS) < 1 or c["dim"] % c["heads"]:
             raise ValueError
     except (KeyError, ValueError, TypeError):
-        raise Refused(f"{where}: its description of the model is incomplete or broken. Export it again: "
-                      "./train_gpt --steps 0 --init-from FILE --export NEW, with the model's flags.") from None
+        raise Refused(f"{where}: its description of the model is incomplete or broken. {hint}") from None
     return c
 
 

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import shutil
@@ -119,7 +120,7 @@ class Case(unittest.TestCase):
 
     def same_model(self, path, other):
         """the descriptions too, but for the length of sequences, of which a folder knows the largest only"""
-        a, b = (weights.description(json.loads(read_safetensors(p)[1]["config"]), p) for p in (path, other))
+        a, b = (weights.description(json.loads(read_safetensors(p)[1]["config"]), p, "") for p in (path, other))
         self.assertEqual({**a, "seq_len": 0}, {**b, "seq_len": 0})
 
 
@@ -329,6 +330,8 @@ class Refusals(Case):
             ("lacks hidden_size", {"hidden_size": None}),
             ("layers.1", {"num_hidden_layers": 2}),
             ("description", {"num_hidden_layers": "x"}),
+            ("description", {"num_attention_heads": 0}),
+            ("description", {"rope_parameters": [1]}),
             ("embed_tokens", {"vocab_size": 34}),
         ):
             changed("prenorm_hs128", words, **change)
@@ -341,6 +344,9 @@ class Refusals(Case):
         bias = "transformer.h.0.mlp.c_fc.bias"
         write_safetensors(file, {**tensors, bias: ("F32", [128], struct.pack("<128f", *[0.0] * 127, 0.5))})
         self.refused("import", self.dir / "nanogpt_prenorm", self.dir / "out.safetensors", words=bias + " is not zero")
+        (self.dir / "nanogpt_prenorm" / "list").mkdir()
+        (self.dir / "nanogpt_prenorm" / "list" / "config.json").write_text("[]")
+        self.refused("import", self.dir / "nanogpt_prenorm" / "list", self.dir / "out.st", words="description")
         # as older versions write them: the head once more, buffers, no biases of zero
         extra = {
             "lm_head.weight": tensors["transformer.wte.weight"], "transformer.h.0.attn.bias": ("F32", [1], bytes(4))
@@ -382,16 +388,18 @@ def random_weights(c, seed):
 
 def sweep():
     """every variant, norm and backbone; head sizes, groups, odd vocabularies and widths"""
-    shapes = [(16, 6, 3), (32, 4, 4), (64, 2, 1), (128, 2, 2), (72, 1, 1), (16, 3, 1), (32, 8, 2), (64, 3, 3)]
-    for i, (backbone, norm, variant) in enumerate(
-        (b, n, v) for b in weights.WORDS["backbone"] for n in weights.WORDS["norm"] for v in weights.WORDS["variant"]):
-        for j in (i, i + 3) if backbone == "llama" else (i,):
-            hs, heads, kv = shapes[j % len(shapes)]
-            kv, dim = kv if backbone == "llama" else heads, hs * heads
-            hidden = 4 * dim if backbone == "nanogpt" else (24, 56, 200)[j % 3]
-            yield dict(backbone=backbone, variant=variant, norm=norm, dim=dim, layers=1 + j % 3, heads=heads,
-                       kv_heads=kv, hidden=hidden, vocab_size=(37, 101, 257)[j % 3], rope_theta=(1e4, 5e5)[j % 2],
-                       norm_eps=(1e-5, 1e-6)[j % 2], seq_len=(33, 70)[j % 2], max_seq_len=75)
+    shapes = itertools.cycle(((16, 6, 3), (32, 4, 4), (64, 2, 1), (128, 2, 2), (72, 1, 1), (16, 3, 1), (32, 8, 2), (64, 3, 3)))
+    k = 0
+    for backbone, norm, variant in itertools.product(*(weights.WORDS[key] for key in ("backbone", "norm", "variant"))):
+        for _ in range(2 if backbone == "llama" else 1):
+            hs, heads, kv = next(shapes)
+            dim, kv = hs * heads, kv if backbone == "llama" else heads
+            hidden = 4 * dim if backbone == "nanogpt" else (24, 56, 200)[k % 3]
+            yield dict(backbone=backbone, variant=variant, norm=norm, dim=dim, layers=1 + k // 2 % 3, heads=heads,
+                       kv_heads=kv, hidden=hidden, vocab_size=(37, 101, 257, 64, 83)[k % 5],
+                       rope_theta=(1e4, 5e5)[k % 2], norm_eps=(1e-5, 1e-6)[k // 3 % 2], seq_len=(33, 70)[k // 2 % 2],
+                       max_seq_len=75)
+            k += 1
 
 
 class Transformers(Case):
@@ -457,6 +465,14 @@ class Transformers(Case):
             if losses:
                 self.close("golden loss", model, np.mean(losses), as_numpy(tensors["loss"])[0], LOSS_LIMIT)
             self.generates(model, tokens[0, 0, :, :9])
+            if type(model).__name__ == "SimpleGPTForCausalLM":  # its tensors have the names of the golden file
+                for windows in longs(tokens[0]):
+                    logits = model(windows[:, :-1]).logits.flatten(0, 1)
+                    torch.nn.functional.cross_entropy(logits, windows[:, 1:].flatten()).div(len(tokens[0])).backward()
+                for n, p in model.named_parameters():
+                    want = as_numpy(tensors["grad/" + n])
+                    relative = (p.grad.numpy() - want) / np.linalg.norm(want)
+                    self.close("golden gradients, relative", model, np.linalg.norm(relative), 0, 1e-4)
         self.each_golden(body)
 
     def test_sweep(self):
@@ -628,7 +644,8 @@ class Transformers(Case):
         file.write_bytes(b"no checkpoint")
         self.refused("from_torch", file, self.dir / "b.st", *flags, words="torch cannot read it")
         torch.save(state, file)
-        self.refused("from_torch", file, self.dir / "b.st", "--heads", 7, words="--heads")
+        for heads in (0, 7):
+            self.refused("from_torch", file, self.dir / "b.st", "--heads", heads, words="--heads")
         self.refused("from_torch", self.dir / "none.pt", self.dir / "b.st", "--heads", 7, words="none.pt: No such file")
         self.refused("from_torch", self.dir / "run", self.dir / "b.st", "--heads", 7, words="no .metadata")
 
