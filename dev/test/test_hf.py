@@ -388,7 +388,8 @@ def random_weights(c, seed):
 
 def sweep():
     """every variant, norm and backbone; head sizes, groups, odd vocabularies and widths"""
-    shapes = itertools.cycle(((16, 6, 3), (32, 4, 4), (64, 2, 1), (128, 2, 2), (72, 1, 1), (16, 3, 1), (32, 8, 2), (64, 3, 3)))
+    shapes = itertools.cycle(((16, 6, 3), (32, 4, 4), (64, 2, 1), (128, 2, 2), (72, 1, 1), (16, 3, 1), (32, 8, 2),
+                              (64, 3, 3)))
     k = 0
     for backbone, norm, variant in itertools.product(*(weights.WORDS[key] for key in ("backbone", "norm", "variant"))):
         for _ in range(2 if backbone == "llama" else 1):
@@ -597,13 +598,14 @@ class Transformers(Case):
 
         def body(name):
             tensors, o, path, state, flags = self.state_dict(name)
+            inner = "layers.0._checkpoint_wrapped_module."
+            wrapped = {"_orig_mod." + n.replace("layers.0.", inner): t for n, t in state.items()}
             shutil.rmtree(folder, ignore_errors=True)
             dcp.save({"model": state, "optimizer": {"state": {n + ".exp_avg": t for n, t in state.items()}},
                       "train_state": {"step": torch.tensor(5)}}, checkpoint_id=folder, no_dist=True)
             for source, save in (
                 (file, lambda: torch.save(state, file)), (folder, lambda: None),
-                (file, lambda: torch.save({"model": {"_orig_mod." + n: t for n, t in state.items()}, "step": 3,
-                                           "optimizer": {"state": {}}}, file)),
+                (file, lambda: torch.save({"model": wrapped, "optimizer": {"state": {}}}, file)),
                 (file, lambda: torch.save({**state, "freqs_cis": torch.zeros(4, 8, dtype=torch.complex64)}, file)),
             ):
                 save()
