@@ -54,6 +54,7 @@
 #include <mutex>
 #include <numeric>
 #include <random>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -4984,9 +4985,27 @@ struct FileRecord {
     std::string hash;
 };
 
-FileRecord save_safetensors(const std::string& path, const std::vector<SaveTensor>& tensors) {
+using Fields = std::vector<std::pair<std::string, std::string>>;
+
+std::string json_text(const Fields& fields) {  // printable ASCII in them, as our own words and numbers are
+    std::string json = "{";
+    auto quoted = [&](const std::string& s) {
+        json += '"';
+        for (char c : s) json += c == '"' || c == '\\' ? std::string("\\") + c : std::string(1, c);
+        json += '"';
+    };
+    for (auto& [key, value] : fields) {
+        if (json.size() > 1) json += ", ";
+        quoted(key), json += ": ", quoted(value);
+    }
+    return json + "}";
+}
+
+FileRecord save_safetensors(const std::string& path, const std::vector<SaveTensor>& tensors,
+                            const Fields& metadata = {}) {
     std::string header = "{";
     size_t at = 0;
+    if (!metadata.empty()) header += "\"__metadata__\":" + json_text(metadata);
     for (const SaveTensor& t : tensors) {
         header += header.size() > 1 ? "," : "";
         header += format("\"%s\":{\"dtype\":\"%s\",\"shape\":[", t.name.c_str(), t.dtype.c_str());
@@ -5077,23 +5096,34 @@ struct Safetensors {
         if (fseeko(f, e.begin + offset, SEEK_SET) || fread(data, 1, bytes, f) != bytes)
             throw Error(path + ": cannot be read to its end: it was cut short.");
     }
-    // `count` elements from `first` on, F32 or BF16, as float
+    // `count` elements from `first` on, F32, BF16 or F16, as float
     std::vector<float> floats(const std::string& name, size_t first, size_t count) {
         const Entry& e = entries.at(name);
         std::vector<float> values(count);
         if (e.dtype == "F32") {
             read(e, values.data(), first * 4, count * 4);
-        } else if (e.dtype == "BF16") {
+        } else if (e.dtype == "BF16" || e.dtype == "F16") {
             std::vector<uint16_t> raw(count);
             read(e, raw.data(), first * 2, count * 2);
             for (size_t i = 0; i < raw.size(); i++) {
-                uint32_t bits = uint32_t(raw[i]) << 16;
-                memcpy(&values[i], &bits, 4);
+                const uint32_t bits = uint32_t(raw[i]) << 16;
+                if (e.dtype == "BF16")
+                    memcpy(&values[i], &bits, 4);
+                else
+                    values[i] = half_value(raw[i]);
             }
         } else {
-            throw Error(path + ": " + name + " is " + e.dtype + ". Only F32 and BF16 weights can be read.");
+            throw Error(path + ": " + name + " is " + e.dtype + ". Only F32, BF16 and F16 weights can be read.");
         }
         return values;
+    }
+    // IEEE 754 binary16: sign, 5 bits of exponent biased by 15, 10 of mantissa
+    static float half_value(uint16_t bits) {
+        const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+        const float size = exponent == 31  ? mantissa ? NAN : INFINITY
+                           : exponent == 0 ? ldexpf(float(mantissa), -24)
+                                           : ldexpf(float(1024 + mantissa), exponent - 25);
+        return bits >> 15 ? -size : size;
     }
 };
 
@@ -5106,21 +5136,70 @@ std::vector<size_t> shape_of(const Tensor& t) {
     return t.cols ? std::vector<size_t>{t.rows, t.cols} : std::vector<size_t>{t.rows};
 }
 
-// The files with the weights that a path means: itself, or of a folder (a checkpoint's) its model*.safetensors.
+// The files with the weights that a path means: itself, or of a folder (a checkpoint's, or one as Hugging Face has
+// them) model.safetensors, else those that model.safetensors.index.json names.
 std::vector<std::string> weight_files(const std::string& path) {
-    std::vector<std::string> files;
-    DIR* d = opendir(path.c_str());
-    if (!d) return {path};
-    while (dirent* e = readdir(d)) {
-        const std::string name = e->d_name, end = ".safetensors";
-        if (name.compare(0, 5, "model") == 0 && name.size() > end.size() &&
-            name.compare(name.size() - end.size(), end.size(), end) == 0)
-            files.push_back(path + "/" + name);
+    struct stat info;
+    if (stat(path.c_str(), &info) || !S_ISDIR(info.st_mode)) return {path};
+    const std::string whole = path + "/model.safetensors", index = whole + ".index.json";
+    if (stat(whole.c_str(), &info) == 0) return {whole};
+    if (stat(index.c_str(), &info))
+        throw Error(path +
+                    ": holds neither model.safetensors nor model.safetensors.index.json. Give a file, or a folder "
+                    "with one of them.");
+    std::set<std::string> files;
+    try {
+        const Json json = parse_json(read_file(index));
+        const Json* map = json.find("weight_map");
+        for (auto& [name, file] : map ? map->fields : json.fields) {
+            if (!map || file.kind != Json::text || file.string.find('/') != std::string::npos)
+                throw Error("its weight_map is missing or broken");
+            files.insert(path + "/" + file.string);
+        }
+        if (files.empty()) throw Error("it names no files");
+    } catch (const Error& e) {
+        throw Error(index + ": " + e.what() + ". Fetch or write the folder again.");
     }
-    closedir(d);
-    if (files.empty()) throw Error(path + ": holds no model*.safetensors. Give a file, or a checkpoint's folder.");
-    std::sort(files.begin(), files.end());
-    return files;
+    return {files.begin(), files.end()};
+}
+
+// What a file of weights says of its model, and state.json too.
+Fields model_fields(const Config& c) {
+    const char* variants[] = {"simplegpt", "prenorm", "preqknorm"};
+    return {{"backbone", c.gated() ? "llama" : "nanogpt"},
+            {"variant", variants[int(c.variant)]},
+            {"norm", c.layernorm ? "layernorm" : "rmsnorm"},
+            {"dim", std::to_string(c.C)},
+            {"layers", std::to_string(c.L)},
+            {"heads", std::to_string(c.NH)},
+            {"kv_heads", std::to_string(c.NKV)},
+            {"hidden", std::to_string(c.F())},
+            {"vocab_size", std::to_string(c.V)},
+            {"rope_theta", format("%.9g", c.rope_theta)},
+            {"norm_eps", format("%.9g", c.norm_eps)},
+            {"seq_len", std::to_string(c.T)},
+            {"max_seq_len", std::to_string(c.max_T)}};
+}
+
+// Looks at what names and shapes of tensors do not tell, if the file has an export's metadata: another norm or number
+// of heads is refused, another rope_theta or norm_eps, which one may want to change, is told.
+void check_metadata(const Safetensors& file, const Config& c) {
+    const Json* text = file.metadata.find("config");
+    Json config;
+    try {
+        if (text) config = parse_json(text->string);
+    } catch (const Error&) {  // another program's
+    }
+    for (auto& [key, value] : model_fields(c)) {
+        const Json* there = config.find(key);
+        const bool number = key == "rope_theta" || key == "norm_eps";
+        if (!there || !(number || key == "heads" || key == "norm") || (key == "rope_theta" && !c.gated())) continue;
+        const std::string& other = there->string;
+        if (number ? strtof(other.c_str(), nullptr) == strtof(value.c_str(), nullptr) : other == value) continue;
+        const std::string message = file.path + ": its model has " + key + " " + other + ", this one " + value + ".";
+        if (!number) throw Error(message + " Give --" + key + " " + other + ".");
+        if (ranks.rank == 0) fprintf(stderr, "train_gpt: warning: %s\n", message.c_str());
+    }
 }
 
 // Weights from safetensors with the paper's names. All must be there, in the model's shapes, and nothing else; all are
@@ -5130,8 +5209,13 @@ void import_weights(Model& m, const std::string& path) {
     std::map<std::string, Safetensors*> where;
     for (const std::string& file : weight_files(path)) {
         files.emplace_back(new Safetensors(file));
-        for (auto& [name, entry] : files.back()->entries) where[name] = files.back().get();
+        for (auto& [name, entry] : files.back()->entries)
+            if (!where.emplace(name, files.back().get()).second)
+                throw Error(file + ": holds " + name + ", which another file of the folder has too. Write it again.");
+        check_metadata(*files.back(), m.c);
     }
+    if (where.count("model.embed_tokens.weight") || where.count("transformer.wte.weight"))
+        throw Error(path + ": has Hugging Face's names of tensors. Convert it first: dev/hf/import.py.");
     std::map<std::string, bool> known;
     for (const Tensor& t : m.table.tensors) {
         known[t.name] = true;
@@ -5142,8 +5226,8 @@ void import_weights(Model& m, const std::string& path) {
         if (entry.shape != shape_of(t))
             throw Error(file.path + ": " + t.name + " is " + shape_text(entry.shape) + " there, " +
                         shape_text(shape_of(t)) + " in this model. Check the model's flags.");
-        if (entry.dtype != "F32" && entry.dtype != "BF16")
-            throw Error(file.path + ": " + t.name + " is " + entry.dtype + ". Only F32 and BF16 can be read.");
+        if (entry.dtype != "F32" && entry.dtype != "BF16" && entry.dtype != "F16")
+            throw Error(file.path + ": " + t.name + " is " + entry.dtype + ". Only F32, BF16 and F16 can be read.");
     }
     for (auto& [name, file] : where)
         if (!known.count(name))
@@ -5155,8 +5239,9 @@ void import_weights(Model& m, const std::string& path) {
     });
 }
 
-// Float32 weights (the masters), with the paper's names. All ranks call, the first writes.
-void export_weights(const Model& m, const std::string& path) {
+// The weights (the masters, if there are any), with the paper's names: as float32, or `half` rounded to bf16. All ranks
+// call, the first writes.
+void export_weights(const Model& m, const std::string& path, bool half) {
     const bool cut = m.master ? m.storage.cut_state() : m.storage.cut_weights();
     const Flat flat = m.master ? Flat(m.master) : Flat(m.params);
     int held = -1;
@@ -5170,25 +5255,28 @@ void export_weights(const Model& m, const std::string& path) {
         return;
     }
     std::vector<SaveTensor> tensors;
+    const size_t width = half ? sizeof(__nv_bfloat16) : sizeof(float);
     for (const Tensor& t : m.table.tensors)
-        tensors.push_back({t.name, "F32", shape_of(t), t.size() * sizeof(float),
+        tensors.push_back({t.name, half ? "BF16" : "F32", shape_of(t), t.size() * width,
                            [&, at = t.offset](char* to, size_t offset, size_t count) {
                                const int u = m.table.unit_of(at);
                                get(u);
-                               const size_t first = at - m.table.units[u].begin + offset / sizeof(float);
-                               for (size_t i = 0; i < count / sizeof(float); i++) {
+                               const size_t first = at - m.table.units[u].begin + offset / width;
+                               for (size_t i = 0; i < count / width; i++) {
                                    float x;
+                                   __nv_bfloat16 y;
                                    if (flat.half) {
-                                       __nv_bfloat16 half;
-                                       memcpy(&half, &unit[(first + i) * sizeof(half)], sizeof(half));
-                                       x = float(half);
+                                       memcpy(&y, &unit[(first + i) * sizeof(y)], sizeof(y));
+                                       x = float(y);
                                    } else {
                                        memcpy(&x, &unit[(first + i) * sizeof(x)], sizeof(x));
+                                       y = __float2bfloat16_rn(x);
                                    }
-                                   memcpy(to + i * sizeof(x), &x, sizeof(x));
+                                   half ? memcpy(to + i * width, &y, width) : memcpy(to + i * width, &x, width);
                                }
                            }});
-    save_safetensors(path, tensors);
+    // "format" is what Hugging Face's readers look for
+    save_safetensors(path, tensors, {{"format", "pt"}, {"config", json_text(model_fields(m.c))}});
 }
 
 // =====================================================================================================================
@@ -5204,25 +5292,14 @@ void export_weights(const Model& m, const std::string& path) {
 // written is given up with a warning, training goes on, and the checkpoints before it stay.
 
 // What a checkpoint and a run must share.
-std::vector<std::pair<std::string, std::string>> config_fields(const Config& c, const Storage& s) {
-    const char* variants[] = {"simplegpt", "prenorm", "preqknorm"};
-    return {{"backbone", c.gated() ? "llama" : "nanogpt"},
-            {"variant", variants[int(c.variant)]},
-            {"norm", c.layernorm ? "layernorm" : "rmsnorm"},
-            {"dim", std::to_string(c.C)},
-            {"layers", std::to_string(c.L)},
-            {"heads", std::to_string(c.NH)},
-            {"kv_heads", std::to_string(c.NKV)},
-            {"hidden", std::to_string(c.F())},
-            {"vocab_size", std::to_string(c.V)},
-            {"rope_theta", format("%.9g", c.rope_theta)},
-            {"norm_eps", format("%.9g", c.norm_eps)},
-            {"seq_len", std::to_string(c.T)},
-            {"max_seq_len", std::to_string(c.max_T)},
-            {"precision", PRECISION},
-            {"gradients", s.half_gradients ? "bf16" : "fp32"},
-            {"moments", s.half_moments ? "bf16" : "fp32"},
-            {"master", s.no_master ? "none" : "fp32"}};
+Fields config_fields(const Config& c, const Storage& s) {
+    Fields fields = model_fields(c);
+    const Fields storage = {{"precision", PRECISION},
+                            {"gradients", s.half_gradients ? "bf16" : "fp32"},
+                            {"moments", s.half_moments ? "bf16" : "fp32"},
+                            {"master", s.no_master ? "none" : "fp32"}};
+    fields.insert(fields.end(), storage.begin(), storage.end());
+    return fields;
 }
 
 struct TrainState {
@@ -5429,10 +5506,7 @@ private:
                    (long long)s.step, (unsigned long long)s.seed, (long long)s.updates, (long long)s.skipped);
         json += format("  \"ranks\": %d,\n  \"loader\": {\"epoch\": %llu, \"window\": %llu},\n", ranks.size,
                        (unsigned long long)s.loader.epoch, (unsigned long long)s.loader.window);
-        json += "  \"config\": {";
-        for (auto& [key, value] : config_fields(m.c, m.storage))
-            json += (json.back() == '{' ? "" : ", ") + ("\"" + key + "\": \"" + value + "\"");
-        return json + "},\n";
+        return json + "  \"config\": " + json_text(config_fields(m.c, m.storage)) + ",\n";
     }
 
     // Lines of Hugging Face's index; none with one file.
@@ -6178,7 +6252,7 @@ struct Options {
     std::string rendezvous;
     int64_t check_every = 1000, max_bad_steps = 10;
     std::string train_data, val_data, tokenizer, prompt, init_from, export_to, out = "run";
-    bool shuffle = false, resume = false, graph = false;
+    bool shuffle = false, resume = false, graph = false, export_half = false;
     int batch_size = 4, grad_accum = 1, total_batch = 0, log_every = 10, val_every = -1, val_batches = 20,
         sample_every = 0, probe_iterations = 50, probe_batches = 1;
     int64_t probe = 0;
@@ -6339,9 +6413,10 @@ std::vector<Flag> flags(Options& o) {
     integer("ranks", &o.ranks, 1, 1 << 20, "for --plan: GPUs (as many as were started)");
 
     heading("Files");
-    text("init-from", "FILE", "begin with these weights: safetensors with the paper's names", &o.init_from);
-    text("export", "FILE", "write the weights of the end there, as float32 safetensors with the paper's names",
-         &o.export_to);
+    text("init-from", "FILE|DIR", "begin with these weights: safetensors with the paper's names; fp32, bf16 or fp16",
+         &o.init_from);
+    text("export", "FILE", "write the weights of the end there, as safetensors with the paper's names", &o.export_to);
+    choice("export-dtype", "fp32|bf16", "of --export (fp32)", {"fp32", "bf16"}, [&o](int i) { o.export_half = i; });
     text("out", "DIR", "the run's directory: log.csv and checkpoints (run)", &o.out);
     integer("save-every", &o.save_every, 0, int64_t(1) << 50,
             "steps between checkpoints, one at the end too; 0 for none (0)");
@@ -6964,7 +7039,7 @@ void run(Options& o, const World& world) {
         finished = train(m, o, *data, val.get(), tokenizer.get(), state, used_before, trouble);
     }
     job.progress("exporting the weights", o.steps);
-    if (finished && !o.export_to.empty()) export_weights(m, o.export_to);
+    if (finished && !o.export_to.empty()) export_weights(m, o.export_to, o.export_half);
     if (!trouble.empty()) throw Error(trouble);
     destroy(m);
     matmul.close();

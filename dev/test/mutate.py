@@ -577,9 +577,34 @@ MUTATIONS = [
      "",
      "ranks", "two jobs"),
     ("ranks: last rows lost", MAIN, "    log.finish();\n", "", "disk", "^log"),
+    # weights in and out
+    ("weights: bf16 cut off", MAIN,
+     "y = __float2bfloat16_rn(x);",
+     "y = __ushort_as_bfloat16((unsigned short)(__float_as_uint(x) >> 16));",
+     "cli", "export_dtype"),
+    ("weights: fp16's subnormals", MAIN,
+     "ldexpf(float(mantissa), -24)",
+     "ldexpf(float(mantissa), -25)",
+     "cli", "halves"),
+    ("weights: first file only", MAIN,
+     "return {files.begin(), files.end()};",
+     "return {*files.begin()};",
+     "cli", "folders"),
+    ("weights: a tensor twice", MAIN,
+     "if (!where.emplace(name, files.back().get()).second)",
+     "if (where[name] = files.back().get(), false)",
+     "cli", "folders"),
+    ("weights: other heads", MAIN,
+     "if (!number) throw Error(message",
+     "if (false) throw Error(message",
+     "cli", "metadata"),
+    ("weights: whole file behind the parts", MAIN,
+     "if (stat(whole.c_str(), &info) == 0) return {whole};\n",
+     "",
+     "cli", "folders"),
 ]
 
-SCRIPTS = {"ranks": "test_ranks.py", "disk": "test_disk.py", "kill": "kill.py"}
+SCRIPTS = {"cli": "test_cli.py", "ranks": "test_ranks.py", "disk": "test_disk.py", "kill": "kill.py"}
 
 
 def passes(work, build, test):
@@ -611,7 +636,7 @@ def main():
             shutil.copy(os.path.join(ROOT, name), work)
         shutil.copytree(os.path.join(ROOT, "dev", "cpu"), os.path.join(work, "dev", "cpu"))
         shutil.copytree(os.path.join(ROOT, "dev", "test", "golden"), os.path.join(work, "dev", "test", "golden"))
-        for name in ("frame.h", "faulty_disk.c", "launch.py", "test_cli.py", *SCRIPTS.values()):
+        for name in ("frame.h", "faulty_disk.c", "launch.py", *SCRIPTS.values()):
             shutil.copy(os.path.join(ROOT, "dev", "test", name), os.path.join(work, "dev", "test"))
         chosen = [m for m in MUTATIONS if not words or any(w in m[0] for w in words)]
         for build, test in sorted({m[4:] for m in chosen}):

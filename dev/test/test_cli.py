@@ -33,8 +33,8 @@ def read_safetensors(path):
     return {n: (t["dtype"], t["shape"], data[slice(*t["data_offsets"])]) for n, t in header.items()}, metadata
 
 
-def write_safetensors(path, tensors):
-    header, at = {}, 0
+def write_safetensors(path, tensors, metadata=None):
+    header, at = {"__metadata__": metadata} if metadata else {}, 0
     for name, (dtype, shape, data) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
         at += len(data)
@@ -62,14 +62,6 @@ def distance(got, want):
     return math.sqrt(sum((a - b) ** 2 for a, b in zip(got, want)) / max(sum(b * b for b in want), 1e-30))
 
 
-def model_flags(c):
-    """Of a fixture's `config`."""
-    return ["--backbone", c["backbone"], "--variant", c["variant"], "--norm", c["norm_type"], "--dim", c["dim"],
-            "--layers", c["n_layers"], "--heads", c["n_heads"], "--kv-heads", c["n_kv_heads"] or c["n_heads"],
-            "--vocab-size", c["vocab_size"], "--multiple-of", c["multiple_of"],
-            "--ffn-mult", c["ffn_dim_multiplier"] or 1, "--rope-theta", c["rope_theta"], "--norm-eps", c["norm_eps"]]
-
-
 def read_rows(path):
     with open(path) as f:
         names = f.readline().strip().split(",")
@@ -78,6 +70,21 @@ def read_rows(path):
 
 def read_log(out):
     return read_rows(os.path.join(out, "log.csv"))
+
+
+def golden_model(c):
+    """flags of a golden file's `config`"""
+    return ["--backbone", c["backbone"], "--variant", c["variant"], "--norm", c["norm_type"], "--dim", c["dim"],
+            "--layers", c["n_layers"], "--heads", c["n_heads"], "--kv-heads", c["n_kv_heads"] or c["n_heads"],
+            "--vocab-size", c["vocab_size"], "--multiple-of", c["multiple_of"],
+            "--ffn-mult", c["ffn_dim_multiplier"] or 1, "--rope-theta", c["rope_theta"], "--norm-eps", c["norm_eps"]]
+
+
+def golden_run(o):
+    """and of its `optimizer`"""
+    return ["--seq-len", o["T"], "--batch-size", o["B"], "--grad-accum", o["accum"], "--steps", o["steps"],
+            "--warmup", o["warmup"], "--lr", o["lr"], "--weight-decay", o["wd"], "--beta1", o["beta1"],
+            "--beta2", o["beta2"], "--adam-eps", o["eps"], "--clip", o["clip"]]
 
 
 class Failure(Exception):
@@ -129,11 +136,8 @@ class Tests:
         shutil.rmtree(out, ignore_errors=True)
         write_shard(shard, values(tensors["tokens"]))
         write_safetensors(init, {n[6:]: t for n, t in tensors.items() if n.startswith("param/")})
-        flags = [*model_flags(c), "--seq-len", o["T"], "--batch-size", o["B"], "--grad-accum", o["accum"], "--steps", o["steps"],
-                 "--warmup", o["warmup"], "--lr", o["lr"], "--weight-decay", o["wd"], "--beta1", o["beta1"],
-                 "--beta2", o["beta2"], "--adam-eps", o["eps"], "--clip", o["clip"], "--train-data", shard,
-                 "--init-from", init, "--export", export, "--out", out]
-        self.run(*flags)
+        self.run(*golden_model(c), *golden_run(o), "--train-data", shard, "--init-from", init, "--export", export,
+                 "--out", out)
         rows = read_log(out)
         losses, lrs, norms = (values(tensors[n]) for n in ("loss", "lr", "grad_norm"))
         expect(len(rows) == len(losses), f"{len(rows)} rows in the log, {len(losses)} steps")
@@ -169,7 +173,7 @@ class Tests:
         shutil.rmtree(out, ignore_errors=True)
         write_shard(shard, values(tokens))
         write_safetensors(init, tensors)
-        self.run(*model_flags(c), "--seq-len", windows - 1, "--batch-size", B, "--steps", 0, "--train-data", shard,
+        self.run(*golden_model(c), "--seq-len", windows - 1, "--batch-size", B, "--steps", 0, "--train-data", shard,
                  "--init-from", init, "--probe", 1, "--probe-iterations", 200, "--out", out)
         activations = read_rows(out + "/activations.csv")
         expect([r["layer"] for r in activations if r["tensor"] == "residual"] == [str(i) for i in range(c["n_layers"] + 1)],
@@ -256,6 +260,105 @@ class Tests:
         self.run(*self.small("again", "--init-from", self.path("seed.st"), "--export", self.path("again.st"), steps=0))
         expect(open(self.path("seed.st"), "rb").read() == open(self.path("again.st"), "rb").read(), "round trip differs")
 
+    def seed_tensors(self):
+        if not os.path.exists(self.path("seed.st")):
+            self.import_export()
+        return read_safetensors(self.path("seed.st"))
+
+    def passed_through(self, weights, *flags):
+        """what the trainer exports of weights that it only imports"""
+        out = self.path("through.st")
+        self.run(*self.small("through", "--init-from", weights, "--export", out, *flags, steps=0))
+        return read_safetensors(out)
+
+    def export_dtype(self):
+        """bf16: rounded to nearest, ties to even; what is bf16 stays as it is, in and out."""
+        tensors, _ = self.seed_tensors()
+        # ties up and down, beside them, subnormal, -0, the largest float (rounds to infinity), infinity
+        bits = [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF828000, 0xBF838000, 0x00008000, 0x00018000,
+                0x80000000, 0x7F7FFFFF, 0x7F800000, 0xFF800000]
+        bits += [0x3F800000 + 0x1357 * i for i in range(32 - len(bits))]
+        tensors["norm.weight"] = ("F32", [32], struct.pack("<32I", *bits))
+        write_safetensors(self.path("ties.st"), tensors)
+        half, _ = self.passed_through(self.path("ties.st"), "--export-dtype", "bf16")
+        for name, (dtype, shape, data) in tensors.items():
+            words = array.array("I", data)
+            want = array.array("H", [(w + 0x7FFF + (w >> 16 & 1)) >> 16 for w in words]).tobytes()
+            expect(half[name] == ("BF16", shape, want), f"{name} is not rounded to nearest even")
+        with open(self.path("through.st"), "rb") as f:
+            first = f.read()
+        os.rename(self.path("through.st"), self.path("half.st"))
+        self.passed_through(self.path("half.st"), "--export-dtype", "bf16")
+        expect(open(self.path("through.st"), "rb").read() == first, "bf16 passes through with other bits")
+        wide, _ = self.passed_through(self.path("half.st"))
+        for name, (_, shape, data) in half.items():
+            want = array.array("I", [h << 16 for h in array.array("H", data)]).tobytes()
+            expect(wide[name] == ("F32", shape, want), f"{name} changes when bf16 becomes fp32")
+
+    def import_halves(self):
+        tensors, _ = self.seed_tensors()
+        halves, want = {}, {}
+        for name, tensor in tensors.items():
+            numbers = list(values(tensor))
+            if name == "norm.weight":
+                numbers[:8] = 0.0, -0.0, 2.0 ** -24, -3.0 * 2.0 ** -24, 2.0 ** -14, 65504.0, math.inf, -math.inf
+            data = struct.pack(f"<{len(numbers)}e", *numbers)
+            halves[name] = ("F16", tensor[1], data)
+            want[name] = ("F32", tensor[1], struct.pack(f"<{len(numbers)}f", *struct.unpack(f"<{len(numbers)}e", data)))
+        write_safetensors(self.path("f16.st"), halves)
+        expect(self.passed_through(self.path("f16.st"))[0] == want, "fp16 is not read as it is")
+
+    def metadata(self):
+        """An export says what its tensors do not, and it is looked at."""
+        tensors, metadata = self.seed_tensors()
+        config = json.loads(metadata["config"])
+        want = dict(backbone="llama", variant="simplegpt", norm="rmsnorm", dim="32", layers="2", heads="2",
+                    kv_heads="2", hidden="96", vocab_size="65", rope_theta="10000", seq_len="33", max_seq_len="33")
+        expect(metadata["format"] == "pt" and {k: config[k] for k in want} == want, f"metadata is {metadata}")
+        expect(abs(float(config["norm_eps"]) - 1e-5) < 1e-12, "norm_eps is not 1e-5")
+        for flag, value, words in (("--norm", "layernorm", ["norm rmsnorm", "--norm rmsnorm"]),
+                                   ("--heads", 1, ["heads 2", "--heads 2"])):
+            self.bad(self.small("bad", "--init-from", self.path("seed.st"), flag, value), "seed.st", *words)
+        flags = self.small("theta", "--init-from", self.path("seed.st"), "--rope-theta", 5e5, steps=0)
+        r = subprocess.run([self.args.train_gpt, *map(str, flags)], capture_output=True, text=True)
+        told = r.stderr.count("\n") == 1 and "warning" in r.stderr and "rope_theta 10000" in r.stderr
+        expect(r.returncode == 0 and told, f"another rope_theta is not told, or not only told: {r.stderr!r}")
+        for strange in ({"config": "}"}, {"config": "[1]"}, {"more": "x"}):
+            write_safetensors(self.path("strange.st"), tensors, strange)  # another program's metadata is no trouble
+            expect(self.passed_through(self.path("strange.st"))[0] == tensors, f"not imported with metadata {strange}")
+
+    def folders(self):
+        """Weights in several files, as Hugging Face has them."""
+        tensors, _ = self.seed_tensors()
+        folder = self.path("folder")
+        os.mkdir(folder)
+        names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+        parts = [dict(list(tensors.items())[i::3]) for i in range(3)]
+        for name, part in zip(names, parts):
+            write_safetensors(os.path.join(folder, name), part)
+        index = os.path.join(folder, "model.safetensors.index.json")
+        flags = self.small("bad", "--init-from", folder)
+
+        def write_index(text):
+            with open(index, "w") as f:
+                f.write(text)
+
+        weight_map = {t: name for name, part in zip(names, parts) for t in part}
+        self.bad(flags, "folder", "model.safetensors.index.json")
+        write_index(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+        write_safetensors(os.path.join(folder, "model-00001-of-00002.safetensors"), parts[0])  # of an earlier export
+        expect(self.passed_through(folder)[0] == tensors, "several files are read as other weights")
+        for text in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}',
+                     '{"weight_map": {"a": "../b"}}'):
+            write_index(text)
+            self.bad(flags, "index.json")
+        write_index(json.dumps({"weight_map": {**weight_map, "norm.weight": "model-00004-of-00003.safetensors"}}))
+        self.bad(flags, "model-00004-of-00003.safetensors")
+        write_index(json.dumps({"weight_map": {**weight_map, "x": "model-00001-of-00002.safetensors"}}))
+        self.bad(flags, "another file of the folder")
+        write_safetensors(os.path.join(folder, "model.safetensors"), tensors)  # the one whole file is preferred
+        expect(self.passed_through(folder)[0] == tensors, "model.safetensors of a folder is not read")
+
     def sample(self):
         text = self.run(*self.small("sample", "--tokenizer", "bytes", "--vocab-size", 258, "--sample-every", 6,
                                     "--sample-tokens", 40, "--prompt", "abc"))
@@ -322,8 +425,9 @@ class Tests:
             for name in sorted(os.listdir(d)):
                 if name.endswith(".safetensors"):
                     self.test("golden " + name, self.golden, os.path.join(d, name))
-        for body in (self.help, self.same_twice, self.loss_falls, self.resume, self.keep, self.import_export, self.sample,
-                     self.plan, self.memory_options, self.probe):
+        for body in (self.help, self.same_twice, self.loss_falls, self.resume, self.keep, self.import_export,
+                     self.export_dtype, self.import_halves, self.metadata, self.folders, self.sample, self.plan,
+                     self.memory_options, self.probe):
             self.test(body.__name__, body)
         for name in sorted(os.listdir(CURVATURE)):
             self.test("curvature " + name, self.curvature, os.path.join(CURVATURE, name))
@@ -355,6 +459,7 @@ class Tests:
             ("unknown device", ["--plan", "--device", "h300"], ["h300", "h200"]),
             ("total batch", small("bad", "--batch-size", 4, "--total-batch", 6), ["--total-batch", "6", "4"]),
             ("recompute", small("bad", "--recompute", "all"), ["--recompute", "all"]),
+            ("export dtype", small("bad", "--export-dtype", "fp16"), ["--export-dtype", "fp16"]),
             ("missing weights", small("bad", "--init-from", self.path("nowhere.st")), ["nowhere.st"]),
         ):
             self.test("bad: " + name, self.bad, flags, *words)
@@ -389,6 +494,9 @@ class Tests:
             ("missing.st", edited(lambda t: t.pop("norm.weight")), ["norm.weight"]),
             ("extra.st", edited(lambda t: t.update(more=("F32", [1], b"abcd"))), ["more"]),
             ("shape.st", edited(reshape), ["output.weight"]),
+            ("int.st", edited(lambda t: t.update({"norm.weight": ("I32", [32], bytes(128))})), ["norm.weight", "I32"]),
+            ("foreign.st", edited(lambda t: t.update({"model.embed_tokens.weight": t.pop("tok_embeddings.weight")})),
+             ["Hugging Face", "dev/hf/import.py"]),
             ("cut.st", raw(lambda b: b[:-10]), ["cut short"]), ("json.st", raw(lambda b: b[:20] + b"}}" + b[22:]), []),
             ("length.st", raw(lambda b: b"\xff" * 8 + b[8:]), ["length"]), ("empty.st", raw(lambda b: b""), []),
         ):

@@ -1,0 +1,677 @@
+#!/usr/bin/env python3
+"""Tests of dev/hf: to Hugging Face's folders and back, beside golden files and ./train_gpt. Needs numpy.
+
+usage: test_hf.py TRAIN_GPT GOLDEN_DIR [--filter TEXT] [--verbose]
+
+What needs torch and transformers (all comparisons of logits) is left out with a line where they are missing.
+"""
+import argparse
+import contextlib
+import importlib.util
+import io
+import itertools
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import numpy as np
+
+import test_prepare
+from test_cli import golden_model, golden_run, read_log, read_safetensors, values, write_safetensors, write_shard
+
+ROOT = Path(__file__).resolve().parents[2]
+HF = ROOT / "dev" / "hf"
+sys.dont_write_bytecode = True
+sys.path += [str(HF), str(ROOT / "dev" / "reference")]
+import weights  # noqa: E402  dev/hf/weights.py
+
+try:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    import transformers
+    from model import Config, Model  # dev/reference/model.py
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+except ImportError as e:
+    torch, missing = None, e.name
+
+ARGS = argparse.Namespace()
+LIMIT = 1e-4      # of logits: design of the golden files
+LOSS_LIMIT = 5e-5
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"hf_{name}", HF / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def as_numpy(tensor):
+    dtype, shape, data = tensor
+    return np.frombuffer(data, {**weights.RAW, "F64": np.float64, "I32": np.int32}[dtype]).reshape(shape)
+
+
+def as_tensors(arrays):
+    return {name: ("F32", list(a.shape), np.ascontiguousarray(a, np.float32).tobytes()) for name, a in arrays.items()}
+
+
+def longs(tokens):
+    return tokens if torch.is_tensor(tokens) else torch.as_tensor(np.array(tokens, np.int64))
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        scratch = tempfile.TemporaryDirectory()
+        self.addCleanup(scratch.cleanup)
+        self.dir = Path(scratch.name)
+
+    def tool(self, name, *args):
+        """runs a script of dev/hf in this process; what it printed"""
+        argv, sys.argv = sys.argv, [name, *map(str, args)]
+        out = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(out):
+                weights.run(name, load(name).main)
+        finally:
+            sys.argv = argv
+        return out.getvalue()
+
+    def refused(self, name, *args, words):
+        there = sorted(self.dir.rglob("*"))
+        with self.assertRaises(SystemExit) as e:
+            self.tool(name, *args)
+        message = str(e.exception.code)
+        self.assertTrue(message.startswith(name + ": ") and "\n" not in message and words in message, message)
+        self.assertEqual(sorted(self.dir.rglob("*")), there, "it left something behind")
+
+    def train(self, *flags):
+        r = subprocess.run([ARGS.train_gpt, *map(str, flags)], capture_output=True, text=True)
+        self.assertEqual((r.returncode, r.stderr), (0, ""))
+        return r.stdout
+
+    def golden(self, name):
+        """tensors, configuration, recipe, and the start weights as ./train_gpt exports them"""
+        tensors, metadata = read_safetensors(Path(ARGS.golden, name + ".safetensors"))
+        c, o = json.loads(metadata["config"]), json.loads(metadata["optimizer"])
+        raw, path = self.dir / "raw.st", self.dir / f"{name}.safetensors"
+        write_safetensors(raw, {n[6:]: t for n, t in tensors.items() if n.startswith("param/")})
+        self.train(*golden_model(c), "--seq-len", o["T"], "--init-from", raw, "--export", path, "--steps", 0, "--out",
+                   self.dir / "run")
+        return tensors, c, o, path
+
+    def each_golden(self, body):
+        for file in sorted(Path(ARGS.golden).glob("*.safetensors")):
+            with self.subTest(file.stem):
+                body(file.stem)
+
+    def same(self, path, other):
+        a, b = (read_safetensors(p)[0] for p in (path, other))
+        self.assertEqual(a.keys(), b.keys())
+        self.assertEqual([name for name in a if a[name] != b[name]], [], "tensors differ")
+
+
+    def same_model(self, path, other):
+        """the descriptions too, but for the length of sequences, of which a folder knows the largest only"""
+        a, b = (weights.description(json.loads(read_safetensors(p)[1]["config"]), p, "") for p in (path, other))
+        self.assertEqual({**a, "seq_len": 0}, {**b, "seq_len": 0})
+
+
+class Convert(Case):
+    def test_round_trips(self):
+        """official names, Hugging Face's, official names: the same bits, in both dtypes, in one file and in several"""
+        families = set()
+        def body(name):
+            _, c, o, path = self.golden(name)
+            half, folder, back = self.dir / "half.st", self.dir / "hf", self.dir / "back.safetensors"
+            self.train(*golden_model(c), "--seq-len", o["T"], "--init-from", path, "--export", half, "--export-dtype",
+                       "bf16", "--steps", 0, "--out", self.dir / "run")
+            for source, flags, want in ((path, [], path), (half, ["--shard-size", 20000], half),
+                                        (path, ["--dtype", "bf16", "--shard-size", 5000], half)):
+                shutil.rmtree(folder, ignore_errors=True)
+                self.tool("export", source, folder, *flags)
+                printed = self.tool("import", folder, back)
+                self.same(want, back)
+                config = json.loads((folder / "config.json").read_text())
+                self.assertEqual(config["torch_dtype"], "float32" if want == path else "bfloat16")
+                families.add(config["architectures"][0])
+                several = "--shard-size" in flags
+                self.assertEqual((folder / "model.safetensors.index.json").exists(), several)
+                # the flags that it prints are those of this model
+                self.train(*printed.split()[1:], "--export", self.dir / "again.st", "--steps", 0, "--out",
+                           self.dir / "run")
+                if want == path:
+                    self.same(path, self.dir / "again.st")
+            self.same_model(path, self.dir / "again.st")
+        self.each_golden(body)
+        self.assertEqual(families, {"LlamaForCausalLM", "GPT2LMHeadModel", "SimpleGPTForCausalLM"})
+
+    def test_training_goes_on(self):
+        """a run from weights that went through Hugging Face's folder has the bits of one from those that did not, and
+        the golden file's losses"""
+        for name in ("prenorm_hs128", "nanogpt_prenorm", "nanogpt_simplegpt", "simplegpt_gqa_hs32", "preqknorm_gqa"):
+            with self.subTest(name):
+                tensors, c, o, path = self.golden(name)
+                self.tool("export", path, self.dir / name)
+                printed = self.tool("import", self.dir / name, self.dir / "back.safetensors").split()[1:]
+                shard, ends = self.dir / "tokens.bin", []
+                write_shard(shard, values(tensors["tokens"]))
+                for flags in ([*golden_model(c), "--init-from", path], printed):
+                    out, end = self.dir / "run", self.dir / f"end{len(ends)}.st"
+                    shutil.rmtree(out, ignore_errors=True)
+                    self.train(*flags, *golden_run(o), "--train-data", shard, "--export", end, "--out", out)
+                    ends.append(read_safetensors(end)[0])
+                    losses = [float(row["loss"]) for row in read_log(out)]
+                    np.testing.assert_allclose(losses, values(tensors["loss"]), rtol=0, atol=LOSS_LIMIT)
+                self.assertEqual(ends[0], ends[1])
+
+    def test_rotary(self):
+        """scores of q and k turned in adjacent pairs by ours, and in halves by Llama's, from the permuted weights"""
+        random = np.random.default_rng(1)
+        for hs in (16, 32, 64, 72, 128):
+            c = dict(dim=4 * hs, heads=4, kv_heads=2, hidden=8, vocab_size=3, layers=1)
+            rows = {row.ours[0]: row for row in weights.llama_rows(c)}
+            x = random.normal(size=(5, 4 * hs))
+            angle = np.arange(5)[:, None, None] * 1e4 ** (-np.arange(0, hs, 2) / hs)
+            heads = {}
+            for key in ("q", "k"):
+                row = rows[f"layers.0.attention.w{key}.weight"]
+                w = random.normal(size=row.shape)
+                theirs = row.theirs([w], np.float64)
+                self.assertTrue(np.array_equal(row.our(theirs)[0], w) and not np.array_equal(theirs, w))
+                a, b = np.moveaxis((x @ w.T).reshape(5, -1, hs // 2, 2), -1, 0)
+                c_, d = np.moveaxis((x @ theirs.T).reshape(5, -1, 2, hs // 2), 2, 0)
+                turned = [
+                    np.concatenate((u * np.cos(angle) - v * np.sin(angle), u * np.sin(angle) + v * np.cos(angle)), -1)
+                    for u, v in ((a, b), (c_, d))
+                ]
+                heads[key] = turned
+            ours, theirs = (np.einsum("thi,shi->hts", heads["q"][i], heads["k"][i].repeat(2, 1)) for i in (0, 1))
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9 * np.abs(ours).max())
+
+    def test_rounding(self):
+        """to bf16 as the trainer's bf16 export: nearest, ties to even, infinity, NaN"""
+        bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x80008000, 0x7F7FFFFF, 0xFF800000, 0x7FFFFFFF,
+                         0xFF800001], np.uint32)
+        want = np.array([0x3F80, 0x3F82, 0x3F81, 0x3F80, 0x8000, 0x7F80, 0xFF80, 0x7FFF, 0x7FFF], np.uint16)
+        self.assertEqual(weights.convert(bits.view(np.float32), "F32", "BF16").tolist(), want.tolist())
+        every = np.arange(65536, dtype=np.uint16)
+        wide = weights.convert(every, "BF16", "F32")
+        numbers = ~np.isnan(wide)
+        self.assertTrue(np.array_equal(weights.convert(wide, "F32", "BF16")[numbers], every[numbers]))
+        self.assertTrue(np.array_equal(weights.convert(every.view(np.float16), "F16", "F32")[:31744],
+                                       every.view(np.float16)[:31744].astype(np.float32)))
+
+    def test_checkpoint(self):
+        """a checkpoint's folder, in one file and as several ranks write it, is what --export writes"""
+        _, c, o, path = self.golden("simplegpt_hs16")
+        write_shard(self.dir / "tokens.bin", list(range(61)) * 40)
+        self.train(*golden_model(c), *golden_run(o), "--train-data", self.dir / "tokens.bin", "--init-from", path,
+                   "--out", self.dir / "steps", "--save-every", 6, "--export", self.dir / "end.st")
+        checkpoint = self.dir / "steps" / "step_00000006"
+        for several in (False, True):
+            if several:
+                tensors = [(n, t[0], tuple(t[1]), lambda t=t: as_numpy(t))
+                           for n, t in read_safetensors(checkpoint / "model.safetensors")[0].items()]
+                os.remove(checkpoint / "model.safetensors")
+                weights.write_weights(checkpoint / "model.safetensors", tensors, {}, 10000)
+            self.tool("export", checkpoint, self.dir / f"hf{several}")
+            self.tool("import", self.dir / f"hf{several}", self.dir / "back.safetensors")
+            self.same(self.dir / "end.st", self.dir / "back.safetensors")
+
+    def test_hidden_flags(self):
+        for dim, hidden in ((4096, 11008), (4096, 14336), (8192, 28672), (2048, 5632), (3200, 8640), (64, 8),
+                            (64, 1000)):
+            multiple, factor = weights.hidden_flags(dim, hidden)
+            got = -(-int(np.float64(np.float32(factor)) * (2 * 4 * dim // 3)) // multiple) * multiple
+            self.assertEqual(got, hidden)
+
+    def tokenizer(self, *what, name="simplegpt_hs64", words=None):
+        path = self.golden(name)[3]
+        if words:
+            self.refused("export", path, self.dir / "bad", "--tokenizer", *what, words=words)
+            return None
+        shutil.rmtree(self.dir / "hf", ignore_errors=True)
+        self.tool("export", path, self.dir / "hf", "--tokenizer", *what)
+        ids = json.loads((self.dir / "hf" / "generation_config.json").read_text())
+        config = json.loads((self.dir / "hf" / "config.json").read_text())
+        self.assertEqual(ids, {k: config[k] for k in ("bos_token_id", "eos_token_id") if config[k] is not None})
+        return config["bos_token_id"], config["eos_token_id"]
+
+    def test_tokenizers(self):
+        self.tokenizer("bytes", words="258 tokens")
+        fast = {"added_tokens": [{"id": 1, "content": "<s>"}, {"id": 2, "content": "</s>"}],
+                "model": {"vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}}}
+        file = self.dir / "tokenizer.json"
+        file.write_text(json.dumps(fast))
+        self.assertEqual(self.tokenizer(file), (1, 2))
+        self.assertEqual((self.dir / "hf" / "tokenizer.json").read_text(), file.read_text())
+        self.assertEqual(json.loads((self.dir / "hf" / "tokenizer_config.json").read_text())["eos_token"], "</s>")
+        folder = self.dir / "tokenizer"
+        folder.mkdir()
+        self.tokenizer(folder, words="no tokenizer.json")
+        shutil.copy(file, folder)
+        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "a"}, "eos_token": "<s>"}))
+        self.assertEqual(self.tokenizer(folder), (3, 1))
+        piece = test_prepare.Convert("test_fields")
+        model = self.dir / "a.model"
+        model.write_bytes(piece.model(pieces=[((1, b"ab"), (2, -1.0))]))
+        self.assertEqual(self.tokenizer(model), (1, 2))
+        self.assertEqual((self.dir / "hf" / "tokenizer.model").read_bytes(), model.read_bytes())
+        model.write_bytes(piece.model(trainer=((3, 1),)))
+        self.tokenizer(model, words="a.model: the model is not of type BPE")
+        self.tokenizer(self.dir / "none.model", words="none.model: No such file")
+        file.write_text("{}")
+        self.tokenizer(file, words="not a tokenizer.json")
+        file.write_text("{")
+        self.tokenizer(file, words="not valid JSON")
+
+
+class Refusals(Case):
+    def test_export(self):
+        path, out = self.golden("prenorm_hs128")[3], self.dir / "hf"
+        tensors, metadata = read_safetensors(path)
+        bad = self.dir / "bad.st"
+        out.mkdir()
+        self.refused("export", path, out, words="exists already")
+        out.rmdir()
+
+        def written(change, words, also=None):
+            edited, more = dict(tensors), dict(metadata)
+            change(edited, more)
+            write_safetensors(bad, edited, more)
+            self.refused("export", bad, out, words=words)
+        written(lambda t, m: m.pop("config"), "description of the model")
+        written(lambda t, m: m.update(config="{"), "description of the model")
+        written(lambda t, m: m.update(config=m["config"].replace("prenorm", "postnorm")), "description of the model")
+        written(lambda t, m: m.update(config=m["config"].replace('"heads": "1"', '"heads": "3"')),
+                "description of the model")
+        written(lambda t, m: t.pop("norm.weight"), "lacks the tensor norm.weight")
+        written(lambda t, m: t.update(more=("F32", [1], bytes(4))), "holds more")
+        written(lambda t, m: t.update({"norm.weight": ("I32", [128], bytes(512))}), "norm.weight is I32")
+        written(lambda t, m: t.update({"norm.weight": ("F32", [64], bytes(256))}), "norm.weight is (64,)")
+        whole = path.read_bytes()
+        for cut in (b"", whole[:7], whole[:100], whole[:-4], b"\xff" * 8 + whole[8:], whole[:8] + b"[" + whole[9:]):
+            bad.write_bytes(cut)
+            self.refused("export", bad, out, words="bad.st")
+        self.refused("export", self.dir / "none.st", out, words="none.st: No such file")
+        (self.dir / "empty").mkdir()
+        self.refused("export", self.dir / "empty", out, words="neither model.safetensors nor")
+        self.refused("export", path, out, "--dtype", "fp16", words="invalid choice")
+
+    def test_import(self):
+        def changed(name, words, **change):
+            folder = self.dir / name
+            if not folder.exists():
+                self.tool("export", self.golden(name)[3], folder)
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, **change}))
+            self.refused("import", folder, self.dir / "out.safetensors", words=words)
+            (folder / "config.json").write_text(json.dumps(config))
+        for words, change in (
+            ("RoPE is scaled (llama3)", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+            ("RoPE is scaled (linear)", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+            ("RoPE is scaled (yarn)", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}),
+            ("a part of each head", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+            ("biases", {"attention_bias": True}),
+            ("biases", {"mlp_bias": True}),
+            ("tied", {"tie_word_embeddings": True}),
+            ("hidden_act is gelu", {"hidden_act": "gelu"}),
+            ("head_dim", {"head_dim": 64}),
+            ("quantised", {"quantization_config": {"bits": 4}}),
+            ("model_type is opt", {"model_type": "opt"}),
+            ("lacks hidden_size", {"hidden_size": None}),
+            ("layers.1", {"num_hidden_layers": 2}),
+            ("description", {"num_hidden_layers": "x"}),
+            ("description", {"num_attention_heads": 0}),
+            ("description", {"rope_parameters": [1]}),
+            ("embed_tokens", {"vocab_size": 34}),
+        ):
+            changed("prenorm_hs128", words, **change)
+        for words, change in (("activation_function", {"activation_function": "gelu_new"}),
+                              ("n_inner", {"n_inner": 64}), ("head", {"tie_word_embeddings": False}),
+                              ("attention is scaled", {"scale_attn_by_inverse_layer_idx": True})):
+            changed("nanogpt_prenorm", words, **change)
+        file = self.dir / "nanogpt_prenorm" / "model.safetensors"
+        tensors, _ = read_safetensors(file)
+        bias = "transformer.h.0.mlp.c_fc.bias"
+        write_safetensors(file, {**tensors, bias: ("F32", [128], struct.pack("<128f", *[0.0] * 127, 0.5))})
+        self.refused("import", self.dir / "nanogpt_prenorm", self.dir / "out.safetensors", words=bias + " is not zero")
+        (self.dir / "nanogpt_prenorm" / "list").mkdir()
+        (self.dir / "nanogpt_prenorm" / "list" / "config.json").write_text("[]")
+        self.refused("import", self.dir / "nanogpt_prenorm" / "list", self.dir / "out.st", words="description")
+        # as older versions write them: the head once more, buffers, no biases of zero
+        extra = {
+            "lm_head.weight": tensors["transformer.wte.weight"], "transformer.h.0.attn.bias": ("F32", [1], bytes(4))
+        }
+        write_safetensors(file, {**{n: t for n, t in tensors.items() if not n.endswith(".bias")}, **extra})
+        self.tool("import", self.dir / "nanogpt_prenorm", self.dir / "out.safetensors")
+        self.same(self.dir / "nanogpt_prenorm.safetensors", self.dir / "out.safetensors")
+        self.refused("import", self.dir / "none", self.dir / "out2.st", words="config.json: No such file")
+
+    def test_programs(self):
+        """status and stream of the programs themselves, and packages that are missing"""
+        def status(program, *args, module=None):
+            env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+            if module:
+                (self.dir / "modules").mkdir(exist_ok=True)
+                (self.dir / "modules" / f"{module}.py").write_text("raise ImportError")
+                env["PYTHONPATH"] = str(self.dir / "modules")
+            r = subprocess.run([sys.executable, HF / program, *map(str, args)], env=env, cwd=self.dir,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            return r.returncode, r.stdout, r.stderr
+        self.assertEqual(status("import.py", "none", "out.st"),
+                         (1, "", "import: none/config.json: No such file or directory. Check the path and the disk.\n"))
+        for program in ("import.py", "export.py"):
+            code, out, _ = status(program, "--help")
+            self.assertTrue(code == 0 and "Needs numpy" in out)
+            code, _, error = status(program, "a", "b", module="numpy")
+            self.assertTrue(code == 1 and error.count("\n") == 1 and "pip install numpy" in error, error)
+            (self.dir / "modules" / "numpy.py").unlink()
+        code, _, error = status("from_torch.py", "a", "b", module="torch")
+        self.assertTrue(code == 1 and error.count("\n") == 1 and "pip install torch" in error, error)
+
+
+def random_weights(c, seed):
+    random = np.random.default_rng(seed)
+    scale = {"tok_embeddings.weight": 1.0, "wpe.weight": 0.3}
+    return {name: random.normal(1, 0.1, shape) if len(shape) == 1 else
+            random.normal(0, scale.get(name, shape[1] ** -0.5), shape) for name, shape in weights.our_shapes(c).items()}
+
+
+def sweep():
+    """every variant, norm and backbone; head sizes, groups, odd vocabularies and widths"""
+    shapes = itertools.cycle(((16, 6, 3), (32, 4, 4), (64, 2, 1), (128, 2, 2), (72, 1, 1), (16, 3, 1), (32, 8, 2),
+                              (64, 3, 3)))
+    k = 0
+    for backbone, norm, variant in itertools.product(*(weights.WORDS[key] for key in ("backbone", "norm", "variant"))):
+        for _ in range(2 if backbone == "llama" else 1):
+            hs, heads, kv = next(shapes)
+            dim, kv = hs * heads, kv if backbone == "llama" else heads
+            hidden = 4 * dim if backbone == "nanogpt" else (24, 56, 200)[k % 3]
+            yield dict(backbone=backbone, variant=variant, norm=norm, dim=dim, layers=1 + k // 2 % 3, heads=heads,
+                       kv_heads=kv, hidden=hidden, vocab_size=(37, 101, 257, 64, 83)[k % 5],
+                       rope_theta=(1e4, 5e5)[k % 2], norm_eps=(1e-5, 1e-6)[k // 3 % 2], seq_len=(33, 70)[k // 2 % 2],
+                       max_seq_len=75)
+            k += 1
+
+
+class Transformers(Case):
+    worst = {}
+
+    @classmethod
+    def setUpClass(cls):
+        if torch is None:
+            raise unittest.SkipTest(f"the package {missing} is missing")
+
+    @classmethod
+    def tearDownClass(cls):
+        if ARGS.verbose:
+            print("   ", f"torch {torch.__version__}, transformers {transformers.__version__}:",
+                  {" ".join(k): f"{v:.1e}" for k, v in sorted(cls.worst.items())})
+
+    def close(self, what, model, got, want, limit):
+        error = float(np.abs(np.asarray(got, np.float64) - np.asarray(want, np.float64)).max())
+        key = what, type(model).__name__
+        self.worst[key] = max(self.worst.get(key, 0), error)
+        self.assertLessEqual(error, limit, what)
+
+    def load(self, folder, dtype="float32"):
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True,
+                                                                 torch_dtype=getattr(torch, dtype)).eval()
+
+    def logits(self, model, tokens):
+        with torch.no_grad():
+            return model(longs(tokens), use_cache=False).logits.float().numpy()
+
+    def generates(self, model, prompt, count=12):
+        """greedy with a cache, with a static one, with padding on the left: as by whole forwards"""
+        prompt = longs(prompt)
+        want = prompt
+        for _ in range(count):
+            next_ = self.logits(model, want)[:, -1:].argmax(-1)
+            want = torch.cat([want, torch.as_tensor(next_)], 1)
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
+        seen, padding = torch.ones_like(prompt), torch.zeros_like(prompt[:, :5])
+        for ids, mask, more in ((prompt, seen, {}), (prompt, seen, {"use_cache": False}),
+                                (prompt, seen, {"cache_implementation": "static"}),
+                                (torch.cat([padding, prompt], 1), torch.cat([padding, seen], 1), {})):
+            got = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=count, **more)
+            self.assertTrue(torch.equal(got[:, -want.shape[1]:], want),
+                            f"generate {more}: {got[:, -count:]} {want[:, -count:]}")
+
+    def test_golden(self):
+        """logits and losses of the paper's code; generate; loss from labels"""
+        def body(name):
+            tensors, c, o, path = self.golden(name)
+            self.tool("export", path, self.dir / name)
+            model = self.load(self.dir / name)
+            tokens = as_numpy(tensors["tokens"])
+            self.close("golden logits", model, self.logits(model, tokens[0, 0, :, :-1]), as_numpy(tensors["logits"]),
+                       LIMIT)
+            losses = []
+            for window in longs(tokens[0]):
+                labels = torch.cat([torch.full_like(window[:, :1], -100), window[:, 1:]], 1)
+                if c["backbone"] == "llama" or window.shape[1] <= c["max_seq_len"]:
+                    with torch.no_grad():
+                        losses.append(model(window, labels=labels).loss.item())
+            if losses:
+                self.close("golden loss", model, np.mean(losses), as_numpy(tensors["loss"])[0], LOSS_LIMIT)
+            self.generates(model, tokens[0, 0, :, :9])
+            if type(model).__name__ == "SimpleGPTForCausalLM":  # its tensors have the names of the golden file
+                for windows in longs(tokens[0]):
+                    logits = model(windows[:, :-1]).logits.flatten(0, 1)
+                    torch.nn.functional.cross_entropy(logits, windows[:, 1:].flatten()).div(len(tokens[0])).backward()
+                for n, p in model.named_parameters():
+                    want = as_numpy(tensors["grad/" + n])
+                    relative = (p.grad.numpy() - want) / np.linalg.norm(want)
+                    self.close("golden gradients, relative", model, np.linalg.norm(relative), 0, 1e-4)
+        self.each_golden(body)
+
+    def test_sweep(self):
+        """random weights: logits of the PyTorch twin, losses of ./train_gpt window by window, and the way back"""
+        for i, c in enumerate(sweep()):
+            with self.subTest(c):
+                path = self.dir / f"{i}.st"
+                arrays = random_weights(c, i)
+                write_safetensors(path, as_tensors(arrays), weights.file_metadata(c))
+                self.tool("export", path, self.dir / str(i))
+                model, back = self.load(self.dir / str(i)), self.dir / "back.safetensors"
+                model.save_pretrained(self.dir / "saved")
+                for folder in (self.dir / "saved", self.dir / str(i)):
+                    printed = self.tool("import", folder, back).split()[1:]
+                    self.same(path, back)
+                    self.same_model(path, back)
+                shutil.rmtree(self.dir / "saved")
+                windows = np.random.default_rng(i).integers(0, c["vocab_size"], (4, c["seq_len"] + 1))
+                got = self.logits(model, windows[:, :-1])
+                multiple, factor = weights.hidden_flags(c["dim"], c["hidden"])
+                twin = Model(Config(c["backbone"], c["variant"], c["dim"], c["layers"], c["heads"], c["kv_heads"],
+                                    c["vocab_size"], multiple, float(np.float32(factor)), c["norm_eps"],
+                                    c["rope_theta"], c["max_seq_len"], c["norm"]))
+                twin.load_state_dict({n: torch.as_tensor(a, dtype=torch.float32) for n, a in arrays.items()})
+                self.close("twin logits", model, got, self.logits_of(twin, windows[:, :-1]), LIMIT)
+                self.close("trainer loss", model, self.losses(got, windows), self.trainer_losses(printed, windows),
+                           LOSS_LIMIT)
+                self.generates(model, windows[:2, :7])
+
+    @staticmethod
+    def losses(logits, windows):
+        """mean over each window"""
+        return torch.nn.functional.cross_entropy(torch.as_tensor(logits).transpose(1, 2), longs(windows[:, 1:]),
+                                                 reduction="none").mean(1)
+
+    def trainer_losses(self, flags, windows):
+        """the same by ./train_gpt: steps of one window at a learning rate of 0"""
+        write_shard(self.dir / "tokens.bin", windows.reshape(-1).tolist())
+        shutil.rmtree(self.dir / "run", ignore_errors=True)
+        self.train(*flags, "--seq-len", windows.shape[1] - 1, "--batch-size", 1, "--steps", len(windows), "--lr", 0,
+                   "--train-data", self.dir / "tokens.bin", "--out", self.dir / "run")
+        return [float(row["loss"]) for row in read_log(self.dir / "run")]
+
+    @staticmethod
+    def logits_of(twin, tokens):
+        with torch.no_grad():
+            return twin(torch.as_tensor(tokens)).numpy()
+
+    def test_own_names(self):
+        """what save_pretrained writes of modeling_simplegpt.py is read by --init-from"""
+        for name in ("simplegpt_layernorm", "preqknorm_gqa", "nanogpt_simplegpt"):
+            with self.subTest(name):
+                _, c, o, path = self.golden(name)
+                self.tool("export", path, self.dir / name)
+                saved = self.dir / f"{name}_saved"
+                self.load(self.dir / name).save_pretrained(saved, max_shard_size="50KB")
+                self.train(*golden_model(c), "--seq-len", o["T"], "--init-from", saved, "--export", self.dir / "own.st",
+                           "--steps", 0, "--out", self.dir / "run")
+                self.same(path, self.dir / "own.st")
+
+    def test_their_own(self):
+        """models that transformers makes: logits after import, export; losses of ./train_gpt after import"""
+        torch.manual_seed(1)
+        llama = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=2, vocab_size=203,
+                     max_position_embeddings=64)
+        rope = {"rope_theta": 5e5}
+        if not transformers.__version__.startswith("4."):
+            rope = {"rope_parameters": {"rope_type": "default", **rope}}
+        gpt2 = transformers.GPT2Config(vocab_size=203, n_positions=64, n_embd=64, n_layer=2, n_head=4,
+                                       activation_function="gelu")
+        for model in (
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama, **rope, num_attention_heads=4,
+                                                                   num_key_value_heads=2, rms_norm_eps=1e-6)),
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama, num_attention_heads=8)),
+            transformers.GPT2LMHeadModel(gpt2),
+        ):
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if p.dim() == 2:
+                        p.normal_(0, p.shape[1] ** -0.5)
+                    elif name.endswith("weight"):
+                        p.normal_(1, 0.1)
+            model.eval().save_pretrained(self.dir / "theirs", max_shard_size="100KB")
+            printed = self.tool("import", self.dir / "theirs", self.dir / "ours.safetensors").split()[1:]
+            windows = np.random.default_rng(1).integers(0, 203, (4, 65))
+            logits = self.logits(model, windows[:, :-1])
+            self.close("trainer loss, theirs", model, self.losses(logits, windows),
+                       self.trainer_losses(printed, windows), LOSS_LIMIT)
+            self.train(*printed, "--steps", 0, "--export", self.dir / "end.st", "--out", self.dir / "run")
+            self.tool("export", self.dir / "end.st", self.dir / "again")
+            again = self.load(self.dir / "again")
+            self.assertIs(type(again), type(model))
+            self.assertTrue(np.array_equal(self.logits(again, windows[:, :-1]), logits))
+            for folder in ("theirs", "again"):
+                shutil.rmtree(self.dir / folder)
+
+    def test_bf16(self):
+        for name in ("prenorm_hs128", "simplegpt_gqa_hs32", "nanogpt_preqknorm"):
+            with self.subTest(name):
+                tensors, _, _, path = self.golden(name)
+                self.tool("export", path, self.dir / name, "--dtype", "bf16", "--shard-size", 30000)
+                model = self.load(self.dir / name, "bfloat16")
+                self.assertEqual({p.dtype for p in model.parameters()}, {torch.bfloat16})
+                got = self.logits(model, as_numpy(tensors["tokens"])[0, 0, :, :-1])
+                self.close("bf16 logits", model, got, as_numpy(tensors["logits"]), 0.15)
+
+    def test_bytes_tokenizer(self):
+        c = dict(backbone="llama", variant="simplegpt", norm="rmsnorm", dim=16, layers=1, heads=1, kv_heads=1, hidden=8,
+                 vocab_size=258, rope_theta=1e4, norm_eps=1e-5, seq_len=64, max_seq_len=64)
+        write_safetensors(self.dir / "a.st", as_tensors(random_weights(c, 1)), weights.file_metadata(c))
+        self.tool("export", self.dir / "a.st", self.dir / "hf", "--tokenizer", "bytes")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.dir / "hf", trust_remote_code=True)
+        for text in ("abc", "Grüße, 世界!\n\tx  y", "\u00ad\u007f\u00a0 don't", "".join(map(chr, range(256)))):
+            self.assertEqual(tokenizer(text)["input_ids"], [256, *text.encode()])
+            self.assertEqual(tokenizer.decode(list(text.encode())), text)
+        self.assertEqual((tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)), (256, 257, 258))
+
+    def test_from_torch(self):
+        """what the paper's code saves: a state_dict, plain, nested, wrapped; a folder of distributed checkpoint"""
+        import torch.distributed.checkpoint as dcp
+        file, folder, out = self.dir / "a.pt", self.dir / "dcp", self.dir / "out.safetensors"
+
+        def body(name):
+            tensors, o, path, state, flags = self.state_dict(name)
+            inner = "layers.0._checkpoint_wrapped_module."
+            wrapped = {"_orig_mod." + n.replace("layers.0.", inner): t for n, t in state.items()}
+            shutil.rmtree(folder, ignore_errors=True)
+            dcp.save({"model": state, "optimizer": {"state": {n + ".exp_avg": t for n, t in state.items()}},
+                      "train_state": {"step": torch.tensor(5)}}, checkpoint_id=folder, no_dist=True)
+            for source, save in (
+                (file, lambda: torch.save(state, file)), (folder, lambda: None),
+                (file, lambda: torch.save({"model": wrapped, "optimizer": {"state": {}}}, file)),
+                (file, lambda: torch.save({**state, "freqs_cis": torch.zeros(4, 8, dtype=torch.complex64)}, file)),
+            ):
+                save()
+                printed = self.tool("from_torch", source, out, *flags)
+                self.same(path, out)
+            # training goes on from it: the golden file's losses
+            write_shard(self.dir / "tokens.bin", values(tensors["tokens"]))
+            shutil.rmtree(self.dir / "run", ignore_errors=True)
+            self.train(*printed.split()[1:], *golden_run(o), "--train-data", self.dir / "tokens.bin", "--out",
+                       self.dir / "run")
+            losses = [float(row["loss"]) for row in read_log(self.dir / "run")]
+            np.testing.assert_allclose(losses, values(tensors["loss"]), rtol=0, atol=LOSS_LIMIT)
+        self.each_golden(body)
+
+    def state_dict(self, name):
+        tensors, c, o, path = self.golden(name)
+        state = {n: torch.as_tensor(as_numpy(t).copy()) for n, t in read_safetensors(path)[0].items()}
+        return tensors, o, path, state, [
+            "--heads", c["n_heads"], "--norm", c["norm_type"], "--rope-theta", c["rope_theta"], "--seq-len", o["T"]
+        ]
+
+    def test_from_torch_edges(self):
+        _, _, _, state, flags = self.state_dict("simplegpt_layernorm")
+        file, out = self.dir / "a.pt", self.dir / "out.safetensors"
+        torch.save({n: t.bfloat16() for n, t in state.items()}, file)
+        self.tool("from_torch", file, out, *flags)
+        got = read_safetensors(out)[0]
+        for n, t in state.items():
+            self.assertEqual((got[n][0], got[n][2]), ("BF16", t.bfloat16().view(torch.int16).numpy().tobytes()))
+        refusals = [("lacks the tensor", {"tok_embeddings.weight": state["norm.weight"][None]}),
+                    ("no tok_embeddings", {}),
+                    ("norm.weight is missing", {n: t for n, t in state.items() if n != "norm.weight"}),
+                    ("holds layers.0.more", {**state, "layers.0.more.weight": state["norm.weight"]}),
+                    ("float64", {n: t.double() for n, t in state.items()})]
+        for words, broken in refusals:
+            torch.save(broken, file)
+            self.refused("from_torch", file, self.dir / "b.st", *flags, words=words)
+        file.write_bytes(b"no checkpoint")
+        self.refused("from_torch", file, self.dir / "b.st", *flags, words="torch cannot read it")
+        torch.save(state, file)
+        for heads in (0, 7):
+            self.refused("from_torch", file, self.dir / "b.st", "--heads", heads, words="--heads")
+        self.refused("from_torch", self.dir / "none.pt", self.dir / "b.st", "--heads", 7, words="none.pt: No such file")
+        self.refused("from_torch", self.dir / "run", self.dir / "b.st", "--heads", 7, words="no .metadata")
+
+
+class Lines(test_prepare.Lines):
+    def addSkip(self, test, reason):
+        print("skip", str(test).split("(")[-1].rstrip(")").split(".")[-1] + ":", reason, flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("train_gpt", type=os.path.abspath)
+    parser.add_argument("golden", help="folder of golden files")
+    parser.add_argument("--filter", default="", help="only tests whose name holds this")
+    parser.add_argument("--verbose", action="store_true", help="print the largest differences and the versions")
+    parser.parse_args(namespace=ARGS)
+    suite, result = unittest.TestSuite(), Lines()
+    for case in (Convert, Refusals, Transformers):
+        chosen = [t for t in unittest.defaultTestLoader.loadTestsFromTestCase(case) if ARGS.filter in t.id()]
+        suite.addTest(unittest.TestSuite(chosen))
+    suite.run(result)
+    print(f"test_hf: {result.passed} passed, {len(result.failures)} failed")
+    return bool(result.failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
