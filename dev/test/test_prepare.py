@@ -52,15 +52,15 @@ class Case(unittest.TestCase):
         return path
 
     def run_program(self, program, *args, module=None, chunk=None, status=0):
-        """what it printed; chunk: prepare.CHUNK"""
+        """what it printed; chunk: tokens and bytes handled at a time"""
         env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
         if module:
             self.file("modules/sentencepiece.py", MODULES[module])
             env["PYTHONPATH"] = str(self.dir / "modules")
         script = [DATA / f"{program}.py"]
         if chunk:
-            script = ["-c", f"import sys; sys.path.append({str(DATA)!r}); import prepare; prepare.CHUNK = {chunk}; "
-                            "prepare.main()"]
+            script = ["-c", f"import sys; sys.path.append({str(DATA)!r}); import common, prepare, shards; "
+                            f"shards.CHUNK = prepare.BATCH = {chunk}; sys.exit(common.run('prepare', prepare.main))"]
         done = subprocess.run([sys.executable, *script, *map(str, args)], env=env, text=True, capture_output=True)
         self.assertEqual(done.returncode, status, done.stderr)
         if status == 0:

@@ -1,0 +1,177 @@
+"""Tokenizers: "bytes", sentencepiece models, tiktoken rank files, tokenizer.json of the package tokenizers.
+
+Each has name, checksum (sha256 of its file), V, bos, eos; encode(text) -> ids, pack(documents) -> packed ids. Special
+tokens that a text spells out are text. Where one token is both BOS and EOS (<|endoftext|>), it stands once, before the
+document, as in the published shards of GPT-2.
+"""
+import base64
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from common import Refused, package, read_whole
+
+GIVE = "Give 'bytes', a sentencepiece .model, a tiktoken rank file or a tokenizer.json."
+
+
+class Encoder:
+    checksum = None
+
+    @property
+    def dtype(self):
+        return "<u2" if self.V <= 65536 else "<u4"
+
+    def ids(self, where, text):
+        try:
+            return self.encode(text.decode())
+        except UnicodeDecodeError as e:
+            raise Refused(f"{where}: not UTF-8 at byte {e.start}. Repair it, or use --tokenizer bytes.") from None
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # the packages in Rust raise panics, which are no Exceptions
+            what = " ".join(str(e).split())[:200]
+            raise Refused(f"{where}: {self.name} fails on this text ({what}). Leave the text out.") from None
+
+    def pack(self, documents):
+        """[(where, bytes)] -> all as BOS, tokens, EOS in one array, and the length of each"""
+        parts, lengths = [], []
+        bos, eos = [self.bos], [self.eos] if self.eos != self.bos else []
+        for where, text in documents:
+            ids = self.ids(where, text)
+            parts += [bos, ids, eos]
+            lengths.append(1 + len(ids) + len(eos))
+        return np.concatenate([np.asarray(p, self.dtype) for p in parts]), lengths
+
+
+class Bytes(Encoder):
+    """V = 258: ids 0..255 are the bytes, 256 BOS, 257 EOS"""
+    name, V, bos, eos = "bytes", 258, 256, 257
+
+    def ids(self, where, text):
+        return np.frombuffer(text, np.uint8)
+
+    def encode(self, text):
+        return list(text.encode())
+
+
+class SentencePiece(Encoder):
+    def __init__(self, path, data):
+        sentencepiece = package("sentencepiece", path)
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except RuntimeError:
+            raise Refused(f"{path}: not a sentencepiece model. {GIVE}") from None
+        self.V, self.bos, self.eos = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
+        if self.bos < 0 or self.eos < 0:
+            raise Refused(f"{path}: the model has no BOS or no EOS. Give one that has both.")
+
+    def encode(self, text):
+        return self.model.encode(text)
+
+
+# How each family cuts a text into the pieces that its byte pairs are merged within, the package's own definitions;
+# number of ranks n of the published file; BOS, EOS and V counted from n. Possessive where that changes no match: a long
+# run of spaces would overflow the stack otherwise.
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+          r"|\s+(?!\S)|\s")
+UPPER, LOWER, SHORT = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{SHORT}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{SHORT}"
+         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+RANKS = {"r50k": (GPT2, 50256, 0, 0, 1), "cl100k": (CL100K, 100256, 1, 1, 21), "o200k": (O200K, 199998, 1, 1, 21),
+         "llama3": (CL100K, 128000, 0, 1, 256)}
+
+
+class Tiktoken(Encoder):
+    def __init__(self, path, data, kind):
+        tiktoken = package("tiktoken", path)
+        ranks = {}
+        for number, line in enumerate(data.splitlines(), 1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError:
+                raise Refused(f"{path}:{number}: not a token in base64 and its rank. Fetch the file again.") from None
+        n = len(ranks)
+        kind = kind or next((k for k, row in RANKS.items() if row[1] == n), None)
+        if not kind:
+            raise Refused(f"{path}: {n} ranks are none of the published files. Name its rules with --ranks.")
+        if sorted(ranks.values()) != list(range(n)) or any(bytes([b]) not in ranks for b in range(256)):
+            raise Refused(f"{path}: ranks or bytes are missing. Fetch the file again.")
+        pattern, _, bos, eos, V = RANKS[kind]
+        self.bos, self.eos, self.V = n + bos, n + eos, n + V
+        self.model = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    def encode(self, text):
+        return self.model.encode_ordinary(text)
+
+
+class TokenizerJson(Encoder):
+    PAIRS = (("<|begin_of_text|>", "<|end_of_text|>"), ("<s>", "</s>"), ("<bos>", "<eos>"),
+             ("<|endoftext|>", "<|endoftext|>"), ("[BOS]", "[EOS]"))
+
+    def __init__(self, path, data, bos, eos):
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core
+        tokenizers = package("tokenizers", path)
+        try:
+            self.model = tokenizers.Tokenizer.from_str(data.decode())
+        except Exception as e:  # the package raises no narrower one
+            raise Refused(f"{path}: not a tokenizer.json ({' '.join(str(e).split())[:100]}). {GIVE}") from None
+        self.model.no_truncation()
+        self.model.no_padding()
+        self.model.encode_special_tokens = True
+        ids = self.model.get_vocab(with_added_tokens=True)
+        self.V = max(ids.values()) + 1
+        config = self.config(path)
+        pairs = [(bos or config[0], eos or config[1])] if (bos or config[0]) and (eos or config[1]) else self.PAIRS
+        found = next(((b, e) for b, e in pairs if b in ids and e in ids), None)
+        if not found:
+            raise Refused(f"{path}: its tokens for BOS and EOS are not known. Name them with --bos and --eos.")
+        self.bos, self.eos = (ids[t] for t in found)
+
+    @staticmethod
+    def config(path):
+        """(bos, eos) as tokenizer_config.json beside the file has them, None where it does not"""
+        try:
+            config = json.loads(Path(path).with_name("tokenizer_config.json").read_bytes())
+            names = [config.get(key) for key in ("bos_token", "eos_token")]
+        except (OSError, ValueError, AttributeError):
+            return None, None
+        return [name.get("content") if isinstance(name, dict) else name for name in names]
+
+    def encode(self, text):
+        return self.model.encode(text, add_special_tokens=False).ids
+
+
+def load(name, kind=None, bos=None, eos=None):
+    """the tokenizer called "bytes", or that of the file name; what sort of file it is, its first bytes tell"""
+    if name == "bytes":
+        return Bytes()
+    data = read_whole(name, GIVE)
+    if data.startswith(b"SGPTTOK"):
+        raise Refused(f"{name}: this file is the trainer's. Give the model that it was converted from.")
+    if data.lstrip()[:1] == b"{":
+        encoder = TokenizerJson(name, data, bos, eos)
+    elif re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+        encoder = Tiktoken(name, data, kind)
+    else:
+        encoder = SentencePiece(name, data)
+    encoder.name, encoder.checksum = Path(name).name, hashlib.sha256(data).hexdigest()
+    return encoder
+
+
+def add_options(parser):
+    parser.add_argument("--tokenizer", default="bytes", metavar="bytes|FILE",
+                        help="bytes, a sentencepiece .model, a tiktoken rank file (Llama 3's tokenizer.model, "
+                             "r50k_base.tiktoken for GPT-2, ...), a tokenizer.json (bytes)")
+    parser.add_argument("--ranks", choices=list(RANKS), help="the rules of a rank file whose size does not tell them")
+    parser.add_argument("--bos", metavar="TOKEN", help="the token before a document, for a tokenizer.json")
+    parser.add_argument("--eos", metavar="TOKEN", help="the token behind a document, for a tokenizer.json")
+
+
+def from_options(args):
+    return args.tokenizer, args.ranks, args.bos, args.eos
