@@ -1,8 +1,8 @@
 """Tokenizers: "bytes", sentencepiece models, tiktoken rank files, tokenizer.json of the package tokenizers.
 
-Each has name, checksum (sha256 of its file), V, bos, eos; encode(text) -> ids, pack(documents) -> packed ids. Special
-tokens that a text spells out are text. Where one token is both BOS and EOS (<|endoftext|>), it stands once, before the
-document, as in the published shards of GPT-2.
+Each has name, checksum (sha256 of its file), V, bos, eos; many(documents) -> ids of each, pack(documents) -> all in one
+array. Special tokens that a text spells out are text. Where one token is both BOS and EOS (<|endoftext|>), it stands
+once, before the document, as in the published shards of GPT-2.
 """
 import base64
 import hashlib
@@ -26,13 +26,20 @@ class Encoder:
         return "<u2" if self.V <= 65536 else "<u4"
 
     def ids(self, where, text):
+        return self.many([(where, text)])[0]
+
+    def many(self, documents):
+        """ids of each of the documents"""
         try:
-            return self.encode(text.decode())
-        except UnicodeDecodeError as e:
-            raise Refused(f"{where}: not UTF-8 at byte {e.start}. Repair it, or use --tokenizer bytes.") from None
+            return self.encode([text.decode() for _, text in documents])
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as e:  # the packages in Rust raise panics, which are no Exceptions
+            if len(documents) > 1:  # which of them is it?
+                return [self.ids(*d) for d in documents]
+            where = documents[0][0]
+            if isinstance(e, UnicodeDecodeError):
+                raise Refused(f"{where}: not UTF-8 at byte {e.start}. Repair it, or use --tokenizer bytes.") from None
             what = " ".join(str(e).split())[:200]
             raise Refused(f"{where}: {self.name} fails on this text ({what}). Leave the text out.") from None
 
@@ -40,8 +47,7 @@ class Encoder:
         """[(where, bytes)] -> all as BOS, tokens, EOS in one array, and the length of each"""
         parts, lengths = [], []
         bos, eos = [self.bos], [self.eos] if self.eos != self.bos else []
-        for where, text in documents:
-            ids = self.ids(where, text)
+        for ids in self.many(documents):
             parts += [bos, ids, eos]
             lengths.append(1 + len(ids) + len(eos))
         return np.concatenate([np.asarray(p, self.dtype) for p in parts]), lengths
@@ -51,11 +57,8 @@ class Bytes(Encoder):
     """V = 258: ids 0..255 are the bytes, 256 BOS, 257 EOS"""
     name, V, bos, eos = "bytes", 258, 256, 257
 
-    def ids(self, where, text):
-        return np.frombuffer(text, np.uint8)
-
-    def encode(self, text):
-        return list(text.encode())
+    def many(self, documents):
+        return [np.frombuffer(text, np.uint8) for _, text in documents]
 
 
 class SentencePiece(Encoder):
@@ -69,21 +72,22 @@ class SentencePiece(Encoder):
         if self.bos < 0 or self.eos < 0:
             raise Refused(f"{path}: the model has no BOS or no EOS. Give one that has both.")
 
-    def encode(self, text):
-        return self.model.encode(text)
+    def encode(self, texts):
+        return [self.model.encode(text) for text in texts]
 
 
-# How each family cuts a text into the pieces that its byte pairs are merged within, the package's own definitions;
-# number of ranks n of the published file; BOS, EOS and V counted from n. Possessive where that changes no match: a long
-# run of spaces would overflow the stack otherwise.
+# How each family cuts a text into the pieces that its byte pairs are merged within (cl100k as the package has it today:
+# white space that ends a text is one piece); number of ranks n of the published file; BOS, EOS and V counted from n.
+# Possessive where that changes no match, since a long run of spaces would overflow the stack otherwise.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
-          r"|\s+(?!\S)|\s")
-UPPER, LOWER, SHORT = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-O200K = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{SHORT}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{SHORT}"
+SHORT, WORDS = r"'(?i:[sdmt]|ll|ve|re)", r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+CL100K = rf"{SHORT}|{WORDS}|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+LLAMA3 = rf"{SHORT}|{WORDS}|\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+O200K = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+(?:{SHORT})?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*(?:{SHORT})?"
          r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 RANKS = {"r50k": (GPT2, 50256, 0, 0, 1), "cl100k": (CL100K, 100256, 1, 1, 21), "o200k": (O200K, 199998, 1, 1, 21),
-         "llama3": (CL100K, 128000, 0, 1, 256)}
+         "llama3": (LLAMA3, 128000, 0, 1, 256)}
 
 
 class Tiktoken(Encoder):
@@ -106,8 +110,8 @@ class Tiktoken(Encoder):
         self.bos, self.eos, self.V = n + bos, n + eos, n + V
         self.model = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
-    def encode(self, text):
-        return self.model.encode_ordinary(text)
+    def encode(self, texts):
+        return [self.model.encode_ordinary(text) for text in texts]
 
 
 class TokenizerJson(Encoder):
@@ -124,6 +128,8 @@ class TokenizerJson(Encoder):
         self.model.no_truncation()
         self.model.no_padding()
         self.model.encode_special_tokens = True
+        # does not work out where in the text each token is; package before 0.20: slower
+        self.fast = getattr(self.model, "encode_batch_fast", self.model.encode_batch)
         ids = self.model.get_vocab(with_added_tokens=True)
         self.V = max(ids.values()) + 1
         config = self.config(path)
@@ -143,8 +149,8 @@ class TokenizerJson(Encoder):
             return None, None
         return [name.get("content") if isinstance(name, dict) else name for name in names]
 
-    def encode(self, text):
-        return self.model.encode(text, add_special_tokens=False).ids
+    def encode(self, texts):
+        return [e.ids for e in self.fast(texts, add_special_tokens=False)]
 
 
 def load(name, kind=None, bos=None, eos=None):

@@ -83,7 +83,7 @@ def main():
         if args.input:
             source = local(Path(args.input))
         else:
-            downloads = Downloads(Web(URL.split("/")[-1], "give them by name"), out.with_name(out.name + "_download"),
+            downloads = Downloads(Web("HellaSwag", "give them by name"), out.with_name(out.name + "_download"),
                                   [Source(URL.split("/")[-1], 0, url=URL)])
             source = downloads.get(0)
         reader = Reader(source, Rules("jsonl"))

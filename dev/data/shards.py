@@ -4,6 +4,7 @@ All that a run writes has names that end in .tmp until everything is whole; then
 the manifest. After each whole shard the state file says how far the input was used and how long each file was then; a
 later run cuts the files to that length. So what was written after the state was is simply written again.
 """
+import contextlib
 import fcntl
 import json
 import os
@@ -187,7 +188,8 @@ class Output:
         """all of an unfinished run"""
         for split in self.splits.values():
             if split.file:
-                split.file.close()
+                with contextlib.suppress(OSError):  # what it still holds may not fit
+                    split.file.close()
         self.state_path.unlink(missing_ok=True)
         for name in SPLITS:
             for path in numbered(self.out / f"{self.prefix}_{name}", ".bin.tmp"):
