@@ -6,7 +6,6 @@ once, before the document, as in the published shards of GPT-2.
 """
 import base64
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
@@ -62,23 +61,25 @@ class Bytes(Encoder):
 
 
 class SentencePiece(Encoder):
-    def __init__(self, path, data):
+    def __init__(self, path, data, bos, eos):
         sentencepiece = package("sentencepiece", path)
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError:
             raise Refused(f"{path}: not a sentencepiece model. {GIVE}") from None
-        self.V, self.bos, self.eos = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
-        if self.bos < 0 or self.eos < 0:
-            raise Refused(f"{path}: the model has no BOS or no EOS. Give one that has both.")
+        self.V = self.model.vocab_size()
+        self.bos = self.model.piece_to_id(bos) if bos else self.model.bos_id()
+        self.eos = self.model.piece_to_id(eos) if eos else self.model.eos_id()
+        if min(self.bos, self.eos) < 0 or any(t and self.model.is_unknown(self.model.piece_to_id(t)) for t in (bos, eos)):
+            raise Refused(f"{path}: the model has no such BOS or EOS. Name its tokens with --bos and --eos.")
 
     def encode(self, texts):
         return [self.model.encode(text) for text in texts]
 
 
 # How each family cuts a text into the pieces that its byte pairs are merged within (cl100k as the package has it today:
-# white space that ends a text is one piece); number of ranks n of the published file; BOS, EOS and V counted from n.
-# Possessive where that changes no match, since a long run of spaces would overflow the stack otherwise.
+# white space that ends a text is one piece); numbers of ranks by which the published files are known; BOS, EOS and V,
+# counted from the first free id. convert_tokenizer.py has the same. Possessive where that changes no match, since a long run of spaces would overflow the stack otherwise.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 SHORT, WORDS = r"'(?i:[sdmt]|ll|ve|re)", r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
 CL100K = rf"{SHORT}|{WORDS}|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
@@ -86,12 +87,13 @@ LLAMA3 = rf"{SHORT}|{WORDS}|\s*[\r\n]+|\s+(?!\S)|\s+"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 O200K = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+(?:{SHORT})?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*(?:{SHORT})?"
          r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-RANKS = {"r50k": (GPT2, 50256, 0, 0, 1), "cl100k": (CL100K, 100256, 1, 1, 21), "o200k": (O200K, 199998, 1, 1, 21),
-         "llama3": (LLAMA3, 128000, 0, 1, 256)}
+PRESETS = {"gpt2": (GPT2, (50256, 50280), 0, 0, 1), "cl100k": (CL100K, (100256,), 1, 1, 21),
+           "o200k": (O200K, (199998,), 1, 1, 21), "llama3": (LLAMA3, (128000,), 0, 1, 256),
+           "llama4": (O200K, (200000,), 0, 1, 2048)}
 
 
 class Tiktoken(Encoder):
-    def __init__(self, path, data, kind):
+    def __init__(self, path, data, preset):
         tiktoken = package("tiktoken", path)
         ranks = {}
         for number, line in enumerate(data.splitlines(), 1):
@@ -100,23 +102,24 @@ class Tiktoken(Encoder):
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except ValueError:
                 raise Refused(f"{path}:{number}: not a token in base64 and its rank. Fetch the file again.") from None
-        n = len(ranks)
-        kind = kind or next((k for k, row in RANKS.items() if row[1] == n), None)
-        if not kind:
-            raise Refused(f"{path}: {n} ranks are none of the published files. Name its rules with --ranks.")
-        if sorted(ranks.values()) != list(range(n)) or any(bytes([b]) not in ranks for b in range(256)):
-            raise Refused(f"{path}: ranks or bytes are missing. Fetch the file again.")
-        pattern, _, bos, eos, V = RANKS[kind]
-        self.bos, self.eos, self.V = n + bos, n + eos, n + V
-        self.model = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        preset = preset or next((name for name, row in PRESETS.items() if len(ranks) in row[1]), None)
+        if not preset:
+            raise Refused(f"{path}: {len(ranks)} ranks are none of the published files. Name its rules with --preset.")
+        taken = set(ranks.values())
+        if len(taken) < len(ranks) or min(taken) < 0 or any(bytes([b]) not in ranks for b in range(256)):
+            raise Refused(f"{path}: a rank is there twice, or a byte has none. Fetch the file again.")
+        pattern, _, bos, eos, V = PRESETS[preset]
+        free = next(i for i in range(len(ranks) + 1) if i not in taken) if preset == "gpt2" else max(taken) + 1
+        self.bos, self.eos, self.V = free + bos, free + eos, max(free + V, max(taken) + 1)
+        self.model = tiktoken.Encoding(preset, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, texts):
         return [self.model.encode_ordinary(text) for text in texts]
 
 
 class TokenizerJson(Encoder):
-    PAIRS = (("<|begin_of_text|>", "<|end_of_text|>"), ("<s>", "</s>"), ("<bos>", "<eos>"),
-             ("<|endoftext|>", "<|endoftext|>"), ("[BOS]", "[EOS]"))
+    BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>")  # as in convert_tokenizer.py
+    EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
 
     def __init__(self, path, data, bos, eos):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core
@@ -132,28 +135,16 @@ class TokenizerJson(Encoder):
         self.fast = getattr(self.model, "encode_batch_fast", self.model.encode_batch)
         ids = self.model.get_vocab(with_added_tokens=True)
         self.V = max(ids.values()) + 1
-        config = self.config(path)
-        pairs = [(bos or config[0], eos or config[1])] if (bos or config[0]) and (eos or config[1]) else self.PAIRS
-        found = next(((b, e) for b, e in pairs if b in ids and e in ids), None)
-        if not found:
+        self.bos, self.eos = (next((ids[t] for t in ([given] if given else usual) if t in ids), None)
+                              for given, usual in ((bos, self.BOS), (eos, self.EOS)))
+        if self.bos is None or self.eos is None:
             raise Refused(f"{path}: its tokens for BOS and EOS are not known. Name them with --bos and --eos.")
-        self.bos, self.eos = (ids[t] for t in found)
-
-    @staticmethod
-    def config(path):
-        """(bos, eos) as tokenizer_config.json beside the file has them, None where it does not"""
-        try:
-            config = json.loads(Path(path).with_name("tokenizer_config.json").read_bytes())
-            names = [config.get(key) for key in ("bos_token", "eos_token")]
-        except (OSError, ValueError, AttributeError):
-            return None, None
-        return [name.get("content") if isinstance(name, dict) else name for name in names]
 
     def encode(self, texts):
         return [e.ids for e in self.fast(texts, add_special_tokens=False)]
 
 
-def load(name, kind=None, bos=None, eos=None):
+def load(name, preset=None, bos=None, eos=None):
     """the tokenizer called "bytes", or that of the file name; what sort of file it is, its first bytes tell"""
     if name == "bytes":
         return Bytes()
@@ -163,9 +154,9 @@ def load(name, kind=None, bos=None, eos=None):
     if data.lstrip()[:1] == b"{":
         encoder = TokenizerJson(name, data, bos, eos)
     elif re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
-        encoder = Tiktoken(name, data, kind)
+        encoder = Tiktoken(name, data, preset)
     else:
-        encoder = SentencePiece(name, data)
+        encoder = SentencePiece(name, data, bos, eos)
     encoder.name, encoder.checksum = Path(name).name, hashlib.sha256(data).hexdigest()
     return encoder
 
@@ -174,10 +165,10 @@ def add_options(parser):
     parser.add_argument("--tokenizer", default="bytes", metavar="bytes|FILE",
                         help="bytes, a sentencepiece .model, a tiktoken rank file (Llama 3's tokenizer.model, "
                              "r50k_base.tiktoken for GPT-2, ...), a tokenizer.json (bytes)")
-    parser.add_argument("--ranks", choices=list(RANKS), help="the rules of a rank file whose size does not tell them")
-    parser.add_argument("--bos", metavar="TOKEN", help="the token before a document, for a tokenizer.json")
-    parser.add_argument("--eos", metavar="TOKEN", help="the token behind a document, for a tokenizer.json")
+    parser.add_argument("--preset", choices=list(PRESETS), help="whose rules a rank file has, if its size does not tell")
+    parser.add_argument("--bos", metavar="TOKEN", help="the token before a document (the usual names are known)")
+    parser.add_argument("--eos", metavar="TOKEN", help="the token behind a document")
 
 
 def from_options(args):
-    return args.tokenizer, args.ranks, args.bos, args.eos
+    return args.tokenizer, args.preset, args.bos, args.eos

@@ -774,22 +774,22 @@ class Tokenizers(Case):
     def test_ranks(self):
         model = self.ranks(b"th", b"the", b" the", b"12", b"123", b"'s", b"'S", b"\n\n", b"23", b"234")
         n = 266
-        for kind, bos, end, V in (("r50k", n, [], n + 1), ("cl100k", n + 1, [], n + 21), ("o200k", n + 1, [], n + 21),
-                                  ("llama3", n, [n + 1], n + 256)):
-            self.assertEqual(self.ids("the the", model, "--ranks", kind), [bos, 257, 258, *end])
+        for kind, bos, end, V in (("gpt2", n, [], n + 1), ("cl100k", n + 1, [], n + 21), ("o200k", n + 1, [], n + 21),
+                                  ("llama3", n, [n + 1], n + 256), ("llama4", n, [n + 1], n + 2048)):
+            self.assertEqual(self.ids("the the", model, "--preset", kind), [bos, 257, 258, *end])
             self.assertEqual(self.tokens, [V, bos, end[0] if end else bos])
         # digits in threes, but for GPT-2, whose digits stay together; 's in both cases, but for GPT-2
-        self.assertEqual(self.ids("1234'S", model, "--ranks", "llama3"), [n, 260, ord("4"), 262, n + 1])
-        self.assertEqual(self.ids("1234", model, "--ranks", "r50k"), [n, 260, ord("4")])
-        self.assertEqual(self.ids("<|begin_of_text|>", model, "--ranks", "llama3"), [n, *b"<|begin_of_text|>", n + 1])
-        self.assertEqual(self.ids(" " * 200000, model, "--ranks", "llama3"), [n, *b" " * 200000, n + 1])
+        self.assertEqual(self.ids("1234'S", model, "--preset", "llama3"), [n, 260, ord("4"), 262, n + 1])
+        self.assertEqual(self.ids("1234", model, "--preset", "gpt2"), [n, 260, ord("4")])
+        self.assertEqual(self.ids("<|begin_of_text|>", model, "--preset", "llama3"), [n, *b"<|begin_of_text|>", n + 1])
+        self.assertEqual(self.ids(" " * 200000, model, "--preset", "llama3"), [n, *b" " * 200000, n + 1])
         text = self.file("a.txt", "the")
-        for words, contents in (("none of the published files. Name its rules with --ranks", model.read_bytes()),
+        for words, contents in (("none of the published files. Name its rules with --preset", model.read_bytes()),
                                 ("t:2: not a token in base64", b"IQ== 0\nIQ=! 1\n"),
                                 ("t: 1 ranks are none", b"IQ== 0\n")):
             self.refused("prepare", text, "--tokenizer", self.file("t", contents), "--out", self.dir / "no", words=words)
-        self.refused("prepare", text, "--tokenizer", self.file("t", b"IQ== 0\n"), "--ranks", "r50k", "--out",
-                     self.dir / "no", words="t: ranks or bytes are missing")
+        self.refused("prepare", text, "--tokenizer", self.file("t", b"IQ== 0\n"), "--preset", "gpt2", "--out",
+                     self.dir / "no", words="t: a rank is there twice, or a byte has none")
 
     @needs("tiktoken")
     def test_wide_ranks(self):
@@ -814,8 +814,7 @@ class Tokenizers(Case):
         self.assertEqual(self.tokens, [6, 3, 4])
         self.assertEqual(self.ids("ab</s>", model), [3, 2, 4])  # as text: BPE drops what its vocabulary lacks
         self.assertEqual(self.ids("ab", model, "--bos", "<|endoftext|>", "--eos", "<|endoftext|>"), [5, 2])
-        self.file("tokenizer_config.json", '{"bos_token": {"content": "</s>"}, "eos_token": "<s>"}')
-        self.assertEqual(self.ids("ab", model), [4, 2, 3])
+        self.assertEqual(self.ids("ab", model, "--bos", "</s>"), [4, 2])
         for words, text, args in (("its tokens for BOS and EOS are not known", json.dumps(contents), ["--bos", "x"]),
                                   ("not a tokenizer.json", "{}", [])):
             self.refused("prepare", self.dir / "a.txt", "--tokenizer", self.file("tokenizer.json", text), *args, "--out",
@@ -829,6 +828,9 @@ class Tokenizers(Case):
         model = self.file("small.model", model)
         self.assertEqual(self.ids("the the he", model), [1, 5, 5, 6, 4, 2])
         self.assertEqual(self.tokens, [10, 1, 2])
+        self.assertEqual(self.ids("the", model, "--eos", "he"), [1, 5, 4])
+        self.refused("prepare", self.dir / "a.txt", "--tokenizer", model, "--eos", "none", "--out", self.dir / "no",
+                     words="small.model: the model has no such BOS or EOS")
         self.refused("prepare", self.dir / "a.txt", "--tokenizer", self.file("bad.model", b"\xff" * 50), "--out",
                      self.dir / "no", words="bad.model: not a sentencepiece model")
         # a choice goes on where the context ends: no second mark of a beginning
