@@ -28,7 +28,8 @@ def run(name, main):
     except Refused as e:
         sys.exit(f"{name}: {e}")
     except OSError as e:
-        sys.exit(f"{name}: {e.filename or 'the output'}: {e.strerror or e}. Check the path, its rights and the disk's room.")
+        sys.exit(f"{name}: {e.filename or 'the output'}: {e.strerror or e}. "
+                 "Check the path, its rights and the disk's room.")
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted. Run it again.")
 

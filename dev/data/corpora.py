@@ -44,8 +44,8 @@ class Corpus:
 
 STORIES = Rules("text", separator=b"<|endoftext|>")
 CORPORA = {
-    "c4": Corpus("allenai/c4, English: 156 G tokens of LLaMA 2", 0.001, ("c4-train.*.json*",), ("c4-validation.*.json*",),
-                 "allenai/c4", {n: "{}" for n in ("en", "en.noblocklist", "en.noclean", "realnewslike")},
+    "c4": Corpus("allenai/c4, English", 0.001, ("c4-train.*.json*",), ("c4-validation.*.json*",), "allenai/c4",
+                 {n: "{}" for n in ("en", "en.noblocklist", "en.noclean", "realnewslike")},
                  rules=Rules("jsonl")),
     "fineweb-edu": Corpus("HuggingFaceFW/fineweb-edu", 0.001, ("*.parquet",), (), "HuggingFaceFW/fineweb-edu",
                           {"sample-10BT": "sample/10BT", "sample-100BT": "sample/100BT", "sample-350BT": "sample/350BT",
@@ -58,7 +58,8 @@ CORPORA = {
     "tinystories-v2": Corpus("roneneldan/TinyStories, the stories by GPT-4", 0.01, ("TinyStoriesV2-GPT4-train.txt",),
                              ("TinyStoriesV2-GPT4-valid.txt",), "roneneldan/TinyStories", {"v2": ""}, rules=STORIES),
     "tinyshakespeare": Corpus("1 MB of Shakespeare, one document", 0.1, ("input.txt", "tinyshakespeare.txt"),
-                              url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"),
+                              url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+                                  "input.txt"),
 }
 
 
@@ -94,7 +95,7 @@ def from_files(name, given):
 
 
 class Web:
-    """requests with a token for the hub, if there is one in HF_TOKEN; addresses from HF_ENDPOINT, as the hub's tools do"""
+    """requests; the hub's address and a token for it are in HF_ENDPOINT and HF_TOKEN, as for its own tools"""
 
     def __init__(self, what, instead="give them with --from"):
         self.what, self.instead = what, instead
@@ -145,7 +146,7 @@ def reason(error):
 
 
 def from_web(web, name, subset, revision):
-    """(sources, revision): files of the corpus as the hub lists them; the revision of an interrupted run, else the newest"""
+    """(sources, revision): the corpus's files on the hub, of the revision given (an interrupted run's), else of the newest"""
     corpus = CORPORA[name]
     _, folder = corpus.subset(subset)
     if corpus.url:
@@ -162,7 +163,8 @@ def from_web(web, name, subset, revision):
             found = {f["path"]: f for f in files}
             for path in matching(found, patterns, lambda path: path.rsplit("/", 1)[-1]):
                 url = f"{web.hub}/datasets/{corpus.repository}/resolve/{revision}/{urllib.parse.quote(path)}"
-                sources.append(Source(path, found[path]["size"], None, split, url, (found[path].get("lfs") or {}).get("oid")))
+                sha256 = (found[path].get("lfs") or {}).get("oid")
+                sources.append(Source(path, found[path]["size"], None, split, url, sha256))
     except (KeyError, TypeError, AttributeError):
         raise Refused(f"{name}: {web.hub} gives no list of its files. Fetch them by other means, for --from.") from None
     if not any(s.split != "val" for s in sources):

@@ -70,7 +70,8 @@ class SentencePiece(Encoder):
         self.V = self.model.vocab_size()
         self.bos = self.model.piece_to_id(bos) if bos else self.model.bos_id()
         self.eos = self.model.piece_to_id(eos) if eos else self.model.eos_id()
-        if min(self.bos, self.eos) < 0 or any(t and self.model.is_unknown(self.model.piece_to_id(t)) for t in (bos, eos)):
+        unknown = [t for t in (bos, eos) if t and self.model.is_unknown(self.model.piece_to_id(t))]
+        if unknown or min(self.bos, self.eos) < 0:
             raise Refused(f"{path}: the model has no such BOS or EOS. Name its tokens with --bos and --eos.")
 
     def encode(self, texts):
@@ -79,7 +80,8 @@ class SentencePiece(Encoder):
 
 # How each family cuts a text into the pieces that its byte pairs are merged within (cl100k as the package has it today:
 # white space that ends a text is one piece); numbers of ranks by which the published files are known; BOS, EOS and V,
-# counted from the first free id. convert_tokenizer.py has the same. Possessive where that changes no match, since a long run of spaces would overflow the stack otherwise.
+# counted from the first free id. convert_tokenizer.py has the same. Possessive where that changes no match: a long run of
+# spaces would overflow the stack otherwise.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 SHORT, WORDS = r"'(?i:[sdmt]|ll|ve|re)", r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
 CL100K = rf"{SHORT}|{WORDS}|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
@@ -165,7 +167,8 @@ def add_options(parser):
     parser.add_argument("--tokenizer", default="bytes", metavar="bytes|FILE",
                         help="bytes, a sentencepiece .model, a tiktoken rank file (Llama 3's tokenizer.model, "
                              "r50k_base.tiktoken for GPT-2, ...), a tokenizer.json (bytes)")
-    parser.add_argument("--preset", choices=list(PRESETS), help="whose rules a rank file has, if its size does not tell")
+    parser.add_argument("--preset", choices=list(PRESETS),
+                        help="whose rules a rank file has, if its size does not tell")
     parser.add_argument("--bos", metavar="TOKEN", help="the token before a document (the usual names are known)")
     parser.add_argument("--eos", metavar="TOKEN", help="the token behind a document")
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Multiple-choice examples, tokenized, for `./train_gpt eval --choices FILE`.
 
-    hellaswag.py --tokenizer llama2.model --out data/hellaswag.bin                 # HellaSwag's validation, from the web
+    hellaswag.py --tokenizer llama2.model --out data/hellaswag.bin           # HellaSwag's validation, from the web
     hellaswag.py hellaswag_val.jsonl --tokenizer llama2.model --out data/hellaswag.bin
     hellaswag.py mine.jsonl.gz --out data/mine.bin
 
-A line of the JSONL is an example: "ctx" or "query", "endings" or "choices" (at least two texts), "label" or "gold" (which
-of them is right, from 0). The file, little-endian int32:
+A line of the JSONL is an example: "ctx" or "query", "endings" or "choices" (at least two texts), "label" or "gold"
+(which of them is right, from 0). The file, little-endian int32:
     header, 256   magic 20261125, version 1, number of examples, V, number of int32 behind the header, zeros
     each example  K choices, label, lengths n0 of the context and n1..nK of the choices, then their n0 + ... + nK ids
 The context starts with BOS. A choice is what follows the context's ids where both are encoded together with a space
@@ -44,7 +44,7 @@ def fields(where, value):
             not all(isinstance(c, str) and c for c in choices):
         raise Refused(f"{where}: not a context and at least two choices of text. Give lines as --help describes.")
     if isinstance(label, bool) or not str(label).isdecimal() or int(label) >= len(choices):
-        raise Refused(f"{where}: label {label!r} is none of 0 to {len(choices) - 1}. Give the answers' split, not the test's.")
+        raise Refused(f"{where}: label {label!r} is none of 0 to {len(choices) - 1}. Give examples with their answers.")
     return context.rstrip(), choices, int(label)
 
 

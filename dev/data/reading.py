@@ -116,8 +116,9 @@ class Reader:
 
     def __init__(self, source, rules):
         self.source, self.rules, self.done = source, rules, 0
-        self.format = rules.format or {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(
-            os.path.splitext(bare(source.name))[1], "text")
+        suffix = os.path.splitext(bare(source.name))[1]
+        lines = suffix in (".jsonl", ".ndjson") or (suffix == ".json" and bare(source.name) != source.name)
+        self.format = rules.format or ("jsonl" if lines else "parquet" if suffix == ".parquet" else "text")
 
     def __iter__(self):
         """(where, text as bytes) of each document that is not empty"""
@@ -146,7 +147,7 @@ class Reader:
                 try:
                     yield from items(stream)
                 except (EOFError, gzip.BadGzipFile, zlib.error, *self.zstd_errors(name)) as e:
-                    raise Refused(f"{self.at}: damaged or cut short from here on ({e}). Fetch the file again.") from None
+                    raise Refused(f"{self.at}: damaged or cut short from here on ({e}). Fetch it again.") from None
         except OSError as e:
             raise Refused(f"{name}: {e.strerror or e}. Check the path and its rights.") from None
 

@@ -103,7 +103,8 @@ class Split:
             self.file.seek(length)
 
     def lost(self, name):
-        raise Refused(f"{self.temporary(name)}: the interrupted run's file is gone or too short. Begin anew: --restart.")
+        raise Refused(f"{self.temporary(name)}: the interrupted run's file is gone or too short. Begin anew: "
+                      "--restart.")
 
     def publish(self):
         for shard in self.shards:
@@ -151,7 +152,7 @@ class Output:
         try:
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refused(f"{self.out}: another prepare.py is writing there. Wait for it, or give another --out.") from None
+            raise Refused(f"{self.out}: another prepare.py is writing there. Wait, or give another --out.") from None
         except OSError:
             pass  # a file system without locks
 
@@ -163,8 +164,8 @@ class Output:
             raise Refused(f"{self.state_path}: the state is damaged. Begin anew: --restart.") from None
         for key, value in self.identity.items():
             if before.get(key) != value:
-                raise Refused(f"{self.state_path}: an interrupted run with {key} {before.get(key)}, now {value}. Give the "
-                              "same options to finish it, another --prefix, or --restart to begin anew.")
+                raise Refused(f"{self.state_path}: an interrupted run with {key} {before.get(key)}, now {value}. Give "
+                              "the same options to finish it, another --prefix, or --restart to begin anew.")
         for name, split in self.splits.items():
             split.resume(splits[name])
         self.position = position

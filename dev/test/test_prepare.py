@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Tests of the programs in dev/data through their command lines. Needs numpy; what needs pyarrow, zstandard, sentencepiece,
-tiktoken or tokenizers is skipped where that package is missing."""
+"""Tests of the programs in dev/data through their command lines. Needs numpy; what needs pyarrow, zstandard,
+sentencepiece, tiktoken or tokenizers is skipped where that package is missing."""
 import base64
 import contextlib
 import gzip
@@ -71,8 +71,8 @@ class Case(unittest.TestCase):
         return path
 
     def fork(self, program, args, change=lambda: None, stdin=b""):
-        """(status, stdout, stderr) of the program in a copy of this process, which spares it Python's start; change() is
-        called in the copy first"""
+        """(status, stdout, stderr) of the program in a copy of this process, which spares it Python's start; change()
+        is called in the copy first"""
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as given:
             given.write(stdin)
             given.seek(0)
@@ -109,7 +109,7 @@ class Case(unittest.TestCase):
             return status, out.read().decode(), err.read().decode()
 
     def run_program(self, program, *args, module=None, missing=(), chunk=None, status=0, stdin=b"", environment=None):
-        """what it printed; module: a stand-in for sentencepiece; missing: packages; chunk: tokens and bytes at a time"""
+        """what it printed; module: stand-in for sentencepiece; missing: packages; chunk: tokens and bytes at a time"""
         def change():
             os.environ.update(environment or {})
             for name in missing:
@@ -403,7 +403,8 @@ class Inputs(Case):
 
     def test_gzip(self):
         lines = jsonl(self.texts)
-        self.same(self.file("a.jsonl.gz", gzip.compress(lines[:999]) + gzip.compress(lines[999:])))
+        for name in ("a.jsonl.gz", "a.json.gz"):
+            self.same(self.file(name, gzip.compress(lines[:999]) + gzip.compress(lines[999:])))
         self.prepare(self.file("b.txt.gz", gzip.compress(b"some text")), "--val-fraction", "0")
         self.assertEqual(self.stream("train"), packed(b"some text"))
         self.run_program("prepare", self.dir / "b.txt.gz", "--out", self.out)
@@ -433,7 +434,8 @@ class Inputs(Case):
 
         def refused(name, contents, words, *args, **options):
             with self.subTest(words):
-                return self.refused("prepare", self.file(name, contents), *args, "--out", self.out, words=words, **options)
+                return self.refused("prepare", self.file(name, contents), *args, "--out", self.out, words=words,
+                                    **options)
 
         error = refused("a.jsonl.gz", packed_lines[:-9], "damaged or cut short from here on")
         self.assertRegex(error, r"a\.jsonl\.gz:\d+: ")
@@ -448,7 +450,8 @@ class Inputs(Case):
         model = self.file("m.model", "a model")
         refused("a.txt", b"good|caf\xe9|good", "a.txt: document 2: not UTF-8 at byte 3", "--separator", "|",
                 "--val-fraction", "0", "--tokenizer", model, module="wide")
-        refused("a.txt", b"good", "m.model: this file is the trainer's", "--tokenizer", self.file("m.model", b"SGPTTOK1"))
+        model.write_bytes(b"SGPTTOK1")
+        refused("a.txt", b"good", "m.model: this file is the trainer's", "--tokenizer", model)
 
 
 class Restart(Case):
@@ -547,8 +550,10 @@ class Restart(Case):
         """real processes, some of which tokenize"""
         texts = numbered(4000, 400)
         path = self.file("big.jsonl", jsonl(texts))
-        command = [sys.executable, DATA / "prepare.py", path, "--shard-tokens", "200000", "--prefix", "x", "--processes"]
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+        command = [sys.executable, DATA / "prepare.py", path, "--shard-tokens", "200000", "--prefix", "x",
+                   "--processes"]
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                     env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
         begin = time.monotonic()
         subprocess.run([*command, "1", "--out", self.dir / "one"], check=True, **quiet)
         seconds, kills = time.monotonic() - begin, 0
@@ -568,7 +573,7 @@ class Restart(Case):
         self.file("in/2.jsonl.gz", last[:-20])
         status, error = self.run_until(self.out, lambda: None)
         self.assertEqual(status, 1)
-        self.assertRegex(error, r"in/2\.jsonl\.gz:\d+: damaged or cut short .* the same command goes on from there\.\n$")
+        self.assertRegex(error, r"in/2\.jsonl\.gz:\d+: damaged or cut short .* command goes on from there\.\n$")
         self.assertEqual([p for p in self.out.iterdir() if p.suffix not in (".tmp", ".json")], [])
         self.file("in/2.jsonl.gz", gzip.compress(gzip.decompress(last), compresslevel=1))
         self.assertEqual(self.run_until(self.out, lambda: None), (0, ""))
@@ -631,7 +636,8 @@ class Restart(Case):
         self.assertIn(f"{len(self.files(self.out)) - 1} shards are as they were written", said)
         shard = self.out / "x_train_000001.bin"
         whole = shard.read_bytes()
-        for damaged, words in ((whole[:-1], "has 4023 bytes, not 4024"), (whole[:-1] + b"\7", "sha256"), (None, "missing")):
+        for damaged, words in ((whole[:-1], "has 4023 bytes, not 4024"), (whole[:-1] + b"\7", "sha256"),
+                               (None, "missing")):
             shard.unlink() if damaged is None else shard.write_bytes(damaged)
             error = self.run_program("prepare", "--verify", "--out", self.out, "--prefix", "x", status=1)
             self.assertEqual(error.count("\n"), 1)
@@ -648,8 +654,7 @@ class Restart(Case):
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """the little of the Hugging Face hub that is asked for, with its faults: set in class variables"""
-    files, log, faults = {}, [], []
-    sha256 = staticmethod(lambda data: hashlib.sha256(data).hexdigest())
+    files, log, faults, newest = {}, [], [], "abc"
 
     def log_message(self, *args):
         pass
@@ -666,13 +671,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         self.log.append((path, self.headers.get("Range"), self.headers.get("Authorization")))
         if path == "/api/datasets/allenai/c4/revision/main":
-            self.reply(b'{"sha": "abc"}')
+            self.reply(json.dumps({"sha": self.newest}).encode())
         elif path == "/api/datasets/allenai/c4/tree/abc/en":
             names = sorted(self.files)
             page = names[1:] if "cursor" in query else names[:1]
             entries = [{"type": "directory", "path": "en", "size": 0}]
-            entries += [{"type": "file", "path": n, "size": len(self.files[n]), "lfs": {"oid": self.sha256(self.files[n])}}
-                        for n in page]
+            entries += [{"type": "file", "path": n, "size": len(self.files[n]),
+                         "lfs": {"oid": hashlib.sha256(self.files[n]).hexdigest()}} for n in page]
             more = {} if "cursor" in query else {
                 "Link": f'<http://{self.headers["Host"]}{path}?recursive=true&cursor=1>; rel="next"'}
             self.reply(json.dumps(entries).encode(), **more)
@@ -708,18 +713,22 @@ class Web(Case):
                      "en/c4-train.00001-of-01024.json.gz": gzip.compress(jsonl(texts[20:50])),
                      "en/c4-validation.00000-of-00008.json.gz": gzip.compress(jsonl(texts[50:])),
                      "en/README.md": b"no data"}
-        Hub.log, Hub.faults = [], []
+        Hub.log, Hub.faults, Hub.newest = [], [], "abc"
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         self.addCleanup(server.server_close)
         self.addCleanup(server.shutdown)
         self.environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "secret"}
 
-    def fetch(self, status=0):
+    def fetch(self, status=0, die=False):
         def change():
             os.environ.update(self.environment)
             prepare.corpora.time.sleep = lambda seconds: None
-        done, _, error = self.fork("prepare", ["--corpus", "c4", "--out", self.out, "--prefix", "x"], change)
+            prepare.BATCH = 500
+            if die:
+                shards.Output.save, save = lambda *args: (save(*args), os.kill(os.getpid(), 9)), shards.Output.save
+        done, _, error = self.fork("prepare", ["--corpus", "c4", "--out", self.out, "--prefix", "x", "--shard-tokens",
+                                               "3000"], change)
         self.assertEqual(done, status, error)
         return error
 
@@ -737,6 +746,17 @@ class Web(Case):
         self.fetch()
         self.assertEqual((self.stream("train"), self.stream("val")), self.want)
         self.assertIn("bytes=200-", {at for _, at, _ in Hub.log})
+
+    def test_goes_on_with_the_same_revision(self):
+        """killed at every state, while the corpus changes"""
+        for _ in range(3):
+            self.fetch(-signal.SIGKILL, die=True)
+            Hub.newest, Hub.log = "def", []
+        self.fetch()
+        self.assertEqual((self.stream("train"), self.stream("val")), self.want)
+        paths = {path for path, *_ in Hub.log}
+        self.assertEqual({p for p in paths if p.startswith("/api")}, {"/api/datasets/allenai/c4/tree/abc/en"})
+        self.assertNotIn("/cdn/en/c4-validation.00000-of-00008.json.gz", paths)
 
     def test_given_up(self):
         Hub.faults = ["busy"] * 100
@@ -787,7 +807,8 @@ class Tokenizers(Case):
         for words, contents in (("none of the published files. Name its rules with --preset", model.read_bytes()),
                                 ("t:2: not a token in base64", b"IQ== 0\nIQ=! 1\n"),
                                 ("t: 1 ranks are none", b"IQ== 0\n")):
-            self.refused("prepare", text, "--tokenizer", self.file("t", contents), "--out", self.dir / "no", words=words)
+            self.refused("prepare", text, "--tokenizer", self.file("t", contents), "--out", self.dir / "no",
+                         words=words)
         self.refused("prepare", text, "--tokenizer", self.file("t", b"IQ== 0\n"), "--preset", "gpt2", "--out",
                      self.dir / "no", words="t: a rank is there twice, or a byte has none")
 
@@ -817,8 +838,9 @@ class Tokenizers(Case):
         self.assertEqual(self.ids("ab", model, "--bos", "</s>"), [4, 2])
         for words, text, args in (("its tokens for BOS and EOS are not known", json.dumps(contents), ["--bos", "x"]),
                                   ("not a tokenizer.json", "{}", [])):
-            self.refused("prepare", self.dir / "a.txt", "--tokenizer", self.file("tokenizer.json", text), *args, "--out",
-                         self.dir / "no", words=words)
+            model.write_text(text)
+            self.refused("prepare", self.dir / "a.txt", "--tokenizer", model, *args, "--out", self.dir / "no",
+                         words=words)
 
     @needs("sentencepiece")
     def test_sentencepiece(self):
@@ -840,12 +862,13 @@ class Tokenizers(Case):
 
 class Choices(Case):
     def made(self, *lines):
-        """[V, [(context, choices, label)]] of the file that hellaswag.py makes; the lines are followed by its options"""
+        """[V, [(context, choices, label)]] of the file that hellaswag.py makes of lines, with options behind"""
         values = [v for v in lines if isinstance(v, dict)]
         path = self.file("a.jsonl", "".join(json.dumps(v) + "\n" for v in values))
         self.run_program("hellaswag", path, "--out", self.dir / "h.bin", *lines[len(values):])
         data = (self.dir / "h.bin").read_bytes()
-        header, rest = struct.unpack("<256i", data[:1024]), list(struct.unpack(f"<{len(data) // 4 - 256}i", data[1024:]))
+        values = struct.unpack(f"<{len(data) // 4}i", data)
+        header, rest = values[:256], list(values[256:])
         self.assertEqual((header[0], header[1], header[4], any(header[5:])), (20261125, 1, len(rest), False))
         examples = []
         for _ in range(header[2]):
@@ -870,19 +893,21 @@ class Choices(Case):
     def test_refusals(self):
         good = '{"ctx": "a", "endings": ["b", "c"], "label": 1}\n'
         for line, words in (('{"endings": ["b", "c"], "label": 1}', "a.jsonl:2: no ctx or query"),
-                            ('{"ctx": "a", "label": 1}', "a.jsonl:2: no endings or choices"), ("[]", "a.jsonl:2: no ctx"),
+                            ('{"ctx": "a", "label": 1}', "a.jsonl:2: no endings or choices"),
+                            ("[]", "a.jsonl:2: no ctx"),
                             ('{"ctx": "a", "endings": ["b", "c"]}', "a.jsonl:2: no label or gold"),
                             (good.replace("1", '""'), "label '' is none of 0 to 1"),
                             (good.replace("1", "2"), "label 2 is none"), (good.replace("1", "-1"), "label -1 is none"),
                             (good.replace("1", "true"), "label True"), (good.replace("1", "1.0"), "label 1.0 is none"),
-                            (good.replace('"b", ', ""), "at least two choices"), (good.replace('"b"', "3"), "two choices"),
+                            (good.replace('"b", ', ""), "at least two choices"),
+                            (good.replace('"b"', "3"), "two choices"),
                             (good.replace('"b"', '"\\ud800"'), "a.jsonl:2: not valid JSON in UTF-8"),
                             ('{"ctx"', "a.jsonl:2: not valid JSON")):
             with self.subTest(line):
                 self.refused("hellaswag", self.file("a.jsonl", good + line), "--out", self.dir / "h.bin", words=words)
         self.refused("hellaswag", self.file("a.jsonl", "\n"), "--out", self.dir / "h.bin", words="no example is in it")
         self.refused("hellaswag", self.dir / "none", "--out", self.dir / "h.bin", words="none: there is no such file")
-        self.refused("hellaswag", self.file("a.jsonl", good), "--out", self.dir / "h.bin", "--limit", "0", words="--limit")
+        self.refused("hellaswag", self.dir / "a.jsonl", "--out", self.dir / "h.bin", "--limit", "0", words="--limit")
 
 
 class Convert(Case):
