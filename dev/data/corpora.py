@@ -146,7 +146,7 @@ def reason(error):
 
 
 def from_web(web, name, subset, revision):
-    """(sources, revision): the corpus's files on the hub, of the revision given (an interrupted run's), else of the newest"""
+    """(sources, revision): the corpus's files on the hub; revision: an interrupted run's, None for the newest"""
     corpus = CORPORA[name]
     _, folder = corpus.subset(subset)
     if corpus.url:

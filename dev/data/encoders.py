@@ -80,8 +80,8 @@ class SentencePiece(Encoder):
 
 # How each family cuts a text into the pieces that its byte pairs are merged within (cl100k as the package has it today:
 # white space that ends a text is one piece); numbers of ranks by which the published files are known; BOS, EOS and V,
-# counted from the first free id. convert_tokenizer.py has the same. Possessive where that changes no match: a long run of
-# spaces would overflow the stack otherwise.
+# counted from the first free id. convert_tokenizer.py has the same. Possessive where that changes no match: a long run
+# of spaces would overflow the stack otherwise.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 SHORT, WORDS = r"'(?i:[sdmt]|ll|ve|re)", r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
 CL100K = rf"{SHORT}|{WORDS}|\s++$|\s*[\r\n]|\s+(?!\S)|\s"

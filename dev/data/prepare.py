@@ -18,7 +18,7 @@ shard's size and sha256. The same input gives the same bytes, whatever --process
 PREFIX are replaced once the new ones are whole. A run that was cut off goes on behind its last whole shard when the
 same command is given again.
 
-Memory: 200 MB, 100 MB a process, and the largest document 10 times with bytes, 15 with tiktoken, 40 with sentencepiece,
+Memory: 200 MB, 120 MB a process, and the largest document 10 times with bytes, 15 with tiktoken, 40 with sentencepiece,
 125 with tokenizers. Disk, beside the shards: two files of the corpus, where it is fetched. In directories, hidden files
 are left out.
 """
@@ -48,7 +48,7 @@ from common import Parser, Refused, run
 from reading import FORMATS, Reader, Rules, bare, find, stdlib
 from shards import Output, bigram_loss, verify
 
-BATCH = 1 << 20   # bytes of text that a process is given at a time
+BATCH = 1 << 18   # bytes of text that a process is given at a time
 SMALL = 16 << 20  # bytes of input below which more processes would not pay
 
 
@@ -86,8 +86,8 @@ class Input:
             now = [[s.name, s.size] for s in sources[:self.first]]
             for (name, size), before in itertools.zip_longest(now, position["used"], fillvalue=("no file", 0)):
                 if [name, size] != before:
-                    raise Refused(f"{name}: has {size} bytes; the interrupted run had read {before[0]} with {before[1]} "
-                                  "in its place. Give the same input, or begin anew: --restart.")
+                    raise Refused(f"{name}: has {size} bytes; the interrupted run had read {before[0]} with "
+                                  f"{before[1]} in its place. Give the same input, or begin anew: --restart.")
         else:
             self.cut = self.few()
 
