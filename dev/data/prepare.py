@@ -78,7 +78,7 @@ class Input:
         self.sources, self.rules, self.fraction, self.downloads = sources, rules, fraction, downloads
         self.every = round(1 / fraction) if fraction else 0
         self.val_full = False  # set by the writer: no more of a corpus's own validation files
-        self.number = 0        # documents seen of those that are split here
+        self.number = 0        # documents seen
         self.first, self.records, self.crc = 0, 0, 0
         if position:
             self.first, self.records, self.crc = (position[k] for k in ("source", "records", "crc32"))
@@ -140,12 +140,11 @@ class Input:
                             break
                 if records < skip:
                     self.changed(source)
-                if waiting:
-                    yield batch(self.position(i, records, crc), before + source.size)
-                    waiting, size = [], 0
                 if self.downloads:
                     self.downloads.release(i)
             before += source.size
+        if waiting:
+            yield batch(self.position(len(self.sources), 0, 0), before)
 
     @staticmethod
     def changed(source):
