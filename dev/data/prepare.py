@@ -8,9 +8,9 @@
     prepare.py --corpus c4 --from downloads/ --tokenizer llama2.model    # ... or by other means before
     prepare.py --verify --out data/c4                      # are the shards still as they were written?
 
-Inputs are text, JSONL and parquet, also as .gz and .zst; - is the standard input. Documents are packed as BOS, tokens,
-EOS into one stream (as BOS, tokens where one token is both). A shard is 256 int32 (magic, version, number of tokens,
-zeros) and the tokens: magic 20240520, version 1, uint16; or 20240801, version 7, uint32 when V is above 65536.
+Inputs are text and JSONL, also as .gz and .zst, and parquet; - is the standard input. Documents are packed as BOS,
+tokens, EOS into one stream (as BOS, tokens where one token is both). A shard is 256 int32 (magic, version, number of
+tokens, zeros) and the tokens: magic 20240520, version 1, uint16; or 20240801, version 7, uint32 when V is above 65536.
 
 Validation is the corpus's own where it has files for it (c4, tinystories), else every k-th document, k = 1/F of
 --val-fraction F; of fewer than k documents it is the end of each. OUT/PREFIX_manifest.json has the counts and each
