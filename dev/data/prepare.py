@@ -2,26 +2,39 @@
 """Turn text into token shards for training: OUT/PREFIX_train_000000.bin, ..., OUT/PREFIX_val_000000.bin, ...
 
     prepare.py --stdlib                                    # Python's standard library: real text on every machine
-    prepare.py book.txt                                    # one document
     prepare.py --glob '*.py' src/                          # a directory, recursively: each file a document
-    prepare.py --tokenizer llama2.model articles.jsonl     # each line a document, its text under --jsonl-key
+    prepare.py --tokenizer llama2.model articles.jsonl.zst # each line a document, its text under --field
+    prepare.py --corpus c4 --tokenizer llama2.model --out data/c4        # fetched from the web ...
+    prepare.py --corpus c4 --from downloads/ --tokenizer llama2.model    # ... or by other means before
+    prepare.py --verify --out data/c4                      # are the shards still as they were written?
 
-Documents are packed as BOS, tokens, EOS into one stream. A shard is 256 int32 (magic, version, number of tokens, zeros)
-and the tokens: magic 20240520, version 1, uint16; or 20240801, version 7, uint32 when V is above 65536. Tokenizer
-"bytes" has V = 258: ids 0..255 are the bytes, 256 BOS, 257 EOS. Validation is every k-th document, k = 1/F of
---val-fraction F; of fewer than k documents it is the end of each. OUT/PREFIX_manifest.json has counts and sha256 sums.
-The same input gives the same bytes. Older shards of the same OUT and PREFIX are replaced once the new ones are whole.
-A document must fit in memory; in directories, hidden files are left out.
+Inputs are text and JSONL, also as .gz and .zst, and parquet; - is the standard input. Documents are packed as BOS,
+tokens, EOS into one stream (as BOS, tokens where one token is both). A shard is 256 int32 (magic, version, number of
+tokens, zeros) and the tokens: magic 20240520, version 1, uint16; or 20240801, version 7, uint32 when V is above 65536.
+
+Validation is the corpus's own where it has files for it (c4, tinystories), else every k-th document, k = 1/F of
+--val-fraction F; of fewer than k documents it is the end of each. OUT/PREFIX_manifest.json has the counts and each
+shard's size and sha256. The same input gives the same bytes, whatever --processes. Older shards of the same OUT and
+PREFIX are replaced once the new ones are whole. A run that was cut off goes on behind its last whole shard when the
+same command is given again.
+
+Memory: 200 MB, 120 MB a process, and the largest document 10 times with bytes, 15 with tiktoken, 40 with sentencepiece,
+125 with tokenizers. Disk, beside the shards: two files of the corpus, where it is fetched. In directories, hidden files
+are left out.
 """
 import argparse
-import fnmatch
-import hashlib
+import collections
+import concurrent.futures
+import dataclasses
 import itertools
-import json
+import math
+import multiprocessing
 import os
-import re
+import signal
 import sys
-import sysconfig
+import threading
+import time
+import zlib
 from pathlib import Path
 
 try:
@@ -29,78 +42,18 @@ try:
 except ImportError:
     sys.exit("prepare: the package numpy is missing. apt-get install python3-numpy, or pip install numpy.")
 
-CHUNK = 1 << 22  # tokens handled at a time
+import corpora
+import encoders
+from common import Parser, Refused, run
+from reading import FORMATS, Reader, Rules, bare, find, stdlib
+from shards import Output, bigram_loss, verify
 
-
-class Refused(Exception):
-    """`where: what. What to do.`"""
+BATCH = 1 << 18   # bytes of text that a process is given at a time
+SMALL = 16 << 20  # bytes of input below which more processes would not pay
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources: files, each of one document, or of one a line (JSONL)
-
-def walk(top, pattern):
-    """files under the directory top whose name matches; neither hidden ones nor links to directories"""
-    for directory, subdirectories, names in os.walk(top):
-        subdirectories[:] = [d for d in subdirectories if not d.startswith(".")]
-        for name in names:
-            path = Path(directory, name)
-            if not name.startswith(".") and fnmatch.fnmatchcase(name, pattern) and path.is_file():
-                yield path
-
-
-def stdlib():
-    """Python's own .py files, without tests, which not every machine has, and without installed packages"""
-    top = Path(sysconfig.get_path("stdlib"))
-    skip = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-    return sorted(p for p in walk(top, "*.py") if not skip & set(p.relative_to(top).parts))
-
-
-def find_sources(inputs, pattern):
-    sources = []
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            found = sorted(walk(path, pattern))
-            if not found:
-                raise Refused(f"{name}: no file in it matches {pattern!r}. Give another --glob.")
-            sources += found
-        elif path.is_file():
-            sources.append(path)
-        else:
-            raise Refused(f"{name}: there is no such file. Check the path.")
-    return sources
-
-
-def is_jsonl(path):
-    return path.suffix in (".jsonl", ".ndjson")
-
-
-def documents(path, key):
-    """(where, text as bytes) of each document in a file that is not empty"""
-    try:
-        with open(path, "rb") as f:
-            if not is_jsonl(path):
-                text = f.read()
-                if text:
-                    yield str(path), text
-                return
-            for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    value = json.loads(line)
-                    text = value[key].encode()
-                except (ValueError, RecursionError):  # also UnicodeError: broken UTF-8, half of a surrogate pair
-                    raise Refused(f"{where}: not valid JSON in UTF-8. Repair or remove the line.") from None
-                except (KeyError, TypeError, AttributeError):
-                    raise Refused(f"{where}: no text under {key!r}. Give its name with --jsonl-key.") from None
-                if text:
-                    yield where, text
-    except OSError as e:
-        raise Refused(f"{path}: {e.strerror}. Check the path and its rights.") from None
-
+# Documents, their splits, and batches of them
 
 def split_end(text, fraction):
     """text cut in two, the second about fraction of it, not within a UTF-8 character"""
@@ -110,250 +63,342 @@ def split_end(text, fraction):
     return text[:cut], text[cut:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers: name, V, bos, eos, encode(where, bytes) -> array of ids
-
-class Bytes:
-    name, V, bos, eos = "bytes", 258, 256, 257
-
-    def encode(self, where, text):
-        return np.frombuffer(text, dtype=np.uint8)
+@dataclasses.dataclass
+class Batch:
+    documents: list  # (where, text)
+    splits: list     # of each
+    position: dict   # of the input behind the batch
+    done: int        # bytes of the sources, for the progress bar
 
 
-class SentencePiece:
-    def __init__(self, path):
-        try:
-            import sentencepiece
-        except ImportError:
-            raise Refused(f"{path}: the package sentencepiece is missing. pip install sentencepiece") from None
-        try:
-            self.name = Path(path).name
-            self.model = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
-        except OSError as e:
-            raise Refused(f"{path}: {e.strerror}. Give 'bytes' or a sentencepiece model.") from None
-        except RuntimeError:
-            raise Refused(f"{path}: not a sentencepiece model. Give 'bytes' or a sentencepiece model.") from None
-        self.V, self.bos, self.eos = self.model.vocab_size(), self.model.bos_id(), self.model.eos_id()
-        if self.bos < 0 or self.eos < 0:
-            raise Refused(f"{path}: the model has no BOS or no EOS. Give one that has both.")
+class Input:
+    """All documents of the sources from a position on, with the split of each."""
 
-    def encode(self, where, text):
-        try:
-            return np.array(self.model.encode(text.decode()), dtype=np.uint32)
-        except UnicodeDecodeError as e:
-            raise Refused(f"{where}: not UTF-8 at byte {e.start}. Repair it, or use --tokenizer bytes.") from None
+    def __init__(self, sources, rules, fraction, downloads, position):
+        self.sources, self.rules, self.fraction, self.downloads = sources, rules, fraction, downloads
+        self.every = round(1 / fraction) if fraction else 0
+        self.val_full = False  # set by the writer: no more of a corpus's own validation files
+        self.number = 0        # documents seen
+        self.first, self.records, self.crc = 0, 0, 0
+        if position:
+            self.first, self.records, self.crc = (position[k] for k in ("source", "records", "crc32"))
+            self.number, self.cut = position["documents"], position["cut"]
+            now = [[s.name, s.size] for s in sources[:self.first]]
+            for (name, size), before in itertools.zip_longest(now, position["used"], fillvalue=("no file", 0)):
+                if [name, size] != before:
+                    raise Refused(f"{name}: has {size} bytes; the interrupted run had read {before[0]} with "
+                                  f"{before[1]} in its place. Give the same input, or begin anew: --restart.")
+        else:
+            self.cut = self.few()
 
+    def few(self):
+        """are there fewer than k documents to split?"""
+        if not self.every or self.sources[0].split:
+            return False
+        if self.downloads or self.sources[0].name == "-":  # not to be read twice: decided by what it is
+            return len(self.sources) == 1 and Reader(self.sources[0], self.rules).whole()
+        documents = (d for source in self.sources for d in Reader(source, self.rules))
+        return sum(1 for _ in itertools.islice(documents, self.every)) < self.every
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards
+    def position(self, i, records, crc):
+        return {"source": i, "records": records, "crc32": crc, "documents": self.number, "cut": self.cut,
+                "used": [[s.name, s.size] for s in self.sources[:i]]}
 
-class Shards:
-    """One split: writes its stream to temporary files, a shard each; counts documents, bytes and token pairs."""
+    def pieces(self, source, where, text):
+        self.number += 1
+        if source.split:
+            return [(where, text, source.split)]
+        if self.cut:
+            parts = zip(split_end(text, self.fraction), ("train", "val"))
+            return [(where, part, split) for part, split in parts if part]
+        return [(where, text, "val" if self.every and self.number % self.every == 0 else "train")]
 
-    def __init__(self, stem, V, shard_tokens, count_pairs):
-        self.stem, self.V, self.shard_tokens = stem, V, shard_tokens
-        self.magic, self.version, self.dtype = (20240520, 1, "<u2") if V <= 65536 else (20240801, 7, "<u4")
-        self.pairs = np.zeros(V * V, np.int64) if count_pairs else None
-        self.pending, self.waiting = [], 0  # arrays of ids that are not written yet, their sum of lengths
-        self.last = None       # the last token written
-        self.shards = []       # {"name", "tokens", "sha256"}
-        self.file, self.room = None, 0
-        self.documents = self.bytes = self.tokens = 0
+    def batches(self):
+        waiting, size, before = [], 0, 0
 
-    def temporary(self, name):
-        return self.stem.parent / (name + ".tmp")
+        def batch(position, done):
+            return Batch([w[:2] for w in waiting], [w[2] for w in waiting], position, done)
 
-    def add_document(self, tokenizer, where, text):
-        if not text:
-            return
-        self.documents += 1
-        self.bytes += len(text)
-        ids = tokenizer.encode(where, text)
-        for part in [[tokenizer.bos], *(ids[i:i + CHUNK] for i in range(0, len(ids), CHUNK)), [tokenizer.eos]]:
-            self.pending.append(part)
-            self.waiting += len(part)
-            if self.waiting >= CHUNK:
-                self.write()
+        for i, source in enumerate(self.sources):
+            if i >= self.first and not (source.split == "val" and self.val_full):
+                if self.downloads:
+                    source = self.downloads.get(i)
+                skip, expected = (self.records, self.crc) if i == self.first else (0, 0)
+                reader, records, crc = Reader(source, self.rules), 0, 0
+                for where, text in reader:
+                    records, crc = records + 1, zlib.crc32(text, crc)
+                    if records <= skip:
+                        if records == skip and crc != expected:
+                            self.changed(source)
+                        continue
+                    waiting += self.pieces(source, where, text)
+                    size += len(text)
+                    if size >= BATCH:
+                        yield batch(self.position(i, records, crc), before + reader.done)
+                        waiting, size = [], 0
+                        if source.split == "val" and self.val_full:
+                            break
+                if records < skip:
+                    self.changed(source)
+                if self.downloads:
+                    self.downloads.release(i)
+            before += source.size
+        if waiting:
+            yield batch(self.position(len(self.sources), 0, 0), before)
 
-    def write(self):
-        """what is pending, into shards"""
-        if not self.pending:
-            return
-        ids = np.concatenate(self.pending).astype(np.int64)
-        self.pending, self.waiting = [], 0
-        if self.pairs is not None:
-            stream = ids if self.last is None else np.concatenate(([self.last], ids))
-            self.pairs += np.bincount(stream[:-1] * self.V + stream[1:], minlength=self.V * self.V)
-            self.last = ids[-1]
-        self.tokens += len(ids)
-        while len(ids):
-            if not self.room:
-                self.close()
-                name = f"{self.stem.name}_{len(self.shards):06d}.bin"
-                self.shards.append({"name": name, "tokens": 0})
-                self.file = open(self.temporary(name), "wb")
-                self.file.write(bytes(1024))
-                self.room = self.shard_tokens
-            part = ids[:self.room]
-            self.file.write(part.astype(self.dtype).tobytes())
-            self.shards[-1]["tokens"] += len(part)
-            self.room -= len(part)
-            ids = ids[len(part):]
-
-    def close(self):
-        """the shard that is being written"""
-        if not self.file:
-            return
-        header = np.zeros(256, "<i4")
-        header[:3] = self.magic, self.version, self.shards[-1]["tokens"]
-        self.file.seek(0)
-        self.file.write(header.tobytes())
-        self.file.close()
-        self.file, digest = None, hashlib.sha256()
-        with open(self.temporary(self.shards[-1]["name"]), "rb") as f:
-            while block := f.read(CHUNK):
-                digest.update(block)
-        self.shards[-1]["sha256"] = digest.hexdigest()
-
-    def publish(self):
-        new = [s["name"] for s in self.shards]
-        for name in new:
-            os.replace(self.temporary(name), self.stem.parent / name)
-        for path in list(self.stem.parent.iterdir()):
-            if re.fullmatch(re.escape(self.stem.name) + r"_\d{6}\.bin", path.name) and path.name not in new:
-                path.unlink()
-
-    def discard(self):
-        if self.file:
-            self.file.close()
-        for shard in self.shards:
-            self.temporary(shard["name"]).unlink(missing_ok=True)
-
-
-def bigram_loss(train, val, V):
-    """Mean cross-entropy over val's pairs of tokens, nats a token: p(b|a) = (n(a,b) + 1) / (n(a) + V), n from train."""
-    n = train.pairs.reshape(V, V)
-    p = (n + 1) / (n.sum(axis=1, keepdims=True) + V)
-    return float(-(val.pairs.reshape(V, V) * np.log(p)).sum() / val.pairs.sum())
+    @staticmethod
+    def changed(source):
+        raise Refused(f"{source.name}: has changed where the interrupted run had read it. Give the same input, or "
+                      "begin anew: --restart.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Tokenizing, in this process or in others
+
+def start_worker(options):
+    global encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    parent = os.getppid()
+
+    def watch():  # a killed parent cannot tell
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    encoder = encoders.load(*options)
+
+
+def work(documents):
+    return encoder.pack(documents)
+
+
+def encoded(batches, tokenizer, options, processes):
+    """(batch, ids, lengths) in the order of the batches"""
+    if processes == 1:
+        for batch in batches:
+            yield batch, *tokenizer.pack(batch.documents)
+        return
+    context = multiprocessing.get_context("spawn")  # forks would copy the threads' locks
+    with concurrent.futures.ProcessPoolExecutor(processes, context, start_worker, (options,)) as pool:
+        waiting = collections.deque()
+        try:
+            for batch in batches:
+                waiting.append((batch, pool.submit(work, batch.documents)))
+                if len(waiting) > 2 * processes:
+                    yield waiting[0][0], *waiting[0][1].result()
+                    waiting.popleft()
+            while waiting:
+                yield waiting[0][0], *waiting[0][1].result()
+                waiting.popleft()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise Refused("--processes: one of them died, perhaps for want of memory. Give fewer.") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
 
 class Progress:
-    """a bar on stderr, if that is a terminal"""
+    """on stderr: a bar if that is a terminal, else a line now and then"""
 
-    def __init__(self, total):
-        self.total, self.shown = max(total, 1), -1
+    def __init__(self, total, splits, limit):
+        self.total, self.splits, self.limit = total, splits, limit
+        self.terminal, self.shown, self.began = sys.stderr.isatty(), False, time.monotonic()
+        self.last, self.first = self.began, None
 
     def show(self, done):
-        percent = min(100 * done // self.total, 100)
-        if percent != self.shown and sys.stderr.isatty():
-            self.shown = percent
-            bar = "#" * (percent * 4 // 10)
-            print(f"\r[{bar:<40}] {percent:3d}%  {done / 1e6:.1f} MB", end="", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        documents, size, tokens = (sum(getattr(split, key) for split in self.splits)
+                                   for key in ("documents", "bytes", "tokens"))
+        if self.first is None:  # of a run that goes on, what was there before is no speed
+            self.first = size, self.part(done)
+            self.began = now
+        if now - self.last < (0.2 if self.terminal else 10) or now == self.began:
+            return
+        self.last, seconds, part = now, now - self.began, self.part(done)
+        line = f"{documents:,} documents  {tokens:,} tokens  {(size - self.first[0]) / seconds / 1e6:.1f} MB/s"
+        if part > self.first[1]:
+            left = int(seconds * (1 - part) / (part - self.first[1]))
+            line = f"{100 * part:5.1f}%  {line}  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+            if self.terminal:
+                line = f"[{'#' * int(part * 30):<30}]{line}"
+        self.shown = True
+        print(f"\r\033[K{line}" if self.terminal else f"prepare: {line}", end="" if self.terminal else "\n",
+              file=sys.stderr, flush=True)
+
+    def part(self, done):
+        """of the work, 0 to 1"""
+        return min(max(done / (self.total or math.inf), self.splits[0].tokens / (self.limit or math.inf)), 1)
 
     def end(self):
-        if self.shown >= 0:
-            self.shown = -1
+        if self.shown and self.terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def prepare(sources, tokenizer, args, out, prefix):
+# ---------------------------------------------------------------------------------------------------------------------
+
+def prepare(args, out, prefix):
     """returns the manifest"""
-    fraction = args.val_fraction
-    every = round(1 / fraction) if fraction else 0
-    first = itertools.islice((d for path in sources for d in documents(path, args.jsonl_key)), every)
-    cut_each = sum(1 for _ in first) < every
-    count_pairs = tokenizer.name == "bytes"
-    train, val = (Shards(out / f"{prefix}_{split}", tokenizer.V, args.shard_tokens, count_pairs)
-                  for split in ("train", "val"))
-    temporary = out / f"{prefix}_manifest.json.tmp"
-    progress = Progress(sum(p.stat().st_size for p in sources))
-    done = number = 0
+    corpus = corpora.CORPORA.get(args.corpus)
+    rules = dataclasses.replace(corpus.rules) if corpus else Rules()
+    rules.format, rules.field = args.format or rules.format, args.field or rules.field
+    rules.separator = args.separator.encode() if args.separator else rules.separator
+    if corpus and rules.format == "text" and not args.format:
+        rules.format = None  # tinystories: its files are text or parquet
+    fraction = args.val_fraction if args.val_fraction is not None else corpus.fraction if corpus else 0.1
+    subset = corpus.subset(args.subset)[0] if corpus else None
+    limits = {"train": args.limit_tokens, "val": args.limit_tokens and max(args.limit_tokens // 10, 1)}
+
+    # what is given first, then the tokenizer, so that a wrong path is told at once
+    if corpus and not args.files:
+        web = corpora.Web(args.corpus)
+    else:
+        sources = stdlib() if args.stdlib else corpora.from_files(args.corpus, args.files) if corpus else \
+            find(args.inputs, args.glob)
+    options = encoders.from_options(args)
+    tokenizer = encoders.load(*options)
+    out.mkdir(parents=True, exist_ok=True)
+    identity = {"corpus": args.corpus, "subset": subset, "tokenizer": tokenizer.name,
+                "tokenizer_sha256": tokenizer.checksum, "vocab_size": tokenizer.V, "bos": tokenizer.bos,
+                "eos": tokenizer.eos, "shard_tokens": args.shard_tokens, "val_fraction": fraction,
+                "limit_tokens": args.limit_tokens, "format": rules.format, "field": rules.field,
+                "separator": rules.separator and rules.separator.decode()}
+    output = Output(out, prefix, tokenizer.V, args.shard_tokens, identity, args.restart)
+    train, val = output.splits["train"], output.splits["val"]
+    downloads, progress, whole = None, None, False
     try:
-        for path in sources:
-            before = train.bytes + val.bytes
-            for where, text in documents(path, args.jsonl_key):
-                number += 1
-                if cut_each:
-                    start, end = split_end(text, fraction)
-                    train.add_document(tokenizer, where, start)
-                    val.add_document(tokenizer, where, end)
-                else:
-                    (val if every and number % every == 0 else train).add_document(tokenizer, where, text)
-                progress.show(done + train.bytes + val.bytes - before)
-            done += path.stat().st_size
-        if not train.documents or (every and not val.documents):
-            raise Refused(f"{sources[0]}: too little text in all inputs, {train.bytes + val.bytes} bytes. Give more.")
-        manifest = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.V, "bos": tokenizer.bos, "eos": tokenizer.eos,
-                    "sources": len(sources), "documents": number, "val_fraction": fraction}
-        for split, shards in (("train", train), ("val", val)):
-            shards.write()
-            shards.close()
-            manifest[split] = {"documents": shards.documents, "bytes": shards.bytes, "tokens": shards.tokens,
-                               "shards": shards.shards}
-        if count_pairs and every:
+        revision = output.position and output.position["revision"]
+        if corpus and not args.files:
+            sources, revision = corpora.from_web(web, args.corpus, args.subset, revision)
+            downloads = corpora.Downloads(web, out / f"{prefix}_download", sources, revision)
+        total = sum(s.size for s in sources)
+        processes = args.processes or (1 if tokenizer.name == "bytes" or 0 < total < SMALL else
+                                       len(os.sched_getaffinity(0)))
+        source_input = Input(sources, rules, fraction, downloads, output.position)
+        progress = Progress(total, [train, val], args.limit_tokens)
+        saved, position = len(train.shards) + len(val.shards), output.position
+        for batch, ids, lengths in encoded(source_input.batches(), tokenizer, options, processes):
+            ends = np.cumsum(lengths)
+            for (_, text), name, end, length in zip(batch.documents, batch.splits, ends, lengths):
+                if not limits[name] or output.splits[name].tokens < limits[name]:
+                    output.splits[name].add(ids[end - length:end], 1, len(text))
+            position = {**batch.position, "revision": revision}
+            if len(train.shards) + len(val.shards) > saved:
+                output.save(position)
+                saved = len(train.shards) + len(val.shards)
+            progress.show(batch.done)
+            source_input.val_full = bool(args.limit_tokens) and val.tokens >= limits["val"]
+            if args.limit_tokens and train.tokens >= args.limit_tokens:
+                break
+        if not train.documents or (fraction and not val.documents):
+            raise Refused(f"{sources[0].name}: too little text in all inputs, {train.bytes + val.bytes} bytes. Give "
+                          "more.")
+        for split in (train, val):
+            split.close()
+        output.save(position)
+        own = any(s.split == "val" for s in sources)
+        manifest = {"corpus": args.corpus, "subset": subset, "revision": revision} if corpus else {}
+        manifest |= {key: identity[key] for key in ("tokenizer", "tokenizer_sha256", "vocab_size", "bos", "eos")}
+        manifest |= {
+            "sources": len(sources), "documents": position["documents"] if source_input.cut else
+            train.documents + val.documents, "val_fraction": fraction,
+            "validation": "the corpus's own" if own else "none" if not fraction else "the end of each document"
+            if source_input.cut else f"every document whose number is a multiple of {source_input.every}",
+            "field": rules.field, "separator": identity["separator"], "limit_tokens": args.limit_tokens,
+            "shard_tokens": args.shard_tokens, "train": train.counts(), "val": val.counts()}
+        if tokenizer.name == "bytes" and val.tokens:
             manifest["bigram_val_loss"] = round(bigram_loss(train, val, tokenizer.V), 6)
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-        train.publish()
-        val.publish()
-        os.replace(temporary, out / f"{prefix}_manifest.json")
+        output.publish(manifest)
+        whole = True
         return manifest
+    except Refused as e:
+        if not output.position:
+            raise
+        raise Refused(f"{e} The {len(train.shards) + len(val.shards)} whole shards stay: the same command goes on "
+                      "from there.") from None
     finally:
-        progress.end()
-        train.discard()
-        val.discard()
-        temporary.unlink(missing_ok=True)
+        if progress:
+            progress.end()
+        if not output.position:
+            output.discard()
+        if downloads:
+            downloads.end(keep=not whole)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        sys.exit(f"prepare: {message}. --help lists the options.")
+def check(out, prefix):
+    manifests = sorted(out.glob(f"{prefix or '*'}_manifest.json"))
+    if not manifests:
+        raise Refused(f"{out}: no manifest is there. Give the directory with --out.")
+    bad = 0
+    for path in manifests:
+        wrong, count = verify(path)
+        for line in wrong:
+            print(f"prepare: {line}", file=sys.stderr)
+        bad += len(wrong)
+        if not wrong:
+            print(f"{path}: {count} shards are as they were written")
+    return 1 if bad else 0
+
+
+def in_range(name, value, low, high):
+    if value is not None and not low <= value <= high:
+        raise Refused(f"{name}: {value} is out of range. Give a number from {low} to {high}.")
 
 
 def main():
     parser = Parser(prog="prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="text files, .jsonl files, directories")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, directories, or - for the standard input")
     parser.add_argument("--stdlib", action="store_true", help="take the sources of Python's standard library")
+    parser.add_argument("--corpus", choices=list(corpora.CORPORA),
+                        help="; ".join(f"{name}: {c.about}" for name, c in corpora.CORPORA.items()))
+    parser.add_argument("--subset", help="part of the corpus (c4: en; fineweb-edu: sample-10BT, or sample-100BT, "
+                        "sample-350BT, default, CC-MAIN-...)")
+    parser.add_argument("--from", dest="files", nargs="+", metavar="PATH",
+                        help="the corpus's files, or directories with them, instead of the web")
     parser.add_argument("--glob", default="*", metavar="PATTERN", help="names to take in directories (*)")
-    parser.add_argument("--jsonl-key", default="text", metavar="KEY", help="where a JSONL line has its text (text)")
-    parser.add_argument("--tokenizer", default="bytes", metavar="bytes|FILE", help="bytes, or a sentencepiece .model")
+    parser.add_argument("--format", choices=FORMATS,
+                        help="of all inputs (by their names: .jsonl, .json.gz, .parquet, else text)")
+    parser.add_argument("--field", "--jsonl-key", "--column", metavar="NAME",
+                        help="where a JSONL line or a parquet row has its text (text)")
+    parser.add_argument("--separator", metavar="TEXT", help="what stands between the documents of a text file; "
+                        "white space around it goes (a file is one document)")
+    encoders.add_options(parser)
     parser.add_argument("--out", default="data", metavar="DIR", help="where the shards go; made if missing (data)")
-    parser.add_argument("--prefix", help="how their names start (the first input's name without its suffix)")
-    parser.add_argument("--val-fraction", type=float, default=0.1, metavar="F",
-                        help="part for validation, 0 to 0.5; 0: none (0.1)")
+    parser.add_argument("--prefix", help="how their names start (the corpus, or the first input without its suffix)")
+    parser.add_argument("--val-fraction", type=float, metavar="F",
+                        help="part for validation, 0 to 0.5; 0: none (0.1; fineweb-edu 0.001, openwebtext 0.0005)")
+    parser.add_argument("--limit-tokens", type=int, metavar="N", help="end with the document that fills N tokens of "
+                        "training; of a corpus's own validation, N/10")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="tokens a shard (100000000)")
+    parser.add_argument("--processes", type=int, metavar="N",
+                        help="that tokenize (as many as cores; 1 for bytes and for small inputs)")
+    parser.add_argument("--restart", action="store_true", help="forget what an interrupted run has left")
+    parser.add_argument("--verify", action="store_true", help="check the shards in --out against their manifests")
     args = parser.parse_args()
-    try:
-        if bool(args.inputs) == args.stdlib:
-            raise Refused("INPUT: give files or directories, or --stdlib. --help has examples.")
-        if not 0 <= args.val_fraction <= 0.5:
-            raise Refused(f"--val-fraction: {args.val_fraction} is out of range. Give a number from 0 to 0.5.")
-        if not 1 <= args.shard_tokens < 2**31:
-            raise Refused(f"--shard-tokens: {args.shard_tokens} is out of range. Give a number from 1 to {2**31 - 1}.")
-        prefix = args.prefix or ("stdlib" if args.stdlib else Path(args.inputs[0]).resolve().stem)
-        if "/" in prefix:
-            raise Refused(f"--prefix: {prefix} is no file name. Give the directory with --out.")
-        sources = stdlib() if args.stdlib else find_sources(args.inputs, args.glob)
-        if not sources:
-            raise Refused("--stdlib: this Python came without its library's sources. Run another one.")
-        tokenizer = Bytes() if args.tokenizer == "bytes" else SentencePiece(args.tokenizer)
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        manifest = prepare(sources, tokenizer, args, out, prefix)
-    except Refused as e:
-        sys.exit(f"prepare: {e}")
-    except OSError as e:
-        sys.exit(f"prepare: {e.filename or args.out}: {e.strerror}. Check the path, its rights and the disk's room.")
-    except KeyboardInterrupt:
-        sys.exit("prepare: interrupted. Run it again.")
+    if args.verify:
+        return check(Path(args.out), args.prefix)
+    if bool(args.inputs) + args.stdlib + bool(args.corpus) != 1:
+        raise Refused("INPUT: give files or directories, or --stdlib, or --corpus. --help has examples.")
+    if (args.files or args.subset) and not args.corpus:
+        raise Refused("--from, --subset: go with --corpus. --help has examples.")
+    in_range("--val-fraction", args.val_fraction, 0, 0.5)
+    in_range("--shard-tokens", args.shard_tokens, 1, 2**31 - 1)
+    in_range("--limit-tokens", args.limit_tokens, 1, 2**62)
+    in_range("--processes", args.processes, 1, 1024)
+    first = args.corpus or ("stdlib" if args.stdlib else "stdin" if args.inputs[0] == "-" else
+                            Path(bare(Path(args.inputs[0]).resolve().name)).stem)
+    prefix = args.prefix or first
+    if "/" in prefix:
+        raise Refused(f"--prefix: {prefix} is no file name. Give the directory with --out.")
+    out = Path(args.out)
+    manifest = prepare(args, out, prefix)
     for split in ("train", "val"):
         s = manifest[split]
         print(f"{split:5} {s['tokens']:,} tokens of {s['documents']:,} documents in {len(s['shards'])} shards "
               f"{out / (prefix + '_' + split)}_*.bin")
     if "bigram_val_loss" in manifest:
         print(f"bigram model: validation loss {manifest['bigram_val_loss']:.4f} nats a token; training should beat it")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("prepare", main))

@@ -1,20 +1,39 @@
 #!/usr/bin/env python3
-"""Tests of dev/data/prepare.py and dev/data/convert_tokenizer.py through their command lines. Needs numpy."""
+"""Tests of the programs in dev/data through their command lines. Needs numpy; what needs pyarrow, zstandard,
+sentencepiece, tiktoken or tokenizers is skipped where that package is missing."""
+import base64
+import contextlib
+import gzip
 import hashlib
+import http.server
+import importlib.util
 import json
 import math
 import os
+import random
+import runpy
+import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import unittest
+import unittest.mock
 from pathlib import Path
 
+sys.dont_write_bytecode = True
 DATA = Path(__file__).resolve().parent.parent / "data"
+sys.path.insert(0, str(DATA))
+import common  # noqa: E402
+import prepare  # noqa: E402
+import reading  # noqa: E402
+import shards  # noqa: E402
+
 BOS, EOS = 256, 257
 MODULES = {  # stand-ins for the package sentencepiece
-    "missing": "raise ImportError",
     "wide": """class SentencePieceProcessor:
     def __init__(self, model_proto): self.check = model_proto.index(b"model")
     def vocab_size(self): return 70000
@@ -51,28 +70,73 @@ class Case(unittest.TestCase):
         path.write_bytes(contents.encode() if isinstance(contents, str) else contents)
         return path
 
-    def run_program(self, program, *args, module=None, chunk=None, status=0):
-        """what it printed; chunk: prepare.CHUNK"""
-        env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-        if module:
-            self.file("modules/sentencepiece.py", MODULES[module])
-            env["PYTHONPATH"] = str(self.dir / "modules")
-        script = [DATA / f"{program}.py"]
-        if chunk:
-            script = ["-c", f"import sys; sys.path.append({str(DATA)!r}); import prepare; prepare.CHUNK = {chunk}; "
-                            "prepare.main()"]
-        done = subprocess.run([sys.executable, *script, *map(str, args)], env=env, text=True, capture_output=True)
-        self.assertEqual(done.returncode, status, done.stderr)
+    def fork(self, program, args, change=lambda: None, stdin=b""):
+        """(status, stdout, stderr) of the program in a copy of this process, which spares it Python's start; change()
+        is called in the copy first"""
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as given:
+            given.write(stdin)
+            given.seek(0)
+            sys.stdout.flush()
+            child = os.fork()
+            if not child:
+                status = 70
+                try:
+                    for n, f in enumerate((given, out, err)):
+                        os.dup2(f.fileno(), n)
+                    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+                    sys.argv = [program, *map(str, args)]
+                    change()
+                    if program == "prepare":
+                        status = common.run("prepare", prepare.main) or 0
+                    else:
+                        status = 0
+                        runpy.run_path(str(DATA / f"{program}.py"), run_name="__main__")
+                except SystemExit as e:
+                    status = e.code if isinstance(e.code, int) else 1 if e.code else 0
+                    if isinstance(e.code, str):
+                        print(e.code, file=sys.stderr)
+                except BaseException:
+                    import traceback
+                    traceback.print_exc()
+                finally:
+                    with contextlib.suppress(BaseException):
+                        sys.stdout.flush()
+                        sys.stderr.flush()
+                    os._exit(status)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            out.seek(0)
+            err.seek(0)
+            return status, out.read().decode(), err.read().decode()
+
+    def run_program(self, program, *args, module=None, missing=(), chunk=None, status=0, stdin=b"", environment=None):
+        """what it printed; module: stand-in for sentencepiece; missing: packages; chunk: tokens and bytes at a time"""
+        def change():
+            os.environ.update(environment or {})
+            for name in missing:
+                sys.modules[name] = None
+            if module:
+                self.file("modules/sentencepiece.py", MODULES[module])
+                sys.path.insert(0, str(self.dir / "modules"))
+            if chunk:
+                shards.CHUNK = prepare.BATCH = chunk
+
+        code, out, err = self.fork(program, args, change, stdin)
+        self.assertEqual(code, status, err)
         if status == 0:
-            self.assertEqual(done.stderr, "")
-        return done.stdout if status == 0 else done.stderr
+            self.assertEqual(err, "")
+        return out if status == 0 else err
 
     def refused(self, program, *args, words, **options):
         """one line `program: ... words ... .`, nothing written"""
+        def written():
+            return [p for p in self.dir.rglob("*") if p.suffix in (".bin", ".tmp", ".part")]
+
+        before = written()
         error = self.run_program(program, *args, status=1, **options)
         self.assertRegex(error, rf"^{program}: [^\n]+\n$")
         self.assertIn(words, error)
-        self.assertEqual([p for p in self.dir.rglob("*") if p.suffix in (".bin", ".tmp")], [])
+        self.assertEqual(written(), before)
+        return error
 
     def prepare(self, *args, **options):
         return self.run_program("prepare", *args, "--out", self.out, "--prefix", "x", **options)
@@ -195,7 +259,7 @@ class Prepare(Case):
         refused(good, "--val-fraction", "nan", words="--val-fraction")
         refused(good, "--shard-tokens", "0", words="--shard-tokens")
         refused(good, "--prefix", "a/b", words="--prefix")
-        refused(good, "--tokenizer", model, words="package sentencepiece is missing", module="missing")
+        refused(good, "--tokenizer", model, words="package sentencepiece is missing", missing=["sentencepiece"])
         refused(good, "--tokenizer", self.dir / "none.model", words="none.model: No such file", module="wide")
         refused(latin, "--tokenizer", model, words="latin.txt: not UTF-8 at byte 3", module="wide")
         for line, words in (('{"text": "b"', "not valid JSON"), ('{"text": "\\ud800"}', "not valid JSON in UTF-8"),
@@ -206,6 +270,655 @@ class Prepare(Case):
             refused(self.file("a.jsonl", b'{"text": "a"}\n' * 20 + line + b"\n"), words="a.jsonl:21: " + words, chunk=7)
         self.file("out_is_file", "")
         self.refused("prepare", good, "--out", self.dir / "out_is_file", words="out_is_file")
+
+
+def needs(package):
+    return unittest.skipUnless(importlib.util.find_spec(package), f"the package {package} is missing")
+
+
+def jsonl(texts, key="text"):
+    return "".join(json.dumps({"n": i, key: t}, ensure_ascii=False) + "\n" for i, t in enumerate(texts)).encode()
+
+
+def numbered(n, size=60):
+    """n different texts"""
+    return [f"{i} \u00e9\U0001f600 " + "words " * (i * 7919 % size) for i in range(n)]
+
+
+def encoded(texts):
+    return [t.encode() for t in texts]
+
+
+class Corpora(Case):
+    """a corpus's files, under their names, from a directory"""
+    texts = numbered(45)
+
+    def c4(self, train=(15, 25), val=5):
+        """files of C4 with so many documents each, in the directory c4"""
+        rest = list(self.texts)
+        for split, counts in (("train", train), ("validation", [val] if val else [])):
+            for i, n in enumerate(counts):
+                self.file(f"c4/en/c4-{split}.{i:05}-of-01024.json.gz", gzip.compress(jsonl(rest[:n])))
+                rest = rest[n:]
+        return self.dir / "c4"
+
+    def test_c4(self):
+        self.file("c4/README.md", "nothing to read")
+        self.prepare("--corpus", "c4", "--from", self.c4())
+        self.assertEqual(self.stream("train"), packed(*encoded(self.texts[:40])))
+        self.assertEqual(self.stream("val"), packed(*encoded(self.texts[40:])))
+        manifest = self.manifest()
+        self.assertEqual([manifest[k] for k in ("corpus", "subset", "validation", "sources", "documents")],
+                         ["c4", "en", "the corpus's own", 3, 45])
+
+    def test_no_validation_files(self):
+        """then it is every k-th document, counted over all files"""
+        self.prepare("--corpus", "c4", "--from", self.c4(val=0), "--val-fraction", "0.125")
+        texts = encoded(self.texts[:40])
+        self.assertEqual(self.stream("val"), packed(*texts[7::8]))
+        self.assertEqual(self.stream("train"), packed(*(t for i, t in enumerate(texts) if i % 8 != 7)))
+
+    def test_tinystories(self):
+        stories = ["one\n\ntwo", "<|endoftext", "three |", "\u00e9nd"]
+        text = "\n<|endoftext|>\n".join(stories) + "\n<|endoftext|>\n\n<|endoftext|>"
+        for chunk in (1, 1 << 20):
+            with unittest.mock.patch.object(reading, "BLOCK", chunk):
+                self.file("ts/TinyStories-train.txt", text)
+                self.file("ts/TinyStories-valid.txt", "last")
+                self.file("ts/TinyStoriesV2-GPT4-train.txt", "another corpus")
+                self.prepare("--corpus", "tinystories", "--from", self.dir / "ts")
+                self.assertEqual(self.stream("train"), packed(*encoded(stories)))
+                self.assertEqual(self.stream("val"), packed(b"last"))
+
+    def test_tinyshakespeare(self):
+        text = bytes(range(97, 123)) * 10
+        self.prepare("--corpus", "tinyshakespeare", "--from", self.file("input.txt", text))
+        self.assertEqual(self.stream("train") + self.stream("val"), packed(text[:234], text[234:]))
+
+    @needs("pyarrow")
+    def test_parquet(self):
+        import pyarrow
+        import pyarrow.parquet
+        texts = self.texts + [""]
+        for i, part in enumerate((texts[:30], texts[30:])):
+            for name in (f"fw/sample/10BT/00{i}_00000.parquet", f"owt/train-0000{i}-of-00002.parquet"):
+                table = pyarrow.table({"id": range(len(part)), "text": part})
+                pyarrow.parquet.write_table(table, self.file(name, ""), row_group_size=7)
+        for corpus, top in (("fineweb-edu", "fw"), ("openwebtext", "owt")):
+            self.prepare("--corpus", corpus, "--from", self.dir / top, "--val-fraction", "0.125")
+            self.assertEqual(self.stream("val"), packed(*encoded(self.texts[7::8])))
+            self.assertEqual(self.manifest()["documents"], 45)
+        path = self.file("a.parquet", "")
+        pyarrow.parquet.write_table(pyarrow.table({"body": self.texts + [None], "n": range(46)}), path)
+        whole = path.read_bytes()
+
+        def refused(*args, words):
+            self.out = self.dir / "refused"
+            self.refused("prepare", *args, "--out", self.out, words=words)
+
+        refused(path, words="a.parquet: it has no column 'text', but body, n.")
+        refused(path, "--column", "n", words="a.parquet: column 'n' holds int64")
+        refused(path, "--column", "body", words="a.parquet: row 46: no text under 'body'")
+        for damaged in (whole[:-20], b"", whole[:100] + b"\xff" * (len(whole) - 1000) + whole[-900:]):
+            refused(self.file("a.parquet", damaged), "--field", "body", words="a.parquet: row ")
+
+    def test_limit(self):
+        """whole documents; of a corpus's own validation a tenth"""
+        for chunk in (100, 1 << 20):
+            self.prepare("--corpus", "c4", "--from", self.c4((40,), 5), "--limit-tokens", "1000", chunk=chunk)
+            for split, limit in (("train", 1000), ("val", 100)):
+                texts, some = encoded(self.texts[:40] if split == "train" else self.texts[40:]), []
+                while len(packed(*some)) < limit:
+                    some.append(texts.pop(0))
+                self.assertEqual(self.stream(split), packed(*some))
+                self.assertEqual(self.manifest()[split]["documents"], len(some))
+
+    def test_refusals(self):
+        def refused(*args, words, **options):
+            with self.subTest(words):
+                self.refused("prepare", *args, "--out", self.out, words=words, **options)
+
+        c4 = self.c4()
+        refused("--corpus", "c4", "--from", self.dir / "none", words="none: there is no such file or directory")
+        refused("--corpus", "fineweb-edu", "--from", c4, words="no file of fineweb-edu is there")
+        refused("--corpus", "c4", "--subset", "de", "--from", c4, words="--subset: de is none of this corpus")
+        refused(c4, "--from", c4, words="--from, --subset: go with --corpus")
+        refused("--corpus", "pile", words="invalid choice: 'pile'")
+        refused("--corpus", "c4", "--from", c4, "--limit-tokens", "0", words="--limit-tokens: 0 is out of range")
+        refused("--corpus", "c4", "--from", c4, "--processes", "0", words="--processes: 0 is out of range")
+        for package, name in (("zstandard", "a.jsonl.zst"), ("pyarrow", "a.parquet")):
+            refused(self.file(name, "x"), missing=[package],
+                    words=f"{name}: the package {package} is missing. pip install {package}")
+        for package, contents in (("tiktoken", "IQ== 0\n"), ("tokenizers", "{}")):
+            refused(self.file("a.txt", "text"), "--tokenizer", self.file("tokenizer", contents), missing=[package],
+                    words=f"tokenizer: the package {package} is missing. pip install {package}")
+
+
+class Inputs(Case):
+    """compression, the standard input, damage"""
+    texts = numbered(60)
+
+    def same(self, *args, **options):
+        self.prepare(*args, "--val-fraction", "0", **options)
+        self.assertEqual(self.stream("train"), packed(*encoded(self.texts)))
+
+    def test_gzip(self):
+        lines = jsonl(self.texts)
+        for name in ("a.jsonl.gz", "a.json.gz"):
+            self.same(self.file(name, gzip.compress(lines[:999]) + gzip.compress(lines[999:])))
+        self.prepare(self.file("b.txt.gz", gzip.compress(b"some text")), "--val-fraction", "0")
+        self.assertEqual(self.stream("train"), packed(b"some text"))
+        self.run_program("prepare", self.dir / "b.txt.gz", "--out", self.out)
+        self.assertTrue((self.out / "b_manifest.json").exists())
+
+    @needs("zstandard")
+    def test_zstd(self):
+        import zstandard
+        lines, compress = jsonl(self.texts), zstandard.ZstdCompressor(write_content_size=False).compress
+        whole = compress(lines[:999]) + compress(lines[999:])
+        self.same(self.file("a.jsonl.zst", whole))
+        for damaged in (whole[:-1], whole[:len(whole) // 2], whole[:-400] + b"\xff" * 400, b"no zstd"):
+            with self.subTest(len(damaged)):
+                self.refused("prepare", self.file("a.jsonl.zst", damaged), "--out", self.dir / "no", "--prefix", "x",
+                             words="damaged or cut short from here on")
+
+    def test_standard_input(self):
+        self.same("-", "--format", "jsonl", stdin=jsonl(self.texts))
+        self.prepare("-", stdin=b"0123456789")
+        self.assertEqual(self.stream("train") + self.stream("val"), packed(b"012345678", b"9"))
+        self.prepare("-", "--separator", "|", "--val-fraction", "0.5", stdin=b"a|b| c\n|d")
+        self.assertEqual(self.stream("train") + self.stream("val"), packed(b"a", b"c", b"b", b"d"))
+
+    def test_damage(self):
+        lines = jsonl(self.texts)
+        packed_lines = gzip.compress(lines, mtime=0)
+
+        def refused(name, contents, words, *args, **options):
+            with self.subTest(words):
+                return self.refused("prepare", self.file(name, contents), *args, "--out", self.out, words=words,
+                                    **options)
+
+        error = refused("a.jsonl.gz", packed_lines[:-9], "damaged or cut short from here on")
+        self.assertRegex(error, r"a\.jsonl\.gz:\d+: ")
+        broken = bytearray(packed_lines)
+        broken[len(broken) // 2] ^= 255
+        refused("a.jsonl.gz", bytes(broken), "a.jsonl.gz:")
+        refused("a.jsonl.gz", lines, "a.jsonl.gz: damaged or cut short from here on (Not a gzipped file")
+        refused("a.jsonl.gz", b"", "a.jsonl.gz: the file is empty")
+        refused("a.jsonl", b"", "a.jsonl: the file is empty")
+        refused("a.jsonl", lines[:-9], "a.jsonl:60: not valid JSON")
+        refused("a.txt", b"version https://git-lfs.github.com/spec/v1\n", "a.txt: only Git LFS's pointer")
+        model = self.file("m.model", "a model")
+        refused("a.txt", b"good|caf\xe9|good", "a.txt: document 2: not UTF-8 at byte 3", "--separator", "|",
+                "--val-fraction", "0", "--tokenizer", model, module="wide")
+        model.write_bytes(b"SGPTTOK1")
+        refused("a.txt", b"good", "m.model: this file is the trainer's", "--tokenizer", model)
+
+
+class Restart(Case):
+    """Runs that are cut off. Whatever happens, the output is that of an undisturbed run."""
+
+    def setUp(self):
+        super().setUp()
+        texts = numbered(120, 30)
+        self.inputs = [self.file(f"in/{i}.jsonl.gz", gzip.compress(jsonl(texts[i::3]))) for i in range(3)]
+        self.args = [*self.inputs, "--val-fraction", "0.25", "--shard-tokens", "1500", "--prefix", "x"]
+
+    def files(self, out):
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()}
+
+    def run_until(self, out, change, *args):
+        """status and error of a run in small batches, after change()"""
+        def changes():
+            prepare.BATCH = 500
+            change()
+        return self.fork("prepare", [*self.args, "--out", out, *args], changes)[::2]
+
+    def undisturbed(self):
+        out = self.dir / "undisturbed"
+        self.assertEqual(self.run_until(out, lambda: None), (0, ""))
+        whole = self.files(out)
+        self.assertGreater(len(whole), 8)
+        return whole
+
+    def test_killed_at_every_step(self):
+        """before and after each write that is forced to the disk and each rename"""
+        want, n, resumed = self.undisturbed(), 0, 0
+
+        def killer(n):
+            def change():
+                left = [n]
+
+                def deadly(call):
+                    def wrapped(*args, **options):
+                        for before in (True, False):
+                            if left[0] == 0:
+                                os.kill(os.getpid(), signal.SIGKILL)
+                            left[0] -= 1
+                            if before:
+                                result = call(*args, **options)
+                        return result
+                    return wrapped
+
+                os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+                Path.unlink = deadly(Path.unlink)
+            return change
+
+        while True:
+            out = self.dir / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            status, error = self.run_until(out, killer(n))
+            if status == 0:
+                break
+            self.assertEqual(status, -signal.SIGKILL, error)
+            resumed += (out / "x_state.json").exists()
+            self.assertEqual(self.run_until(out, lambda: None), (0, ""), n)
+            self.assertEqual(self.files(out), want, n)
+            n += 3  # a step of three still meets each kind of place many times
+        self.assertGreater(n, 60)
+        self.assertGreater(resumed, 15)
+
+    def test_goes_on_from_the_last_whole_shard(self):
+        """and does not begin anew: documents before it are not tokenized again"""
+        self.undisturbed()
+        seen = self.dir / "seen"
+
+        def change():
+            pack, save, left = prepare.encoders.Bytes.pack, shards.Output.save, [3]
+
+            def counted(encoder, documents):
+                with open(seen, "a") as f:
+                    f.write("".join(where + "\n" for where, _ in documents))
+                return pack(encoder, documents)
+
+            def dying(*args):
+                save(*args)
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            prepare.encoders.Bytes.pack, shards.Output.save = counted, dying
+
+        self.assertEqual(self.run_until(self.out, change)[0], -signal.SIGKILL)
+        before = seen.read_text().split()
+        seen.unlink()
+        self.run_until(self.out, change)
+        again = seen.read_text().split()
+        self.assertEqual(set(before) & set(again), set())
+        self.assertGreater(min(len(before), len(again)), 10)
+
+    def test_killed_at_random(self):
+        """real processes, some of which tokenize"""
+        texts = numbered(4000, 400)
+        path = self.file("big.jsonl", jsonl(texts))
+        command = [sys.executable, DATA / "prepare.py", path, "--shard-tokens", "200000", "--prefix", "x",
+                   "--processes"]
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                     env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+        begin = time.monotonic()
+        subprocess.run([*command, "1", "--out", self.dir / "one"], check=True, **quiet)
+        seconds, kills = time.monotonic() - begin, 0
+        while kills < 2:  # those that end before do not count
+            run = subprocess.Popen([*command, "2", "--out", self.out], **quiet)
+            time.sleep(random.uniform(0.2, 1) * seconds)
+            kills += run.poll() is None
+            run.kill()
+            run.wait()
+        subprocess.run([*command, "2", "--out", self.out], check=True, **quiet)
+        self.assertEqual(self.files(self.out), self.files(self.dir / "one"))
+        self.assertTrue(self.stream("val") == packed(*encoded(texts)[9::10]))
+
+    def test_damaged_file_repaired(self):
+        want, last = self.undisturbed(), self.inputs[2].read_bytes()
+        self.file("in/2.jsonl.gz", last[:-20])
+        status, error = self.run_until(self.out, lambda: None)
+        self.assertEqual(status, 1)
+        self.assertRegex(error, r"in/2\.jsonl\.gz:\d+: damaged or cut short .* command goes on from there\.\n$")
+        self.assertEqual([p for p in self.out.iterdir() if p.suffix not in (".tmp", ".json")], [])
+        self.file("in/2.jsonl.gz", gzip.compress(gzip.decompress(last), compresslevel=1))
+        self.assertEqual(self.run_until(self.out, lambda: None), (0, ""))
+        self.assertEqual(self.files(self.out), want)
+
+    def test_damaged_end_cut_off(self):
+        """what the interrupted run had written of it does not stay"""
+        last = gzip.decompress(self.inputs[2].read_bytes()).splitlines(True)
+        self.inputs[2].write_bytes(gzip.compress(b"".join(last[:30])))
+        want = self.undisturbed()
+        self.inputs[2].write_bytes(gzip.compress(b"".join(last[:36]) + b"{"))
+        self.assertEqual(self.run_until(self.out, lambda: None)[0], 1)
+        self.inputs[2].write_bytes(gzip.compress(b"".join(last[:30])))
+        self.assertEqual(self.run_until(self.out, lambda: None), (0, ""))
+        self.assertEqual(self.files(self.out), want)
+
+    def test_other_options_or_input(self):
+        want, (first, _, last) = self.undisturbed(), (p.read_bytes() for p in self.inputs)
+        self.file("in/2.jsonl.gz", last[:-20])
+        self.run_until(self.out, lambda: None)
+        state = (self.out / "x_state.json").read_bytes()
+
+        def refused(words, *args):
+            with self.subTest(words):
+                status, error = self.run_until(self.out, lambda: None, *args)
+                self.assertEqual(status, 1, error)
+                self.assertIn(words, error)
+                self.assertEqual(error.count("\n"), 1)
+                self.assertEqual((self.out / "x_state.json").read_bytes(), state)
+
+        refused("an interrupted run with shard_tokens 1500, now 900", "--shard-tokens", "900")
+        self.file("in/0.jsonl.gz", first + gzip.compress(b"\n"))
+        refused("0.jsonl.gz: has ")
+        self.file("in/0.jsonl.gz", first)
+        self.file("in/2.jsonl.gz", gzip.compress(gzip.decompress(last).replace(b"words", b"other")))
+        refused("2.jsonl.gz: has changed where the interrupted run had read it")
+        self.file("in/2.jsonl.gz", last)
+        lost = next(self.out.glob("x_train_000000.bin.tmp"))
+        part = lost.read_bytes()
+        lost.write_bytes(part[:-1])
+        refused("x_train_000000.bin.tmp: the interrupted run's file is gone or too short")
+        lost.write_bytes(part)
+        self.assertEqual(self.run_until(self.out, lambda: None), (0, ""))
+        self.assertEqual(self.files(self.out), want)
+        (self.out / "x_state.json").write_text("{")
+        state = b"{"
+        refused("x_state.json: the state is damaged")
+        self.assertEqual(self.run_until(self.out, lambda: None, "--restart"), (0, ""))
+        self.assertEqual(self.files(self.out), want)
+
+    def test_one_at_a_time(self):
+        self.out.mkdir()
+        held = os.open(self.out, os.O_RDONLY)
+        self.addCleanup(os.close, held)
+        shards.fcntl.flock(held, shards.fcntl.LOCK_SH)
+        self.refused("prepare", *self.args, "--out", self.out, words="another prepare.py is writing there")
+
+    def test_full_disk(self):
+        def full():
+            import resource
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        status, error = self.run_until(self.out, full)
+        self.assertEqual((status, error.count("\n")), (1, 1))
+        self.assertIn("File too large", error)
+        self.assertEqual(list(self.out.iterdir()), [])
+
+    def test_verify(self):
+        self.run_until(self.out, lambda: None)
+        said = self.run_program("prepare", "--verify", "--out", self.out)
+        self.assertIn(f"{len(self.files(self.out)) - 1} shards are as they were written", said)
+        shard = self.out / "x_train_000001.bin"
+        whole = shard.read_bytes()
+        for damaged, words in ((whole[:-1], "has 4023 bytes, not 4024"), (whole[:-1] + b"\7", "sha256"),
+                               (None, "missing")):
+            shard.unlink() if damaged is None else shard.write_bytes(damaged)
+            error = self.run_program("prepare", "--verify", "--out", self.out, "--prefix", "x", status=1)
+            self.assertEqual(error.count("\n"), 1)
+            self.assertIn(f"{shard}: ", error)
+            self.assertIn(words, error)
+        shard.write_bytes(whole)
+        (self.out / "x_val_000100.bin").write_bytes(whole)
+        error = self.run_program("prepare", "--verify", "--out", self.out, status=1)
+        self.assertIn("x_val_000100.bin: is not in the manifest", error)
+        self.file("out/x_manifest.json", "[]")
+        self.assertIn("not a manifest", self.run_program("prepare", "--verify", "--out", self.out, status=1))
+        self.assertIn("no manifest", self.run_program("prepare", "--verify", "--out", self.dir, status=1))
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """the little of the Hugging Face hub that is asked for, with its faults: set in class variables"""
+    files, log, faults, newest = {}, [], [], "abc"
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, data, status=200, **headers):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        path, _, query = self.path.partition("?")
+        self.log.append((path, self.headers.get("Range"), self.headers.get("Authorization")))
+        if path == "/api/datasets/allenai/c4/revision/main":
+            self.reply(json.dumps({"sha": self.newest}).encode())
+        elif path == "/api/datasets/allenai/c4/tree/abc/en":
+            names = sorted(self.files)
+            page = names[1:] if "cursor" in query else names[:1]
+            entries = [{"type": "directory", "path": "en", "size": 0}]
+            entries += [{"type": "file", "path": n, "size": len(self.files[n]),
+                         "lfs": {"oid": hashlib.sha256(self.files[n]).hexdigest()}} for n in page]
+            more = {} if "cursor" in query else {
+                "Link": f'<http://{self.headers["Host"]}{path}?recursive=true&cursor=1>; rel="next"'}
+            self.reply(json.dumps(entries).encode(), **more)
+        elif path.startswith("/datasets/allenai/c4/resolve/abc/"):
+            self.reply(b"", 302, Location=f'http://localhost:{self.server.server_port}/cdn/{path[33:]}')
+        elif path.startswith("/cdn/"):
+            data = self.files[path[5:]]
+            start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+            fault = self.faults.pop(0) if self.faults else None
+            if fault == "busy":
+                self.reply(b"", 503)
+            elif fault == "cut":
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(data) - start))
+                self.end_headers()
+                self.wfile.write(data[start:start + 200])
+            elif fault == "damaged":
+                self.reply(data[start:-1] + bytes([data[-1] ^ 1]), 206 if start else 200)
+            elif fault == "no ranges":
+                self.reply(data)
+            else:
+                self.reply(data[start:], 206 if start else 200)
+        else:
+            self.reply(b"", 404)
+
+
+class Web(Case):
+    def setUp(self):
+        super().setUp()
+        texts = numbered(60)
+        self.want = packed(*encoded(texts[:50])), packed(*encoded(texts[50:]))
+        Hub.files = {"en/c4-train.00000-of-01024.json.gz": gzip.compress(jsonl(texts[:20])),
+                     "en/c4-train.00001-of-01024.json.gz": gzip.compress(jsonl(texts[20:50])),
+                     "en/c4-validation.00000-of-00008.json.gz": gzip.compress(jsonl(texts[50:])),
+                     "en/README.md": b"no data"}
+        Hub.log, Hub.faults, Hub.newest = [], [], "abc"
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        self.environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "secret"}
+
+    def fetch(self, status=0, die=False):
+        def change():
+            os.environ.update(self.environment)
+            prepare.corpora.time.sleep = lambda seconds: None
+            prepare.BATCH = 500
+            if die:
+                shards.Output.save, save = lambda *args: (save(*args), os.kill(os.getpid(), 9)), shards.Output.save
+        done, _, error = self.fork("prepare", ["--corpus", "c4", "--out", self.out, "--prefix", "x", "--shard-tokens",
+                                               "3000"], change)
+        self.assertEqual(done, status, error)
+        return error
+
+    def test_fetched(self):
+        self.fetch()
+        self.assertEqual((self.stream("train"), self.stream("val")), self.want)
+        self.assertEqual(self.manifest()["revision"], "abc")
+        self.assertEqual([p.name for p in self.out.iterdir() if p.suffix not in (".bin", ".json")], [])
+        tokens = {token for path, _, token in Hub.log if path.startswith("/cdn")}
+        self.assertEqual(tokens, {None})  # the hub's token is not for its storage
+        self.assertEqual({token for path, _, token in Hub.log if path.startswith("/api")}, {"Bearer secret"})
+
+    def test_faults(self):
+        Hub.faults = ["busy", "cut", "cut", "no ranges", "damaged", "cut", "damaged"]
+        self.fetch()
+        self.assertEqual((self.stream("train"), self.stream("val")), self.want)
+        self.assertIn("bytes=200-", {at for _, at, _ in Hub.log})
+
+    def test_goes_on_with_the_same_revision(self):
+        """killed at every state, while the corpus changes"""
+        for _ in range(3):
+            self.fetch(-signal.SIGKILL, die=True)
+            Hub.newest, Hub.log = "def", []
+        self.fetch()
+        self.assertEqual((self.stream("train"), self.stream("val")), self.want)
+        paths = {path for path, *_ in Hub.log}
+        self.assertEqual({p for p in paths if p.startswith("/api")}, {"/api/datasets/allenai/c4/tree/abc/en"})
+        self.assertNotIn("/cdn/en/c4-validation.00000-of-00008.json.gz", paths)
+
+    def test_given_up(self):
+        Hub.faults = ["busy"] * 100
+        self.assertRegex(self.fetch(1), r"^prepare: c4: http://.*c4-validation.*: HTTP 503 .*--from\.\n$")
+
+    def test_unreachable(self):
+        for environment, words in (({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, so nothing is fetched"),
+                                   ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "127.0.0.1:9: "),
+                                   ({"HF_ENDPOINT": self.environment["HF_ENDPOINT"] + "/none"}, "HTTP 404")):
+            begin = time.monotonic()
+            error = self.refused("prepare", "--corpus", "c4", "--out", self.out, words=words,
+                                 environment={"HF_HUB_OFFLINE": "0", **environment})
+            self.assertIn("prepare: c4: ", error)
+            self.assertIn("--from", error)
+            self.assertLess(time.monotonic() - begin, 5)
+        self.refused("hellaswag", "--out", self.dir / "h.bin", words="HF_HUB_OFFLINE is set",
+                     environment={"HF_HUB_OFFLINE": "1"})
+
+
+class Tokenizers(Case):
+    """of each sort a small one, made here; ids worked out by hand"""
+
+    def ids(self, text, tokenizer, *args):
+        self.prepare(self.file("a.txt", text), "--tokenizer", tokenizer, *args, "--val-fraction", "0")
+        manifest = self.manifest()
+        self.assertEqual(manifest["tokenizer_sha256"], hashlib.sha256(tokenizer.read_bytes()).hexdigest())
+        self.tokens = [manifest[key] for key in ("vocab_size", "bos", "eos")]
+        return self.stream("train")
+
+    def ranks(self, *merged):
+        tokens = [bytes([b]) for b in range(256)] + list(merged)
+        return self.file("small.tiktoken", b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+
+    @needs("tiktoken")
+    def test_ranks(self):
+        model = self.ranks(b"th", b"the", b" the", b"12", b"123", b"'s", b"'S", b"\n\n", b"23", b"234")
+        n = 266
+        for kind, bos, end, V in (("gpt2", n, [], n + 1), ("cl100k", n + 1, [], n + 21), ("o200k", n + 1, [], n + 21),
+                                  ("llama3", n, [n + 1], n + 256), ("llama4", n, [n + 1], n + 2048)):
+            self.assertEqual(self.ids("the the", model, "--preset", kind), [bos, 257, 258, *end])
+            self.assertEqual(self.tokens, [V, bos, end[0] if end else bos])
+        # digits in threes, but for GPT-2, whose digits stay together; 's in both cases, but for GPT-2
+        self.assertEqual(self.ids("1234'S", model, "--preset", "llama3"), [n, 260, ord("4"), 262, n + 1])
+        self.assertEqual(self.ids("1234", model, "--preset", "gpt2"), [n, 260, ord("4")])
+        self.assertEqual(self.ids("<|begin_of_text|>", model, "--preset", "llama3"), [n, *b"<|begin_of_text|>", n + 1])
+        self.assertEqual(self.ids(" " * 200000, model, "--preset", "llama3"), [n, *b" " * 200000, n + 1])
+        text = self.file("a.txt", "the")
+        for words, contents in (("none of the published files. Name its rules with --preset", model.read_bytes()),
+                                ("t:2: not a token in base64", b"IQ== 0\nIQ=! 1\n"),
+                                ("t: 1 ranks are none", b"IQ== 0\n")):
+            self.refused("prepare", text, "--tokenizer", self.file("t", contents), "--out", self.dir / "no",
+                         words=words)
+        self.refused("prepare", text, "--tokenizer", self.file("t", b"IQ== 0\n"), "--preset", "gpt2", "--out",
+                     self.dir / "no", words="t: a rank is there twice, or a byte has none")
+
+    @needs("tiktoken")
+    def test_wide_ranks(self):
+        """a vocabulary of Llama 3's size is known by it, and its shards are uint32"""
+        model = self.ranks(*(bytes([a, b, c]) for a in range(200, 202) for b in range(256) for c in range(256)))
+        model.write_bytes(b"".join(model.read_bytes().splitlines(True)[:128000]))
+        self.assertEqual(self.ids("hi", model), [128000, *b"hi", 128001])
+        self.assertEqual(self.tokens, [128256, 128000, 128001])
+
+    @needs("tokenizers")
+    def test_tokenizer_json(self):
+        vocabulary = {"a": 0, "b": 1, "ab": 2, "<s>": 3, "</s>": 4, "<|endoftext|>": 5}
+        special = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+                    "special": True} for t, i in vocabulary.items() if i > 2]
+        contents = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
+                    "pre_tokenizer": None, "post_processor": None, "decoder": None,
+                    "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                              "vocab": vocabulary, "merges": ["a b"]}}
+        model = self.file("tokenizer.json", json.dumps(contents))
+        self.assertEqual(self.ids("abba", model), [3, 2, 1, 0, 4])
+        self.assertEqual(self.tokens, [6, 3, 4])
+        self.assertEqual(self.ids("ab</s>", model), [3, 2, 4])  # as text: BPE drops what its vocabulary lacks
+        self.assertEqual(self.ids("ab", model, "--bos", "<|endoftext|>", "--eos", "<|endoftext|>"), [5, 2])
+        self.assertEqual(self.ids("ab", model, "--bos", "</s>"), [4, 2])
+        for words, text, args in (("its tokens for BOS and EOS are not known", json.dumps(contents), ["--bos", "x"]),
+                                  ("not a tokenizer.json", "{}", [])):
+            model.write_text(text)
+            self.refused("prepare", self.dir / "a.txt", "--tokenizer", model, *args, "--out", self.dir / "no",
+                         words=words)
+
+    @needs("sentencepiece")
+    def test_sentencepiece(self):
+        pieces = ["\u2581t", "he", "\u2581the", *"\u2581the"]
+        model = Convert.model(Convert(), [(3, 2)], [(1, b"identity"), (3, 1), (4, 0), (5, 1)],
+                              [((1, p.encode()), (2, float(-i))) for i, p in enumerate(pieces)])
+        model = self.file("small.model", model)
+        self.assertEqual(self.ids("the the he", model), [1, 5, 5, 6, 4, 2])
+        self.assertEqual(self.tokens, [10, 1, 2])
+        self.assertEqual(self.ids("the", model, "--eos", "he"), [1, 5, 4])
+        self.refused("prepare", self.dir / "a.txt", "--tokenizer", model, "--eos", "none", "--out", self.dir / "no",
+                     words="small.model: the model has no such BOS or EOS")
+        self.refused("prepare", self.dir / "a.txt", "--tokenizer", self.file("bad.model", b"\xff" * 50), "--out",
+                     self.dir / "no", words="bad.model: not a sentencepiece model")
+        # a choice goes on where the context ends: no second mark of a beginning
+        self.assertEqual(Choices.made(self, {"ctx": "the", "endings": ["the", "he"], "label": 0}, "--tokenizer",
+                                      self.dir / "small.model"), [10, [([1, 5], [[5], [6, 4]], 0)]])
+
+
+class Choices(Case):
+    def made(self, *lines):
+        """[V, [(context, choices, label)]] of the file that hellaswag.py makes of lines, with options behind"""
+        values = [v for v in lines if isinstance(v, dict)]
+        path = self.file("a.jsonl", "".join(json.dumps(v) + "\n" for v in values))
+        self.run_program("hellaswag", path, "--out", self.dir / "h.bin", *lines[len(values):])
+        data = (self.dir / "h.bin").read_bytes()
+        values = struct.unpack(f"<{len(data) // 4}i", data)
+        header, rest = values[:256], list(values[256:])
+        self.assertEqual((header[0], header[1], header[4], any(header[5:])), (20261125, 1, len(rest), False))
+        examples = []
+        for _ in range(header[2]):
+            K, label = rest[:2]
+            lengths, rest = rest[2:3 + K], rest[3 + K:]
+            parts = []
+            for n in lengths:
+                parts.append(rest[:n])
+                rest = rest[n:]
+            examples.append((parts[0], parts[1:], label))
+        self.assertEqual(rest, [])
+        return [header[3], examples]
+
+    def test_format(self):
+        first = {"ind": 4, "ctx": "A man\u00e9 ", "endings": ["runs.", "sits"], "label": "1"}
+        second = {"query": "", "choices": ["a", "b", "c"], "gold": 0}
+        want = [([256, *"A man\u00e9".encode()], [list(b" runs."), list(b" sits")], 1),
+                ([256], [list(b" a"), list(b" b"), list(b" c")], 0)]
+        self.assertEqual(self.made(first, second), [258, want])
+        self.assertEqual(self.made(first, second, "--limit", "1"), [258, want[:1]])
+
+    def test_refusals(self):
+        good = '{"ctx": "a", "endings": ["b", "c"], "label": 1}\n'
+        for line, words in (('{"endings": ["b", "c"], "label": 1}', "a.jsonl:2: no ctx or query"),
+                            ('{"ctx": "a", "label": 1}', "a.jsonl:2: no endings or choices"),
+                            ("[]", "a.jsonl:2: no ctx"),
+                            ('{"ctx": "a", "endings": ["b", "c"]}', "a.jsonl:2: no label or gold"),
+                            (good.replace("1", '""'), "label '' is none of 0 to 1"),
+                            (good.replace("1", "2"), "label 2 is none"), (good.replace("1", "-1"), "label -1 is none"),
+                            (good.replace("1", "true"), "label True"), (good.replace("1", "1.0"), "label 1.0 is none"),
+                            (good.replace('"b", ', ""), "at least two choices"),
+                            (good.replace('"b"', "3"), "two choices"),
+                            (good.replace('"b"', '"\\ud800"'), "a.jsonl:2: not valid JSON in UTF-8"),
+                            ('{"ctx"', "a.jsonl:2: not valid JSON")):
+            with self.subTest(line):
+                self.refused("hellaswag", self.file("a.jsonl", good + line), "--out", self.dir / "h.bin", words=words)
+        self.refused("hellaswag", self.file("a.jsonl", "\n"), "--out", self.dir / "h.bin", words="no example is in it")
+        self.refused("hellaswag", self.dir / "none", "--out", self.dir / "h.bin", words="none: there is no such file")
+        self.refused("hellaswag", self.dir / "a.jsonl", "--out", self.dir / "h.bin", "--limit", "0", words="--limit")
 
 
 class Convert(Case):
@@ -275,6 +988,10 @@ class Lines(unittest.TestResult):
         print(f"FAIL {test.id().split('.', 1)[1]}: {error[0].__name__}: {why[:300]}", flush=True)
 
     addFailure = addError = fail
+
+    def addSkip(self, test, reason):
+        super().addSkip(test, reason)
+        print(f"skip {test.id().split('.', 1)[1]}: {reason}", flush=True)
 
     def addSubTest(self, test, subtest, error):
         if error:

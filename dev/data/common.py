@@ -1,0 +1,87 @@
+"""What the programs of this folder share: refusals of one line, files that appear whole or not at all, checksums."""
+import argparse
+import hashlib
+import os
+import signal
+import sys
+
+BLOCK = 1 << 20  # bytes read at a time
+
+
+class Refused(Exception):
+    """`where: what. What to do.`"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        sys.exit(f"{self.prog}: {message}. --help lists the options.")
+
+
+def run(name, main):
+    """main(), with whatever a user can cause told in one line, exit code 1"""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return main()
+    except Refused as e:
+        sys.exit(f"{name}: {e}")
+    except OSError as e:
+        sys.exit(f"{name}: {e.filename or 'the output'}: {e.strerror or e}. "
+                 "Check the path, its rights and the disk's room.")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted. Run it again.")
+
+
+def package(name, wanted_by):
+    """the module, for those who use it only"""
+    try:
+        return __import__(name, fromlist=["_"])
+    except ImportError:
+        name = name.split(".")[0]
+        raise Refused(f"{wanted_by}: the package {name} is missing. pip install {name}") from None
+
+
+def read_whole(path, advice):
+    try:
+        with open(path, "rb") as f:
+            return f.read()
+    except OSError as e:
+        raise Refused(f"{path}: {e.strerror}. {advice}") from None
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(f):
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def sync_directory(path):
+    """makes renames in it last through a loss of power"""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_whole(path, parts):
+    """path appears with all of the parts (bytes) or stays as it was"""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as f:
+            for part in parts:
+                f.write(part)
+            sync(f)
+        os.replace(beside, path)
+        sync_directory(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
