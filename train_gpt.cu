@@ -2821,7 +2821,10 @@ void attention_backward(floatX* dq, floatX* dk, floatX* dv, float* scratch, cons
 
 constexpr int DECODE_WARPS = SERIAL ? 1 : 16, DECODE_KEYS = SERIAL ? 1 : 4;
 template <int HS>
-constexpr int DECODE_LANES = SERIAL ? 1 : HS / PACK > 16 ? 32 : HS / PACK > 8 ? 16 : HS / PACK;
+constexpr int DECODE_LANES = SERIAL           ? 1
+                             : HS / PACK > 16 ? 32
+                             : HS / PACK > 8  ? 16
+                                              : HS / PACK;
 
 // A lane's part of a head's row.
 template <int HS>
@@ -2839,8 +2842,8 @@ struct HeadPart {
 
 template <int HS>
 __global__ void __launch_bounds__(DECODE_WARPS* WARP_SIZE)
-    attention_decode_kernel(floatX* out, const floatX* q, const floatX* k, const floatX* v, int length, int room, int NH,
-                            int NKV, float scale2) {
+    attention_decode_kernel(floatX* out, const floatX* q, const floatX* k, const floatX* v, int length, int room,
+                            int NH, int NKV, float scale2) {
     typedef HeadPart<HS> Part;
     constexpr int LANES = DECODE_LANES<HS>, GROUPS = WARP_SIZE / LANES, COLS = Part::COLS;
     __shared__ float tops[DECODE_WARPS], sums[DECODE_WARPS], parts[DECODE_WARPS][HS];
@@ -2912,8 +2915,8 @@ __global__ void __launch_bounds__(DECODE_WARPS* WARP_SIZE)
 template <int HS>
 void attention_decode_hs(floatX* out, const floatX* q, const floatX* k, const floatX* v, int length, int room, Heads h,
                          cudaStream_t stream) {
-    attention_decode_kernel<HS><<<h.B * h.NH, DECODE_WARPS * WARP_SIZE, 0, stream>>>(
-        out, q, k, v, length, room, h.NH, h.NKV, LOG2E / sqrtf(float(HS)));
+    attention_decode_kernel<HS><<<h.B * h.NH, DECODE_WARPS * WARP_SIZE, 0, stream>>>(out, q, k, v, length, room, h.NH,
+                                                                                     h.NKV, LOG2E / sqrtf(float(HS)));
     CHECK(cudaGetLastError());
 }
 
@@ -2942,8 +2945,8 @@ __global__ void cache_append_kernel(floatX* k_cache, floatX* v_cache, const floa
     }
 }
 
-void cache_append(floatX* k_cache, floatX* v_cache, const floatX* k, const floatX* v, int B, int past, int room, Heads h,
-                  cudaStream_t stream) {
+void cache_append(floatX* k_cache, floatX* v_cache, const floatX* k, const floatX* v, int B, int past, int room,
+                  Heads h, cudaStream_t stream) {
     const size_t shares = SERIAL ? 1 : std::min<size_t>((size_t(h.T) * h.HS + 255) / 256, 32);
     cache_append_kernel<<<dim3(B * h.NKV, unsigned(shares)), 256, 0, stream>>>(k_cache, v_cache, k, v, past, room, h);
     CHECK(cudaGetLastError());
@@ -5722,16 +5725,20 @@ private:
     }
 };
 
+// The hash of a tokenizer's file; that of the bytes has none.
+std::string tokenizer_hash(const std::string& path) {
+    Hash hash;
+    const std::string text = path == "bytes" ? "" : read_file(path);
+    hash.add(text.data(), text.size());
+    return hash.text();
+}
+
 // What state.json says of the tokenizer that --tokenizer names; "" of none.
 std::string tokenizer_lines(const std::string& tokenizer) {
     if (tokenizer.empty()) return "";
-    if (tokenizer == "bytes") return "  \"tokenizer\": \"bytes\",\n";
     const std::unique_ptr<char, decltype(&::free)> path(realpath(tokenizer.c_str(), nullptr), &::free);
-    const std::string text = read_file(tokenizer);
-    Hash hash;
-    hash.add(text.data(), text.size());
-    return "  \"tokenizer\": " + json_text(path ? path.get() : tokenizer) + ",\n  \"tokenizer_xxh64\": \"" +
-           hash.text() + "\",\n";
+    const std::string name = tokenizer == "bytes" || !path ? tokenizer : path.get();
+    return "  \"tokenizer\": " + json_text(name) + ",\n  \"tokenizer_xxh64\": \"" + tokenizer_hash(tokenizer) + "\",\n";
 }
 
 struct Manifest {
@@ -5806,8 +5813,7 @@ std::string find_weights(const std::string& path) {
         const std::string dir = path + "/" + checkpoint_name(steps.back());
         try {
             verify_checkpoint(dir, true);
-            if (!trouble.empty())
-                fprintf(stderr, "train_gpt: warning: %s Taking %s.\n", trouble.c_str(), dir.c_str());
+            if (!trouble.empty()) fprintf(stderr, "train_gpt: warning: %s Taking %s.\n", trouble.c_str(), dir.c_str());
             return dir;
         } catch (const Error& e) {
             if (trouble.empty()) trouble = e.what();
@@ -5964,8 +5970,7 @@ std::vector<float> get_logits(Model& m, size_t row0, int rows) {
         head_forward(m, row0 + done, count);
         CHECK(cudaMemcpyAsync(raw.data(), m.logits, count * Vp * sizeof(floatX), cudaMemcpyDeviceToHost, m.stream));
         CHECK(cudaStreamSynchronize(m.stream));
-        for (int r = 0; r < count; r++)
-            std::copy_n(&raw[r * Vp], V, &logits[(done + r) * V]);
+        for (int r = 0; r < count; r++) std::copy_n(&raw[r * Vp], V, &logits[(done + r) * V]);
     }
     return logits;
 }
@@ -5992,8 +5997,8 @@ std::vector<int> sample(Model& m, std::vector<int> tokens, int n, int vocabulary
 // then a token of each at a time. Calls got(sequence, token) for each token as it comes. Sequence b draws its token i with
 // random number i of stream 1 + b. The cache has room for all but the last token.
 template <typename F>
-void generate(Model& m, const std::vector<int>& prompt, int n, int vocabulary, const Sampling& s, uint64_t seed, int eos,
-              F got) {
+void generate(Model& m, const std::vector<int>& prompt, int n, int vocabulary, const Sampling& s, uint64_t seed,
+              int eos, F got) {
     const int B = m.cache.sequences, P = int(prompt.size());
     std::vector<int> last(B, eos);
     std::vector<bool> ended(B);
@@ -6002,7 +6007,8 @@ void generate(Model& m, const std::vector<int>& prompt, int n, int vocabulary, c
     std::vector<float> logits = get_logits(m, P - 1, 1);
     m.cache.past = P;
     for (int i = 0;; i++) {
-        if (!all_finite(logits)) throw Error("generate: the model's logits are not finite. Take an earlier checkpoint.");
+        if (!all_finite(logits))
+            throw Error("generate: the model's logits are not finite. Take an earlier checkpoint.");
         for (int b = 0; b < B; b++) {
             if (ended[b]) continue;  // it goes on as ballast
             const float* row = &logits[i > 0 ? size_t(b) * m.c.V : 0];
@@ -6056,8 +6062,8 @@ struct Question {
 
 // Questions from a file of dev/data/hellaswag.py, little-endian int32: 256 of header (magic 20261125, version 1, number of
 // questions, vocabulary size, number of int32 that follow), then for each K, label, n0, n1 .. nK, the n0 ids of the
-// context and the ids of the K choices.
-std::vector<Question> read_questions(const std::string& path, int V) {
+// context and the ids of the K choices. Ids are below V; a choice fits into T tokens.
+std::vector<Question> read_questions(const std::string& path, int V, int T) {
     const std::string bytes = read_file(path);
     auto fail = [&](const std::string& what) {
         throw Error(path + ": " + what + ". Make it again (dev/data/hellaswag.py).");
@@ -6089,7 +6095,12 @@ std::vector<Question> read_questions(const std::string& path, int V) {
         q.label = take(1, 0, K - 1, "label")[0];
         const std::vector<int> lengths = take(int64_t(K) + 1, 1, INT_MAX, "length");
         q.context = take(lengths[0], 0, V - 1, "id");
-        for (int k = 1; k <= K; k++) q.choices.push_back(take(lengths[k], 0, V - 1, "id"));
+        for (int k = 1; k <= K; k++) {
+            q.choices.push_back(take(lengths[k], 0, V - 1, "id"));
+            if (lengths[k] > T)
+                throw Error(path + ": " + name +
+                            format(" has a choice of %d tokens, the context is %d. Raise --seq-len.", lengths[k], T));
+        }
         questions.push_back(std::move(q));
     }
     if (at < all.size()) fail(format("%zu numbers follow the last question", all.size() - at));
@@ -6107,12 +6118,8 @@ std::vector<double> log_likelihoods(Model& m, const std::vector<Question>& quest
     };
     std::vector<Text> texts;
     for (const Question& q : questions)
-        for (const std::vector<int>& choice : q.choices) {
-            if (choice.size() > size_t(m.c.T))
-                throw Error(format("--choices: a choice of question %zu has %zu tokens, the context %d. Raise --seq-len.",
-                                   &q - questions.data() + 1, choice.size(), m.c.T));
+        for (const std::vector<int>& choice : q.choices)
             texts.push_back({&q, &choice, std::min<size_t>(q.context.size() + choice.size() - 1, m.c.T)});
-        }
     std::vector<size_t> order(texts.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return texts[a].inputs > texts[b].inputs; });
@@ -6678,12 +6685,14 @@ void print_help(const std::vector<Flag>& all, Command command) {
         }
     if (command == EVAL)
         printf(
-            "\nvalidation loss: mean over all targets, nats; perplexity: exp of it; bits per byte: the sum of the losses\n"
+            "\nvalidation loss: mean over all targets, nats; perplexity: exp of it; bits per byte: the sum of the "
+            "losses\n"
             "  / ln 2 / bytes of the text that the targets stand for (BOS and EOS have none)\n"
             "choices: the right one has the highest log-likelihood: as it is, divided by its tokens, or by its bytes\n"
             "  without a leading space; errors are standard errors, sqrt(a (1 - a) / (questions - 1))\n"
             "One line of JSON on stdout, the same for people on stderr.\n");
-    if (command != TRAIN) return void(printf("\nDefaults in parentheses. Errors: one line on stderr, exit status 1.\n"));
+    if (command != TRAIN)
+        return void(printf("\nDefaults in parentheses. Errors: one line on stderr, exit status 1.\n"));
     printf(
         "\nSeveral GPUs, on one node or many:\n"
         "  mpirun -n 8 ./train_gpt ...                                  Open MPI, MPICH\n"
@@ -6731,8 +6740,8 @@ bool parse_options(Options& o, int argc, char** argv) {
                 for (const Flag& f : all)
                     if (f.name && std::string(argv[optind - 1]).substr(0, strcspn(argv[optind - 1], "=")) ==
                                       std::string("--") + f.name)
-                        throw Error(format("--%s: is no option of %s. See %s.", f.name, COMMANDS.at(o.command),
-                                           help.c_str()));
+                        throw Error(
+                            format("--%s: is no option of %s. See %s.", f.name, COMMANDS.at(o.command), help.c_str()));
                 throw Error(format("%s: unknown option. See %s.", argv[optind - 1], help.c_str()));
             }
             const Flag& f = all[found - 256];
@@ -7279,51 +7288,54 @@ void run(Options& o, const World& world) {
 // ---------------------------------------------------------------------------------------------------------------------
 // generate and eval
 
+// The tokenizer that --tokenizer or else the checkpoint names. Eval does without one that is gone.
+std::unique_ptr<Tokenizer> open_tokenizer(const Options& o, const Manifest& manifest) {
+    const Json *name = manifest.json.find("tokenizer"), *hash = manifest.json.find("tokenizer_xxh64");
+    const bool given = !o.tokenizer.empty();
+    const std::string path = given ? o.tokenizer : name ? name->string : "";
+    std::unique_ptr<Tokenizer> tokenizer;
+    std::string trouble;
+    if (path.empty()) return tokenizer;
+    try {
+        tokenizer.reset(new Tokenizer(Tokenizer::load(path)));
+        if (hash && hash->string != tokenizer_hash(path)) trouble = path + ": is not the tokenizer that the run had.";
+    } catch (const std::runtime_error& e) {
+        trouble = e.what();
+    }
+    if (tokenizer && tokenizer->vocab_size() > o.config.V)
+        throw Error(format("%s: has %d tokens, the model %d. Give the data's tokenizer with --tokenizer.", path.c_str(),
+                           tokenizer->vocab_size(), o.config.V));
+    if (trouble.empty()) return tokenizer;
+    if (given ? !tokenizer : o.command == GENERATE)  // one that is given is taken, if it can be
+        throw Error(trouble + " Give the data's tokenizer with --tokenizer.");
+    fprintf(stderr, "train_gpt: warning: %s%s\n", trouble.c_str(),
+            given ? "" : " Without bits per byte; give the data's tokenizer with --tokenizer.");
+    if (!given) tokenizer.reset();
+    return tokenizer;
+}
+
 // Settles what runs: the model's shape and the tokenizer, as the checkpoint has them or the options say. Returns where the
-// weights are. Eval does without a tokenizer that the checkpoint names but that is gone.
+// weights are.
 std::string settle_weights(Options& o, std::unique_ptr<Tokenizer>& tokenizer) {
-    if (o.checkpoint.empty() && o.init_from.empty())
-        throw Error("--checkpoint: is missing. Give a checkpoint's or a run's folder, or --init-from with the model's "
-                    "options.");
-    if (!o.checkpoint.empty() && !o.init_from.empty())
-        throw Error("--init-from: --checkpoint has weights already. Leave one of them out.");
     Config& c = o.config;
-    std::string weights = o.init_from;
+    if (o.checkpoint.empty() == o.init_from.empty())
+        throw Error(o.checkpoint.empty() ? "--checkpoint: is missing. Give the folder of a checkpoint or a run, or "
+                                           "--init-from with the model's options."
+                                         : "--init-from: --checkpoint has weights already. Leave one of them out.");
     if (o.checkpoint.empty()) {
         if (o.seq_len) c.T = o.seq_len;
         settle_model(o, tokenizer);
-    } else {
-        if (!o.shape.empty())
-            throw Error(format("--%s: the checkpoint has its own. Leave it out.", o.shape[0]));
-        weights = find_weights(o.checkpoint);
-        const Manifest manifest = read_manifest(weights);
-        c = config_of(manifest, weights);
-        const Json *name = manifest.json.find("tokenizer"), *hash = manifest.json.find("tokenizer_xxh64");
-        const bool recorded = o.tokenizer.empty() && name;
-        const std::string path = recorded ? name->string : o.tokenizer;
-        try {
-            if (!path.empty()) tokenizer.reset(new Tokenizer(Tokenizer::load(path)));
-            if (tokenizer && path != "bytes" && hash) {
-                Hash now;
-                const std::string text = read_file(path);
-                now.add(text.data(), text.size());
-                if (now.text() != hash->string) throw Error(path + ": is not the file that the run had.");
-            }
-        } catch (const std::runtime_error& e) {
-            if (!recorded) throw;
-            tokenizer.reset();
-            const std::string line = weights + "/state.json names a tokenizer that is not to be had: " + e.what();
-            if (o.command == GENERATE) throw Error(line + " Or give --tokenizer.");
-            fprintf(stderr, "train_gpt: warning: %s\n", line.c_str());
-        }
-        if (tokenizer && tokenizer->vocab_size() > c.V)
-            throw Error(format("--tokenizer: has %d tokens, the model %d. Give that of its data.",
-                               tokenizer->vocab_size(), c.V));
-        if (o.seq_len && !c.gated() && o.seq_len > c.max_T)
-            throw Error(format("--seq-len: the model has %d learned positions. Give at most that.", c.max_T));
-        if (o.seq_len) c.T = o.seq_len;
+        return o.init_from;
     }
-    return weights;
+    if (!o.shape.empty()) throw Error(format("--%s: the checkpoint has its own. Leave it out.", o.shape[0]));
+    const std::string dir = find_weights(o.checkpoint);
+    const Manifest manifest = read_manifest(dir);
+    c = config_of(manifest, dir);
+    if (o.seq_len && !c.gated() && o.seq_len > c.max_T)
+        throw Error(format("--seq-len: the model has %d learned positions. Give at most that.", c.max_T));
+    if (o.seq_len) c.T = o.seq_len;
+    tokenizer = open_tokenizer(o, manifest);
+    return dir;
 }
 
 // Memory and weights for what `m` plans; says on stderr what runs.
@@ -7331,9 +7343,8 @@ void open_weights(Model& m, const std::string& weights) {
     create(m);
     import_weights(m, weights);
     const auto fields = config_fields(m.c, m.storage);
-    fprintf(stderr, "%s: %s %s, %zu parameters, vocabulary %d, context %d; %s, %.1f MiB\n", weights.c_str(),
-            fields[0].second.c_str(), fields[1].second.c_str(), m.table.parameters, m.c.V, m.c.T, PRECISION,
-            m.arena.used / 1048576.0);
+    fprintf(stderr, "%s: %s %s, %zu parameters, %s; memory %.1f MiB\n", weights.c_str(), fields[0].second.c_str(),
+            fields[1].second.c_str(), m.table.parameters, PRECISION, m.arena.used / 1048576.0);
 }
 
 void close_weights(Model& m) {
@@ -7351,7 +7362,8 @@ void run_generate(Options& o) {
     if (!o.prompt.empty() && !o.prompt_file.empty())
         throw Error("--prompt-file: --prompt is the prompt already. Leave one of them out.");
     if (o.sampling.temperature == 0.0f && o.num_samples > 1)
-        throw Error("--num-samples: at --temperature 0 all texts are the same. Leave it out, or raise the temperature.");
+        throw Error(
+            "--num-samples: at --temperature 0 all texts are the same. Leave it out, or raise the temperature.");
     const std::string weights = settle_weights(o, tokenizer);
     if (!tokenizer)
         throw Error(weights + ": does not say which tokenizer its data had. Add --tokenizer bytes or its file.");
@@ -7390,9 +7402,10 @@ void run_generate(Options& o) {
     const double end = now();
     put_text(streams[0].end() + "\n");
     for (int b = 1; b < B; b++) put_text("---\n" + texts[b] + streams[b].end() + "\n");
-    fprintf(stderr, "prompt: %d tokens in %.3f s, %.0f tokens/s; text: %d tokens", P, first - begin, P / (first - begin),
-            written);
-    if (written > B) fprintf(stderr, ", %.1f tokens/s", (written - B) / (end - first));  // the first of each came at once
+    fprintf(stderr, "prompt: %d tokens in %.3f s, %.0f tokens/s; text: %d tokens", P, first - begin,
+            P / (first - begin), written);
+    if (written > B)
+        fprintf(stderr, ", %.1f tokens/s", (written - B) / (end - first));  // the first of each came at once
     if (ends < B)
         fprintf(stderr, "; cut off %s",
                 n < o.max_tokens ? format("at the end of the context of %d", T).c_str() : "at --max-tokens");
@@ -7410,7 +7423,7 @@ void run_eval(Options& o) {
     std::unique_ptr<DataLoader> data;
     if (!o.val_data.empty()) data.reset(new DataLoader(o.val_data, 1, c.T, c.V));
     std::vector<Question> questions;
-    if (!o.choices.empty()) questions = read_questions(o.choices, c.V);
+    if (!o.choices.empty()) questions = read_questions(o.choices, c.V, c.T);
     open_device();
     Model m;
     plan(m, c, o.batch_size, false);
@@ -7466,8 +7479,8 @@ int main(int argc, char** argv) {
         if (!parse_options(o, argc, argv)) return 0;
         if (o.command != TRAIN) {
             if (world.size > 1)
-                throw Error(format("%s: runs on one rank, %d were started. Start it without %s.", COMMANDS.at(o.command),
-                                   world.size, world.launcher));
+                throw Error(format("%s: runs on one rank, %d were started. Start it without %s.",
+                                   COMMANDS.at(o.command), world.size, world.launcher));
             o.command == GENERATE ? run_generate(o) : run_eval(o);
             return 0;
         }

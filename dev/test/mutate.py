@@ -366,8 +366,8 @@ MUTATIONS = [
      "if (next) norm_residual_forward(a.h,",
      "serial_fp32", "recompute"),
     ("replay: attention left out", MAIN,
-     "if (replay_block) attention_forward",
-     "if (next) attention_forward",
+     "else if (replay_block)\n        attention_forward",
+     "else if (next)\n        attention_forward",
      "serial_fp32", "recompute"),
     ("replay: w1 and w3 left out", MAIN, "    if (replay_ffn) {", "    if (replay_block) {", "serial_fp32", "recompute"),
     ("loss: later chunks of the head overwrite", MAIN, "row == 0 ? beta : 1.0f", "beta", "serial_fp32", "golden"),
@@ -577,9 +577,51 @@ MUTATIONS = [
      "",
      "ranks", "two jobs"),
     ("ranks: last rows lost", MAIN, "    log.finish();\n", "", "disk", "^log"),
+    # generation and evaluation
+    ("decode: a row too many", MAIN, "there[i] = j < length;", "there[i] = j <= length;", "serial_fp32", "attention_decode"),
+    ("decode: half of a warp's groups", MAIN, "m >= LANES; m /= 2)", "m > LANES; m /= 2)", "exact_bf16", "attention_decode"),
+    ("decode: sum not rescaled", MAIN, "        sum *= keep;\n", "", "serial_fp32", "attention_decode"),
+    ("decode: warps as if of one maximum", MAIN,
+     "const float take = fast_exp2(tops[w] - top);",
+     "const float take = 1.0f;",
+     "exact_bf16", "attention_decode"),
+    ("decode: barrier before the warps' sums", MAIN,
+     "    __syncthreads();\n    for (int w = 0; w < DECODE_WARPS; w++) top",
+     "    for (int w = 0; w < DECODE_WARPS; w++) top",
+     "exact_bf16", "attention_decode"),
+    ("decode: key/value head", MAIN, "h / (NH / NKV)) * room;", "h % NKV) * room;", "serial_fp32", "attention_decode"),
+    ("cache: over what is there", MAIN, "blockIdx.x) * room + past) * h.HS,", "blockIdx.x) * room) * h.HS,", "serial_fp32", "cache_append"),
+    ("cache: one's rows to all", MAIN, "blockIdx.x % (h.B * h.NKV) * size", "blockIdx.x % h.NKV * size", "serial_fp32", "cache_append"),
+    ("cache: position of RoPE", MAIN, "m.rope + size_t(cache.past) * h.HS / 2", "m.rope", "serial_fp32", "cached_logits"),
+    ("cache: learned position", MAIN, "    if (positions) positions += size_t(m.cache.past) * C;\n", "", "serial_fp32", "cached_logits"),
+    ("cache: own token not seen", MAIN, "cache.past + 1, cache.room, h", "cache.past, cache.room, h", "serial_fp32", "cached_logits"),
+    ("cache: layers share one", MAIN, "const size_t layer = size_t(l) *", "const size_t layer = size_t(l) * 0 *", "serial_fp32", "cached_logits"),
+    ("generate: all draw alike", MAIN, "random_uniform(seed, 1 + b, i)", "random_uniform(seed, 1, i)", "serial_fp32", "generate"),
+    ("generate: on behind EOS", MAIN, "            ended[b] = last[b] == eos;\n", "", "serial_fp32", "generate"),
+    ("sampling: without the token that reaches top-p", MAIN,
+     "mass < s.top_p) mass", "mass + all[n].p < s.top_p) mass", "serial_fp32", "candidates"),
+    ("sampling: no temperature", MAIN, "exp((c.logit - top) / s.temperature)", "exp(c.logit - top)", "serial_fp32", "candidates"),
+    ("sampling: not normalised behind top-p", MAIN, "    for (Candidate& c : all) c.p /= mass;\n", "", "serial_fp32", "candidates"),
+    ("sampling: of equals the last", MAIN, "(a.logit == b.logit && a.id < b.id);", "(a.logit == b.logit && a.id > b.id);", "serial_fp32", "candidates"),
+    ("choices: cut from the right", MAIN,
+     "text.q->context.end() - kept, text.q->context.end()", "text.q->context.begin(), text.q->context.begin() + kept",
+     "serial_fp32", "evaluation"),
+    ("choices: first token not counted", MAIN,
+     "size_t t = text.inputs - text.choice->size();", "size_t t = text.inputs - text.choice->size() + 1;",
+     "serial_fp32", "evaluation"),
+    ("choices: label unchecked", MAIN, "take(1, 0, K - 1, ", "take(1, 0, INT_MAX, ", "serial_fp32", "evaluation"),
+    ("bits per byte: the space in front counts", MAIN,
+     "window[t - 1] == tokenizer->bos()", "false", "serial_fp32", "evaluation"),
+    ("generate: half characters", "tokenizer.h", "(all || !unfinished(s))", "true", "generate", "whole_characters"),
+    ("generate: damage unseen", MAIN,
+     "            verify_checkpoint(dir, true);\n", "", "generate", "damage"),
+    ("generate: any file is the tokenizer", MAIN, "if (hash && hash->string != tokenizer_hash(path))", "if (false)", "generate", "tokenizer"),
+    ("eval: the last windows left out", MAIN,
+     "std::min<uint64_t>(m.B, windows - done)", "std::min<uint64_t>(m.B, windows - done);\n        if (windows - done < uint64_t(m.B)) break",
+     "generate", "validation"),
 ]
 
-SCRIPTS = {"ranks": "test_ranks.py", "disk": "test_disk.py", "kill": "kill.py"}
+SCRIPTS = {"ranks": "test_ranks.py", "disk": "test_disk.py", "kill": "kill.py", "generate": "test_generate.py"}
 
 
 def passes(work, build, test):
@@ -611,7 +653,8 @@ def main():
             shutil.copy(os.path.join(ROOT, name), work)
         shutil.copytree(os.path.join(ROOT, "dev", "cpu"), os.path.join(work, "dev", "cpu"))
         shutil.copytree(os.path.join(ROOT, "dev", "test", "golden"), os.path.join(work, "dev", "test", "golden"))
-        for name in ("frame.h", "faulty_disk.c", "launch.py", "test_cli.py", *SCRIPTS.values()):
+        for name in ("frame.h", "faulty_disk.c", "launch.py", "test_cli.py", "tokenizer_llama.bin", "tokenizer_rules.bin",
+                     *SCRIPTS.values()):
             shutil.copy(os.path.join(ROOT, "dev", "test", name), os.path.join(work, "dev", "test"))
         chosen = [m for m in MUTATIONS if not words or any(w in m[0] for w in words)]
         for build, test in sorted({m[4:] for m in chosen}):
