@@ -44,9 +44,10 @@ void expect_close(const Vec& got, const Vec& want, double tolerance, const std::
 constexpr double TOL = BF16 ? 4e-3 : 5e-7;
 constexpr double TOL_FLOAT = 8e-7;  // sums that stay float; measured 4.6e-7
 // products of products: out and dv (fp32 2.4e-6, bf16 3.7e-3), dk and dq (2.3e-6, 8.9e-3), dlogits (1.1e-6, 1.8e-3)
-// logits with a cache against those without: fp32 , bf16 ; losses of a text alone and among others
-constexpr double TOL_CACHED = BF16 ? 4e-2 : 1e-5, TOL_LOSS = BF16 ? 1e-3 : 2e-6;
-constexpr double TOL_DECODE = BF16 ? 4e-3 : 4e-6;  // measured
+// decode over a cache (fp32 1.6e-6, bf16 3.0e-3); logits with a cache against those without (3.8e-6, 2.7e-2)
+constexpr double TOL_DECODE = BF16 ? 4e-3 : 2.5e-6, TOL_CACHED = BF16 ? 4e-2 : 1e-5;
+// losses of a text alone and among others: 6e-8 on a CPU; a GPU's matmuls may add in another order at another shape
+constexpr double TOL_LOSS = BF16 ? 1e-3 : 2e-6;
 constexpr double TOL_ATTENTION = BF16 ? 5e-3 : 4e-6, TOL_SCORES = BF16 ? 1.2e-2 : 4e-6, TOL_LOGITS = BF16 ? 3e-3 : 2e-6;
 
 struct Random {
@@ -1411,8 +1412,7 @@ TEST(cached_logits) {
                 for (int t = 0; t < T; t++)
                     for (int b = 0; b < 2; b++) texts[b][t] = b && t < P ? texts[0][t] : r.below(V);
                 Vec want[2], got[2];
-                const Cache cache = m.cache;
-                m.cache = Cache();
+                const Cache cache = std::exchange(m.cache, Cache());
                 for (int b = 0; b < 2; b++) {
                     forward_tokens(m, texts[b].data(), 1, T);
                     want[b] = logits_f64(m, P - 1, T - P + 1);
@@ -1446,23 +1446,36 @@ TEST(generate) {
         generate(m, prompt, most, c.V, s, 5, eos, [&](int b, int id) { got[b].push_back(id); });
     };
     auto without = [&](const Sampling& s) {
-        const Cache cache = m.cache;
-        m.cache = Cache();
+        const Cache cache = std::exchange(m.cache, Cache());
         std::vector<int> text = sample(m, prompt, n, c.V, s, 5);
         m.cache = cache;
         return text;
     };
     write({0.0f, 0, 1.0f}, n, -1);
-    const std::vector<int> greedy = without({0.0f, 0, 1.0f});
-    EXPECT(got[0] == greedy && got[1] == greedy && got[2] == greedy && int(greedy.size()) == n);
+    const std::vector<int> greedy = got[0];
+    EXPECT(got[1] == greedy && got[2] == greedy && int(greedy.size()) == n);
     EXPECT(std::set<int>(greedy.begin(), greedy.end()).size() > 2);
+    if (!BF16) EXPECT(greedy == without({0.0f, 0, 1.0f}));
+    // in bf16, where two tokens can be as likely, each is at least as good as the best but for rounding
+    std::vector<int> text = prompt;
+    text.insert(text.end(), greedy.begin(), greedy.end());
+    const Cache cache = std::exchange(m.cache, Cache());
+    forward_tokens(m, text.data(), 1, int(text.size()) - 1);
+    const Vec logits = logits_f64(m, prompt.size() - 1, n);
+    m.cache = cache;
+    double scale = 0;
+    for (double x : logits) scale = std::max(scale, fabs(x));
+    for (int i = 0; i < n; i++) {
+        const double* row = &logits[size_t(i) * c.V];
+        EXPECT(row[greedy[i]] >= *std::max_element(row, row + c.V) - 2 * TOL_CACHED * scale);
+    }
     write({0.0f, 0, 1.0f}, n, greedy[2]);
     EXPECT(got[0].size() == size_t(std::find(greedy.begin(), greedy.end(), greedy[2]) - greedy.begin()) + 1);
     write({0.0f, 0, 1.0f}, 1, -1);
     EXPECT(got[2].size() == 1);
     const Sampling warm = {1.3f, 20, 0.95f};
     write(warm, n, -1);
-    EXPECT(got[0] == without(warm) && got[1] != got[0] && got[2] != got[1]);
+    EXPECT((BF16 || got[0] == without(warm)) && got[1] != got[0] && got[2] != got[1]);
     const std::vector<int> first[3] = {got[0], got[1], got[2]};
     write(warm, n, -1);
     EXPECT(first[0] == got[0] && first[1] == got[1] && first[2] == got[2]);

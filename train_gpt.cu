@@ -2815,11 +2815,12 @@ void attention_backward(floatX* dq, floatX* dk, floatX* dv, float* scratch, cons
 // q (B,NH,HS), out (B,NH HS); k, v (B,NKV,room,HS), of which `length` rows are there; all floatX. g = h NKV / NH.
 //
 // One block a sequence and query head; neighbours share a key/value head, so that its rows come from the L2 cache.
-// DECODE_LANES lanes have a row, 16 bytes each (with HS 72 some have nothing); each such group takes DECODE_KEYS rows at
-// a time, all under way at once, and has an online softmax of its own. Groups are put together at the end, first a
+// DECODE_LANES lanes have a row, 16 bytes each (with HS 72 some have nothing); each such group takes DECODE_KEYS rows
+// at a time, all under way at once, and has an online softmax of its own. Groups are put together at the end, first a
 // warp's by shuffles, then the warps' in shared memory. In the serial geometry one lane has it all.
 
-constexpr int DECODE_WARPS = SERIAL ? 1 : 16, DECODE_KEYS = SERIAL ? 1 : 4;
+constexpr int DECODE_WARPS = SERIAL ? 1 : 16, DECODE_THREADS = DECODE_WARPS * WARP_SIZE;
+constexpr int DECODE_KEYS = SERIAL ? 1 : 4;
 template <int HS>
 constexpr int DECODE_LANES = SERIAL           ? 1
                              : HS / PACK > 16 ? 32
@@ -2841,7 +2842,7 @@ struct HeadPart {
 };
 
 template <int HS>
-__global__ void __launch_bounds__(DECODE_WARPS* WARP_SIZE)
+__global__ void __launch_bounds__(DECODE_THREADS)
     attention_decode_kernel(floatX* out, const floatX* q, const floatX* k, const floatX* v, int length, int room,
                             int NH, int NKV, float scale2) {
     typedef HeadPart<HS> Part;
@@ -2915,8 +2916,8 @@ __global__ void __launch_bounds__(DECODE_WARPS* WARP_SIZE)
 template <int HS>
 void attention_decode_hs(floatX* out, const floatX* q, const floatX* k, const floatX* v, int length, int room, Heads h,
                          cudaStream_t stream) {
-    attention_decode_kernel<HS><<<h.B * h.NH, DECODE_WARPS * WARP_SIZE, 0, stream>>>(out, q, k, v, length, room, h.NH,
-                                                                                     h.NKV, LOG2E / sqrtf(float(HS)));
+    attention_decode_kernel<HS>
+        <<<h.B * h.NH, DECODE_THREADS, 0, stream>>>(out, q, k, v, length, room, h.NH, h.NKV, LOG2E / sqrtf(float(HS)));
     CHECK(cudaGetLastError());
 }
 
@@ -5905,8 +5906,8 @@ TrainState load_checkpoint(Model& m, const std::string& dir) {
 // =====================================================================================================================
 // Generation: the text that a model writes on.
 
-// How the next token is drawn: the logits are divided by the temperature (0: the likeliest is taken), the top_k likeliest
-// tokens stay (0: all), of them the fewest likeliest that have top_p of their probability together.
+// How the next token is drawn: the logits are divided by the temperature (0: the likeliest is taken), the top_k
+// likeliest tokens stay (0: all), of them the fewest likeliest that have top_p of their probability together.
 struct Sampling {
     float temperature = 0.8f;
     int top_k = 50;
@@ -5919,7 +5920,8 @@ struct Candidate {
     double p;
 };
 
-// The tokens that may come next, with probabilities that sum to 1, of equal logits the lower id first; logits (V), finite.
+// The tokens that may come next, with probabilities that sum to 1, of equal logits the lower id first; logits (V),
+// finite.
 std::vector<Candidate> candidates(const float* logits, int V, const Sampling& s) {
     auto likelier = [](const Candidate& a, const Candidate& b) {
         return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
@@ -5994,8 +5996,8 @@ std::vector<int> sample(Model& m, std::vector<int> tokens, int n, int vocabulary
 }
 
 // Writes m.cache.sequences texts on from one prompt, n tokens each or up to and with `eos`: the prompt in one forward,
-// then a token of each at a time. Calls got(sequence, token) for each token as it comes. Sequence b draws its token i with
-// random number i of stream 1 + b. The cache has room for all but the last token.
+// then a token of each at a time. Calls got(sequence, token) for each token as it comes. Sequence b draws its token i
+// with random number i of stream 1 + b. The cache has room for all but the last token.
 template <typename F>
 void generate(Model& m, const std::vector<int>& prompt, int n, int vocabulary, const Sampling& s, uint64_t seed,
               int eos, F got) {
@@ -6031,8 +6033,8 @@ struct Validation {
     uint64_t tokens = 0, bytes = 0;
 };
 
-// Over the first `windows` windows of the data, read one at a time, evaluated m.B at a time. Bytes: of the text that the
-// targets stand for, of which BOS and EOS are none; with a tokenizer only.
+// Over the first `windows` windows of the data, read one at a time, evaluated m.B at a time. Bytes: of the text that
+// the targets stand for, of which BOS and EOS are none; with a tokenizer only.
 Validation validation(Model& m, DataLoader& data, uint64_t windows, const Tokenizer* tokenizer) {
     const int T = m.c.T;
     Validation v;
@@ -6060,8 +6062,8 @@ struct Question {
     std::vector<std::vector<int>> choices;
 };
 
-// Questions from a file of dev/data/hellaswag.py, little-endian int32: 256 of header (magic 20261125, version 1, number of
-// questions, vocabulary size, number of int32 that follow), then for each K, label, n0, n1 .. nK, the n0 ids of the
+// Questions from a file of dev/data/hellaswag.py, little-endian int32: 256 of header (magic 20261125, version 1, number
+// of questions, vocabulary size, number of int32 that follow), then for each K, label, n0, n1 .. nK, the n0 ids of the
 // context and the ids of the K choices. Ids are below V; a choice fits into T tokens.
 std::vector<Question> read_questions(const std::string& path, int V, int T) {
     const std::string bytes = read_file(path);
@@ -6108,8 +6110,8 @@ std::vector<Question> read_questions(const std::string& path, int V, int T) {
 }
 
 // log p of each choice given its context, the sum over its tokens; one after another, as they stand in the questions. A
-// context that does not fit into T is cut from the left. Texts of like length are run together, as many as the model has
-// memory for, the shorter ones filled up behind their end, which what stands before does not see.
+// context that does not fit into T is cut from the left. Texts of like length are run together, as many as the model
+// has memory for, the shorter ones filled up behind their end, which what stands before does not see.
 std::vector<double> log_likelihoods(Model& m, const std::vector<Question>& questions) {
     struct Text {
         const Question* q;
@@ -6150,11 +6152,9 @@ template <typename F>
 double accuracy(const std::vector<Question>& questions, const std::vector<double>& scores, F length) {
     size_t at = 0, right = 0;
     for (const Question& q : questions) {
-        int best = 0;
         std::vector<double> score;
         for (const std::vector<int>& choice : q.choices) score.push_back(scores[at++] / length(choice));
-        best = int(std::max_element(score.begin(), score.end()) - score.begin());
-        right += best == q.label;
+        right += std::max_element(score.begin(), score.end()) - score.begin() == q.label;
     }
     return double(right) / double(questions.size());
 }
@@ -7314,8 +7314,8 @@ std::unique_ptr<Tokenizer> open_tokenizer(const Options& o, const Manifest& mani
     return tokenizer;
 }
 
-// Settles what runs: the model's shape and the tokenizer, as the checkpoint has them or the options say. Returns where the
-// weights are.
+// Settles what runs: the model's shape and the tokenizer, as the checkpoint has them or the options say. Returns where
+// the weights are.
 std::string settle_weights(Options& o, std::unique_ptr<Tokenizer>& tokenizer) {
     Config& c = o.config;
     if (o.checkpoint.empty() == o.init_from.empty())

@@ -45,9 +45,9 @@ class Tests(test_cli.Tests):
         else:
             documents = [[1, *(rng.randrange(3, 200) for _ in range(rng.randint(5, 80))), 2] for _ in range(60)]
         write_shard(data, sum(documents, []))
-        self.run(*self.shape, "--tokenizer", tokenizer, "--seq-len", 48, "--batch-size", 4, "--steps", steps, "--lr", 0.01,
-                 "--train-data", data, "--val-data", data, "--val-every", steps, "--val-batches", 5, "--save-every",
-                 steps // 2, "--out", out, "--export", out + ".st", *more)
+        self.run(*self.shape, "--tokenizer", tokenizer, "--seq-len", 48, "--batch-size", 4, "--steps", steps,
+                 "--lr", 0.01, "--train-data", data, "--val-data", data, "--val-every", steps, "--val-batches", 5,
+                 "--save-every", steps // 2, "--out", out, "--export", out + ".st", *more)
         return out
 
     def outputs(self, *args, limit=60):
@@ -76,19 +76,19 @@ class Tests(test_cli.Tests):
 
     def greedy(self):
         run = self.train("run")
-        first = self.generate("--checkpoint", run, "--prompt", "The q", "--temperature", 0, "--max-tokens", 20)
+        ask = ["--prompt", "The q", "--max-tokens", 20]
+        first = self.generate("--checkpoint", run, *ask, "--temperature", 0)
         expect(first.startswith(b"The q") and first.endswith(b"\n") and len(first) >= 5 + 20 + 1, f"no text: {first}")
-        again = self.generate("--checkpoint", run + "/step_00000020", "--prompt", "The q", "--temperature", 0,
-                              "--max-tokens", 20)
+        again = self.generate("--checkpoint", run + "/step_00000020", *ask, "--temperature", 0)
         weights = ["--init-from", run + ".st", *self.shape, "--tokenizer", "bytes", "--seq-len", 48]
-        other = self.generate(*weights, "--prompt", "The q", "--temperature", 0, "--max-tokens", 20)
+        other = self.generate(*weights, *ask, "--temperature", 0)
         expect(first == again, "a run's folder and its newest checkpoint write differently")
         expect(self.args.bf16 or first == other, "exported weights write differently")  # bf16 exports float masters
         with open(self.path("prompt.txt"), "w") as f:
             f.write("The q")
-        same = self.generate("--checkpoint", run, "--prompt-file", self.path("prompt.txt"), "--top-k", 1, "--max-tokens", 20)
+        same = self.generate("--checkpoint", run, "--prompt-file", self.path("prompt.txt"), *ask[2:], "--top-k", 1)
         expect(first == same, "top-k 1 from a file is not the greedy text")
-        expect(self.generate("--checkpoint", run, "--max-tokens", 3, "--seed", 2).endswith(b"\n"), "no text without a prompt")
+        expect(self.generate("--checkpoint", run, "--max-tokens", 3).endswith(b"\n"), "no text without a prompt")
 
     def seeds(self):
         run = self.train("run")
@@ -103,9 +103,9 @@ class Tests(test_cli.Tests):
     def whole_characters(self):
         """Whatever bytes are drawn, what arrives is valid UTF-8 at every moment, and it comes piece by piece."""
         run = self.train("run")
-        p = subprocess.Popen([self.args.train_gpt, "generate", "--checkpoint", run, "--prompt", "Käse 😀", "--top-k", "0",
-                              "--temperature", "1.5", "--max-tokens", "300", "--seq-len", "400"], stdout=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL)
+        ask = ["generate", "--checkpoint", run, "--prompt", "Käse 😀", "--top-k", "0", "--temperature", "1.5"]
+        p = subprocess.Popen([self.args.train_gpt, *ask, "--max-tokens", "300", "--seq-len", "400"],
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         pieces = []
         while piece := os.read(p.stdout.fileno(), 65536):
             pieces.append(piece)
@@ -117,8 +117,8 @@ class Tests(test_cli.Tests):
 
     def context(self):
         run = self.train("run")
-        out, err = self.outputs("generate", "--checkpoint", run, "--prompt", "x" * 39, "--max-tokens", 500, "--top-k", 40)
-        expect("end of the context of 48" in err or "cut off" not in err, f"no end of the context: {err}")
+        ask = ["generate", "--checkpoint", run, "--prompt", "x" * 39, "--max-tokens", 500, "--temperature", 0]
+        expect("text: 9 tokens" in (err := self.outputs(*ask)[1]) and "end of the context of 48" in err, err)
         self.bad(["generate", "--checkpoint", run, "--prompt", "x" * 48], "49 tokens", "48", "--seq-len")
         self.generate("--checkpoint", run, "--prompt", "x" * 48, "--max-tokens", 5, "--seq-len", 60)
         nano = self.train("nano", "--backbone", "nanogpt", "--kv-heads", 2, "--max-seq-len", 52)
@@ -156,7 +156,7 @@ class Tests(test_cli.Tests):
         self.bad(ask, mine, "--tokenizer")
         expect(self.outputs(*ask, "--tokenizer", moved)[0] == text, "the moved tokenizer writes differently")
         report, err = self.eval("--checkpoint", run, "--val-data", run + ".bin")
-        expect("bits_per_byte" not in report and "loss" in report and err.count("warning") == 1, f"eval without one: {err}")
+        expect("bits_per_byte" not in report and "loss" in report and err.count("warning") == 1, f"without one: {err}")
         shutil.copy(os.path.join(HERE, "tokenizer_rules.bin"), mine)
         self.bad(ask, mine, "not the tokenizer")
         out, err = self.outputs(*ask, "--tokenizer", mine)  # who gives it has the say
@@ -173,7 +173,9 @@ class Tests(test_cli.Tests):
         run, data = self.train("run"), self.train("run") + ".bin"
         logged = float(read_log(run)[-1]["val_loss"])
         report, err = self.eval("--checkpoint", run, "--val-data", data, "--val-batches", 5, "--batch-size", 4)
-        expect(abs(report["loss"] - logged) < 2e-6 * logged, f"loss {report['loss']}, while training {logged}")
+        # on a GPU the training has timed its matmuls' algorithms, which may round bf16 differently
+        expect(abs(report["loss"] - logged) < (1e-3 if self.args.bf16 else 2e-6) * logged,
+               f"loss {report['loss']}, while training {logged}")
         with open(data, "rb") as f:
             tokens = array.array("H", f.read()[1024:])
         windows = [tokens[i * 49:i * 49 + 49] for i in range(len(tokens) // 49)]
@@ -187,13 +189,15 @@ class Tests(test_cli.Tests):
         expect(abs(whole["bits_per_byte"] - bits) < 1e-6, f"bits per byte {whole['bits_per_byte']}, not {bits}")
         expect(f"{whole['loss']:.4f} nats" in err and "bits a byte" in err, f"nothing for people: {err}")
         many, _ = self.eval("--checkpoint", run, "--val-data", data, "--batch-size", 64)
-        expect(abs(many["loss"] - whole["loss"]) < (1e-3 if self.args.bf16 else 2e-6), "the batch size changes the loss")
+        off = abs(many["loss"] - whole["loss"])
+        expect(off < (1e-3 if self.args.bf16 else 2e-6), f"the batch size changes the loss by {off}")
 
     def choices(self):
         run, path = self.train("run"), self.path("questions.bin")
         right, wrong = list(b" quick brown fox"), list(b" zqxj!!")
         context = [256, *b"The"]
-        write_questions(path, [(0, context, [right, wrong]), (1, context, [wrong, right]), (1, context, [right, wrong])], 258)
+        pairs = [(0, context, [right, wrong]), (1, context, [wrong, right]), (1, context, [right, wrong])]
+        write_questions(path, pairs, 258)
         report, err = self.eval("--checkpoint", run, "--choices", path)
         expect(report["questions"] == 3 and "accuracy" in err, f"{report} {err}")
         for batch in (1, 9):
@@ -201,7 +205,8 @@ class Tests(test_cli.Tests):
             expect(other == report, f"batches of {batch}: {other}, not {report}")
         for key in ("acc_per_token", "acc_per_byte"):  # the model has seen the right ones
             expect(abs(report[key] - 2 / 3) < 1e-6, f"{key} is {report[key]}")
-            expect(abs(report[key + "_stderr"] - math.sqrt(2 / 9 / 2)) < 1e-6, f"{key}_stderr is {report[key + '_stderr']}")
+            error = report[key + "_stderr"]
+            expect(abs(error - math.sqrt(2 / 9 / 2)) < 1e-6, f"{key}_stderr is {error}")
         # likelihoods as they are favour the short
         write_questions(path, [(0, context, [right, right[:2]])], 258)
         report = self.eval("--checkpoint", run, "--choices", path)[0]
