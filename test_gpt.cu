@@ -1401,9 +1401,10 @@ TEST(cached_logits) {
         for (Variant variant : {Variant::simplegpt, Variant::prenorm, Variant::preqknorm})
             for (int P : {1, 7}) {
                 if ((quick || EXACT) && (P == 1) != (variant == Variant::prenorm)) continue;
+                if (quick && (variant == Variant::preqknorm || (P == 1) != (backbone == Backbone::nanogpt))) continue;
                 Config c = small_config(backbone, variant);
                 c.layernorm = P == 1;
-                const int T = EXACT ? 12 : c.T, V = c.V;
+                const int T = EXACT ? 10 : c.T, V = c.V;
                 Model m;
                 open_writer(m, c, 2, T);
                 m.logit_rows = 1;  // rows by turns
@@ -1437,7 +1438,7 @@ TEST(cached_logits) {
 TEST(generate) {
     Config c = small_config(Backbone::llama, Variant::simplegpt);
     const std::vector<int> prompt = {3, 1, 4};
-    const int n = EXACT ? 5 : 14, room = int(prompt.size()) + n - 1;
+    const int n = quick ? 4 : EXACT ? 5 : 14, room = int(prompt.size()) + n - 1;
     Model m;
     open_writer(m, c, 3, room);
     std::vector<int> got[3];
@@ -1477,12 +1478,8 @@ TEST(generate) {
     write(warm, n, -1);
     EXPECT((BF16 || got[0] == without(warm)) && got[1] != got[0] && got[2] != got[1]);
     const std::vector<int> first[3] = {got[0], got[1], got[2]};
-    write(warm, n, -1);
-    EXPECT(first[0] == got[0] && first[1] == got[1] && first[2] == got[2]);
-    // sequence 1 goes on alike when another has ended
-    write(warm, n, first[0][0]);
-    if (std::find(first[1].begin(), first[1].end(), first[0][0]) == first[1].end())
-        EXPECT(got[0].size() == 1 && got[1] == first[1]);
+    write(warm, n, first[0][0]);  // the same again; sequence 1 goes on alike when another has ended
+    EXPECT(got[0].size() == 1 && got[1] == first[1]);
     set_parameters(m, m.table.norm, std::vector<float>(c.C, INFINITY));
     EXPECT(error_of([&] { write(warm, n, -1); }).find("not finite") != std::string::npos && without(warm).empty());
     destroy(m);
@@ -1574,16 +1571,17 @@ TEST(evaluation) {
         write_bytes(path, std::string((const char*)x.data(), x.size() * 4 - cut));
     };
     put(file);
-    const std::vector<Question> read = read_questions(path, V, 24);
+    std::vector<Question> read = read_questions(path, V, 24);
     EXPECT(read.size() == 5);
     for (size_t i = 0; i < read.size(); i++)
         EXPECT(read[i].label == questions[i].label && read[i].context == questions[i].context &&
                read[i].choices == questions[i].choices);
 
+    if (quick) read.erase(read.begin(), read.begin() + 3);
     const std::vector<double> scores = log_likelihoods(m, read);
     Vec want;
     int right = 0, right_per_token = 0;
-    for (const Question& q : questions) {
+    for (const Question& q : read) {
         Vec sums, means;
         for (auto& choice : q.choices) {
             std::vector<int> text = q.context;
@@ -1600,8 +1598,9 @@ TEST(evaluation) {
         right_per_token += std::max_element(means.begin(), means.end()) - means.begin() == q.label;
     }
     expect_close(Vec(scores.begin(), scores.end()), want, TOL_LOSS, "log-likelihoods");
-    EXPECT(accuracy(read, scores, [](auto&) { return 1.0; }) == right / 5.0);
-    EXPECT(accuracy(read, scores, [](auto& choice) { return double(choice.size()); }) == right_per_token / 5.0);
+    const double all = double(read.size());
+    EXPECT(accuracy(read, scores, [](auto&) { return 1.0; }) == right / all);
+    EXPECT(accuracy(read, scores, [](auto& choice) { return double(choice.size()); }) == right_per_token / all);
 
     // a file that is cut anywhere, or wrong in any number of its frame
     for (size_t bytes = 1; bytes < file.size() * 4; bytes += 53) {
@@ -1621,8 +1620,9 @@ TEST(evaluation) {
     put(file);
     EXPECT(error_of([&] { read_questions(path, V, 23); }).find("question 5 has a choice of 24") != std::string::npos);
 
-    // five windows, two at a time, with a BOS now and then, behind which a piece has no space in front
-    std::vector<uint16_t> tokens(5 * 25 + 7);
+    // an odd number of windows, two at a time, with a BOS now and then, behind which a piece has no space in front
+    const int windows = quick ? 3 : 5;
+    std::vector<uint16_t> tokens(windows * 25 + 7);
     for (uint16_t& t : tokens) t = uint16_t(r.below(5) ? V / 2 + r.below(V / 2) : tokenizer.bos());
     std::vector<int32_t> header = {20240520, 1, int32_t(tokens.size())};
     header.resize(256);
@@ -1632,7 +1632,7 @@ TEST(evaluation) {
     const Validation v = validation(m, data, data.windows(), &tokenizer);
     double nats = 0;
     size_t bytes = 0, prefixes = 0;
-    for (int w = 0; w < 5; w++) {
+    for (int w = 0; w < windows; w++) {
         const std::vector<int> text(&tokens[w * 25], &tokens[w * 25] + 25);
         forward_tokens(m, text.data(), 1, 24);
         const Vec logits = logits_f64(m, 0, 24);
@@ -1643,7 +1643,7 @@ TEST(evaluation) {
             bytes += piece.size() - prefix, prefixes += prefix;
         }
     }
-    EXPECT(v.tokens == 5 * 24 && v.bytes == bytes && prefixes > 2);
+    EXPECT(v.tokens == windows * 24u && v.bytes == bytes && prefixes > 2);
     expect_close({v.nats}, {nats}, TOL_LOSS, "validation");
     unlink(path.c_str()), unlink(shard.c_str());
     destroy(m);

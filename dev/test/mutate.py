@@ -578,7 +578,7 @@ MUTATIONS = [
      "ranks", "two jobs"),
     ("ranks: last rows lost", MAIN, "    log.finish();\n", "", "disk", "^log"),
     # generation and evaluation
-    ("decode: a row too many", MAIN, "there[i] = j < length;", "there[i] = j <= length;", "serial_fp32", "attention_decode"),
+    ("decode: a row too many", MAIN, "there[i] = j < length;", "there[i] = j <= length;", "exact_bf16", "attention_decode"),
     ("decode: half of a warp's groups", MAIN, "m >= LANES; m /= 2)", "m > LANES; m /= 2)", "exact_bf16", "attention_decode"),
     ("decode: sum not rescaled", MAIN, "        sum *= keep;\n", "", "serial_fp32", "attention_decode"),
     ("decode: warps as if of one maximum", MAIN,
@@ -617,7 +617,8 @@ MUTATIONS = [
      "            verify_checkpoint(dir, true);\n", "", "generate", "damage"),
     ("generate: any file is the tokenizer", MAIN, "if (hash && hash->string != tokenizer_hash(path))", "if (false)", "generate", "tokenizer"),
     ("eval: the last windows left out", MAIN,
-     "std::min<uint64_t>(m.B, windows - done)", "std::min<uint64_t>(m.B, windows - done);\n        if (windows - done < uint64_t(m.B)) break",
+     "for (uint64_t done = 0; done < windows;) {",
+     "for (uint64_t done = 0; done + m.B <= windows;) {",
      "generate", "validation"),
 ]
 
