@@ -44,6 +44,10 @@ void expect_close(const Vec& got, const Vec& want, double tolerance, const std::
 constexpr double TOL = BF16 ? 4e-3 : 5e-7;
 constexpr double TOL_FLOAT = 8e-7;  // sums that stay float; measured 4.6e-7
 // products of products: out and dv (fp32 2.4e-6, bf16 3.7e-3), dk and dq (2.3e-6, 8.9e-3), dlogits (1.1e-6, 1.8e-3)
+// decode over a cache (fp32 1.6e-6, bf16 3.0e-3); logits with a cache against those without (3.8e-6, 2.7e-2)
+constexpr double TOL_DECODE = BF16 ? 4e-3 : 2.5e-6, TOL_CACHED = BF16 ? 4e-2 : 1e-5;
+// losses of a text alone and among others: 6e-8 on a CPU; a GPU's matmuls may add in another order at another shape
+constexpr double TOL_LOSS = BF16 ? 1e-3 : 2e-6;
 constexpr double TOL_ATTENTION = BF16 ? 5e-3 : 4e-6, TOL_SCORES = BF16 ? 1.2e-2 : 4e-6, TOL_LOGITS = BF16 ? 3e-3 : 2e-6;
 
 struct Random {
@@ -572,6 +576,71 @@ TEST(attention) {
         EXPECT(dq_again.get() == dq.get() && dk_again.get() == dk.get() && dv_again.get() == dv.get());
     }
     hopper = had_hopper;
+}
+
+// One token a sequence over a cache, whose rows behind it are NaN.
+TEST(attention_decode) {
+    struct Shape {
+        Heads h;
+        int length, room;
+        double scale;  // of q
+    };
+    std::vector<Shape> shapes = {{{2, 1, 2, 1, 16}, 1, 1, 1},       {{1, 1, 4, 4, 32}, 5, 9, 1},
+                                 {{1, 1, 6, 2, 64}, 65, 70, 10},    {{3, 1, 1, 1, 72}, 33, 33, 1},
+                                 {{2, 1, 4, 2, 128}, 130, 131, 15}, {{1, 1, 2, 2, 72}, 2, 64, 30}};
+    if (!quick)
+        shapes.insert(shapes.end(), {{{1, 1, 1, 1, 16}, 700, 701, 3},
+                                     {{1, 1, 2, 1, 32}, 257, 300, 1},
+                                     {{1, 1, 2, 1, 128}, 515, 600, 5},
+                                     {{1, 1, 1, 1, 64}, 1000, 1000, 40}});
+    for (auto [h, length, room, q_scale] : shapes) {
+        Random r{uint64_t(length * 53 + h.HS)};
+        const int HS = h.HS;
+        const size_t cached = size_t(h.B) * h.NKV * room * HS;
+        Vec rows[2] = {normals(cached, r), normals(cached, r)};
+        for (Vec& x : rows)
+            for (size_t i = 0; i < cached; i++)
+                if (int(i / HS % room) >= length) x[i] = NAN;
+        DevX q(normals(size_t(h.B) * h.width(0), r, q_scale)), k(rows[0]), v(rows[1]), out(q.n);
+        attention_decode(out.p, q.p, k.p, v.p, length, room, h, 0);
+        Vec want(q.n);
+        for (int b = 0; b < h.B; b++)
+            for (int head = 0; head < h.NH; head++) {
+                const size_t o = (size_t(b) * h.NH + head) * HS,
+                             kv = (size_t(b) * h.NKV + head / (h.NH / h.NKV)) * room * HS;
+                Vec p(length);
+                double top = -INFINITY, sum = 0;
+                for (int j = 0; j < length; j++) {
+                    for (int c = 0; c < HS; c++) p[j] += q.v[o + c] * k.v[kv + j * HS + c] / sqrt(double(HS));
+                    top = std::max(top, p[j]);
+                }
+                for (double& x : p) sum += x = exp(x - top);
+                for (int j = 0; j < length; j++)
+                    for (int c = 0; c < HS; c++) want[o + c] += p[j] / sum * v.v[kv + j * HS + c];
+            }
+        expect_close(out.get(), want, TOL_DECODE, format("length %d HS %d NH %d NKV %d", length, HS, h.NH, h.NKV));
+    }
+}
+
+// Rows go to their places and nothing else is touched; one sequence's to all, or each one's to its own.
+TEST(cache_append) {
+    for (int sequences : {1, 3})
+        for (auto [T, past, room] : {std::tuple{1, 4, 5}, {7, 0, 9}, {5, 3, 8}}) {
+            const Heads h = {sequences, T, 4, 2, 16};
+            const int B = 3;
+            Random r{uint64_t(T)};
+            DevX k(normals(size_t(h.B) * T * h.width(1), r)), v(normals(k.n, r));
+            DevX k_cache(normals(size_t(B) * room * h.width(1), r)), v_cache(normals(k_cache.n, r));
+            Vec want[2] = {k_cache.v, v_cache.v};
+            cache_append(k_cache.p, v_cache.p, k.p, v.p, B, past, room, h, 0);
+            for (int i = 0; i < 2; i++)
+                for (int b = 0; b < B; b++)
+                    for (int g = 0; g < h.NKV; g++)
+                        for (int c = 0; c < T * h.HS; c++)
+                            want[i][((b * h.NKV + g) * room + past) * h.HS + c] =
+                                (i ? v : k).v[(b % sequences * h.NKV + g) * T * h.HS + c];
+            EXPECT(k_cache.get() == want[0] && v_cache.get() == want[1]);
+        }
 }
 
 TEST(cross_entropy) {
@@ -1355,6 +1424,313 @@ TEST(causal) {
     }
     expect_close(Vec(logits[0].begin(), logits[0].end()), Vec(logits[1].begin(), logits[1].end()), TOL, "row 10");
     destroy(m);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Generation and evaluation
+
+Vec logits_f64(Model& m, size_t row, int rows) {
+    const std::vector<float> x = get_logits(m, row, rows);
+    return Vec(x.begin(), x.end());
+}
+
+// A model of some weights that are not those of a start: there the logits hardly depend on the context.
+void open_writer(Model& m, const Config& c, int sequences, int room) {
+    m.cache.sequences = sequences, m.cache.room = room;
+    plan(m, c, 2, false);
+    create(m);
+    Random r{9};
+    for (const Tensor& t : m.table.tensors) {
+        std::vector<float> w(t.size());
+        for (float& x : w) x = float(t.cols ? r.normal() * 1.5 / sqrt(double(t.cols)) : 1 + 0.3 * r.normal());
+        set_parameters(m, t.offset, w);
+    }
+}
+
+// Logits of a token at a time behind a cached prompt are those of a forward over the whole text, at every position, of
+// each of two texts that begin alike.
+TEST(cached_logits) {
+    for (Backbone backbone : {Backbone::llama, Backbone::nanogpt})
+        for (Variant variant : {Variant::simplegpt, Variant::prenorm, Variant::preqknorm})
+            for (int P : {1, 7}) {
+                if ((quick || EXACT) && (P == 1) != (variant == Variant::prenorm)) continue;
+                if (quick && (variant == Variant::preqknorm || (P == 1) != (backbone == Backbone::nanogpt))) continue;
+                Config c = small_config(backbone, variant);
+                c.layernorm = P == 1;
+                const int T = EXACT ? 10 : c.T, V = c.V;
+                Model m;
+                open_writer(m, c, 2, T);
+                m.logit_rows = 1;  // rows by turns
+                Random r{uint64_t(P)};
+                std::vector<int> texts[2] = {std::vector<int>(T), std::vector<int>(T)};
+                for (int t = 0; t < T; t++)
+                    for (int b = 0; b < 2; b++) texts[b][t] = b && t < P ? texts[0][t] : r.below(V);
+                Vec want[2], got[2];
+                const Cache cache = std::exchange(m.cache, Cache());
+                for (int b = 0; b < 2; b++) {
+                    forward_tokens(m, texts[b].data(), 1, T);
+                    want[b] = logits_f64(m, P - 1, T - P + 1);
+                }
+                m.cache = cache;
+                forward_tokens(m, texts[0].data(), 1, P);
+                got[0] = got[1] = logits_f64(m, P - 1, 1);
+                for (m.cache.past = P; m.cache.past < T; m.cache.past++) {
+                    const int next[2] = {texts[0][m.cache.past], texts[1][m.cache.past]};
+                    forward_tokens(m, next, 2, 1);
+                    const Vec both = logits_f64(m, 0, 2);
+                    for (int b = 0; b < 2; b++) got[b].insert(got[b].end(), &both[b * V], &both[b * V] + V);
+                }
+                for (int b = 0; b < 2; b++)
+                    expect_close(got[b], want[b], TOL_CACHED,
+                                 format("backbone %d variant %d prompt %d text %d", int(backbone), int(variant), P, b));
+                destroy(m);
+            }
+}
+
+// The text with a cache is that without one, drawn likewise, in each of several sequences; it ends behind EOS.
+TEST(generate) {
+    Config c = small_config(Backbone::llama, Variant::simplegpt);
+    const std::vector<int> prompt = {3, 1, 4};
+    const int n = quick ? 4 : EXACT ? 5 : 14, room = int(prompt.size()) + n - 1;
+    Model m;
+    open_writer(m, c, 3, room);
+    std::vector<int> got[3];
+    auto write = [&](const Sampling& s, int most, int eos) {
+        for (auto& text : got) text.clear();
+        generate(m, prompt, most, c.V, s, 5, eos, [&](int b, int id) { got[b].push_back(id); });
+    };
+    auto without = [&](const Sampling& s) {
+        const Cache cache = std::exchange(m.cache, Cache());
+        std::vector<int> text = sample(m, prompt, n, c.V, s, 5);
+        m.cache = cache;
+        return text;
+    };
+    write({0.0f, 0, 1.0f}, n, -1);
+    const std::vector<int> greedy = got[0];
+    EXPECT(got[1] == greedy && got[2] == greedy && int(greedy.size()) == n);
+    EXPECT(std::set<int>(greedy.begin(), greedy.end()).size() > 2);
+    if (!BF16) EXPECT(greedy == without({0.0f, 0, 1.0f}));
+    // in bf16, where two tokens can be as likely, each is at least as good as the best but for rounding
+    std::vector<int> text = prompt;
+    text.insert(text.end(), greedy.begin(), greedy.end());
+    const Cache cache = std::exchange(m.cache, Cache());
+    forward_tokens(m, text.data(), 1, int(text.size()) - 1);
+    const Vec logits = logits_f64(m, prompt.size() - 1, n);
+    m.cache = cache;
+    double scale = 0;
+    for (double x : logits) scale = std::max(scale, fabs(x));
+    for (int i = 0; i < n; i++) {
+        const double* row = &logits[size_t(i) * c.V];
+        EXPECT(row[greedy[i]] >= *std::max_element(row, row + c.V) - 2 * TOL_CACHED * scale);
+    }
+    write({0.0f, 0, 1.0f}, n, greedy[2]);
+    EXPECT(got[0].size() == size_t(std::find(greedy.begin(), greedy.end(), greedy[2]) - greedy.begin()) + 1);
+    write({0.0f, 0, 1.0f}, 1, -1);
+    EXPECT(got[2].size() == 1);
+    const Sampling warm = {1.3f, 20, 0.95f};
+    write(warm, n, -1);
+    EXPECT((BF16 || got[0] == without(warm)) && got[1] != got[0] && got[2] != got[1]);
+    const std::vector<int> first[3] = {got[0], got[1], got[2]};
+    write(warm, n, first[0][0]);  // the same again; sequence 1 goes on alike when another has ended
+    EXPECT(got[0].size() == 1 && got[1] == first[1]);
+    set_parameters(m, m.table.norm, std::vector<float>(c.C, INFINITY));
+    EXPECT(error_of([&] { write(warm, n, -1); }).find("not finite") != std::string::npos && without(warm).empty());
+    destroy(m);
+}
+
+// Which tokens may come and how likely, against the definition; then how often they do.
+TEST(candidates) {
+    for (int V : {1, 2, 70, 3000})
+        for (float temperature : {0.0f, 0.3f, 1.0f, 2.5f})
+            for (int top_k : {0, 1, 5, 4000})
+                for (float top_p : {0.2f, 0.9f, 1.0f}) {
+                    Random r{uint64_t(V)};
+                    std::vector<float> logits(V);
+                    for (float& x : logits) x = float(int(4 * r.normal())) / 2;  // many are equal
+                    std::vector<int> order(V);
+                    std::iota(order.begin(), order.end(), 0);
+                    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return logits[a] > logits[b]; });
+                    if (top_k && top_k < V) order.resize(top_k);
+                    if (temperature == 0) order.resize(1);
+                    double sum = 0, mass = 0, kept = 0;
+                    auto weight = [&](int v) { return temperature ? exp(double(logits[v]) / temperature) : 1.0; };
+                    for (int v : order) sum += weight(v);
+                    size_t n = 0;
+                    while (n < order.size() && mass < (top_p < 1 ? double(top_p) : 2.0))
+                        mass += weight(order[n++]) / sum;
+                    order.resize(n);
+                    for (int v : order) kept += weight(v);
+                    std::vector<Candidate> got = candidates(logits.data(), V, {temperature, top_k, top_p});
+                    std::sort(got.begin(), got.end(), [](auto& a, auto& b) {
+                        return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+                    });
+                    EXPECT(got.size() == order.size());
+                    for (size_t i = 0; i < std::min(got.size(), order.size()); i++)
+                        EXPECT(got[i].id == order[i] && fabs(got[i].p - weight(order[i]) / kept) < 1e-12);
+                }
+    // the order of the three: of 0.5, 0.3, 0.15, 0.05 the temperature 1/2 makes 0.68, 0.25, 0.06, 0.005
+    std::vector<float> four;
+    for (double p : {0.3, 0.5, 0.05, 0.15}) four.push_back(float(log(p)));
+    EXPECT(candidates(four.data(), 4, {0.5f, 0, 0.7f}).size() == 2 &&
+           candidates(four.data(), 4, {1, 0, 0.7f}).size() == 2);
+    EXPECT(candidates(four.data(), 4, {0.5f, 0, 0.65f}).size() == 1 &&
+           candidates(four.data(), 4, {1, 0, 0.65f}).size() == 2);
+    EXPECT(candidates(four.data(), 4, {1, 2, 0.6f}).size() == 1);  // 0.625 and 0.375 of two
+    const std::vector<Candidate> all = candidates(four.data(), 4, {1.0f, 3, 1.0f});
+    std::map<int, int> seen;
+    const int draws = 20000;
+    for (int i = 0; i < draws; i++) seen[draw(all, random_uniform(3, 1, i))]++;
+    double chi2 = 0;
+    for (const Candidate& x : all) chi2 += pow(seen[x.id] - draws * x.p, 2) / (draws * x.p);
+    EXPECT(seen.size() == 3 && chi2 < 9.2);  // 2 degrees of freedom: passed once in a hundred
+    EXPECT(draw(all, 1e-18) == 1 && draw(all, 1 - 1e-18) == 3);
+}
+
+// log p of a target by its row of logits
+double log_p(const double* row, int V, int target) {
+    double top = *std::max_element(row, row + V), sum = 0;
+    for (int v = 0; v < V; v++) sum += exp(row[v] - top);
+    return row[target] - top - log(sum);
+}
+
+// Scores of choices and the validation loss against the logits of each text alone.
+TEST(evaluation) {
+    const std::string path = temporary("questions.bin"), shard = temporary("shard.bin");
+    const Tokenizer tokenizer = Tokenizer::load(golden_dir + "/../tokenizer_llama.bin");
+    Config c = small_config(Backbone::nanogpt, Variant::preqknorm);
+    const int V = c.V = tokenizer.vocab_size();
+    Model m;
+    open_writer(m, c, 0, 0);
+    Random r{6};
+    auto ids = [&](int n) {
+        std::vector<int> x(n);
+        for (int& id : x) id = r.below(V);
+        return x;
+    };
+    std::vector<Question> questions;
+    std::vector<int32_t> file = {20261125, 1, 5, V, 0};
+    file.resize(256);
+    for (int i = 0; i < 5; i++) {  // the last contexts do not fit: T is 24
+        Question q{i % 3, ids(i < 3 ? 3 + 4 * i : 15 + 10 * i), {}};
+        for (int k = 0; k < (i == 1 ? 4 : 3); k++) q.choices.push_back(ids(i == 4 && k == 2 ? 24 : 1 + 3 * k));
+        file.insert(file.end(), {int(q.choices.size()), q.label, int(q.context.size())});
+        for (auto& choice : q.choices) file.push_back(int(choice.size()));
+        file.insert(file.end(), q.context.begin(), q.context.end());
+        for (auto& choice : q.choices) file.insert(file.end(), choice.begin(), choice.end());
+        questions.push_back(q);
+    }
+    file[4] = int(file.size()) - 256;
+    auto put = [&](const std::vector<int32_t>& x, size_t cut = 0) {
+        write_bytes(path, std::string((const char*)x.data(), x.size() * 4 - cut));
+    };
+    put(file);
+    std::vector<Question> read = read_questions(path, V, 24);
+    EXPECT(read.size() == 5);
+    for (size_t i = 0; i < read.size(); i++)
+        EXPECT(read[i].label == questions[i].label && read[i].context == questions[i].context &&
+               read[i].choices == questions[i].choices);
+
+    if (quick) read.erase(read.begin(), read.begin() + 3);
+    const std::vector<double> scores = log_likelihoods(m, read);
+    Vec want;
+    int right = 0, right_per_token = 0;
+    for (const Question& q : read) {
+        Vec sums, means;
+        for (auto& choice : q.choices) {
+            std::vector<int> text = q.context;
+            text.insert(text.end(), choice.begin(), choice.end());
+            if (text.size() > 25) text.erase(text.begin(), text.end() - 25);
+            const int T = int(text.size()) - 1, n = int(choice.size());
+            forward_tokens(m, text.data(), 1, T);
+            const Vec logits = logits_f64(m, T - n, n);
+            double sum = 0;
+            for (int t = 0; t < n; t++) sum += log_p(&logits[t * V], V, choice[t]);
+            sums.push_back(sum), means.push_back(sum / n), want.push_back(sum);
+        }
+        right += std::max_element(sums.begin(), sums.end()) - sums.begin() == q.label;
+        right_per_token += std::max_element(means.begin(), means.end()) - means.begin() == q.label;
+    }
+    expect_close(Vec(scores.begin(), scores.end()), want, TOL_LOSS, "log-likelihoods");
+    const double all = double(read.size());
+    EXPECT(accuracy(read, scores, [](auto&) { return 1.0; }) == right / all);
+    EXPECT(accuracy(read, scores, [](auto& choice) { return double(choice.size()); }) == right_per_token / all);
+
+    // a file that is cut anywhere, or wrong in any number of its frame
+    for (size_t bytes = 1; bytes < file.size() * 4; bytes += 53) {
+        put(file, bytes);
+        EXPECT(error_of([&] { read_questions(path, V, 24); }).find(path) == 0);
+    }
+    const int wrong[][2] = {{0, 20240520},  {1, 2},    {2, 4},   {2, 6},    {2, 0},    {2, -1},       {3, V + 1},
+                            {4, 7},         {256, 1},  {256, 2}, {256, -1}, {257, 3},  {257, -1},     {258, 0},
+                            {256, 1 << 30}, {258, -1}, {259, 2}, {262, V},  {262, -1}, {258, INT_MAX}};
+    for (auto [at, value] : wrong) {
+        std::vector<int32_t> bad = file;
+        bad[at] = value;
+        put(bad);
+        const std::string error = error_of([&, &at = at] { read_questions(path, V, 24); });
+        if (error.find(path) != 0) fail(format("number %d as %d: '%s'", at, value, error.c_str()));
+    }
+    put(file);
+    EXPECT(error_of([&] { read_questions(path, V, 23); }).find("question 5 has a choice of 24") != std::string::npos);
+
+    // an odd number of windows, two at a time, with a BOS now and then, behind which a piece has no space in front
+    const int windows = quick ? 3 : 5;
+    std::vector<uint16_t> tokens(windows * 25 + 7);
+    for (uint16_t& t : tokens) t = uint16_t(r.below(5) ? V / 2 + r.below(V / 2) : tokenizer.bos());
+    std::vector<int32_t> header = {20240520, 1, int32_t(tokens.size())};
+    header.resize(256);
+    write_bytes(shard, std::string((const char*)header.data(), 1024) +
+                           std::string((const char*)tokens.data(), tokens.size() * 2));
+    DataLoader data(shard, 1, 24, V);
+    const Validation v = validation(m, data, data.windows(), &tokenizer);
+    double nats = 0;
+    size_t bytes = 0, prefixes = 0;
+    for (int w = 0; w < windows; w++) {
+        const std::vector<int> text(&tokens[w * 25], &tokens[w * 25] + 25);
+        forward_tokens(m, text.data(), 1, 24);
+        const Vec logits = logits_f64(m, 0, 24);
+        for (int t = 0; t < 24; t++) {
+            const std::string piece = tokenizer.decode_piece(text[t + 1]);
+            const bool prefix = text[t] == tokenizer.bos() && piece[0] == ' ';
+            nats -= log_p(&logits[t * V], V, text[t + 1]);
+            bytes += piece.size() - prefix, prefixes += prefix;
+        }
+    }
+    EXPECT(v.tokens == windows * 24u && v.bytes == bytes && prefixes > 2);
+    expect_close({v.nats}, {nats}, TOL_LOSS, "validation");
+    unlink(path.c_str()), unlink(shard.c_str());
+    destroy(m);
+}
+
+// What a checkpoint says of a model makes that model again.
+TEST(config_of_checkpoint) {
+    for (const Flavour& f : FLAVOURS)
+        for (Variant variant : {Variant::simplegpt, Variant::prenorm}) {
+            Config c;
+            apply_flavour(c, f.name);
+            c.variant = variant, c.layernorm = variant == Variant::prenorm, c.T = 100, c.max_T = 300;
+            finish(c);
+            std::string json = "{\"config\": {";
+            for (auto& [key, value] : config_fields(c, Storage()))
+                json += (json.back() == '{' ? "" : ", ") + ("\"" + key + "\": \"" + value + "\"");
+            Manifest manifest;
+            manifest.json = parse_json(json + "}}");
+            const Config again = config_of(manifest, "DIR");
+            EXPECT(config_fields(again, Storage()) == config_fields(c, Storage()));
+            EXPECT(build_table(again).size == build_table(c).size);
+        }
+    for (auto [word, with] :
+         {std::pair{"llama", "gpt"}, {"\"4\"", "\"0\""}, {"\"4\"", "\"99999999999\""}, {"dim", "dime"}}) {
+        std::string json = "{\"config\": {";
+        for (auto& [key, value] : config_fields(small_config(Backbone::llama, Variant::simplegpt), Storage()))
+            json += (json.back() == '{' ? "" : ", ") + ("\"" + key + "\": \"" + (key == "layers" ? "4" : value) + "\"");
+        json.replace(json.find(word), strlen(word), with);
+        Manifest manifest;
+        manifest.json = parse_json(json + "}}");
+        EXPECT(error_of([&] { config_of(manifest, "DIR"); }).find("DIR/state.json: ") == 0);
+    }
+    EXPECT(parse_json(json_text("a\"b\\c\n\t")).string == "a\"b\\c\n\t");
+    EXPECT(json_number(NAN) == "null" && json_number(0.5) == "0.5");
 }
 
 // One golden file: the recipe from its weights over its tokens (format: dev/reference/golden.py).

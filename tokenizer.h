@@ -71,36 +71,61 @@ public:
     // Text of ids; BOS, EOS and other control ids are nothing. Throws std::runtime_error on an id that is not in [0,V).
     // BPE as the library does it: the dummy prefix is dropped, bytes that are no UTF-8 become U+FFFD.
     std::string decode(const std::vector<int>& ids) const {
-        std::string text, raw;
+        std::string text;
+        Stream stream(*this);
+        for (int id : ids) text += bpe_ ? stream.add(id) : decode_piece(id);
+        return text + stream.end();
+    }
+
+    // The text of ids that come one by one, as decode() has it, in whole characters: one of which bytes are missing is
+    // held back. Also of V = 258 bytes that are no UTF-8 become U+FFFD.
+    class Stream {
+    public:
+        explicit Stream(const Tokenizer& tokenizer) : t(tokenizer) {}
+
+        // the text that is certain now
+        std::string add(int id) {
+            std::string piece = t.decode_piece(id), text;
+            if (!t.bpe_ || t.type_[id] == BYTE) {
+                raw += piece;
+                return flush(false);
+            }
+            text = flush(true);
+            if (dropped) at_start = false;
+            dropped = false;
+            if (at_start && t.has_dummy_prefix(id)) {
+                piece.erase(0, 1);
+                dropped = !(t.flags_ & REMOVE_SPACES);  // with REMOVE_SPACES all leading spaces go
+            }
+            if (!piece.empty()) at_start = false;
+            return text + piece;
+        }
+
+        // what was held back
+        std::string end() { return flush(true); }
+
+    private:
+        const Tokenizer& t;
+        std::string raw;                        // bytes that may become a character
         bool at_start = true, dropped = false;  // dropped: the piece before this one lost its dummy prefix
-        auto flush = [&] {
-            for (std::string_view s = raw; !s.empty();) {
+
+        std::string flush(bool all) {
+            std::string text;
+            std::string_view s = raw;
+            while (!s.empty() && (all || !unfinished(s))) {
                 size_t n = utf8_length(s);
                 text += n ? s.substr(0, n) : REPLACEMENT;
                 s.remove_prefix(n ? n : 1);
             }
-            raw.clear();
-        };
-        for (int id : ids) {
-            std::string piece = decode_piece(id);
-            if (!bpe_) {
-                text += piece;
-            } else if (type_[id] == BYTE) {
-                raw += piece;
-            } else {
-                flush();
-                if (dropped || !text.empty()) at_start = false;
-                dropped = false;
-                bool has_text = type_[id] != CONTROL && type_[id] != UNKNOWN;
-                if (at_start && has_text && (flags_ & (DUMMY_PREFIX | REMOVE_SPACES)) && starts(pieces_[id], SPACE)) {
-                    piece.erase(0, 1);
-                    dropped = !(flags_ & REMOVE_SPACES);  // with REMOVE_SPACES all leading spaces go
-                }
-                text += piece;
-            }
+            raw.erase(0, raw.size() - s.size());
+            if (!text.empty()) at_start = false;
+            return text;
         }
-        flush();
-        return text;
+    };
+
+    // bytes of text that an id stands for; at_start: the first of a text, whose dummy prefix is none of it
+    size_t text_bytes(int id, bool at_start) const {
+        return decode_piece(id).size() - (bpe_ && at_start && has_dummy_prefix(id));
     }
 
     // text of one id, for printing while sampling: all its spaces, a byte id's byte as it is, nothing for a control id
@@ -174,6 +199,18 @@ private:
         }
         static constexpr uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};  // shorter forms exist below
         return code >= least[n] && code <= 0x10ffff && (code < 0xd800 || code > 0xdfff) ? n : 0;
+    }
+
+    // whether s is the begin of a UTF-8 character whose other bytes may come
+    static bool unfinished(std::string_view s) {
+        unsigned char c = s[0];
+        if (c < 0xc2 || c > 0xf4 || s.size() >= (size_t)character_size(c)) return false;
+        return std::all_of(s.begin() + 1, s.end(), [](char next) { return (next & 0xc0) == 0x80; });
+    }
+
+    bool has_dummy_prefix(int id) const {
+        return type_[id] != CONTROL && type_[id] != UNKNOWN && type_[id] != BYTE &&
+               (flags_ & (DUMMY_PREFIX | REMOVE_SPACES)) && starts(pieces_[id], SPACE);
     }
 
     // "<0x41>" is 0x41; -1: not of that form

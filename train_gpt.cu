@@ -4,7 +4,7 @@
 //   errors            configuration     tensor table      device helpers    warp tiles      Hopper instructions
 //   rows              SimpleNorm        embedding         matmul            Matmul on Hopper
 //   attention         head and loss     ranks             the model         optimizer       channel
-//   files             checkpoint        sampling          the run's log     speed of light
+//   files             checkpoint        generation        evaluation        the run's log     speed of light
 //   command line      main
 //
 // Shapes: B batch, T sequence length, N = B T tokens, C width, V vocabulary, Vp padded, L layers, NH query heads, NKV
@@ -131,6 +131,7 @@ struct Config {
     int V = 32000;
     float ffn_mult = 1.0f;
     int multiple_of = 256;
+    int hidden = 0;  // the feed-forward width; 0: by the formula (checkpoints know the width alone)
     float rope_theta = 1e4f;
     float norm_eps = 1e-5f;
     int T = 1024;
@@ -143,6 +144,7 @@ struct Config {
     int Vp() const { return (V + 63) / 64 * 64; }  // rows of embedding and head in memory; the last Vp - V stay zero
     // hidden width: 8/3 C, times ffn_mult, rounded up to a multiple (the paper's code); GPT-2's is 4 C
     int F() const {
+        if (hidden) return hidden;
         if (!gated()) return 4 * C;
         int hidden = int(double(ffn_mult) * int(2 * 4 * int64_t(C) / 3));
         return (hidden + multiple_of - 1) / multiple_of * multiple_of;
@@ -207,6 +209,7 @@ void finish(Config& c) {
     positive("--vocab-size", c.V);
     positive("--seq-len", c.T, 1 << 24);
     positive("--multiple-of", c.multiple_of, 1 << 24);
+    if (c.hidden) positive("hidden", c.hidden);
     if (c.NKV == 0) c.NKV = c.NH;
     positive("--kv-heads", c.NKV, 1 << 16);
     if (c.max_T == 0 || c.gated()) c.max_T = c.T;  // RoPE has no table to run out of
@@ -2808,6 +2811,150 @@ void attention_backward(floatX* dq, floatX* dk, floatX* dv, float* scratch, cons
     }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention of one token a sequence to itself and all before it, whose keys and values lie in a cache:
+//   out[b,h] = sum_{j < length} p_j v[b,g,j],   p_j = exp(s_j) / sum_i exp(s_i),   s_j = scale q[b,h] . k[b,g,j]
+// q (B,NH,HS), out (B,NH HS); k, v (B,NKV,room,HS), of which `length` rows are there; all floatX. g = h NKV / NH.
+//
+// One block a sequence and query head; neighbours share a key/value head, so that its rows come from the L2 cache.
+// DECODE_LANES lanes have a row, 16 bytes each (with HS 72 some have nothing); each such group takes DECODE_KEYS rows
+// at a time, all under way at once, and has an online softmax of its own. Groups are put together at the end, first a
+// warp's by shuffles, then the warps' in shared memory. In the serial geometry one lane has it all.
+
+constexpr int DECODE_WARPS = SERIAL ? 1 : 16, DECODE_THREADS = DECODE_WARPS * WARP_SIZE;
+constexpr int DECODE_KEYS = SERIAL ? 1 : 4;
+template <int HS>
+constexpr int DECODE_LANES = SERIAL           ? 1
+                             : HS / PACK > 16 ? 32
+                             : HS / PACK > 8  ? 16
+                                              : HS / PACK;
+
+// A lane's part of a head's row.
+template <int HS>
+struct HeadPart {
+    static constexpr int COLS = SERIAL ? HS : PACK;
+    const floatX* x = nullptr;
+    unsigned v[4] = {};
+    __device__ static int begin() { return lane() % DECODE_LANES<HS> * COLS; }
+    __device__ void load(const floatX* row, bool there) {
+        x = row + begin();
+        if (!SERIAL && there && begin() < HS) load_pack(v, x, PACK);
+    }
+    __device__ float operator()(int e) const { return SERIAL ? float(x[e]) : unpack(v, e); }
+};
+
+template <int HS>
+__global__ void __launch_bounds__(DECODE_THREADS)
+    attention_decode_kernel(floatX* out, const floatX* q, const floatX* k, const floatX* v, int length, int room,
+                            int NH, int NKV, float scale2) {
+    typedef HeadPart<HS> Part;
+    constexpr int LANES = DECODE_LANES<HS>, GROUPS = WARP_SIZE / LANES, COLS = Part::COLS;
+    __shared__ float tops[DECODE_WARPS], sums[DECODE_WARPS], parts[DECODE_WARPS][HS];
+    const int b = blockIdx.x / NH, h = blockIdx.x % NH;
+    const size_t rows = (size_t(b) * NKV + h / (NH / NKV)) * room;
+    Part query;
+    query.load(q + size_t(blockIdx.x) * HS, true);
+    float acc[COLS] = {}, sum = 0.0f, top = -1e30f;  // below any score, and its difference to itself is 0
+
+    for (int begin = 0; begin < length; begin += DECODE_KEYS * DECODE_WARPS * GROUPS) {
+        Part key[DECODE_KEYS], value[DECODE_KEYS];
+        bool there[DECODE_KEYS];
+        float s[DECODE_KEYS], most = top;
+        #pragma unroll
+        for (int i = 0; i < DECODE_KEYS; i++) {
+            const int j = begin + (i * DECODE_WARPS + warp()) * GROUPS + lane() / LANES;
+            there[i] = j < length;
+            const size_t at = (rows + (there[i] ? j : 0)) * HS;
+            key[i].load(k + at, there[i]);
+            value[i].load(v + at, there[i]);
+        }
+        #pragma unroll
+        for (int i = 0; i < DECODE_KEYS; i++) {
+            s[i] = 0.0f;
+            #pragma unroll
+            for (int e = 0; e < COLS; e++) s[i] += query(e) * key[i](e);
+            for (int m = LANES / 2; m > 0; m /= 2) s[i] += __shfl_xor_sync(ALL_LANES, s[i], m);
+            s[i] *= scale2;
+            if (there[i]) most = fmaxf(most, s[i]);
+        }
+        const float keep = fast_exp2(top - most);
+        top = most;
+        sum *= keep;
+        #pragma unroll
+        for (int e = 0; e < COLS; e++) acc[e] *= keep;
+        #pragma unroll
+        for (int i = 0; i < DECODE_KEYS; i++) {
+            const float p = there[i] ? fast_exp2(s[i] - top) : 0.0f;
+            sum += p;
+            #pragma unroll
+            for (int e = 0; e < COLS; e++) acc[e] += p * value[i](e);
+        }
+    }
+
+    for (int m = WARP_SIZE / 2; m >= LANES; m /= 2) {
+        const float other = __shfl_xor_sync(ALL_LANES, top, m), most = fmaxf(top, other);
+        const float keep = fast_exp2(top - most), take = fast_exp2(other - most);
+        top = most;
+        sum = sum * keep + __shfl_xor_sync(ALL_LANES, sum, m) * take;
+        #pragma unroll
+        for (int e = 0; e < COLS; e++) acc[e] = acc[e] * keep + __shfl_xor_sync(ALL_LANES, acc[e], m) * take;
+    }
+    if (lane() == 0) tops[warp()] = top, sums[warp()] = sum;
+    if (lane() < LANES && Part::begin() < HS)
+        for (int e = 0; e < COLS; e++) parts[warp()][Part::begin() + e] = acc[e];
+    __syncthreads();
+    for (int w = 0; w < DECODE_WARPS; w++) top = fmaxf(top, tops[w]);
+    for (int c = threadIdx.x; c < HS; c += blockDim.x) {
+        float total = 0.0f, x = 0.0f;
+        for (int w = 0; w < DECODE_WARPS; w++) {
+            const float take = fast_exp2(tops[w] - top);
+            total += take * sums[w];
+            x += take * parts[w][c];
+        }
+        out[size_t(blockIdx.x) * HS + c] = x / total;
+    }
+}
+
+template <int HS>
+void attention_decode_hs(floatX* out, const floatX* q, const floatX* k, const floatX* v, int length, int room, Heads h,
+                         cudaStream_t stream) {
+    attention_decode_kernel<HS>
+        <<<h.B * h.NH, DECODE_THREADS, 0, stream>>>(out, q, k, v, length, room, h.NH, h.NKV, LOG2E / sqrtf(float(HS)));
+    CHECK(cudaGetLastError());
+}
+
+void attention_decode(floatX* out, const floatX* q, const floatX* k, const floatX* v, int length, int room, Heads h,
+                      cudaStream_t stream) {
+    switch (h.HS) {
+        case 16: return attention_decode_hs<16>(out, q, k, v, length, room, h, stream);
+        case 32: return attention_decode_hs<32>(out, q, k, v, length, room, h, stream);
+        case 64: return attention_decode_hs<64>(out, q, k, v, length, room, h, stream);
+        case 72: return attention_decode_hs<72>(out, q, k, v, length, room, h, stream);
+        default: return attention_decode_hs<128>(out, q, k, v, length, room, h, stream);
+    }
+}
+
+// T new rows of keys and values, to the cache of B sequences behind the `past` rows that are there:
+//   cache[b,g,past+t] = x[b mod h.B,g,t]
+// k, v (h.B,NKV,T,HS), h.B either B or 1: a prompt that all sequences share; caches (B,NKV,room,HS); all floatX. Blocks
+// (B NKV) by as many as share a head's rows, which lie side by side on both sides.
+__global__ void cache_append_kernel(floatX* k_cache, floatX* v_cache, const floatX* k, const floatX* v, int past,
+                                    int room, Heads h) {
+    const size_t size = size_t(h.T) * h.HS, to = (size_t(blockIdx.x) * room + past) * h.HS,
+                 from = blockIdx.x % (h.B * h.NKV) * size;
+    for (size_t i = size_t(blockIdx.y) * blockDim.x + threadIdx.x; i < size; i += size_t(gridDim.y) * blockDim.x) {
+        k_cache[to + i] = k[from + i];
+        v_cache[to + i] = v[from + i];
+    }
+}
+
+void cache_append(floatX* k_cache, floatX* v_cache, const floatX* k, const floatX* v, int B, int past, int room,
+                  Heads h, cudaStream_t stream) {
+    const size_t shares = SERIAL ? 1 : std::min<size_t>((size_t(h.T) * h.HS + 255) / 256, 32);
+    cache_append_kernel<<<dim3(B * h.NKV, unsigned(shares)), 256, 0, stream>>>(k_cache, v_cache, k, v, past, room, h);
+    CHECK(cudaGetLastError());
+}
+
 // =====================================================================================================================
 // Head and loss. The logits exist for a chunk of rows at a time, in floatX, and turn into their gradient in place:
 //   loss[n] = lse - logit[target],   lse = log sum_v exp(logit[v])
@@ -3057,6 +3204,13 @@ struct Graph {
     cudaGraphExec_t exec = nullptr;
 };
 
+// Keys and values of the tokens that `sequences` sequences have seen, for writing on: (L,sequences,NKV,room,HS) each.
+// With sequences 0 there is none: training, validation.
+struct Cache {
+    int sequences = 0, room = 0, past = 0;  // past: tokens that are there, of each sequence; the next one's position
+    floatX *k = nullptr, *v = nullptr;
+};
+
 struct Model {
     Config c;
     Storage storage;
@@ -3080,6 +3234,7 @@ struct Model {
     float2* norm_stats = nullptr;              // (N)
     floatX* logits = nullptr;                  // (logit_rows,Vp)
     int logit_rows = 0;
+    Cache cache;
     Numbers* numbers = nullptr;
     float *losses = nullptr, *loss = nullptr, *grad_norm = nullptr;  // (N), and two of the numbers
     unsigned long long *hashes = nullptr, *hash_parts = nullptr;     // (ranks), (chunks)
@@ -3237,6 +3392,12 @@ void lay_out(Model& m, bool training) {
     char* logits = nullptr;
     a.take(logits, logits_bytes(m));
     m.logits = reinterpret_cast<floatX*>(logits);
+    if (m.cache.sequences) {
+        a.section(format("key/value cache (%s)", PRECISION));
+        const size_t count = size_t(c.L) * m.cache.sequences * m.cache.room * kv;
+        a.take(m.cache.k, count);
+        a.take(m.cache.v, count);
+    }
     a.section("batch, tables, scratch");
     a.take(m.losses, N);
     a.take(m.numbers, 1);
@@ -3349,6 +3510,7 @@ std::string advice(const Model& m, size_t room) {
                     s.half_gradients |= precision > 1;
                     s.no_master |= precision > 2;
                     Model other;
+                    other.cache.sequences = m.cache.sequences, other.cache.room = m.cache.room;
                     plan(other, m.c, B, m.training, s);
                     if (other.arena.used > room) continue;
                     std::string text = "Give";
@@ -3623,6 +3785,7 @@ QkvGains qkv_gains(const Model& m, const LayerOffsets& at) {
 //   prenorm    h = x + Wo A(Wq n, Wk n, Wv n),  n = N(x)          y = h + W2( silu(W1 n) * (W3 n) ),  n = N'(h)
 //   preqknorm  prenorm with Nq, Nk as in simplegpt
 // next null: the backward's replay, which makes again what the forward has not kept.
+// With a cache the T tokens of each sequence follow those in it (then T is 1, unless it is empty) and are added to it.
 void block_forward(Model& m, int l, floatX* next, int B, int T) {
     const LayerOffsets& at = m.table.layers[l];
     LayerActivations& a = m.acts[l];
@@ -3649,10 +3812,17 @@ void block_forward(Model& m, int l, floatX* next, int B, int T) {
         norm_residual_forward(a.n1, a.n1_stats, a.x, nullptr, m.w(at.norm1), N, C, norm, m.stream, !next);
     if (replay_block)
         known = linear(a.qkv_raw, a.qkv_stats, a.n1, at.qkv, at.qkv_gain, C, {h.width(0), h.width(1), h.width(2)});
+    const Cache& cache = m.cache;
+    const float2* rope = m.rope ? m.rope + size_t(cache.past) * h.HS / 2 : nullptr;
     if (replay_norm)
-        qkv_norm_rope_forward(a.q, a.k, a.v, a.qkv_stats, a.qkv_raw, qkv_gains(m, at), m.rope, h, norm, m.stream,
-                              known);
-    if (replay_block) attention_forward(a.att, a.lse, a.q, a.k, a.v, h, m.stream);
+        qkv_norm_rope_forward(a.q, a.k, a.v, a.qkv_stats, a.qkv_raw, qkv_gains(m, at), rope, h, norm, m.stream, known);
+    const size_t layer = size_t(l) * cache.sequences * cache.room * h.width(1);
+    if (cache.sequences)
+        cache_append(cache.k + layer, cache.v + layer, a.k, a.v, cache.sequences, cache.past, cache.room, h, m.stream);
+    if (cache.past > 0)
+        attention_decode(a.att, a.q, cache.k + layer, cache.v + layer, cache.past + 1, cache.room, h, m.stream);
+    else if (replay_block)
+        attention_forward(a.att, a.lse, a.q, a.k, a.v, h, m.stream);
     if (replay_block) known = linear(a.o_raw, a.o_stats, a.att, at.o, at.o_gain, C, {C});
     if (replay_norm) norm_residual_forward(a.h, a.o_stats, a.o_raw, a.x, m.w(at.o_gain), N, C, norm, m.stream, known);
 
@@ -3739,7 +3909,9 @@ void set_batch(Model& m, const int32_t* windows, int B, int T, bool places) {
 void forward(Model& m, int B, int T, const std::function<void(int)>& after_block = nullptr) {
     const int N = B * T, C = m.c.C, L = m.c.L;
     need_weights(m, 0, 1);
-    embedding_forward(m.acts[0].x, m.tokens, m.w(m.table.tok), m.w(m.table.pos), N, T, C, m.stream);
+    const floatX* positions = m.w(m.table.pos);
+    if (positions) positions += size_t(m.cache.past) * C;
+    embedding_forward(m.acts[0].x, m.tokens, m.w(m.table.tok), positions, N, T, C, m.stream);
     for (int l = 0; l < L; l++) {
         need_weights(m, l + 1, l + 2);
         block_forward(m, l, l + 1 < L ? m.acts[l + 1].x : m.out, B, T);
@@ -4853,6 +5025,17 @@ Json parse_json(const std::string& s) {
     return j;
 }
 
+std::string json_text(const std::string& s) {
+    std::string out = "\"";
+    for (char c : s) {
+        if (c == '"' || c == '\\') out += '\\';
+        out += (unsigned char)c < ' ' ? format("\\u%04x", c) : std::string(1, c);
+    }
+    return out + "\"";
+}
+// null where JSON has no number
+std::string json_number(double x) { return std::isfinite(x) ? format("%.9g", x) : "null"; }
+
 // XXH64, as github.com/Cyan4973/xxHash's doc/xxhash_spec.md defines it, seed 0; `xxhsum -H1` gives the same.
 struct Hash {
     static constexpr uint64_t P1 = 0x9E3779B185EBCA87, P2 = 0xC2B2AE3D27D4EB4F, P3 = 0x165667B19E3779F9,
@@ -5284,9 +5467,9 @@ void export_weights(const Model& m, const std::string& path, bool half) {
 //   model.safetensors, or model-0000I-of-0000K.safetensors and an index of them as Hugging Face has it: the weights as
 //                                trained, with the paper's names, whole tensors; units are dealt to the ranks
 //   optimizer_rankR.safetensors  the shard of the moments and, in bf16, the masters
-//   state.json                   step, seed, configuration, the loader's position, counts; size and XXH64 of every
-//                                other file, and of itself. Random numbers are functions of seed and step: there is no
-//                                other state.
+//   state.json                   step, seed, configuration, the loader's position, counts, the tokenizer's path and
+//                                XXH64 if the run had one; size and XXH64 of every other file, and of itself. Random
+//                                numbers are functions of seed and step: there is no other state.
 // It is the same at every ZeRO level. Files are written to OUT/.step_NNNNNNNN and fsynced; when every rank has told the
 // first that its own are there, that one writes state.json and renames: what has the name is complete. What cannot be
 // written is given up with a warning, training goes on, and the checkpoints before it stay.
@@ -5374,7 +5557,8 @@ struct Saver {
     std::string out;
     int keep = 0;  // the newest that stay, 0: all
     bool background = false;
-    std::string failure;  // why the last save was given up, "" if it was not; the first rank's, after finish()
+    std::string tokenizer;  // lines of state.json
+    std::string failure;    // why the last save was given up, "" if it was not; the first rank's, after finish()
 
     // One file of this rank, by name.
     using Files = std::vector<std::pair<std::string, std::vector<SaveTensor>>>;
@@ -5404,7 +5588,7 @@ struct Saver {
         job.progress(WRITING, step);
         settle(m);
         Files files = own_files(m);
-        const std::string head = manifest_head(m, state);
+        const std::string head = manifest_head(m, state) + tokenizer;
         const std::vector<std::string> index = weight_index(m);
         if (background && copy_all(files)) {
             writer = std::thread([this, files = std::move(files), head, index] {
@@ -5626,6 +5810,22 @@ private:
     }
 };
 
+// The hash of a tokenizer's file; that of the bytes has none.
+std::string tokenizer_hash(const std::string& path) {
+    Hash hash;
+    const std::string text = path == "bytes" ? "" : read_file(path);
+    hash.add(text.data(), text.size());
+    return hash.text();
+}
+
+// What state.json says of the tokenizer that --tokenizer names; "" of none.
+std::string tokenizer_lines(const std::string& tokenizer) {
+    if (tokenizer.empty()) return "";
+    const std::unique_ptr<char, decltype(&::free)> path(realpath(tokenizer.c_str(), nullptr), &::free);
+    const std::string name = tokenizer == "bytes" || !path ? tokenizer : path.get();
+    return "  \"tokenizer\": " + json_text(name) + ",\n  \"tokenizer_xxh64\": \"" + tokenizer_hash(tokenizer) + "\",\n";
+}
+
 struct Manifest {
     TrainState state;
     int ranks = 0;
@@ -5666,11 +5866,12 @@ Manifest read_manifest(const std::string& dir) {
     return m;
 }
 
-// Reads this rank's share of a checkpoint's files, to see that they are as they were written.
-void verify_checkpoint(const std::string& dir) {
+// Reads this rank's share of a checkpoint's files, or of those with weights, to see that they are as they were written.
+void verify_checkpoint(const std::string& dir, bool weights_only = false) {
     const Manifest m = read_manifest(dir);
     std::vector<char> data(HOST_CHUNK);
     for (size_t i = ranks.rank; i < m.files.size(); i += ranks.size) {
+        if (weights_only && m.files[i].name.compare(0, 5, "model")) continue;
         const std::string path = dir + "/" + m.files[i].name;
         FILE* f = fopen(path.c_str(), "rb");
         if (!f) throw Error(path + ": cannot be read: " + strerror(errno) + ".");
@@ -5684,6 +5885,59 @@ void verify_checkpoint(const std::string& dir) {
                                       (unsigned long long)m.files[i].bytes));
         if (hash.text() != m.files[i].hash) throw Error(path + ": its checksum is wrong, it was damaged.");
     }
+}
+
+// The checkpoint that a path means, itself or of a run's folder the newest, whose weights are as they were written.
+std::string find_weights(const std::string& path) {
+    if (access((path + "/state.json").c_str(), F_OK) == 0) return verify_checkpoint(path, true), path;
+    std::vector<int64_t> steps = list_checkpoints(path);
+    if (steps.empty())
+        throw Error(path + ": is no checkpoint and holds none. Give a folder that --save-every wrote, or --out's.");
+    std::string trouble;
+    for (; !steps.empty(); steps.pop_back()) {
+        const std::string dir = path + "/" + checkpoint_name(steps.back());
+        try {
+            verify_checkpoint(dir, true);
+            if (!trouble.empty()) fprintf(stderr, "train_gpt: warning: %s Taking %s.\n", trouble.c_str(), dir.c_str());
+            return dir;
+        } catch (const Error& e) {
+            if (trouble.empty()) trouble = e.what();
+        }
+    }
+    throw Error(trouble + " No other checkpoint in " + path + " is sound.");
+}
+
+// The configuration that a checkpoint was written with; its precision may be another than this build's.
+Config config_of(const Manifest& manifest, const std::string& dir) {
+    const Json* config = manifest.json.find("config");
+    auto text = [&](const char* key) {
+        const Json* there = config ? config->find(key) : nullptr;
+        if (!there) throw Error(std::string("lacks ") + key);
+        return there->string;
+    };
+    auto integer = [&](const char* key) {
+        return int(std::max(-1ll, std::min<long long>(strtoll(text(key).c_str(), nullptr, 10), INT_MAX)));
+    };
+    auto choice = [&](const char* key, std::vector<std::string> words) {
+        for (size_t i = 0; i < words.size(); i++)
+            if (text(key) == words[i]) return int(i);
+        throw Error(std::string("has an unknown ") + key + ", " + text(key));
+    };
+    Config c;
+    try {
+        c.backbone = Backbone(choice("backbone", {"llama", "nanogpt"}));
+        c.variant = Variant(choice("variant", {"simplegpt", "prenorm", "preqknorm"}));
+        c.layernorm = choice("norm", {"rmsnorm", "layernorm"});
+        c.C = integer("dim"), c.L = integer("layers"), c.NH = integer("heads"), c.NKV = integer("kv_heads");
+        c.hidden = integer("hidden"), c.V = integer("vocab_size");
+        c.T = integer("seq_len"), c.max_T = integer("max_seq_len");
+        c.rope_theta = strtof(text("rope_theta").c_str(), nullptr);
+        c.norm_eps = strtof(text("norm_eps").c_str(), nullptr);
+        finish(c);
+    } catch (const Error& e) {
+        throw Error(dir + "/state.json: " + e.what());
+    }
+    return c;
 }
 
 // Takes a checkpoint of any number of ranks.
@@ -5734,35 +5988,259 @@ TrainState load_checkpoint(Model& m, const std::string& dir) {
 }
 
 // =====================================================================================================================
-// Sampling: the text that the model writes on. Every token runs the whole context again; short samples while training.
+// Generation: the text that a model writes on.
 
-// Draws n tokens below `vocabulary` after the prompt's, each from the top_k likeliest at the given temperature.
-// Deterministic in seed.
-std::vector<int> sample(Model& m, std::vector<int> tokens, int n, int vocabulary, float temperature, int top_k,
-                        uint64_t seed) {
-    const size_t prompt = tokens.size(), Vp = m.c.Vp();
-    std::vector<floatX> row(Vp);
+// How the next token is drawn: the logits are divided by the temperature (0: the likeliest is taken), the top_k
+// likeliest tokens stay (0: all), of them the fewest likeliest that have top_p of their probability together.
+struct Sampling {
+    float temperature = 0.8f;
+    int top_k = 50;
+    float top_p = 1.0f;
+};
+
+struct Candidate {
+    int id;
+    float logit;
+    double p;
+};
+
+// The tokens that may come next, with probabilities that sum to 1, of equal logits the lower id first; logits (V),
+// finite.
+std::vector<Candidate> candidates(const float* logits, int V, const Sampling& s) {
+    auto likelier = [](const Candidate& a, const Candidate& b) {
+        return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+    };
+    std::vector<Candidate> all(V);
+    for (int v = 0; v < V; v++) all[v] = {v, logits[v], 1.0};
+    if (s.temperature == 0.0f) return {*std::min_element(all.begin(), all.end(), likelier)};
+    if (s.top_k > 0 && s.top_k < V) {
+        std::partial_sort(all.begin(), all.begin() + s.top_k, all.end(), likelier);
+        all.resize(s.top_k);
+    }
+    const double top = std::min_element(all.begin(), all.end(), likelier)->logit;
+    double sum = 0.0, mass = 0.0;
+    for (Candidate& c : all) sum += c.p = exp((c.logit - top) / s.temperature);
+    for (Candidate& c : all) c.p /= sum;
+    if (s.top_p >= 1.0f) return all;
+    // those below this have less than 1 - top_p together, so they are not needed: few are left to sort
+    const double least = (1.0 - s.top_p) / double(all.size());
+    all.erase(std::partition(all.begin(), all.end(), [&](const Candidate& c) { return c.p >= least; }), all.end());
+    std::sort(all.begin(), all.end(), likelier);
+    size_t n = 0;
+    while (n < all.size() && mass < s.top_p) mass += all[n++].p;
+    all.resize(n);
+    for (Candidate& c : all) c.p /= mass;
+    return all;
+}
+
+// The one where the sum of the probabilities passes u, 0 < u < 1.
+int draw(const std::vector<Candidate>& all, double u) {
+    for (const Candidate& c : all)
+        if ((u -= c.p) <= 0.0) return c.id;
+    return all.back().id;
+}
+
+// Runs T tokens of each of B sequences, tokens (B,T), behind those in the cache, if there is one.
+void forward_tokens(Model& m, const int* tokens, int B, int T) {
+    CHECK(cudaMemcpyAsync(m.tokens, tokens, size_t(B) * T * sizeof(int), cudaMemcpyHostToDevice, m.stream));
+    forward(m, B, T);
+}
+
+// Logits (rows,V) of `rows` rows of m.normed from row0 on.
+std::vector<float> get_logits(Model& m, size_t row0, int rows) {
+    const size_t V = m.c.V, Vp = m.c.Vp();
+    std::vector<float> logits(rows * V);
+    std::vector<floatX> raw(std::min(rows, m.logit_rows) * Vp);
+    for (int done = 0; done < rows; done += m.logit_rows) {
+        const int count = std::min(rows - done, m.logit_rows);
+        head_forward(m, row0 + done, count);
+        CHECK(cudaMemcpyAsync(raw.data(), m.logits, count * Vp * sizeof(floatX), cudaMemcpyDeviceToHost, m.stream));
+        CHECK(cudaStreamSynchronize(m.stream));
+        for (int r = 0; r < count; r++) std::copy_n(&raw[r * Vp], V, &logits[(done + r) * V]);
+    }
+    return logits;
+}
+bool all_finite(const std::vector<float>& x) {
+    return std::all_of(x.begin(), x.end(), [](float v) { return std::isfinite(v); });
+}
+
+// Draws n tokens below `vocabulary` after the prompt's, without a cache: every token runs the last T again. For short
+// samples while training, which keeps no memory for a cache. Token i is drawn with random number i of stream 1.
+std::vector<int> sample(Model& m, std::vector<int> tokens, int n, int vocabulary, const Sampling& s, uint64_t seed) {
+    const size_t prompt = tokens.size();
     for (int i = 0; i < n; i++) {
         ticks++;
         const int T = int(std::min<size_t>(tokens.size(), m.c.T));
-        CHECK(cudaMemcpy(m.tokens, tokens.data() + tokens.size() - T, T * sizeof(int), cudaMemcpyHostToDevice));
-        forward(m, 1, T);
-        head_forward(m, T - 1, 1);
-        CHECK(cudaStreamSynchronize(m.stream));
-        CHECK(cudaMemcpy(row.data(), m.logits, Vp * sizeof(floatX), cudaMemcpyDeviceToHost));
-        std::vector<std::pair<float, int>> top(vocabulary);
-        for (int v = 0; v < vocabulary; v++) top[v] = {float(row[v]), v};
-        const int k = std::min(top_k, vocabulary);
-        std::partial_sort(top.begin(), top.begin() + k, top.end(), std::greater<>());
-        double sum = 0.0;
-        for (int j = 0; j < k; j++) sum += exp((top[j].first - top[0].first) / temperature);
-        double left = random_uniform(seed, 1, i) * sum;
-        int pick = 0;
-        for (; pick < k - 1; pick++)
-            if ((left -= exp((top[pick].first - top[0].first) / temperature)) <= 0) break;
-        tokens.push_back(top[pick].second);
+        forward_tokens(m, &tokens[tokens.size() - T], 1, T);
+        const std::vector<float> logits = get_logits(m, T - 1, 1);
+        if (!all_finite(logits)) break;  // no reason to end a training
+        tokens.push_back(draw(candidates(logits.data(), vocabulary, s), random_uniform(seed, 1, i)));
     }
     return std::vector<int>(tokens.begin() + prompt, tokens.end());
+}
+
+// Writes m.cache.sequences texts on from one prompt, n tokens each or up to and with `eos`: the prompt in one forward,
+// then a token of each at a time. Calls got(sequence, token) for each token as it comes. Sequence b draws its token i
+// with random number i of stream 1 + b. The cache has room for all but the last token.
+template <typename F>
+void generate(Model& m, const std::vector<int>& prompt, int n, int vocabulary, const Sampling& s, uint64_t seed,
+              int eos, F got) {
+    const int B = m.cache.sequences, P = int(prompt.size());
+    std::vector<int> last(B, eos);
+    std::vector<bool> ended(B);
+    m.cache.past = 0;
+    forward_tokens(m, prompt.data(), 1, P);
+    std::vector<float> logits = get_logits(m, P - 1, 1);
+    m.cache.past = P;
+    for (int i = 0;; i++) {
+        if (!all_finite(logits))
+            throw Error("generate: the model's logits are not finite. Take an earlier checkpoint.");
+        for (int b = 0; b < B; b++) {
+            if (ended[b]) continue;  // it goes on as ballast
+            const float* row = &logits[i > 0 ? size_t(b) * m.c.V : 0];
+            last[b] = draw(candidates(row, vocabulary, s), random_uniform(seed, 1 + b, i));
+            ended[b] = last[b] == eos;
+            got(b, last[b]);
+        }
+        if (i + 1 >= n || std::all_of(ended.begin(), ended.end(), [](bool e) { return e; })) return;
+        forward_tokens(m, last.data(), B, 1);
+        logits = get_logits(m, 0, B);
+        m.cache.past++;
+    }
+}
+
+// =====================================================================================================================
+// Evaluation: validation loss, and questions of multiple choice.
+
+struct Validation {
+    double nats = 0;  // sum of the losses of all targets
+    uint64_t tokens = 0, bytes = 0;
+};
+
+// Over the first `windows` windows of the data, read one at a time, evaluated m.B at a time. Bytes: of the text that
+// the targets stand for, of which BOS and EOS are none; with a tokenizer only.
+Validation validation(Model& m, DataLoader& data, uint64_t windows, const Tokenizer* tokenizer) {
+    const int T = m.c.T;
+    Validation v;
+    std::vector<int32_t> batch;
+    for (uint64_t done = 0; done < windows;) {
+        const int rows = int(std::min<uint64_t>(m.B, windows - done));
+        batch.clear();
+        for (int r = 0; r < rows; r++) {
+            const int32_t* window = data.next();
+            batch.insert(batch.end(), window, window + T + 1);
+            for (int t = 1; tokenizer && t <= T; t++)
+                v.bytes += tokenizer->text_bytes(window[t], window[t - 1] == tokenizer->bos());
+        }
+        v.nats += double(evaluate(m, batch.data(), rows, T)) * rows * T;
+        v.tokens += uint64_t(rows) * T;
+        done += rows;
+    }
+    return v;
+}
+
+// A question: which of several texts goes on behind a context.
+struct Question {
+    int label;  // of the right one
+    std::vector<int> context;
+    std::vector<std::vector<int>> choices;
+};
+
+// Questions from a file of dev/data/hellaswag.py, little-endian int32: 256 of header (magic 20261125, version 1, number
+// of questions, vocabulary size, number of int32 that follow), then for each K, label, n0, n1 .. nK, the n0 ids of the
+// context and the ids of the K choices. Ids are below V; a choice fits into T tokens.
+std::vector<Question> read_questions(const std::string& path, int V, int T) {
+    const std::string bytes = read_file(path);
+    auto fail = [&](const std::string& what) {
+        throw Error(path + ": " + what + ". Make it again (dev/data/hellaswag.py).");
+    };
+    std::vector<int32_t> all(bytes.size() / 4);
+    memcpy(all.data(), bytes.data(), all.size() * 4);
+    if (all.empty() || all[0] != 20261125) fail("is no file of questions");
+    if (all.size() < 256 || bytes.size() % 4) fail("was cut short");
+    if (all[1] != 1) fail(format("has version %d, known is 1", all[1]));
+    if (all[3] > V) fail(format("is for a vocabulary of %d, the model has %d", all[3], V));
+    if (all[4] != int64_t(all.size()) - 256)
+        fail(format("header promises %d numbers, the file holds %zu", all[4], all.size() - 256));
+    if (all[2] < 1) fail(format("header promises %d questions", all[2]));
+    size_t at = 256;
+    std::vector<Question> questions;
+    for (int i = 0; i < all[2]; i++) {
+        const std::string name = format("question %d", i + 1);
+        // n numbers from least to most
+        auto take = [&](int64_t n, int least, int most, const char* what) {
+            if (n > int64_t(all.size() - at)) fail(name + " is cut short");
+            for (size_t j = at; j < at + n; j++)
+                if (all[j] < least || all[j] > most)
+                    fail(name + format(": %s %d is not in %d..%d", what, all[j], least, most));
+            at += n;
+            return std::vector<int>(all.begin() + (at - n), all.begin() + at);
+        };
+        Question q;
+        const int K = take(1, 2, INT_MAX, "number of choices")[0];
+        q.label = take(1, 0, K - 1, "label")[0];
+        const std::vector<int> lengths = take(int64_t(K) + 1, 1, INT_MAX, "length");
+        q.context = take(lengths[0], 0, V - 1, "id");
+        for (int k = 1; k <= K; k++) {
+            q.choices.push_back(take(lengths[k], 0, V - 1, "id"));
+            if (lengths[k] > T)
+                throw Error(path + ": " + name +
+                            format(" has a choice of %d tokens, the context is %d. Raise --seq-len.", lengths[k], T));
+        }
+        questions.push_back(std::move(q));
+    }
+    if (at < all.size()) fail(format("%zu numbers follow the last question", all.size() - at));
+    return questions;
+}
+
+// log p of each choice given its context, the sum over its tokens; one after another, as they stand in the questions. A
+// context that does not fit into T is cut from the left. Texts of like length are run together, as many as the model
+// has memory for, the shorter ones filled up behind their end, which what stands before does not see.
+std::vector<double> log_likelihoods(Model& m, const std::vector<Question>& questions) {
+    struct Text {
+        const Question* q;
+        const std::vector<int>* choice;
+        size_t inputs;  // tokens that are run: all but the last
+    };
+    std::vector<Text> texts;
+    for (const Question& q : questions)
+        for (const std::vector<int>& choice : q.choices)
+            texts.push_back({&q, &choice, std::min<size_t>(q.context.size() + choice.size() - 1, m.c.T)});
+    std::vector<size_t> order(texts.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return texts[a].inputs > texts[b].inputs; });
+    std::vector<double> scores(texts.size());
+    for (size_t done = 0, rows; done < order.size(); done += rows) {
+        const size_t T = texts[order[done]].inputs;  // the longest of those that are left
+        rows = std::min(order.size() - done, m.N() / T);
+        std::vector<int32_t> windows(rows * (T + 1), 0);
+        for (size_t r = 0; r < rows; r++) {
+            const Text& text = texts[order[done + r]];
+            const size_t kept = text.inputs + 1 - text.choice->size();  // of the context
+            auto to = std::copy(text.q->context.end() - kept, text.q->context.end(), &windows[r * (T + 1)]);
+            std::copy(text.choice->begin(), text.choice->end(), to);
+        }
+        evaluate(m, windows.data(), int(rows), int(T));
+        const std::vector<float> losses = get_floats(Flat(m.losses), 0, rows * T);
+        for (size_t r = 0; r < rows; r++) {
+            const Text& text = texts[order[done + r]];
+            for (size_t t = text.inputs - text.choice->size(); t < text.inputs; t++)
+                scores[order[done + r]] -= losses[r * T + t];
+        }
+    }
+    return scores;
+}
+
+// Share of the questions whose right choice has the highest score, of equal ones the first; length(choice) divides.
+template <typename F>
+double accuracy(const std::vector<Question>& questions, const std::vector<double>& scores, F length) {
+    size_t at = 0, right = 0;
+    for (const Question& q : questions) {
+        std::vector<double> score;
+        for (const std::vector<int>& choice : q.choices) score.push_back(scores[at++] / length(choice));
+        right += std::max_element(score.begin(), score.end()) - score.begin() == q.label;
+    }
+    return double(right) / double(questions.size());
 }
 
 // =====================================================================================================================
@@ -6241,7 +6719,12 @@ std::string speed_of_light(const Model& m, int micro, const Device& device) {
 // =====================================================================================================================
 // Command line
 
+// What the program is asked to do, and so which options it takes.
+enum Command { TRAIN = 1, GENERATE = 2, EVAL = 4, ALL_COMMANDS = TRAIN | GENERATE | EVAL };
+const std::map<int, const char*> COMMANDS = {{TRAIN, "training"}, {GENERATE, "generate"}, {EVAL, "eval"}};
+
 struct Options {
+    Command command = TRAIN;
     Config config;
     Storage storage;
     AdamW adamw;
@@ -6262,11 +6745,18 @@ struct Options {
     bool vocab_given = false, positions_given = false;
     bool plan = false;
     std::string device = BF16 ? "h200" : "2-cores";
+    // of generate and eval
+    std::vector<const char*> shape;  // options given of the model's shape, which a checkpoint knows
+    std::string checkpoint, prompt_file, choices;
+    int seq_len = 0, max_tokens = 200, num_samples = 1;  // seq_len 0: the model's
+    int64_t eval_batches = 0;                            // 0: all
+    Sampling sampling;
 };
 
 struct Flag {
     const char *name, *arg, *help;  // arg null: a switch; name null: `help` is a heading
     std::function<void(const char*)> set;
+    int commands = 0;  // that take it; 0: those of the heading above it, of which TRAIN alone is the rule
 };
 
 double parse_number(const char* flag, const char* text, double least, double most) {
@@ -6289,7 +6779,9 @@ int64_t parse_integer(const char* flag, const char* text, int64_t least, int64_t
 
 std::vector<Flag> flags(Options& o) {
     std::vector<Flag> all;
-    auto heading = [&](const char* text) { all.push_back({nullptr, nullptr, text, nullptr}); };
+    auto heading = [&](const char* text, int commands = TRAIN) {
+        all.push_back({nullptr, nullptr, text, nullptr, commands});
+    };
     auto toggle = [&](const char* name, const char* help, bool* out, bool value) {
         all.push_back({name, nullptr, help, [=](const char*) { *out = value; }});
     };
@@ -6314,7 +6806,7 @@ std::vector<Flag> flags(Options& o) {
     const int64_t big = int64_t(1) << 30;
     Config& c = o.config;
 
-    heading("Model (a flavour's numbers, each of which its own flag changes)");
+    heading("Model (a flavour's numbers, each of which its own flag changes)", ALL_COMMANDS);
     all.push_back({"model", "FLAVOUR",
                    "preset of dim, layers, heads, ... ; --models lists them (default: 256 wide, 6 layers)",
                    [](const char*) {}});  // applied before all others
@@ -6341,6 +6833,7 @@ std::vector<Flag> flags(Options& o) {
     number("rope-theta", &c.rope_theta, 0, 1e12, "base of RoPE's wavelengths (1e4)");
     number("norm-eps", &c.norm_eps, 0, 1, "added to the mean square in norms (1e-5)");
     integer("seq-len", &c.T, 1, 1 << 24, "tokens of a sequence (1024)");
+    all.back().commands = TRAIN;
     all.push_back({"max-seq-len", "N", "learned positions, nanogpt only (those of --init-from, else --seq-len)",
                    [&o](const char* s) {
                        o.config.max_T = int(parse_integer("max-seq-len", s, 1, 1 << 24));
@@ -6439,23 +6932,83 @@ std::vector<Flag> flags(Options& o) {
             "Hessian-vector products at most, two gradients each; 0: activations only, as in a bf16 build (50)");
     integer("probe-batches", &o.probe_batches, 1, big, "of --val-data, else --train-data, that the probe looks at (1)");
     text("prompt", "TEXT", "what samples begin with (the tokenizer's BOS alone)", &o.prompt);
+
+    heading("Weights", GENERATE | EVAL);
+    text("checkpoint", "DIR", "a checkpoint, or a run's folder: the newest sound one in it", &o.checkpoint);
+    text("init-from", "FILE", "instead: safetensors with the paper's names; the model's options say its shape",
+         &o.init_from);
+    text("tokenizer", "bytes|FILE", "the data's tokenizer (what the checkpoint names)", &o.tokenizer);
+    integer("seq-len", &o.seq_len, 1, 1 << 24,
+            "tokens of the context (the checkpoint's; else 1024). RoPE allows more, nanogpt its positions");
+    heading("Text", GENERATE);
+    text("prompt", "TEXT", "what the text begins with, behind BOS (BOS alone)", &o.prompt);
+    text("prompt-file", "FILE", "the same from a file, /dev/stdin too", &o.prompt_file);
+    integer("max-tokens", &o.max_tokens, 1, 1 << 24,
+            "tokens to write; EOS or a full context end the text before (200)");
+    integer("num-samples", &o.num_samples, 1, 1 << 16, "texts from the one prompt, --- between them (1)");
+    heading("Sampling (in this order)", GENERATE);
+    number("temperature", &o.sampling.temperature, 0, 1e6, "logits are divided by it; 0 takes the likeliest (0.8)");
+    integer("top-k", &o.sampling.top_k, 0, 1 << 28, "only the N likeliest tokens; 0 for all (50)");
+    number("top-p", &o.sampling.top_p, 1e-6, 1,
+           "of them the fewest likeliest that have X of their probability together (1)");
+    integer("seed", &o.seed, 0, INT64_MAX, "the same seed draws the same text (1)");
+    heading("Evaluation (--val-data, --choices or both)", EVAL);
+    text("val-data", "GLOB", "token shards, cut into windows of --seq-len + 1 tokens; quote a pattern", &o.val_data);
+    all.push_back({"val-batches", "N|all", "the first N batches of --batch-size windows (all)", [&o](const char* s) {
+                       o.eval_batches = strcmp(s, "all") ? parse_integer("val-batches", s, 1, 1 << 30) : 0;
+                   }});
+    text("choices", "FILE", "questions of multiple choice (dev/data/hellaswag.py makes the file)", &o.choices);
+    integer("batch-size", &o.batch_size, 1, big, "sequences run at a time (4)");
+
+    heading("Help", ALL_COMMANDS);
     all.push_back({"help", nullptr, "this", nullptr});
+    int commands = 0;
+    for (Flag& f : all) {
+        if (!f.name) commands = f.commands;
+        if (!f.commands) f.commands = commands;
+    }
     return all;
 }
 
-void print_help(const std::vector<Flag>& all) {
-    printf(
-        "train_gpt: trains SimpleGPT and its pre-norm relatives (%s build).\n"
-        "usage: ./train_gpt --train-data 'data/*_train_*.bin' [options]\n",
-        PRECISION);
-    for (const Flag& f : all) {
-        if (!f.name) {
-            printf("\n%s\n", f.help);
-            continue;
+void print_help(const std::vector<Flag>& all, Command command) {
+    if (command == GENERATE)
+        printf(
+            "train_gpt generate: writes text on from a prompt (%s build). Text on stdout, all else on stderr.\n"
+            "usage: ./train_gpt generate --checkpoint DIR --prompt TEXT [options]\n",
+            PRECISION);
+    else if (command == EVAL)
+        printf(
+            "train_gpt eval: validation loss, and accuracy on questions of multiple choice (%s build).\n"
+            "usage: ./train_gpt eval --checkpoint DIR --val-data 'data/*_val_*.bin' [--choices FILE] [options]\n",
+            PRECISION);
+    else
+        printf(
+            "train_gpt: trains SimpleGPT and its pre-norm relatives (%s build).\n"
+            "usage: ./train_gpt --train-data 'data/*_train_*.bin' [options]\n"
+            "       ./train_gpt generate --help           writes text with a trained model\n"
+            "       ./train_gpt eval --help               measures one\n",
+            PRECISION);
+    // the model's options last where a checkpoint has them
+    for (bool last : {false, true})
+        for (const Flag& f : all) {
+            if (!(f.commands & command) || last != (command != TRAIN && f.commands == ALL_COMMANDS)) continue;
+            if (!f.name) {
+                printf("\n%s\n", f.help);
+                continue;
+            }
+            std::string left = format("  --%s %s", f.name, f.arg ? f.arg : "");
+            printf("%-40s %s\n", left.c_str(), f.help);
         }
-        std::string left = format("  --%s %s", f.name, f.arg ? f.arg : "");
-        printf("%-40s %s\n", left.c_str(), f.help);
-    }
+    if (command == EVAL)
+        printf(
+            "\nvalidation loss: mean over all targets, nats; perplexity: exp of it; bits per byte: the sum of the "
+            "losses\n"
+            "  / ln 2 / bytes of the text that the targets stand for (BOS and EOS have none)\n"
+            "choices: the right one has the highest log-likelihood: as it is, divided by its tokens, or by its bytes\n"
+            "  without a leading space; errors are standard errors, sqrt(a (1 - a) / (questions - 1))\n"
+            "One line of JSON on stdout, the same for people on stderr.\n");
+    if (command != TRAIN)
+        return void(printf("\nDefaults in parentheses. Errors: one line on stderr, exit status 1.\n"));
     printf(
         "\nSeveral GPUs, on one node or many:\n"
         "  mpirun -n 8 ./train_gpt ...                                  Open MPI, MPICH\n"
@@ -6483,27 +7036,39 @@ void print_flavours() {
 
 // Reads the command line. False: it asked only for information, which has been printed.
 bool parse_options(Options& o, int argc, char** argv) {
+    for (auto& [command, name] : COMMANDS)
+        if (command != TRAIN && argc > 1 && !strcmp(argv[1], name)) o.command = Command(command);
+    if (o.command != TRAIN) argc--, argv++;
     std::vector<Flag> all = flags(o);
     std::vector<option> longs;
     for (size_t i = 0; i < all.size(); i++)
-        if (all[i].name)
+        if (all[i].name && all[i].commands & o.command)
             longs.push_back({all[i].name, all[i].arg ? required_argument : no_argument, nullptr, int(i) + 256});
     longs.push_back({nullptr, 0, nullptr, 0});
+    const std::string help = o.command == TRAIN ? "--help" : format("%s --help", COMMANDS.at(o.command));
     // the flavour first, wherever it stands, then what changes it
     for (int walk = 0; walk < 2; walk++) {
         optind = 0;
         opterr = 0;
         for (int found; (found = getopt_long(argc, argv, ":", longs.data(), nullptr)) != -1;) {
-            if (found == ':') throw Error(format("%s: needs a value. See --help.", argv[optind - 1]));
-            if (found == '?') throw Error(format("%s: unknown option. See --help.", argv[optind - 1]));
+            if (found == ':') throw Error(format("%s: needs a value. See %s.", argv[optind - 1], help.c_str()));
+            if (found == '?') {
+                for (const Flag& f : all)
+                    if (f.name && std::string(argv[optind - 1]).substr(0, strcspn(argv[optind - 1], "=")) ==
+                                      std::string("--") + f.name)
+                        throw Error(
+                            format("--%s: is no option of %s. See %s.", f.name, COMMANDS.at(o.command), help.c_str()));
+                throw Error(format("%s: unknown option. See %s.", argv[optind - 1], help.c_str()));
+            }
             const Flag& f = all[found - 256];
-            if (!strcmp(f.name, "help")) return print_help(all), false;
+            if (!strcmp(f.name, "help")) return print_help(all, o.command), false;
             if (!strcmp(f.name, "models")) return print_flavours(), false;
             if (!strcmp(f.name, "model") && walk == 0) apply_flavour(o.config, optarg);
             if (walk == 1) f.set(optarg);
+            if (walk == 1 && f.commands == ALL_COMMANDS) o.shape.push_back(f.name);
         }
     }
-    if (optind < argc) throw Error(format("%s: is not an option. See --help.", argv[optind]));
+    if (optind < argc) throw Error(format("%s: is not an option. See %s.", argv[optind], help.c_str()));
     return true;
 }
 
@@ -6528,7 +7093,7 @@ void print_sample(Model& m, const Tokenizer& tokenizer, const Options& o, int64_
     std::vector<int> prompt = tokenizer.encode(o.prompt);
     prompt.insert(prompt.begin(), tokenizer.bos());
     std::vector<int> drawn =
-        sample(m, prompt, o.sample_tokens, tokenizer.vocab_size(), 0.8f, 50, o.seed + uint64_t(step));
+        sample(m, prompt, o.sample_tokens, tokenizer.vocab_size(), Sampling(), o.seed + uint64_t(step));
     auto end = std::find(drawn.begin(), drawn.end(), tokenizer.eos());
     prompt.insert(prompt.end(), drawn.begin(), end);
     prompt.erase(prompt.begin());
@@ -6640,6 +7205,7 @@ bool train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
     if (ranks.rank == 0) log.open(o.out + "/log.csv", state.step);
     Saver saver;
     saver.out = o.out, saver.keep = o.keep, saver.background = o.save_async;
+    saver.tokenizer = tokenizer_lines(o.tokenizer);
     int64_t marked = state.step;  // step and time since which the line on the terminal counts
     double mark = now(), last = mark;
     double paused = 0.0;  // seconds of validation, samples and checkpoints among them
@@ -6847,8 +7413,8 @@ void print_plan(Options& o) {
            o.storage.ranks);
 }
 
-// Settles the options, some by the tokenizer and the files that they name.
-void settle_options(Options& o, const World& world, std::unique_ptr<Tokenizer>& tokenizer) {
+// Settles the model's shape, also by the tokenizer and the files that the options name.
+void settle_model(Options& o, std::unique_ptr<Tokenizer>& tokenizer) {
     Config& c = o.config;
     if (!o.tokenizer.empty()) {
         tokenizer.reset(new Tokenizer(o.tokenizer == "bytes" ? Tokenizer::bytes() : Tokenizer::load(o.tokenizer)));
@@ -6856,8 +7422,6 @@ void settle_options(Options& o, const World& world, std::unique_ptr<Tokenizer>& 
         if (tokenizer->vocab_size() > c.V)
             throw Error(
                 format("--tokenizer: has %d tokens, --vocab-size is %d. Raise it.", tokenizer->vocab_size(), c.V));
-    } else if (o.sample_every) {
-        throw Error("--sample-every: needs a tokenizer. Add --tokenizer bytes or the file of the data's tokenizer.");
     }
     if (c.backbone == Backbone::nanogpt && !o.init_from.empty() && !o.positions_given) {
         for (const std::string& path : weight_files(o.init_from)) {
@@ -6867,6 +7431,13 @@ void settle_options(Options& o, const World& world, std::unique_ptr<Tokenizer>& 
         }
     }
     finish(c);
+}
+
+// Settles what else training needs.
+void settle_options(Options& o, const World& world, std::unique_ptr<Tokenizer>& tokenizer) {
+    settle_model(o, tokenizer);
+    if (o.sample_every && !tokenizer)
+        throw Error("--sample-every: needs a tokenizer. Add --tokenizer bytes or the file of the data's tokenizer.");
     if ((o.steps > 0 || o.probe) && o.train_data.empty() && !o.plan)
         throw Error("--train-data: is missing. Give token shards, made by dev/data/prepare.py (README, Data).");
     if (o.warmup > o.steps) throw Error("--warmup: is longer than --steps. Shorten it.");
@@ -7046,6 +7617,191 @@ void run(Options& o, const World& world) {
     close_job();
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// generate and eval
+
+// The tokenizer that --tokenizer or else the checkpoint names. Eval does without one that is gone.
+std::unique_ptr<Tokenizer> open_tokenizer(const Options& o, const Manifest& manifest) {
+    const Json *name = manifest.json.find("tokenizer"), *hash = manifest.json.find("tokenizer_xxh64");
+    const bool given = !o.tokenizer.empty();
+    const std::string path = given ? o.tokenizer : name ? name->string : "";
+    std::unique_ptr<Tokenizer> tokenizer;
+    std::string trouble;
+    if (path.empty()) return tokenizer;
+    try {
+        tokenizer.reset(new Tokenizer(Tokenizer::load(path)));
+        if (hash && hash->string != tokenizer_hash(path)) trouble = path + ": is not the tokenizer that the run had.";
+    } catch (const std::runtime_error& e) {
+        trouble = e.what();
+    }
+    if (tokenizer && tokenizer->vocab_size() > o.config.V)
+        throw Error(format("%s: has %d tokens, the model %d. Give the data's tokenizer with --tokenizer.", path.c_str(),
+                           tokenizer->vocab_size(), o.config.V));
+    if (trouble.empty()) return tokenizer;
+    if (given ? !tokenizer : o.command == GENERATE)  // one that is given is taken, if it can be
+        throw Error(trouble + " Give the data's tokenizer with --tokenizer.");
+    fprintf(stderr, "train_gpt: warning: %s%s\n", trouble.c_str(),
+            given ? "" : " Without bits per byte; give the data's tokenizer with --tokenizer.");
+    if (!given) tokenizer.reset();
+    return tokenizer;
+}
+
+// Settles what runs: the model's shape and the tokenizer, as the checkpoint has them or the options say. Returns where
+// the weights are.
+std::string settle_weights(Options& o, std::unique_ptr<Tokenizer>& tokenizer) {
+    Config& c = o.config;
+    if (o.checkpoint.empty() == o.init_from.empty())
+        throw Error(o.checkpoint.empty() ? "--checkpoint: is missing. Give the folder of a checkpoint or a run, or "
+                                           "--init-from with the model's options."
+                                         : "--init-from: --checkpoint has weights already. Leave one of them out.");
+    if (o.checkpoint.empty()) {
+        if (o.seq_len) c.T = o.seq_len;
+        settle_model(o, tokenizer);
+        return o.init_from;
+    }
+    if (!o.shape.empty()) throw Error(format("--%s: the checkpoint has its own. Leave it out.", o.shape[0]));
+    const std::string dir = find_weights(o.checkpoint);
+    const Manifest manifest = read_manifest(dir);
+    c = config_of(manifest, dir);
+    if (o.seq_len && !c.gated() && o.seq_len > c.max_T)
+        throw Error(format("--seq-len: the model has %d learned positions. Give at most that.", c.max_T));
+    if (o.seq_len) c.T = o.seq_len;
+    tokenizer = open_tokenizer(o, manifest);
+    return dir;
+}
+
+// Memory and weights for what `m` plans; says on stderr what runs.
+void open_weights(Model& m, const std::string& weights) {
+    create(m);
+    import_weights(m, weights);
+    const auto fields = config_fields(m.c, m.storage);
+    fprintf(stderr, "%s: %s %s, %zu parameters, %s; memory %.1f MiB\n", weights.c_str(), fields[0].second.c_str(),
+            fields[1].second.c_str(), m.table.parameters, PRECISION, m.arena.used / 1048576.0);
+}
+
+void close_weights(Model& m) {
+    destroy(m);
+    matmul.close();
+}
+
+void put_text(const std::string& text) {
+    if (fwrite(text.data(), 1, text.size(), stdout) != text.size() || fflush(stdout))
+        throw Error(std::string("stdout: cannot be written: ") + strerror(errno) + ".");
+}
+
+void run_generate(Options& o) {
+    std::unique_ptr<Tokenizer> tokenizer;
+    if (!o.prompt.empty() && !o.prompt_file.empty())
+        throw Error("--prompt-file: --prompt is the prompt already. Leave one of them out.");
+    if (o.sampling.temperature == 0.0f && o.num_samples > 1)
+        throw Error(
+            "--num-samples: at --temperature 0 all texts are the same. Leave it out, or raise the temperature.");
+    const std::string weights = settle_weights(o, tokenizer);
+    if (!tokenizer)
+        throw Error(weights + ": does not say which tokenizer its data had. Add --tokenizer bytes or its file.");
+    const std::vector<int> encoded = tokenizer->encode(o.prompt_file.empty() ? o.prompt : read_file(o.prompt_file));
+    std::vector<int> prompt = {tokenizer->bos()};
+    prompt.insert(prompt.end(), encoded.begin(), encoded.end());
+    const int P = int(prompt.size()), T = o.config.T, B = o.num_samples;
+    if (P > T)
+        throw Error(format("--prompt: has %d tokens with BOS, the context %d. Shorten it%s.", P, T,
+                           o.config.gated() ? ", or raise --seq-len" : ""));
+    const int n = std::min(o.max_tokens, T - P + 1);  // the last one is not run
+
+    open_device();
+    Model m;
+    m.cache.sequences = B, m.cache.room = P + n - 1;
+    Config c = o.config;
+    c.T = m.cache.room;  // tables and activations need no more
+    plan(m, c, ceil_div(B, c.T), false);
+    open_weights(m, weights);
+
+    // the first text as it comes, the others when it is complete
+    std::vector<std::string> texts(B);
+    std::vector<Tokenizer::Stream> streams(B, Tokenizer::Stream(*tokenizer));
+    for (int b = 0; b < B; b++)
+        for (int id : prompt) texts[b] += streams[b].add(id);
+    put_text(texts[0]);
+    const double begin = now();
+    double first = 0.0;
+    int written = 0, ends = 0;
+    generate(m, prompt, n, tokenizer->vocab_size(), o.sampling, o.seed, tokenizer->eos(), [&](int b, int id) {
+        if (!written++) first = now();
+        ends += id == tokenizer->eos();
+        const std::string text = streams[b].add(id);
+        b == 0 ? put_text(text) : void(texts[b] += text);
+    });
+    const double end = now();
+    put_text(streams[0].end() + "\n");
+    for (int b = 1; b < B; b++) put_text("---\n" + texts[b] + streams[b].end() + "\n");
+    fprintf(stderr, "prompt: %d tokens in %.3f s, %.0f tokens/s; text: %d tokens", P, first - begin,
+            P / (first - begin), written);
+    if (written > B)
+        fprintf(stderr, ", %.1f tokens/s", (written - B) / (end - first));  // the first of each came at once
+    if (ends < B)
+        fprintf(stderr, "; cut off %s",
+                n < o.max_tokens ? format("at the end of the context of %d", T).c_str() : "at --max-tokens");
+    fprintf(stderr, "\n");
+    close_weights(m);
+}
+
+void run_eval(Options& o) {
+    std::unique_ptr<Tokenizer> tokenizer;
+    if (o.val_data.empty() && o.choices.empty())
+        throw Error("--val-data: is missing, and so is --choices. Give what to evaluate on.");
+    if (o.eval_batches && o.val_data.empty()) throw Error("--val-batches: needs --val-data. Give it.");
+    const std::string weights = settle_weights(o, tokenizer);
+    const Config& c = o.config;
+    std::unique_ptr<DataLoader> data;
+    if (!o.val_data.empty()) data.reset(new DataLoader(o.val_data, 1, c.T, c.V));
+    std::vector<Question> questions;
+    if (!o.choices.empty()) questions = read_questions(o.choices, c.V, c.T);
+    open_device();
+    Model m;
+    plan(m, c, o.batch_size, false);
+    open_weights(m, weights);
+    std::string json = "{\"weights\": " + json_text(weights) + format(", \"seq_len\": %d", c.T);
+    auto put = [&](const char* key, double value) { json += format(", \"%s\": ", key) + json_number(value); };
+    if (data) {
+        uint64_t windows = data->windows();
+        if (o.eval_batches) windows = std::min(windows, uint64_t(o.eval_batches) * m.B);
+        const Validation v = validation(m, *data, windows, tokenizer.get());
+        const double loss = v.nats / double(v.tokens), bits = v.nats / log(2.0) / double(v.bytes);
+        json += format(", \"tokens\": %llu", (unsigned long long)v.tokens);
+        put("loss", loss), put("perplexity", exp(loss));
+        fprintf(stderr, "validation: loss %.4f nats a token, perplexity %.4g, %llu tokens", loss, exp(loss),
+                (unsigned long long)v.tokens);
+        if (tokenizer) {
+            json += format(", \"bytes\": %llu", (unsigned long long)v.bytes);
+            put("bits_per_byte", bits);
+            fprintf(stderr, "; %.4f bits a byte, %llu bytes", bits, (unsigned long long)v.bytes);
+        }
+        fprintf(stderr, "\n");
+    }
+    if (!questions.empty()) {
+        const std::vector<double> scores = log_likelihoods(m, questions);
+        const double n = double(questions.size());
+        json += format(", \"questions\": %zu", questions.size());
+        fprintf(stderr, "choices: %zu questions", questions.size());
+        auto report = [&](const std::string& key, const char* name, auto length) {
+            const double a = accuracy(questions, scores, length), error = sqrt(a * (1 - a) / (n - 1));
+            put(key.c_str(), a), put((key + "_stderr").c_str(), error);
+            fprintf(stderr, "; %s %.4f +- %.4f", name, a, error);
+        };
+        using Ids = std::vector<int>;
+        report("acc", "accuracy", [](const Ids&) { return 1.0; });
+        report("acc_per_token", "by tokens", [](const Ids& ids) { return double(ids.size()); });
+        if (tokenizer)
+            report("acc_per_byte", "by bytes", [&](const Ids& ids) {
+                const std::string text = tokenizer->decode(ids);
+                return std::max(1.0, double(text.size()) - (text[0] == ' '));
+            });
+        fprintf(stderr, "\n");
+    }
+    put_text(json + "}\n");
+    close_weights(m);
+}
+
 #ifndef TESTING  // test_gpt.cu has its own
 int main(int argc, char** argv) {
     World world;
@@ -7053,6 +7809,13 @@ int main(int argc, char** argv) {
     try {
         world = find_world();
         if (!parse_options(o, argc, argv)) return 0;
+        if (o.command != TRAIN) {
+            if (world.size > 1)
+                throw Error(format("%s: runs on one rank, %d were started. Start it without %s.",
+                                   COMMANDS.at(o.command), world.size, world.launcher));
+            o.command == GENERATE ? run_generate(o) : run_eval(o);
+            return 0;
+        }
         if (o.plan) {
             std::unique_ptr<Tokenizer> tokenizer;
             settle_options(o, world, tokenizer);

@@ -60,6 +60,8 @@ for stage in $stages; do
         check test_bf16 build/test_gpu_bf16
         check cli_fp32 "$PYTHON" dev/test/test_cli.py build/train_gpt_gpu_fp32 dev/test/golden
         check cli_bf16 "$PYTHON" dev/test/test_cli.py build/train_gpt_gpu_bf16 dev/test/golden --bf16
+        check generate_fp32 "$PYTHON" dev/test/test_generate.py build/train_gpt_gpu_fp32
+        check generate_bf16 "$PYTHON" dev/test/test_generate.py build/train_gpt_gpu_bf16 --bf16
         ;;
     sanitize)
         for tool in memcheck racecheck synccheck; do

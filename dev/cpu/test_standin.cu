@@ -276,8 +276,8 @@ static void test_bf16() {
 
 template <class T> constexpr cudaDataType data_type = sizeof(T) == 4 ? CUDA_R_32F : CUDA_R_16BF;
 
-template <class In, class Out> void check_matmul(bool ta, bool tb, float beta, double tolerance) {
-    int M = 37, N = 29, K = 53, pad = 3;
+template <class In, class Out> void check_matmul(bool ta, bool tb, float beta, int N, double tolerance) {
+    int M = 37, K = 53, pad = 3;
     auto matrix = [&](int rows, int cols, unsigned seed) { return random_floats((size_t)(rows + pad) * cols, seed); };
     int ar = ta ? K : M, ac = ta ? M : K, br = tb ? N : K, bc = tb ? K : N;
     auto a0 = matrix(ar, ac, 1), b0 = matrix(br, bc, 2), d0 = matrix(M, N, 3);
@@ -332,7 +332,7 @@ template <class In, class Out> void check_matmul(bool ta, bool tb, float beta, d
             double off = fabs((float)D[j * (M + pad) + i] - want) / (1 + fabs(want));
             worst = off <= worst ? worst : off;  // NaN stays
         }
-    EXPECT(worst < tolerance, "transposes %d%d, beta %g: off by %.2e", ta, tb, beta, worst);
+    EXPECT(worst < tolerance, "transposes %d%d, beta %g, N %d: off by %.2e", ta, tb, beta, N, worst);
     for (int j = 0; j < N; j++)
         for (int i = M; i < M + pad; i++)
             EXPECT((float)D[j * (M + pad) + i] == (float)d[j * (M + pad) + i], "%s", "wrote into the padding");
@@ -341,7 +341,8 @@ template <class In, class Out> void check_matmul(bool ta, bool tb, float beta, d
 template <class In, class Out> void check_matmuls(double tolerance) {
     for (bool ta : {false, true})
         for (bool tb : {false, true})
-            for (float beta : {0.0f, 1.0f}) check_matmul<In, Out>(ta, tb, beta, tolerance);
+            for (float beta : {0.0f, 1.0f})
+                for (int N : {29, 1}) check_matmul<In, Out>(ta, tb, beta, N, tolerance);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

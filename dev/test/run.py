@@ -14,6 +14,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 GOLDEN = "dev/test/golden"
 CLI = [sys.executable, "dev/test/test_cli.py"]
+GENERATE = [sys.executable, "dev/test/test_generate.py"]
 RANKS = [sys.executable, "dev/test/test_ranks.py"]
 KILL = [sys.executable, "dev/test/kill.py"]
 MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none"]
@@ -28,6 +29,8 @@ JOBS = {
     "serial_bf16": (["build/test_serial_bf16"], ["build/test_serial_bf16"], [1]),
     "cli_fp32": (["build/train_gpt_cpu_fp32"], [*CLI, "build/train_gpt_cpu_fp32", GOLDEN], [1]),
     "cli_bf16": (["build/train_gpt_cpu_bf16"], [*CLI, "build/train_gpt_cpu_bf16", GOLDEN, "--bf16"], [1]),
+    "generate_fp32": (["build/train_gpt_cpu_fp32"], [*GENERATE, "build/train_gpt_cpu_fp32"], [1]),
+    "generate_bf16": (["build/train_gpt_cpu_bf16"], [*GENERATE, "build/train_gpt_cpu_bf16", "--bf16"], [1]),
     "channel": (["build/test_channel"], ["build/test_channel"], [1]),
     "ranks_fp32": (["build/train_gpt_cpu_fp32"], [*RANKS, "build/train_gpt_cpu_fp32"], [1]),
     "ranks_bf16": (["build/train_gpt_cpu_bf16"], [*RANKS, "build/train_gpt_cpu_bf16", "--bf16"], [1]),

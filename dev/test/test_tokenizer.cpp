@@ -126,7 +126,46 @@ static std::string test_stream(const std::string& dir) {
     Tokenizer t = Tokenizer::load(dir + "/tokenizer_llama.bin");
     std::string text = "First Citizen:  caf\xc3\xa9 \xf0\x9f\x98\x80\n", streamed;
     for (int id : t.encode(text)) streamed += t.decode_piece(id);
-    return streamed == " " + text ? "" : "streamed '" + streamed + "'";
+    if (streamed != " " + text) return "streamed '" + streamed + "'";
+    size_t bytes = 0;
+    for (int id : t.encode(text)) bytes += t.text_bytes(id, bytes == 0);
+    return bytes == text.size() ? "" : std::to_string(bytes) + " bytes instead of " + std::to_string(text.size());
+}
+
+// Ids one by one give whole characters, those together what decode gives; bytes that are none give U+FFFD each.
+static std::string test_characters(const std::string& dir) {
+    const std::string bad = "\xef\xbf\xbd";
+    for (bool bytes : {true, false}) {
+        Tokenizer t = bytes ? Tokenizer::bytes() : Tokenizer::load(dir + "/tokenizer_llama.bin");
+        auto of = [&](const std::string& raw) {  // ids of bytes as they are
+            std::vector<int> ids;
+            for (char c : raw) ids.push_back((bytes ? 0 : 6) + (unsigned char)c);
+            return ids;
+        };
+        const std::vector<std::pair<std::string, std::vector<std::string>>> cases = {
+            {"a\xc3\xa9", {"a", "", "\xc3\xa9", ""}},
+            {"\xf0\x9f\x98\x80", {"", "", "", "\xf0\x9f\x98\x80", ""}},
+            {"\xe2\x82", {"", "", bad + bad}},
+            {"\xe2\x82z", {"", "", bad + bad + "z", ""}},
+            {"\xff\x80z", {bad, bad, "z", ""}},
+            {"\xc3\xc3\xa9", {"", bad, "\xc3\xa9", ""}},
+            {"\xe0\x80\x80", {"", "", bad + bad + bad, ""}},
+            {"\xed\xa0\x80", {"", "", bad + bad + bad, ""}}};  // a surrogate
+        for (auto& [raw, want] : cases) {
+            Tokenizer::Stream stream(t);
+            std::vector<std::string> got;
+            for (int id : of(raw)) got.push_back(stream.add(id));
+            got.push_back(stream.end());
+            if (got != want) return "bytes " + to_hex(raw) + (bytes ? "" : " as pieces");
+        }
+    }
+    Tokenizer t = Tokenizer::load(dir + "/tokenizer_llama.bin");
+    Tokenizer::Stream stream(t);
+    std::vector<int> ids = t.encode("ab");
+    ids.insert(ids.begin() + 1, 6 + 0xe2);  // half a character, then a piece
+    std::string text;
+    for (int id : ids) text += stream.add(id);
+    return text + stream.end() == t.decode(ids) && text.find(bad) != text.npos ? "" : "streams '" + text + "'";
 }
 
 // A quadratic encoder takes minutes for these.
@@ -274,6 +313,7 @@ int main(int argc, char** argv) try {
         for (std::string name : {"llama", "rules", "handmade"})
             test(("expected_" + name).c_str(), [&] { return test_expected(dir, "tokenizer_" + name); });
         test("stream", [&] { return test_stream(dir); });
+        test("characters", [&] { return test_characters(dir); });
         test("linear_time", [&] { return test_linear(dir); });
         test("malformed", [] { return test_malformed(); });
         test("cut_short", [&] { return test_cut_short(dir); });

@@ -169,6 +169,13 @@ inline cublasStatus_t cublasLt_run(cublasLtMatmulDescOpaque_t desc, float alpha,
         const int64_t row = by_cols ? 0 : t * share, col = by_cols ? t * share : 0;
         const int64_t m = by_cols ? rows : std::min(share, rows - row), n = by_cols ? std::min(share, cols - col) : cols;
         if (m <= 0 || n <= 0) continue;
+        if (cols == 1) {  // a matrix times a vector, for which sgemm would copy the matrix first
+            const int64_t k = ta ? Adesc.rows : Adesc.cols;
+            if (beta == 0.0f) std::fill_n(d + row, m, 0.0f);
+            cblas_sgemv(CblasColMajor, ta ? CblasTrans : CblasNoTrans, ta ? k : m, ta ? m : k, alpha,
+                        a + (ta ? row * Adesc.ld : row), Adesc.ld, b, tb ? Bdesc.ld : 1, beta, d + row, 1);
+            continue;
+        }
         cblas_sgemm(CblasColMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, m, n,
                     ta ? Adesc.rows : Adesc.cols, alpha, a + (ta ? row * Adesc.ld : row), Adesc.ld,
                     b + (tb ? col : col * Bdesc.ld), Bdesc.ld, beta, d + row + col * Ddesc.ld, Ddesc.ld);
