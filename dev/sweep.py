@@ -329,8 +329,8 @@ def main():
     pool.all([Run(o.out, v, lr, seed) for seed in first for lr in o.lrs for v in o.variants])
     if not o.all_seeds and len(o.seeds) > 1 and not pool.failed:
         s = Summary(o)
-        pool.all([Run(o.out, v, lr, seed) for seed in o.seeds[1:] for v in o.variants
-                  for lr in dict.fromkeys([s.best(v), s.limit(v)])])
+        for pick in (s.best, s.limit):
+            pool.all([Run(o.out, v, pick(v), seed) for seed in o.seeds[1:] for v in o.variants])
     report(o)
     return 1 if pool.failed else 0
 
