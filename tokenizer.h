@@ -1,7 +1,8 @@
-// Text to token ids and back: bytes, or byte-pair encoding with exactly the ids of sentencepiece, tiktoken or Hugging Face's
-// tokenizers. Plain C++17, usable alone. dev/data/convert_tokenizer.py writes the file from those libraries' own files.
+// Text to token ids and back: bytes, or byte-pair encoding with exactly the ids of sentencepiece, tiktoken or Hugging
+// Face's tokenizers. Plain C++17, usable alone. dev/data/convert_tokenizer.py writes the file from the libraries' own.
 //
-// Special tokens (BOS, EOS, ...) are ids only: their names in a text are ordinary text, in decoded text they are nothing.
+// Special tokens (BOS, EOS, ...) are ids only: their names in a text are ordinary text (tiktoken's encode_ordinary,
+// encode_special_tokens of tokenizers), and decode() leaves them out.
 //
 // Tokenizer file, little-endian, nothing padded:
 //   char[8] "SGPTTOK2"
@@ -9,7 +10,7 @@
 //                    8 treat_whitespace_as_suffix, 16 byte_fallback (these as in sentencepiece)
 //                    32 byte level: text is cut into words by `split`, which begin as bytes; no normalisation
 //                    64 merges are listed, 128 a word that is a piece is not merged
-//                    256 the dummy prefix only where the text starts with no space, 512 words begin at each space
+//                    256 the dummy prefix only where the text starts with no space, 512 each space starts a word,
 //                    1024 decoded text loses one leading space, 2048 a run of bytes is all UTF-8 or all U+FFFD
 //   uint32  V, bos, eos
 //   uint32  size of the unknown piece's surface, then its bytes (what an unknown id decodes to)
@@ -18,10 +19,11 @@
 //   V times: float score, uint8 type (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte), uint16 size,
 //            the piece's bytes
 //   uint32  split    how words are cut, see enum Split
-//   uint32  number of classes, then for each run of code points uint32 first << 3 | class, see enum Class
-//   uint32  number of merges, then for each uint32 left, right: ids of pieces whose concatenation is a piece, first ones
-//           first. Not listed: any two pieces whose concatenation is a piece, that of the highest score first.
-// A file "SGPTTOK1" ends behind the pieces.
+//   uint32  number of runs of code points of one class, then for each uint32 first << 3 | class, see enum Class: in the
+//           file, so that a newer Unicode needs no newer program
+//   uint32  number of merges, then for each uint32 left, right: ids of pieces whose concatenation is a piece, in order
+//           of precedence. Not listed: any two pieces whose concatenation is a piece, by its score.
+// A file "SGPTTOK1", also read, ends behind the pieces.
 #pragma once
 #include <algorithm>
 #include <bitset>
@@ -56,8 +58,8 @@ public:
     int bos() const { return bos_; }
     int eos() const { return eos_; }
 
-    // ids of text, any bytes, without BOS and EOS. A byte that is no UTF-8 is encoded as it is by byte-level tokenizers,
-    // a character that is no letter, digit or space; others take it for U+FFFD.
+    // ids of text, any bytes, without BOS and EOS. A byte that is no UTF-8 is, at byte level, encoded as it is, a
+    // character that is no letter, digit or space; else it is taken for U+FFFD.
     std::vector<int> encode(std::string_view text) const {
         std::vector<int> ids;
         if (!bpe_) {
@@ -98,8 +100,8 @@ public:
         return ids;
     }
 
-    // Text of ids, as the library decodes it without special tokens; UTF-8, but for V = 258, which gives its bytes back.
-    // Throws std::runtime_error on an id that is not in [0,V).
+    // text of ids, as the library decodes it without special tokens: UTF-8, U+FFFD for what is none. V = 258: the bytes
+    // as they are. Throws std::runtime_error on an id that is not in [0,V).
     std::string decode(const std::vector<int>& ids) const {
         std::string text;
         Stream stream(*this);
@@ -148,7 +150,7 @@ public:
 
     private:
         const Tokenizer& t_;
-        std::string bytes_;     // of characters that are not complete
+        std::string bytes_;  // of characters that are not complete
         bool at_start_ = true, dropped_ = false, started_ = false;
 
         void begin(std::string& text, size_t before) {
@@ -157,8 +159,8 @@ public:
             if (t_.flags_ & DROP_SPACE && text[before] == ' ') text.erase(before, 1);
         }
 
-        // Appends the bytes' characters. U+FFFD stands for what will be none: each byte, or at byte level each beginning
-        // of a character that ends early. What may still become one waits, unless `all`.
+        // Appends the bytes' characters. U+FFFD stands for what will be none: each byte, or at byte level each
+        // beginning of a character that ends early. What may still become one waits, unless `all`.
         void release(std::string& text, bool all) {
             std::string_view s = bytes_;
             const bool hf = t_.flags_ & HF_BYTES;
@@ -200,24 +202,25 @@ public:
 
 private:
     enum {
-        DUMMY_PREFIX = 1, REMOVE_SPACES = 2, ESCAPE_SPACES = 4, SPACE_AS_SUFFIX = 8, BYTE_FALLBACK = 16, BYTE_LEVEL = 32,
-        LISTED_MERGES = 64, WHOLE_WORDS = 128, PREFIX_IF_NONE = 256, CUT_AT_SPACES = 512, DROP_SPACE = 1024, HF_BYTES = 2048
+        DUMMY_PREFIX = 1, REMOVE_SPACES = 2, ESCAPE_SPACES = 4, SPACE_AS_SUFFIX = 8, BYTE_FALLBACK = 16,
+        BYTE_LEVEL = 32, LISTED_MERGES = 64, WHOLE_WORDS = 128, PREFIX_IF_NONE = 256, CUT_AT_SPACES = 512,
+        DROP_SPACE = 1024, HF_BYTES = 2048
     };
     enum Type : uint8_t { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };
     // Lu and Lt, Ll, Lm and Lo, M, N of Unicode, \s, all else
     enum Class : uint8_t { OTHER, UPPER, LOWER, LETTER, MARK, NUMBER, WHITE };
     enum Split {
-        DIGITS = 3,              // most digits of a number; 0: any, and a space before them
-        ANY_PREFIX = 4,          // before a word not only a space, but any character but letters, digits, \r, \n
-        CASED = 8,               // lower case ends a word: HelloWorld is two; marks are letters
-        CONTRACTION = 16,        // 's 't 're 've 'm 'll 'd are words
-        CONTRACTION_TAIL = 32,   // they belong to the word before them
-        ANY_CASE = 64,           // also in capitals
-        NEWLINE_TAIL = 128,      // \r and \n belong to the punctuation before them
-        SLASH_TAIL = 256,        // and so does /
-        NEWLINES = 512,          // spaces that end in \r or \n are a word
-        END_SPACES = 1024,       // spaces that end the text are one word
-        DIGITS_APART = 2048      // the text is first cut before and behind each digit
+        DIGITS = 3,             // most digits of a number; 0: any, and a space before them
+        ANY_PREFIX = 4,         // a word takes one character before it, no letter, digit, \r or \n; else only a space
+        CASED = 8,              // upper case after lower starts a word; marks are letters
+        CONTRACTION = 16,       // 's 't 're 've 'm 'll 'd are words
+        CONTRACTION_TAIL = 32,  // they belong to the word before them
+        ANY_CASE = 64,          // also in capitals
+        NEWLINE_TAIL = 128,     // \r and \n belong to the punctuation before them
+        SLASH_TAIL = 256,       // and so does /
+        NEWLINES = 512,         // spaces up to the last \r or \n among them are a word
+        END_SPACES = 1024,      // spaces that end the text are one word
+        DIGITS_APART = 2048     // the text is first cut before and behind each digit
     };
     static constexpr std::string_view SPACE = "\xe2\x96\x81", REPLACEMENT = "\xef\xbf\xbd";  // U+2581, U+FFFD
     static constexpr uint32_t NEVER = UINT32_MAX;
@@ -241,9 +244,9 @@ private:
     struct Work {
         std::vector<CachedWord> cache;
         std::vector<Symbol> symbols;
-        std::vector<uint64_t> queue;              // rank << 32 | index of the left symbol: a heap, lowest first
+        std::vector<uint64_t> queue;  // rank << 32 | index of the left symbol: a heap, lowest first
         std::vector<int> ids;
-        std::vector<std::pair<int, int>> split;   // of an unused piece: what it was last made of; -1: nothing
+        std::vector<std::pair<int, int>> split;  // of an unused piece: what it was last made of; -1: nothing
     };
 
     // The views in here point into file_'s heap buffer; a vector keeps that when it is moved, and copies are refused.
@@ -256,9 +259,9 @@ private:
     std::vector<float> score_;
     std::vector<uint8_t> type_;
     size_t words_ = 0;                      // in slots_
-    std::vector<int> slots_;                // hash table of the ids that text can be: no unknown, control and byte pieces
+    std::vector<int> slots_;                // hash table of what text can be: no unknown, control and byte pieces
     std::vector<Merge> merges_;             // hash table by key
-    std::vector<std::bitset<256>> joined_;  // [a][b]: in some piece, a character that ends in a precedes one that starts with b
+    std::vector<std::bitset<256>> joined_;  // [a][b]: some piece has such characters side by side, see step()
     std::vector<uint8_t> class_;            // of each code point
     std::vector<size_t> user_lengths_;      // sizes of the user-defined pieces, longest first
     bool user_first_[256] = {};             // their first bytes
@@ -288,7 +291,7 @@ private:
         return first < 0xc0 ? 1 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
     }
 
-    // the bytes at the start of s, at least one, that are a UTF-8 character or the beginning of one; and whether it is whole
+    // the bytes at the start of s, at least one, that are a UTF-8 character or begin one; whether it is whole
     static std::pair<size_t, bool> utf8(std::string_view s) {
         unsigned char c = s[0], low = 0x80, high = 0xbf;  // of the second byte: no surrogates, nothing too long or high
         size_t size = c < 0x80 ? 1 : c < 0xc2 ? 0 : c < 0xf5 ? announced_size(c) : 0, n = 1;
@@ -435,8 +438,10 @@ private:
 
         end = span(s, space, 1 << OTHER | 1 << MARK);
         if (end > space) {
-            while (end < s.size() && ((split_ & NEWLINE_TAIL && newline(end)) || (split_ & SLASH_TAIL && s[end] == '/')))
-                end++;
+            auto tail = [&](size_t i) {
+                return (split_ & NEWLINE_TAIL && newline(i)) || (split_ & SLASH_TAIL && s[i] == '/');
+            };
+            while (end < s.size() && tail(end)) end++;
             return end;
         }
 
@@ -594,7 +599,8 @@ private:
         }
         for (int i = 0, next; i >= 0; i = next) {
             next = symbols[i].next;
-            emit(symbols[i].id, word.substr(symbols[i].start, (next < 0 ? word.size() : symbols[next].start) - symbols[i].start));
+            const size_t start = symbols[i].start, end = next < 0 ? word.size() : symbols[next].start;
+            emit(symbols[i].id, word.substr(start, end - start));
         }
     }
 
@@ -775,7 +781,8 @@ private:
         for (uint32_t rank = 0; rank < listed; rank++) {
             uint32_t left = number(0u), right = number(0u);
             std::string name = "merge " + std::to_string(rank);
-            if (left >= V || right >= V) fail(name + " is not of two pieces");
+            if (std::max(left, right) >= V || type_[left] != NORMAL || type_[right] != NORMAL)
+                fail(name + " is not of two pieces");
             int id = find(std::string(pieces_[left]).append(pieces_[right]));
             if (id < 0 || type_[id] != NORMAL) fail(name + " gives no piece");
             all.push_back({(uint64_t)left << 32 | right, rank, id});
@@ -800,7 +807,8 @@ private:
         }
         if (!byte_level() && !unused_) joined_.resize(256);
         for (int i = 0, before, after; i < V_ && !joined_.empty(); i++)
-            for (size_t at = 0; type_[i] == NORMAL && step(pieces_[i], at, before, after);) joined_[before][after] = true;
+            for (size_t at = 0; type_[i] == NORMAL && step(pieces_[i], at, before, after);)
+                joined_[before][after] = true;
         if (flags_ & CUT_AT_SPACES)
             for (auto& afters : joined_) afters[255] = false;
         work_.cache.resize(1 << 15);

@@ -5,9 +5,10 @@
 
 FILE, told apart by its contents:
   a sentencepiece BPE model (.model: Llama 2, Mistral);
-  a tiktoken rank file (lines `base64 rank`: GPT-2's r50k, cl100k, o200k, Llama 3's and 4's tokenizer.model). How it splits
-  text follows from its number of tokens; for others --preset says whose regular expression and special tokens they have;
-  a tokenizer.json of Hugging Face: BPE with ByteLevel (GPT-2, Llama 3) or with byte_fallback and spaces as U+2581 (Llama 2);
+  a tiktoken rank file (lines `base64 rank`: GPT-2's r50k, cl100k, o200k, tokenizer.model of Llama 3 and 4). These are
+  known by their number of tokens; of others --preset says whose regular expression and special tokens they have;
+  a tokenizer.json of Hugging Face: BPE with ByteLevel (GPT-2, Llama 3), or with byte_fallback and U+2581 for spaces
+  (Llama 2);
   a tekken.json of Mistral.
 Needs nothing but Python. Refuses, with one line and exit code 1, what tokenizer.h does not do: other models than BPE,
 unknown normalisations, regular expressions and decoders.
@@ -200,8 +201,9 @@ def sentencepiece(model, bos, eos):
     bos = control(bos.encode() if bos else trainer.get(46) or b"<s>")
     eos = control(eos.encode() if eos else trainer.get(47) or b"</s>")
     flags = sum(bit for bit, on in (
-        (DUMMY_PREFIX, normalizer.get(3, 1)), (REMOVE_SPACES, normalizer.get(4, 1)), (ESCAPE_SPACES, normalizer.get(5, 1)),
-        (SPACE_AS_SUFFIX, trainer.get(24, 0)), (BYTE_FALLBACK, trainer.get(35, 0))) if on)
+        (DUMMY_PREFIX, normalizer.get(3, 1)), (REMOVE_SPACES, normalizer.get(4, 1)),
+        (ESCAPE_SPACES, normalizer.get(5, 1)), (SPACE_AS_SUFFIX, trainer.get(24, 0)),
+        (BYTE_FALLBACK, trainer.get(35, 0))) if on)
     charsmap = normalizer.get(2, b"")
     trie = strings = b""
     if charsmap:
@@ -209,7 +211,8 @@ def sentencepiece(model, bos, eos):
         trie, strings = charsmap[4:4 + size], charsmap[4 + size:]
         if size % 4 or not strings.endswith(b"\0"):
             raise Refused("the model's normalisation table is broken")
-    return tokenizer_file(flags, bos, eos, pieces, surface=trainer.get(44, " \u2047 ".encode()), trie=trie, strings=strings)
+    surface = trainer.get(44, " \u2047 ".encode())
+    return tokenizer_file(flags, bos, eos, pieces, surface=surface, trie=trie, strings=strings)
 
 
 def by_rank(ranks, offset=0):
@@ -252,7 +255,8 @@ def rank_file(data, preset):
 def tekken(model):
     config = model["config"]
     first = config["default_num_special_tokens"]
-    ranks = {base64.b64decode(t["token_bytes"]): t["rank"] for t in model["vocab"][:config["default_vocab_size"] - first]}
+    tokens = model["vocab"][:config["default_vocab_size"] - first]
+    ranks = {base64.b64decode(t["token_bytes"]): t["rank"] for t in tokens}
     split = regexes().get(config["pattern"])
     if split is None:
         raise Refused(f"the regular expression {config['pattern']!r} is none that tokenizer.h knows")
@@ -361,6 +365,8 @@ def tokenizer_json(model, bos, eos):
             raise Refused("ignore_merges without ByteLevel is not supported")
         flags |= WHOLE_WORDS
 
+    if not byte_level and not bpe.get("byte_fallback"):
+        raise Refused("a model without ByteLevel and without byte_fallback is not supported")
     vocab, added, letters = bpe["vocab"], model.get("added_tokens", []), alphabet()
     pieces = [(b"", 0, CONTROL)] * (max([*vocab.values(), *(t["id"] for t in added)]) + 1)
     known = {t["content"] for t in added}
@@ -390,8 +396,6 @@ def tokenizer_json(model, bos, eos):
     for i in range(256):
         if byte_level and bytes([i]) not in normal or not byte_level and f"<0x{i:02X}>" not in vocab:
             raise Refused(f"the byte {i} has no token" + ("" if byte_level else " and byte_fallback needs them all"))
-    if not byte_level and not bpe.get("byte_fallback"):
-        raise Refused("a model without ByteLevel and without byte_fallback is not supported")
 
     merges = {}
     for rank, merge in enumerate(bpe["merges"]):
@@ -404,7 +408,7 @@ def tokenizer_json(model, bos, eos):
     for option, given, names in (("--bos", bos, BOS), ("--eos", eos, EOS)):
         name = next((n for n in ([given] if given else names) if n in special), None)
         if name is None:
-            raise Refused(f"no special token is {given or ' or '.join(names)}: {option} must name one of its special tokens")
+            raise Refused(f"no special token is {given or ' or '.join(names)}: {option} must name one of them")
         ends.append(special[name])
     return tokenizer_file(flags, *ends, pieces, split, sorted(merges, key=merges.get))
 
@@ -456,7 +460,7 @@ def main():
     except OSError as e:
         sys.exit(f"convert_tokenizer: {where}: {e.strerror}. Check the path.")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error):
-        sys.exit(f"convert_tokenizer: {where}: a field is missing or has the wrong type. --help lists what can be converted.")
+        sys.exit(f"convert_tokenizer: {where}: a field is missing or has the wrong type. Get the file anew.")
 
 
 if __name__ == "__main__":
