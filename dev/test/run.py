@@ -40,6 +40,7 @@ JOBS = {
     "tokenizer": (["build/test_tokenizer"], ["build/test_tokenizer"], [1]),
     "bench": (["build/bench_cpu_fp32"], [sys.executable, "dev/test/test_bench.py", "build/bench_cpu_fp32"], [1]),
     "prepare": ([], [sys.executable, "dev/test/test_prepare.py"], [1]),
+    "convert_tokenizer": ([], [sys.executable, "dev/test/test_convert_tokenizer.py"], [1]),
 }
 
 
