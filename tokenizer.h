@@ -207,7 +207,7 @@ private:
         DROP_SPACE = 1024, HF_BYTES = 2048
     };
     enum Type : uint8_t { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };
-    // Lu and Lt, Ll, Lm and Lo, M, N of Unicode, \s, all else
+    // all else; Lu and Lt, Ll, Lm and Lo, M, N of Unicode; \s
     enum Class : uint8_t { OTHER, UPPER, LOWER, LETTER, MARK, NUMBER, WHITE };
     enum Split {
         DIGITS = 3,             // most digits of a number; 0: any, and a space before them
@@ -525,7 +525,8 @@ private:
         return true;
     }
 
-    // size of what merges on its own at the start of s: two characters that no piece has side by side end it
+    // Size of what merges on its own at the start of s: two characters that no piece has side by side end it. With
+    // unused pieces joined_ is empty and text merges as a whole: what they fall apart into depends on all of it.
     size_t part_size(std::string_view s) const {
         int before, after;
         for (size_t at = 0; !joined_.empty() && step(s, at, before, after);)
@@ -735,8 +736,10 @@ private:
             if (type < NORMAL || type > BYTE) fail(name + " is of no known type");
             if (score_.back() != score_.back()) fail(name + " has no number as its score");
             if (type == NORMAL || type == USER_DEFINED || type == UNUSED) {
-                if (find(piece) >= 0) fail(name + " is there twice");
-                insert(V_);
+                const int other = find(piece);  // a user-defined piece comes before a normal one of its text
+                if (other < 0) insert(V_);
+                else if ((type == USER_DEFINED) == (type_[other] == USER_DEFINED)) fail(name + " is there twice");
+                else if (type == USER_DEFINED) slots_[slot(piece)] = V_;
             }
             if (type == UNKNOWN) {
                 if (unknown_ >= 0) fail(name + " is a second unknown piece");

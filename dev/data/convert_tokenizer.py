@@ -397,13 +397,14 @@ def tokenizer_json(model, bos, eos):
         if byte_level and bytes([i]) not in normal or not byte_level and f"<0x{i:02X}>" not in vocab:
             raise Refused(f"the byte {i} has no token" + ("" if byte_level else " and byte_fallback needs them all"))
 
-    merges = {}
+    merges, taken = {}, {piece for piece, _, kind in pieces if kind == USER_DEFINED}  # these are cut out before merges
     for rank, merge in enumerate(bpe["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         pair = vocab.get(left), vocab.get(right)
         if None in pair or pieces[pair[0]][0] + pieces[pair[1]][0] not in normal:
             raise Refused(f"merge {rank} ({left!r}, {right!r}) is not of tokens or gives none")
-        merges[pair] = rank  # the last one of equals counts
+        if pieces[pair[0]][0] + pieces[pair[1]][0] not in taken:
+            merges[pair] = rank  # the last one of equals counts
     ends = []
     for option, given, names in (("--bos", bos, BOS), ("--eos", eos, EOS)):
         name = next((n for n in ([given] if given else names) if n in special), None)

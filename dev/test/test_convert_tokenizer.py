@@ -260,6 +260,9 @@ class TokenizerJson(Convert):
         refuses("does not decode to itself", added_tokens=[{**token, "content": "\u00e9"}])
         w = self.convert(json.dumps(self.byte_level(added_tokens=self.byte_level()["added_tokens"] + [token])))
         self.assertEqual(w.pieces[259], (4, b"<x>"))
+        token["content"] = " ab"  # found in text before any merge
+        w = self.convert(json.dumps(self.byte_level(added_tokens=[*self.byte_level()["added_tokens"], token])))
+        self.assertEqual((w.pieces[257], w.pieces[259], len(w.merges)), ((1, b" ab"), (4, b" ab"), 1))
         (self.dir / "m.bin").unlink()
 
         def refuses_metaspace(words, **changes):
