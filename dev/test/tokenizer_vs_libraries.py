@@ -59,7 +59,7 @@ def hard_strings(text, count, seed=0):
              "'" * 300, "'s" * 100, "it's IT'S we'll WE'LL I'm i'M x'\u017f '\u017f", "don't'd've", "'", "a'", " 's",
              "'st", "1" * 2000, "1 22 333 4444 55555", "\u0663\u0664\u0665\u0666", "\r\n" * 500, " \r\n \r \n",
              "a  \n  b  \n ",
-             "HelloWorld ABCdef ABC abcDEF", "ABC\u0301DEF", "\u0301ABC", "\u0301\u0301a", " \u0301A\u0301", "A\u4f60B",
+             "HelloWorld ABCdef ABC abcDEF", "ABC\u0301DEF", "\u0301ABC", "\u0301\u0301a", " \u0301A\u0301", "A\u05d0B",
              "\u01c5\u02b0A", "!\u0301!", "!!\n/\n//a", " /\r\n/ ", "\u00a0\u00a0a", "\u3000\u3000", "a\u2028\u2028 b",
              "\t\ta\t\t", "\x1c\x1d\x1e\x1f\x85", "<|endoftext|>", "a<|begin_of_text|>b", " zqzq zqzq",
              "\u216b\u00b2\u00bd"]
@@ -186,11 +186,12 @@ def regex(pattern):
 
 
 def rank_file(model):
-    """a tiktoken rank file of the tokens of a tokenizer.json, in order of their merges; one more that no merge gives, and
-    some that words cut rightly never hold"""
+    """a tiktoken rank file of the tokens of a tokenizer.json, in order of their merges; one more that no merge gives,
+    and some that words cut rightly never hold"""
     letters, vocab = alphabet(), json.loads(model)["model"]["vocab"]
     tokens = [bytes(letters[c] for c in t) for t in sorted(vocab, key=vocab.get) if not t.startswith("<|")]
-    more = [t.encode() for t in (" zqzq", "\n ", "\u0301A", "\u4f60B", "1 ", "'\u017f", "x'\u017f", "/a")]
+    more = [t.encode() for t in (" zqzq", "\n ", "\u0301", "\u0301A", "\u05d0", "\u05d0B", "\u017f", "'\u017f",
+                                 "x'\u017f", "/a")]
     tokens += [t for t in more if t not in tokens]
     return b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
 
