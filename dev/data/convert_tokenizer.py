@@ -401,10 +401,13 @@ def tokenizer_json(model, bos, eos):
     for rank, merge in enumerate(bpe["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         pair = vocab.get(left), vocab.get(right)
-        if None in pair or pieces[pair[0]][0] + pieces[pair[1]][0] not in normal:
+        texts = [pieces[i][0] for i in pair if i is not None]
+        texts.append(b"".join(texts))
+        if len(texts) == 3 and not taken.isdisjoint(texts):
+            continue
+        if len(texts) < 3 or texts[2] not in normal:
             raise Refused(f"merge {rank} ({left!r}, {right!r}) is not of tokens or gives none")
-        if pieces[pair[0]][0] + pieces[pair[1]][0] not in taken:
-            merges[pair] = rank  # the last one of equals counts
+        merges[pair] = rank  # the last one of equals counts
     ends = []
     for option, given, names in (("--bos", bos, BOS), ("--eos", eos, EOS)):
         name = next((n for n in ([given] if given else names) if n in special), None)

@@ -59,7 +59,8 @@ def hard_strings(text, count, seed=0):
              "'" * 300, "'s" * 100, "it's IT'S we'll WE'LL I'm i'M x'\u017f '\u017f", "don't'd've", "'", "a'", " 's",
              "'st", "1" * 2000, "1 22 333 4444 55555", "\u0663\u0664\u0665\u0666", "\r\n" * 500, " \r\n \r \n",
              "a  \n  b  \n ",
-             "HelloWorld ABCdef ABC abcDEF", "ABC\u0301DEF", "\u0301ABC", "\u0301\u0301a", " \u0301A\u0301", "A\u05d0B",
+             "HelloWorld ABCdef ABC abcDEF", "ABC\u0301DEF", "\u0301Q", "\u0301ABC", "\u0301\u0301a", " \u0301A\u0301",
+             "A\u05d0B",
              "\u01c5\u02b0A", "!\u0301!", "!!\n/\n//a", " /\r\n/ ", "\u00a0\u00a0a", "\u3000\u3000", "a\u2028\u2028 b",
              "\t\ta\t\t", "\x1c\x1d\x1e\x1f\x85", "<|endoftext|>", "a<|begin_of_text|>b", " zqzq zqzq",
              "\u216b\u00b2\u00bd"]
@@ -190,7 +191,7 @@ def rank_file(model):
     and some that words cut rightly never hold"""
     letters, vocab = alphabet(), json.loads(model)["model"]["vocab"]
     tokens = [bytes(letters[c] for c in t) for t in sorted(vocab, key=vocab.get) if not t.startswith("<|")]
-    more = [t.encode() for t in (" zqzq", "\n ", "\u0301", "\u0301A", "\u05d0", "\u05d0B", "\u017f", "'\u017f",
+    more = [t.encode() for t in (" zqzq", "\n ", "\u0301", "\u0301Q", "\u05d0", "\u05d0B", "\u017f", "'\u017f",
                                  "x'\u017f", "/a")]
     tokens += [t for t in more if t not in tokens]
     return b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
