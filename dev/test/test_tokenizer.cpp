@@ -167,6 +167,10 @@ static std::string test_stream(const std::string& dir) {
         stream.end(got);
         if (got != (i ? "\xef\xbf\xbd" : "\xf0\x9f\x98\x80")) return "got " + to_hex(got);
     }
+    std::string got;
+    Tokenizer::Stream stream(t);
+    for (int id : t.encode("\xff" "ab")) stream.put(id, got);
+    if (got != "\xef\xbf\xbd" "ab") return "a broken byte holds up what follows";
     return "";
 }
 

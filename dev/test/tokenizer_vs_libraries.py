@@ -192,7 +192,7 @@ def rank_file(model):
     letters, vocab = alphabet(), json.loads(model)["model"]["vocab"]
     tokens = [bytes(letters[c] for c in t) for t in sorted(vocab, key=vocab.get) if not t.startswith("<|")]
     more = [t.encode() for t in (" zqzq", "\n ", "\u0301", "\u0301Q", "\u05d0", "\u05d0B", "\u017f", "'\u017f",
-                                 "x'\u017f", "/a")]
+                                 "x'\u017f", "\n/")]
     tokens += [t for t in more if t not in tokens]
     return b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
 
