@@ -204,7 +204,7 @@ private:
     // What the first bytes of a foreign file, or zeros, tell about it.
     static std::string describe(const char* start, size_t size) {
         static const std::pair<std::string, const char*> known[] = {
-            {"version https://git-lfs", "a Git LFS pointer"}, {"SGPTTOK1", "a tokenizer"},
+            {"version https://git-lfs", "a Git LFS pointer"}, {"SGPTTOK", "a tokenizer"},
             {"\x93NUMPY", "a NumPy array"}, {"PAR1", "a Parquet file"}, {"PK\3\4", "a zip archive"},
             {"\x1f\x8b", "compressed by gzip"}, {"\x28\xb5\x2f\xfd", "compressed by zstd"}};
         for (auto& [magic, what] : known)

@@ -1,18 +1,32 @@
-// Text to token ids and back: bytes, or sentencepiece-style BPE with exactly the ids of the sentencepiece library.
-// Plain C++17, usable alone. dev/data/convert_tokenizer.py writes the file from a sentencepiece .model.
+// Text to token ids and back: bytes, or byte-pair encoding with exactly the ids of sentencepiece, tiktoken or Hugging
+// Face's tokenizers. Plain C++17, usable alone. dev/data/convert_tokenizer.py writes the file from the libraries' own.
+//
+// Special tokens (BOS, EOS, ...) are ids only: their names in a text are ordinary text (tiktoken's encode_ordinary,
+// encode_special_tokens of tokenizers), and decode() leaves them out.
 //
 // Tokenizer file, little-endian, nothing padded:
-//   char[8] "SGPTTOK1"
+//   char[8] "SGPTTOK2"
 //   uint32  flags    1 add_dummy_prefix, 2 remove_extra_whitespaces, 4 escape_whitespaces,
-//                    8 treat_whitespace_as_suffix, 16 byte_fallback
+//                    8 treat_whitespace_as_suffix, 16 byte_fallback (these as in sentencepiece)
+//                    32 byte level: text is cut into words by `split`, which begin as bytes; no normalisation
+//                    64 merges are listed, 128 a word that is a piece is not merged
+//                    256 the dummy prefix only where the text starts with no space, 512 each space starts a word,
+//                    1024 decoded text loses one leading space, 2048 a run of bytes is all UTF-8 or all U+FFFD
 //   uint32  V, bos, eos
 //   uint32  size of the unknown piece's surface, then its bytes (what an unknown id decodes to)
 //   uint32  size of the trie, then its uint32 units: a double array from text to offsets into the strings that follow
 //   uint32  size of the strings, then the strings that replace text, each ending in a zero byte (no trie: 0 and 0)
 //   V times: float score, uint8 type (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte), uint16 size,
 //            the piece's bytes
+//   uint32  split    how words are cut, see enum Split
+//   uint32  number of runs of code points of one class, then for each uint32 first << 3 | class, see enum Class: in the
+//           file, so that a newer Unicode needs no newer program
+//   uint32  number of merges, then for each uint32 left, right: ids of pieces whose concatenation is a piece, in order
+//           of precedence. Not listed: any two pieces whose concatenation is a piece, by its score.
+// A file "SGPTTOK1", also read, ends behind the pieces.
 #pragma once
 #include <algorithm>
+#include <bitset>
 #include <climits>
 #include <cstdint>
 #include <cstdio>
@@ -22,13 +36,12 @@
 #include <string>
 #include <string_view>
 #include <sys/stat.h>
-#include <unordered_map>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "files are read as they lie in memory");
 
+// encode() keeps its workspace in the object: one thread at a time for each.
 class Tokenizer {
 public:
     // V = 258: ids 0..255 are the bytes, 256 is BOS, 257 EOS
@@ -41,11 +54,12 @@ public:
         return t;
     }
 
-    int vocab_size() const { return bpe_ ? (int)pieces_.size() : 258; }
+    int vocab_size() const { return V_; }
     int bos() const { return bos_; }
     int eos() const { return eos_; }
 
-    // ids of text, any bytes, without BOS and EOS; invalid UTF-8 becomes U+FFFD, byte by byte, unless V = 258
+    // ids of text, any bytes, without BOS and EOS. A byte that is no UTF-8 is, at byte level, encoded as it is, a
+    // character that is no letter, digit or space; else it is taken for U+FFFD.
     std::vector<int> encode(std::string_view text) const {
         std::vector<int> ids;
         if (!bpe_) {
@@ -54,89 +68,139 @@ public:
         }
         if (text.size() > (1u << 28))
             throw std::runtime_error("tokenizer: one text of more than 256 MiB. Split it into documents.");
-        std::string normalized = normalize(text);
-        bool after_unknown = false;
-        Merges merges(*this, normalized);
-        for (auto [piece, id] : merges.result) {
-            bool unknown = type_[id] == UNKNOWN;
-            if (unknown && byte_id_[0] >= 0)
-                for (char c : piece) ids.push_back(byte_id_[(unsigned char)c]);
-            else if (!unknown || !after_unknown)  // a run of unknown pieces is one unknown id
-                ids.push_back(id);
-            after_unknown = unknown;
+        std::string normalized;
+        if (!byte_level()) text = normalized = normalize(text);
+        if (unused_) work_.split.assign(pieces_.size(), {-1, -1});
+        ids.reserve(text.size() / 3);
+        while (!text.empty()) {
+            if (size_t n = user_defined_length(text)) {
+                ids.push_back(find(text.substr(0, n)));
+                text.remove_prefix(n);
+                continue;
+            }
+            size_t end = user_lengths_.empty() ? text.size() : 1;
+            while (end < text.size() && !user_defined_length(text.substr(end))) end++;
+            std::string_view s = text.substr(0, end);
+            text.remove_prefix(end);
+            if (byte_level() && (flags_ & DUMMY_PREFIX) && s[0] != ' ') s = normalized = " " + std::string(s);
+            while (!s.empty()) {
+                std::string_view run = s;
+                if (split_ & DIGITS_APART) {
+                    Character c = character(s, 0);
+                    run = s.substr(0, c.kind == NUMBER ? c.size : span(s, 0, ~(1u << NUMBER)));
+                }
+                s.remove_prefix(run.size());
+                while (!run.empty()) {
+                    size_t n = byte_level() ? word_size(run) : part_size(run);
+                    encode_word(run.substr(0, n), ids);
+                    run.remove_prefix(n);
+                }
+            }
         }
         return ids;
     }
 
-    // Text of ids; BOS, EOS and other control ids are nothing. Throws std::runtime_error on an id that is not in [0,V).
-    // BPE as the library does it: the dummy prefix is dropped, bytes that are no UTF-8 become U+FFFD.
+    // text of ids, as the library decodes it without special tokens: UTF-8, U+FFFD for what is none. V = 258: the bytes
+    // as they are. Throws std::runtime_error on an id that is not in [0,V).
     std::string decode(const std::vector<int>& ids) const {
         std::string text;
         Stream stream(*this);
-        for (int id : ids) text += bpe_ ? stream.add(id) : decode_piece(id);
-        return text + stream.end();
+        for (int id : ids)
+            if (bpe_)
+                stream.put(id, text);
+            else
+                text += decode_piece(id);
+        stream.end(text);
+        return text;
     }
 
-    // The text of ids that come one by one, as decode() has it, in whole characters: one of which bytes are missing is
-    // held back. Also of V = 258 bytes that are no UTF-8 become U+FFFD.
+    // decode(), id by id: text grows by what is certain, an unfinished character waits for the ids that follow. Also of
+    // V = 258 a byte that is no UTF-8 becomes U+FFFD.
     class Stream {
     public:
-        explicit Stream(const Tokenizer& tokenizer) : t(tokenizer) {}
+        explicit Stream(const Tokenizer& tokenizer) : t_(tokenizer) {}
 
-        // the text that is certain now
-        std::string add(int id) {
-            std::string piece = t.decode_piece(id), text;
-            if (!t.bpe_ || t.type_[id] == BYTE) {
-                raw += piece;
-                return flush(false);
+        void put(int id, std::string& text) {
+            std::string piece = t_.decode_piece(id);
+            const uint8_t type = t_.bpe_ ? t_.type_[id] : uint8_t(BYTE);
+            if (type == CONTROL && t_.flags_ & (BYTE_LEVEL | HF_BYTES)) return;
+            const size_t before = text.size();
+            if (type == BYTE || t_.byte_level()) {
+                bytes_ += piece;
+                release(text, false);
+            } else {
+                release(text, true);
+                // sentencepiece drops the dummy prefix of the first piece, with REMOVE_SPACES all leading spaces
+                if (dropped_ || started_ || text.size() > before) at_start_ = false;
+                dropped_ = false;
+                if (at_start_ && type != CONTROL && type != UNKNOWN && !(t_.flags_ & HF_BYTES) &&
+                    t_.flags_ & (DUMMY_PREFIX | REMOVE_SPACES) && starts(t_.pieces_[id], SPACE)) {
+                    piece.erase(0, 1);
+                    dropped_ = !(t_.flags_ & REMOVE_SPACES);
+                }
+                text += piece;
             }
-            text = flush(true);
-            if (dropped) at_start = false;
-            dropped = false;
-            if (at_start && t.has_dummy_prefix(id)) {
-                piece.erase(0, 1);
-                dropped = !(t.flags_ & REMOVE_SPACES);  // with REMOVE_SPACES all leading spaces go
-            }
-            if (!piece.empty()) at_start = false;
-            return text + piece;
+            begin(text, before);
         }
 
-        // what was held back
-        std::string end() { return flush(true); }
+        void end(std::string& text) {
+            const size_t before = text.size();
+            release(text, true);
+            begin(text, before);
+        }
 
     private:
-        const Tokenizer& t;
-        std::string raw;                        // bytes that may become a character
-        bool at_start = true, dropped = false;  // dropped: the piece before this one lost its dummy prefix
+        const Tokenizer& t_;
+        std::string bytes_;  // of characters that are not complete
+        bool at_start_ = true, dropped_ = false, started_ = false;
 
-        std::string flush(bool all) {
-            std::string text;
-            std::string_view s = raw;
-            while (!s.empty() && (all || !unfinished(s))) {
-                size_t n = utf8_length(s);
-                text += n ? s.substr(0, n) : REPLACEMENT;
-                s.remove_prefix(n ? n : 1);
+        void begin(std::string& text, size_t before) {
+            if (started_ || text.size() == before) return;
+            started_ = true;
+            if (t_.flags_ & DROP_SPACE && text[before] == ' ') text.erase(before, 1);
+        }
+
+        // Appends the bytes' characters. U+FFFD stands for what will be none: each byte, or at byte level each
+        // beginning of a character that ends early. What may still become one waits, unless `all`.
+        void release(std::string& text, bool all) {
+            std::string_view s = bytes_;
+            const bool hf = t_.flags_ & HF_BYTES;
+            if (hf && !all) return;
+            for (bool broken = false; !s.empty();) {
+                auto [n, whole] = utf8(s);
+                if (!whole && n == s.size() && !all) break;
+                if (!whole && hf && !broken) {
+                    broken = true;
+                    text.resize(text.size() - (bytes_.size() - s.size()));
+                    s = bytes_;
+                }
+                if (broken || (!whole && !t_.byte_level())) n = 1;
+                text += whole && !broken ? s.substr(0, n) : REPLACEMENT;
+                s.remove_prefix(n);
             }
-            raw.erase(0, raw.size() - s.size());
-            if (!text.empty()) at_start = false;
-            return text;
+            bytes_.erase(0, bytes_.size() - s.size());
         }
     };
 
-    // bytes of text that an id stands for; at_start: the first of a text, whose dummy prefix is none of it
+    // bytes of a text that an id stands for; at_start: its first, whose dummy prefix is none of it
     size_t text_bytes(int id, bool at_start) const {
-        return decode_piece(id).size() - (bpe_ && at_start && has_dummy_prefix(id));
+        const size_t size = decode_piece(id).size();
+        if (!bpe_ || type_[id] == CONTROL) return bpe_ ? 0 : size;
+        const bool prefix = at_start && size && flags_ & (DUMMY_PREFIX | REMOVE_SPACES | DROP_SPACE) &&
+                            (type_[id] == NORMAL || type_[id] == USER_DEFINED) && starts(pieces_[id], SPACE);
+        return size - prefix;
     }
 
-    // text of one id, for printing while sampling: all its spaces, a byte id's byte as it is, nothing for a control id
+    // text of one id as it is: all its spaces, a byte id's byte, part of a character; nothing for a control id
     std::string decode_piece(int id) const {
-        if (id < 0 || id >= vocab_size())
-            throw std::runtime_error("tokenizer: id " + std::to_string(id) + " is not in [0, " +
-                                     std::to_string(vocab_size()) + "). Use the tokenizer that made the data.");
+        if (id < 0 || id >= V_)
+            throw std::runtime_error("tokenizer: id " + std::to_string(id) + " is not in [0, " + std::to_string(V_) +
+                                     "). Use the tokenizer that made the data.");
         if (!bpe_) return id < 256 ? std::string(1, (char)id) : std::string();
         if (type_[id] == CONTROL) return {};
         if (type_[id] == UNKNOWN) return unknown_surface_;
         if (type_[id] == BYTE) return std::string(1, (char)byte_value(pieces_[id]));
+        if (byte_level()) return std::string(pieces_[id]);
         std::string text;
         for (std::string_view s = pieces_[id]; !s.empty();) {
             bool space = starts(s, SPACE);
@@ -147,28 +211,77 @@ public:
     }
 
 private:
-    enum { DUMMY_PREFIX = 1, REMOVE_SPACES = 2, ESCAPE_SPACES = 4, SPACE_AS_SUFFIX = 8, BYTE_FALLBACK = 16 };
+    enum {
+        DUMMY_PREFIX = 1, REMOVE_SPACES = 2, ESCAPE_SPACES = 4, SPACE_AS_SUFFIX = 8, BYTE_FALLBACK = 16,
+        BYTE_LEVEL = 32, LISTED_MERGES = 64, WHOLE_WORDS = 128, PREFIX_IF_NONE = 256, CUT_AT_SPACES = 512,
+        DROP_SPACE = 1024, HF_BYTES = 2048
+    };
     enum Type : uint8_t { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };
+    // all else; Lu and Lt, Ll, Lm and Lo, M, N of Unicode; \s
+    enum Class : uint8_t { OTHER, UPPER, LOWER, LETTER, MARK, NUMBER, WHITE };
+    enum Split {
+        DIGITS = 3,             // most digits of a number; 0: any, and a space before them
+        ANY_PREFIX = 4,         // a word takes one character before it, no letter, digit, \r or \n; else only a space
+        CASED = 8,              // upper case after lower starts a word; marks are letters
+        CONTRACTION = 16,       // 's 't 're 've 'm 'll 'd are words
+        CONTRACTION_TAIL = 32,  // they belong to the word before them
+        ANY_CASE = 64,          // also in capitals
+        NEWLINE_TAIL = 128,     // \r and \n belong to the punctuation before them
+        SLASH_TAIL = 256,       // and so does /
+        NEWLINES = 512,         // spaces up to the last \r or \n among them are a word
+        END_SPACES = 1024,      // spaces that end the text are one word
+        DIGITS_APART = 2048     // the text is first cut before and behind each digit
+    };
     static constexpr std::string_view SPACE = "\xe2\x96\x81", REPLACEMENT = "\xef\xbf\xbd";  // U+2581, U+FFFD
+    static constexpr uint32_t NEVER = UINT32_MAX;
+
+    struct Merge {
+        uint64_t key;   // left id << 32 | right id
+        uint32_t rank;  // lowest first; NEVER: an empty slot
+        int id;         // what the two become
+    };
+    struct Symbol {
+        int id, start, prev, next;  // prev, next < 0: none
+        uint32_t rank;              // of its merge with the next one; NEVER: none, or merged into the one before
+        int merged;                 // id of that merge
+    };
+    struct CachedWord {
+        uint8_t size, count;
+        char word[22];
+        int ids[10];
+    };
+    static_assert(sizeof(CachedWord) == 64, "a cache line");
+    struct Work {
+        std::vector<CachedWord> cache;
+        std::vector<Symbol> symbols;
+        std::vector<uint64_t> queue;  // rank << 32 | index of the left symbol: a heap, lowest first
+        std::vector<int> ids;
+        std::vector<std::pair<int, int>> split;  // of an unused piece: what it was last made of; -1: nothing
+    };
 
     // The views in here point into file_'s heap buffer; a vector keeps that when it is moved, and copies are refused.
     Tokenizer() = default;
-    bool bpe_ = false;
-    int bos_ = 256, eos_ = 257, unknown_ = -1;
-    uint32_t flags_ = 0;
+    bool bpe_ = false, unused_ = false;
+    int V_ = 258, bos_ = 256, eos_ = 257, unknown_ = -1;
+    uint32_t flags_ = 0, split_ = 0;
     std::vector<char> file_;
-    std::vector<std::string_view> pieces_;
+    std::vector<std::string_view> pieces_;  // behind V_: characters that are no piece, but part of one
     std::vector<float> score_;
     std::vector<uint8_t> type_;
-    std::unordered_map<std::string_view, int> normal_;  // what text can be: not the unknown, control and byte pieces
-    size_t longest_ = 0;                 // bytes of the longest piece in normal_
-    bool words_ = true;                  // no piece has a space behind another character
-    std::vector<size_t> user_lengths_;   // sizes of the user-defined pieces, longest first
-    bool user_first_[256] = {};          // their first bytes
-    int byte_id_[256] = {};              // byte_id_[0] < 0: no byte fallback
+    size_t words_ = 0;                      // in slots_
+    std::vector<int> slots_;                // hash table of what text can be: no unknown, control and byte pieces
+    std::vector<Merge> merges_;             // hash table by key
+    std::vector<std::bitset<256>> joined_;  // [a][b]: some piece has such characters side by side, see step()
+    std::vector<uint8_t> class_;            // of each code point
+    std::vector<size_t> user_lengths_;      // sizes of the user-defined pieces, longest first
+    bool user_first_[256] = {};             // their first bytes
+    bool plain_[128] = {};                  // an ASCII character that normalisation leaves as it is
+    int first_id_[256] = {};                // id of a one-byte piece
+    int byte_id_[256] = {};                 // byte_id_[0] < 0: no byte fallback
     std::string unknown_surface_;
     std::vector<uint32_t> trie_;
     std::string_view replacements_;
+    mutable Work work_;
 
 public:
     Tokenizer(const Tokenizer&) = delete;
@@ -177,40 +290,28 @@ public:
     Tokenizer& operator=(Tokenizer&&) = default;
 
 private:
+    bool byte_level() const { return flags_ & BYTE_LEVEL; }
     static bool starts(std::string_view s, std::string_view prefix) { return s.substr(0, prefix.size()) == prefix; }
     static bool ends(std::string_view s, std::string_view suffix) {
         return s.size() >= suffix.size() && s.substr(s.size() - suffix.size()) == suffix;
     }
 
     // size that the first byte of a UTF-8 character announces
-    static int character_size(unsigned char first) {
+    static int announced_size(unsigned char first) {
         return first < 0xc0 ? 1 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
     }
 
-    // size of the UTF-8 character that s starts with; 0: it is none
-    static size_t utf8_length(std::string_view s) {
-        unsigned char c = s[0];
-        size_t n = c < 0x80 ? 1 : (c & 0xe0) == 0xc0 ? 2 : (c & 0xf0) == 0xe0 ? 3 : (c & 0xf8) == 0xf0 ? 4 : 0;
-        if (n < 2 || n > s.size()) return n == 1;
-        uint32_t code = c & (0x7f >> n);
-        for (size_t i = 1; i < n; i++) {
-            if ((s[i] & 0xc0) != 0x80) return 0;
-            code = code << 6 | (s[i] & 0x3f);
-        }
-        static constexpr uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};  // shorter forms exist below
-        return code >= least[n] && code <= 0x10ffff && (code < 0xd800 || code > 0xdfff) ? n : 0;
-    }
-
-    // whether s is the begin of a UTF-8 character whose other bytes may come
-    static bool unfinished(std::string_view s) {
-        unsigned char c = s[0];
-        if (c < 0xc2 || c > 0xf4 || s.size() >= (size_t)character_size(c)) return false;
-        return std::all_of(s.begin() + 1, s.end(), [](char next) { return (next & 0xc0) == 0x80; });
-    }
-
-    bool has_dummy_prefix(int id) const {
-        return type_[id] != CONTROL && type_[id] != UNKNOWN && type_[id] != BYTE &&
-               (flags_ & (DUMMY_PREFIX | REMOVE_SPACES)) && starts(pieces_[id], SPACE);
+    // the bytes at the start of s, at least one, that are a UTF-8 character or begin one; whether it is whole
+    static std::pair<size_t, bool> utf8(std::string_view s) {
+        unsigned char c = s[0], low = 0x80, high = 0xbf;  // of the second byte: no surrogates, nothing too long or high
+        size_t size = c < 0x80 ? 1 : c < 0xc2 ? 0 : c < 0xf5 ? announced_size(c) : 0, n = 1;
+        if (c == 0xe0) low = 0xa0;
+        if (c == 0xed) high = 0x9f;
+        if (c == 0xf0) low = 0x90;
+        if (c == 0xf4) high = 0x8f;
+        for (; n < size && n < s.size() && (unsigned char)s[n] >= low && (unsigned char)s[n] <= high; n++)
+            low = 0x80, high = 0xbf;
+        return {n, n == size};
     }
 
     // "<0x41>" is 0x41; -1: not of that form
@@ -221,19 +322,154 @@ private:
         return high == digits.npos || low == digits.npos ? -1 : (int)(high << 4 | low);
     }
 
+    static uint64_t mix(uint64_t h) {
+        h *= 0x9e3779b97f4a7c15;
+        return h ^ h >> 32;
+    }
+
+    static uint64_t hash(std::string_view s) {
+        uint64_t h = s.size(), w = 0;
+        for (; s.size() >= 8; s.remove_prefix(8)) {
+            memcpy(&w, s.data(), 8);
+            h = mix(h ^ w);
+        }
+        w = 0;
+        for (size_t i = 0; i < s.size(); i++) w = w << 8 | (unsigned char)s[i];
+        return mix(h ^ w);
+    }
+
+    // where piece is or would be in slots_
+    size_t slot(std::string_view piece) const {
+        const size_t mask = slots_.size() - 1;
+        size_t i = hash(piece) & mask;
+        while (slots_[i] >= 0 && pieces_[slots_[i]] != piece) i = (i + 1) & mask;
+        return i;
+    }
+    int find(std::string_view piece) const { return slots_[slot(piece)]; }
+
+    size_t merge_slot(uint64_t key) const {
+        const size_t mask = merges_.size() - 1;
+        size_t i = mix(mix(key)) & mask;
+        while (merges_[i].rank != NEVER && merges_[i].key != key) i = (i + 1) & mask;
+        return i;
+    }
+
     // size of the longest user-defined piece that s starts with; 0: none
     size_t user_defined_length(std::string_view s) const {
         if (!user_first_[(unsigned char)s[0]]) return 0;
         for (size_t n : user_lengths_) {
             if (n > s.size()) continue;
-            auto it = normal_.find(s.substr(0, n));
-            if (it != normal_.end() && type_[it->second] == USER_DEFINED) return n;
+            int id = find(s.substr(0, n));
+            if (id >= 0 && type_[id] == USER_DEFINED) return n;
         }
         return 0;
     }
 
+    // ---- byte level: words
+
+    struct Character {
+        Class kind;
+        size_t size;
+    };
+    Character character(std::string_view s, size_t at) const {
+        unsigned char c = s[at];
+        if (c < 0x80) return {(Class)class_[c], 1};
+        auto [n, whole] = utf8(s.substr(at));
+        if (!whole) return {OTHER, 1};
+        uint32_t code = c & (0x7f >> n);
+        for (size_t i = 1; i < n; i++) code = code << 6 | (s[at + i] & 0x3f);
+        return {(Class)class_[code], n};
+    }
+
+    // end of the characters from `at` on whose class is in the set of bits
+    size_t span(std::string_view s, size_t at, uint32_t set) const {
+        while (at < s.size()) {
+            Character c = character(s, at);
+            if (!(set >> c.kind & 1)) break;
+            at += c.size;
+        }
+        return at;
+    }
+
+    // end of 's, 't, 're, ... at `at`; else `at`
+    size_t contraction(std::string_view s, size_t at) const {
+        if (s[at] != '\'' || at + 1 == s.size()) return at;
+        const bool any_case = split_ & ANY_CASE;
+        auto letter = [&](size_t i) -> char {
+            return i >= s.size() ? 0 : any_case && s[i] >= 'A' && s[i] <= 'Z' ? s[i] + 32 : s[i];
+        };
+        char a = letter(at + 1), b = letter(at + 2);
+        if (a == 's' || a == 't' || a == 'm' || a == 'd') return at + 2;
+        if ((b == 'e' && (a == 'r' || a == 'v')) || (a == 'l' && b == 'l')) return at + 3;
+        return any_case && starts(s.substr(at + 1), "\u017f") ? at + 3 : at;  // U+017F is an s to regular expressions
+    }
+
+    // end of the letters from `at` on; `at`: none. CASED: of [UPPER LETTER MARK]* [LOWER LETTER MARK]+
+    size_t letters(std::string_view s, size_t at) const {
+        if (!(split_ & CASED)) return span(s, at, 1 << UPPER | 1 << LOWER | 1 << LETTER);
+        size_t caseless = at, i = at;  // what could end the word if nothing of lower case follows
+        while (i < s.size()) {
+            Character c = character(s, i);
+            if (c.kind != UPPER && c.kind != LETTER && c.kind != MARK) break;
+            i += c.size;
+            if (c.kind != UPPER) caseless = i;
+        }
+        size_t end = span(s, i, 1 << LOWER | 1 << LETTER | 1 << MARK);
+        return end > i ? end : caseless;
+    }
+
+    // size of the first word of s, as the tokenizer's regular expression cuts it
+    size_t word_size(std::string_view s) const {
+        auto newline = [&](size_t i) { return s[i] == '\r' || s[i] == '\n'; };
+        const auto [kind, n] = character(s, 0);
+        const size_t space = s[0] == ' ';
+        if (split_ & CONTRACTION)
+            if (size_t end = contraction(s, 0)) return end;
+
+        size_t at = space;
+        if (split_ & ANY_PREFIX && (kind == OTHER || kind == MARK || kind == WHITE) && !newline(0)) at = n;
+        size_t end = letters(s, at);
+        if (end == at && at && kind == MARK) at = 0, end = letters(s, 0);
+        if (end == at && split_ & CASED) end = span(s, at, 1 << UPPER);
+        if (end > at) return split_ & CONTRACTION_TAIL && end < s.size() ? contraction(s, end) : end;
+
+        if (!(split_ & DIGITS)) {
+            end = span(s, space, 1 << NUMBER);
+            if (end > space) return end;
+        } else if (kind == NUMBER) {
+            end = n;
+            for (uint32_t i = 1; i < (split_ & DIGITS) && end < s.size(); i++) {
+                Character c = character(s, end);
+                if (c.kind != NUMBER) break;
+                end += c.size;
+            }
+            return end;
+        }
+
+        end = span(s, space, 1 << OTHER | 1 << MARK);
+        if (end > space) {
+            auto tail = [&](size_t i) {
+                return (split_ & NEWLINE_TAIL && newline(i)) || (split_ & SLASH_TAIL && s[i] == '/');
+            };
+            while (end < s.size() && tail(end)) end++;
+            return end;
+        }
+
+        end = span(s, 0, 1 << WHITE);
+        if (end == s.size() && split_ & END_SPACES) return end;
+        if (split_ & NEWLINES)
+            for (size_t i = end; i > 0; i--)
+                if (newline(i - 1)) return i;
+        if (end == s.size()) return end;
+        size_t last = end - 1;  // spaces leave the last one to the word behind them
+        while (last > 0 && (s[last] & 0xc0) == 0x80) last--;
+        return last ? last : end;
+    }
+
+    // ---- others: normal form, and parts of it that merge on their own
     // how the text starts after normalisation, and the bytes of text that this stands for
     std::pair<std::string_view, size_t> normalize_prefix(std::string_view text) const {
+        if ((unsigned char)text[0] < 0x80 && plain_[(unsigned char)text[0]]) return {text.substr(0, 1), 1};
         if (size_t n = user_defined_length(text)) return {text.substr(0, n), n};
         // Longest match in the double array. A unit holds a label (bits 0..7, and 31 for a leaf), whether a leaf
         // hangs below (bit 8) and an offset (bits 10.., times 256 if bit 9); a leaf holds its value in bits 0..30.
@@ -254,8 +490,8 @@ private:
             std::string_view s = replacements_.substr(value);
             return {s.substr(0, s.find('\0')), length};
         }
-        size_t n = utf8_length(text);
-        return n ? std::make_pair(text.substr(0, n), n) : std::make_pair(REPLACEMENT, (size_t)1);
+        auto [n, whole] = utf8(text);
+        return whole ? std::make_pair(text.substr(0, n), n) : std::make_pair(REPLACEMENT, (size_t)1);
     }
 
     std::string normalize(std::string_view text) const {
@@ -269,7 +505,8 @@ private:
         std::string out;
         if (text.empty()) return out;
         out.reserve(text.size() + text.size() / 2);
-        if ((flags_ & DUMMY_PREFIX) && !(flags_ & SPACE_AS_SUFFIX)) out += space;
+        if (flags_ & DUMMY_PREFIX && !(flags_ & SPACE_AS_SUFFIX) &&
+            !(flags_ & PREFIX_IF_NONE && (text[0] == ' ' || starts(text, SPACE)))) out += space;
         bool after_space = remove;
         while (!text.empty()) {
             auto [s, n] = normalize_prefix(text);
@@ -283,102 +520,175 @@ private:
             if (out.size() > INT_MAX / 2) throw std::runtime_error("tokenizer: the text's normal form is over 1 GiB.");
         }
         while (remove && ends(out, space)) out.resize(out.size() - space.size());
-        if ((flags_ & DUMMY_PREFIX) && (flags_ & SPACE_AS_SUFFIX)) out += space;
+        if (flags_ & DUMMY_PREFIX && flags_ & SPACE_AS_SUFFIX) out += space;
         return out;
     }
 
-    // The text's characters, merged pair by pair: always the pair whose piece has the highest score, the leftmost of
-    // equals. n bytes make at most 3n entries in the queue, so the time is n log n.
-    struct Merges {
-        struct Symbol {
-            int start, size, prev, next;  // size 0: merged into its left neighbour; prev, next -1: none
-            bool fixed;                   // user-defined: never merged
-        };
-        struct Pair {
-            float score;
-            int left, size;  // size of both symbols: it changes when either has been merged with another
-            bool operator<(const Pair& o) const { return score < o.score || (score == o.score && left > o.left); }
-        };
-        const Tokenizer& t;
-        std::string_view text;
-        std::vector<Symbol> symbols;
-        std::vector<Pair> pairs;                                    // a heap
-        std::unordered_map<std::string_view, int> unused_split;     // size of the left half of an unused piece's merge
-        std::vector<std::pair<std::string_view, int>> result;       // pieces and ids
+    // Steps over the character at `at`; false: it is the last one of s. before, after: what joined_ knows of the
+    // characters on both sides, their last and first byte, or 255 for a space.
+    static bool step(std::string_view s, size_t& at, int& before, int& after) {
+        const bool space = starts(s.substr(at), SPACE);
+        at += announced_size(s[at]);
+        if (at >= s.size()) return false;
+        before = space ? 255 : (unsigned char)s[at - 1];
+        after = starts(s.substr(at), SPACE) ? 255 : (unsigned char)s[at];
+        return true;
+    }
 
-        Merges(const Tokenizer& tokenizer, std::string_view normalized) : t(tokenizer), text(normalized) {
-            if (text.empty()) return;
-            symbols.reserve(text.size());
-            for (size_t at = 0; at < text.size();) {
-                size_t user = t.user_defined_length(text.substr(at)), size = user;
-                if (!user) size = std::min<size_t>(character_size(text[at]), text.size() - at);
-                int i = (int)symbols.size();
-                symbols.push_back({(int)at, (int)size, i - 1, i + 1, user > 0});
-                at += size;
-            }
-            // What no piece reaches across merges on its own: a small queue stays in the cache.
-            int n = (int)symbols.size();
-            for (int i = 1, begin = 0; i <= n; i++) {
-                if (i < n && !(t.words_ && starts(text.substr(symbols[i].start), SPACE) &&
-                               !ends(text.substr(0, symbols[i].start), SPACE))) continue;
-                symbols[begin].prev = symbols[i - 1].next = -1;
-                merge(begin, i);
-                begin = i;
-            }
+    // Size of what merges on its own at the start of s: two characters that no piece has side by side end it. With
+    // unused pieces joined_ is empty and text merges as a whole: what they fall apart into depends on all of it.
+    size_t part_size(std::string_view s) const {
+        int before, after;
+        for (size_t at = 0; !joined_.empty() && step(s, at, before, after);)
+            if (!joined_[before][after]) return at;
+        return s.size();
+    }
+
+    // ---- merges
+
+    void encode_word(std::string_view word, std::vector<int>& ids) const {
+        const uint64_t h = hash(word);
+        CachedWord& cached = work_.cache[h & (work_.cache.size() - 1)];
+        if (cached.size == word.size() && !memcmp(cached.word, word.data(), word.size())) {
+            append(cached.ids, cached.count, ids);
+            return;
         }
+        std::vector<int>& result = work_.ids;
+        result.clear();
+        int id = flags_ & WHOLE_WORDS ? find(word) : -1;
+        if (id >= 0) result.push_back(id);
+        else merge(word);
+        append(result.data(), result.size(), ids);
+        if (unused_ || word.size() > sizeof(cached.word) || result.size() > std::size(cached.ids)) return;
+        cached.size = (uint8_t)word.size();
+        cached.count = (uint8_t)result.size();
+        memcpy(cached.word, word.data(), word.size());
+        std::copy(result.begin(), result.end(), cached.ids);
+    }
 
-        void merge(int begin, int end) {
-            pairs.clear();
-            for (int i = begin; i + 1 < end; i++) push(i);
-            std::make_heap(pairs.begin(), pairs.end());
-            while (!pairs.empty()) {
-                Pair top = pairs.front();
-                std::pop_heap(pairs.begin(), pairs.end());
-                pairs.pop_back();
-                Symbol& a = symbols[top.left];
-                if (!a.size || a.next < 0 || a.size + symbols[a.next].size != top.size) continue;
-                Symbol& b = symbols[a.next];
-                a.size = top.size;
-                b.size = 0;
-                a.next = b.next;
-                if (a.next >= 0) symbols[a.next].prev = top.left;
-                for (int left : {a.prev, top.left})
-                    if (left >= 0 && push(left)) std::push_heap(pairs.begin(), pairs.end());
-            }
-            for (int i = begin; i >= 0; i = symbols[i].next) emit(text.substr(symbols[i].start, symbols[i].size));
+    // a run of unknown pieces is one unknown id
+    void append(const int* from, size_t n, std::vector<int>& ids) const {
+        for (size_t i = 0; i < n; i++)
+            if (unknown_ < 0 || from[i] != unknown_ || ids.empty() || ids.back() != unknown_) ids.push_back(from[i]);
+    }
+
+    // Ids of a word to work_.ids: its characters, merged pair by pair; always the merge of lowest rank, the leftmost of
+    // equals. n characters make at most 3n entries in the queue, so the time is n log n.
+    void merge(std::string_view word) const {
+        std::vector<Symbol>& symbols = work_.symbols;
+        std::vector<uint64_t>& queue = work_.queue;
+        symbols.clear();
+        queue.clear();
+        for (size_t at = 0; at < word.size();) {
+            size_t size = byte_level() ? 1 : std::min<size_t>(announced_size(word[at]), word.size() - at);
+            int id = size == 1 ? first_id_[(unsigned char)word[at]] : find(word.substr(at, size));
+            int i = (int)symbols.size();
+            symbols.push_back({id, (int)at, i - 1, i + 1, NEVER, -1});
+            at += size;
         }
-
-        // the pair of symbol `left` and the next one, if their concatenation is a piece
-        bool push(int left) {
-            const Symbol& a = symbols[left];
-            if (a.next < 0 || a.fixed || symbols[a.next].fixed) return false;
-            int size = a.size + symbols[a.next].size;
-            if ((size_t)size > t.longest_) return false;
-            std::string_view piece = text.substr(a.start, size);
-            auto it = t.normal_.find(piece);
-            if (it == t.normal_.end()) return false;
-            if (t.type_[it->second] == UNUSED) unused_split[piece] = a.size;
-            pairs.push_back({t.score_[it->second], left, size});
-            return true;
-        }
-
-        // An unused piece may be a step on the way to longer ones; where the merges end with it, it falls apart again.
-        void emit(std::string_view piece) {
-            int id = t.id(piece);
-            auto split = t.type_[id] == UNUSED ? unused_split.find(piece) : unused_split.end();
-            if (split == unused_split.end()) {
-                result.emplace_back(piece, id);
-            } else {
-                int n = split->second;
-                emit(piece.substr(0, n));
-                emit(piece.substr(n));
+        symbols.back().next = -1;
+        for (int i = 0; i < (int)symbols.size(); i++)
+            if (pair(i)) queue.push_back((uint64_t)symbols[i].rank << 32 | i);
+        std::make_heap(queue.begin(), queue.end(), std::greater<>());
+        while (!queue.empty()) {
+            std::pop_heap(queue.begin(), queue.end(), std::greater<>());
+            const int i = (int)queue.back();
+            Symbol& a = symbols[i];
+            const bool stale = a.rank != queue.back() >> 32;  // one of the two has been merged with another
+            queue.pop_back();
+            if (stale) continue;
+            Symbol& b = symbols[a.next];
+            a.id = a.merged;
+            a.next = b.next;
+            b.rank = NEVER;
+            if (a.next >= 0) symbols[a.next].prev = i;
+            for (int left : {a.prev, i}) {
+                if (left < 0 || !pair(left)) continue;
+                queue.push_back((uint64_t)symbols[left].rank << 32 | left);
+                std::push_heap(queue.begin(), queue.end(), std::greater<>());
             }
         }
-    };
+        for (int i = 0, next; i >= 0; i = next) {
+            next = symbols[i].next;
+            const size_t start = symbols[i].start, end = next < 0 ? word.size() : symbols[next].start;
+            emit(symbols[i].id, word.substr(start, end - start));
+        }
+    }
 
-    int id(std::string_view piece) const {
-        auto it = normal_.find(piece);
-        return it == normal_.end() ? unknown_ : it->second;
+    // settles the merge of symbol i and the next one; whether there is one
+    bool pair(int i) const {
+        Symbol& a = work_.symbols[i];
+        a.rank = NEVER;
+        const int right = a.next < 0 ? -1 : work_.symbols[a.next].id;
+        if (a.id < 0 || right < 0) return false;
+        const Merge& m = merges_[merge_slot((uint64_t)a.id << 32 | (uint32_t)right)];
+        if (m.rank == NEVER) return false;
+        a.rank = m.rank;
+        a.merged = m.id;
+        if (type_[m.id] == UNUSED) work_.split[m.id] = {a.id, right};
+        return true;
+    }
+
+    // An unused piece may be a step on the way to longer ones; where the merges end with it, it falls apart again.
+    void emit(int id, std::string_view text) const {
+        std::vector<int>& ids = work_.ids;
+        if (id >= 0 && type_[id] == UNUSED && work_.split[id].first >= 0) {
+            auto [left, right] = work_.split[id];
+            size_t n = pieces_[left].size();
+            emit(left, text.substr(0, n));
+            emit(right, text.substr(n));
+        } else if (id >= 0 && type_[id] != UNKNOWN) {
+            ids.push_back(id);
+        } else if (byte_id_[0] >= 0) {
+            for (char c : text) ids.push_back(byte_id_[(unsigned char)c]);
+        } else {
+            ids.push_back(unknown_);
+        }
+    }
+
+    // ---- the file
+
+    void insert(int id) {
+        if (2 * ++words_ > slots_.size()) {
+            std::vector<int> before(slots_.empty() ? 1024 : 2 * slots_.size(), -1);
+            before.swap(slots_);
+            for (int other : before)
+                if (other >= 0) slots_[slot(pieces_[other])] = other;
+        }
+        slots_[slot(pieces_[id])] = id;
+    }
+
+    // id of a piece that can be part of a merge; a character that is no piece gets an id behind V. < 0: none
+    int part(std::string_view text) {
+        int id = find(text);
+        if (id < 0 && !byte_level() && text.size() <= (size_t)announced_size(text[0])) {
+            id = (int)pieces_.size();
+            pieces_.push_back(text);
+            type_.push_back(UNKNOWN);
+            insert(id);
+        }
+        return id >= 0 && type_[id] == USER_DEFINED ? -1 : id;
+    }
+
+    // every two parts that are a piece together; ranks by score, the same for equals
+    std::vector<Merge> merges_by_score() {
+        std::vector<int> order(V_);
+        for (int i = 0; i < V_; i++) order[i] = i;
+        std::sort(order.begin(), order.end(), [&](int a, int b) { return score_[a] > score_[b]; });
+        std::vector<Merge> all;
+        uint32_t rank = 0;
+        for (int i = 0; i < V_; i++) {
+            const int id = order[i];
+            if (i && score_[id] < score_[order[i - 1]]) rank++;
+            if (type_[id] != NORMAL && type_[id] != UNUSED) continue;
+            const std::string_view piece = pieces_[id];
+            auto step = [&](size_t at) -> size_t { return byte_level() ? 1 : announced_size(piece[at]); };
+            for (size_t at = step(0); at < piece.size(); at += step(at)) {
+                int left = part(piece.substr(0, at)), right = left < 0 ? -1 : part(piece.substr(at));
+                if (right >= 0) all.push_back({(uint64_t)left << 32 | (uint32_t)right, rank, id});
+            }
+        }
+        return all;
     }
 
     // Every size in the file is checked against what is left of it before it is used.
@@ -406,9 +716,11 @@ private:
             memcpy(&value, take(sizeof(value)).data(), sizeof(value));
             return value;
         };
-        if (!starts(rest, "SGPTTOK1")) fail("this is not a tokenizer file");
+        const bool old = starts(rest, "SGPTTOK1");
+        if (!old && !starts(rest, "SGPTTOK2")) fail("this is not a tokenizer file");
         take(8);
         flags_ = number(0u);
+        if (flags_ >= (old ? 32 : 4096)) fail("it has flags of a newer version");
         uint32_t V = number(0u), bos = number(0u), eos = number(0u);
         unknown_surface_ = take(number(0u));
         std::string_view trie = take(number(0u));
@@ -418,48 +730,101 @@ private:
         replacements_ = take(number(0u));
         if (trie_.empty() != replacements_.empty() || (!trie_.empty() && replacements_.back()))
             fail("trie and replacements do not fit together");
-        if (V > rest.size() / 8) fail("the file is cut short");  // a piece takes 7 bytes and its text
+        if (V > rest.size() / 7) fail("the file is cut short");  // a piece takes 7 bytes and its text
 
         pieces_.reserve(V);
-        std::unordered_set<std::string_view> all;
+        slots_.assign(1024, -1);
         std::fill(byte_id_, byte_id_ + 256, -1);
-        for (int i = 0; i < (int)V; i++) {
-            std::string name = "piece " + std::to_string(i);
+        for (V_ = 0; V_ < (int)V; V_++) {
+            std::string name = "piece " + std::to_string(V_);
             score_.push_back(number(0.0f));
             type_.push_back(number((uint8_t)0));
             pieces_.push_back(take(number((uint16_t)0)));
             std::string_view piece = pieces_.back();
             uint8_t type = type_.back();
-            if (piece.empty()) fail(name + " is empty");
+            if (piece.empty() && type != CONTROL) fail(name + " is empty");
             if (type < NORMAL || type > BYTE) fail(name + " is of no known type");
             if (score_.back() != score_.back()) fail(name + " has no number as its score");
-            if (!all.insert(piece).second) fail(name + " is there twice");
             if (type == NORMAL || type == USER_DEFINED || type == UNUSED) {
-                normal_[piece] = i;
-                longest_ = std::max(longest_, piece.size());
-                for (size_t at = 1; (at = piece.find(SPACE, at)) != piece.npos; at += SPACE.size())
-                    words_ = words_ && ends(piece.substr(0, at), SPACE);
+                const int other = find(piece);  // a user-defined piece comes before a normal one of its text
+                if (other < 0) insert(V_);
+                else if ((type == USER_DEFINED) == (type_[other] == USER_DEFINED)) fail(name + " is there twice");
+                else if (type == USER_DEFINED) slots_[slot(piece)] = V_;
             }
             if (type == UNKNOWN) {
                 if (unknown_ >= 0) fail(name + " is a second unknown piece");
-                unknown_ = i;
+                unknown_ = V_;
             } else if (type == BYTE) {
                 if (byte_value(piece) < 0 || !(flags_ & BYTE_FALLBACK)) fail(name + " cannot be a byte");
-                byte_id_[byte_value(piece)] = i;
+                byte_id_[byte_value(piece)] = V_;
             } else if (type == USER_DEFINED) {
                 user_first_[(unsigned char)piece[0]] = true;
                 user_lengths_.push_back(piece.size());
+            } else if (type == UNUSED) {
+                unused_ = true;
             }
         }
-        if (!rest.empty()) fail("there are bytes behind the last piece");
-        if (unknown_ < 0) fail("there is no unknown piece");
+        if (unknown_ < 0 && !(flags_ & (BYTE_LEVEL | BYTE_FALLBACK))) fail("there is no unknown piece");
         if (bos >= V || eos >= V || type_[bos] != CONTROL || type_[eos] != CONTROL)
             fail("BOS or EOS is no control piece");
-        if ((flags_ & BYTE_FALLBACK) && std::count(byte_id_, byte_id_ + 256, -1)) fail("some byte has no piece");
+        if (flags_ & BYTE_FALLBACK && std::count(byte_id_, byte_id_ + 256, -1)) fail("some byte has no piece");
         bos_ = (int)bos;
         eos_ = (int)eos;
         std::sort(user_lengths_.begin(), user_lengths_.end(), std::greater<size_t>());
         user_lengths_.erase(std::unique(user_lengths_.begin(), user_lengths_.end()), user_lengths_.end());
+
+        if (byte_level()) class_.assign(0x110000, OTHER);
+        uint32_t listed = 0;
+        if (!old) {
+            split_ = number(0u);
+            uint32_t at = 0, kind = OTHER;
+            for (uint32_t n = number(0u); n > 0; n--) {
+                uint32_t range = number(0u), next = range >> 3;
+                if (next < at || next >= class_.size() || (range & 7) > WHITE) fail("its classes are damaged");
+                std::fill(class_.begin() + at, class_.begin() + next, (uint8_t)kind);
+                at = next;
+                kind = range & 7;
+            }
+            std::fill(class_.begin() + at, class_.end(), (uint8_t)kind);
+            listed = number(0u);
+        }
+        if (listed > rest.size() / 8) fail("the file is cut short");
+        std::vector<Merge> all;
+        if (!(flags_ & LISTED_MERGES)) all = merges_by_score();
+        for (uint32_t rank = 0; rank < listed; rank++) {
+            uint32_t left = number(0u), right = number(0u);
+            std::string name = "merge " + std::to_string(rank);
+            if (std::max(left, right) >= V || type_[left] != NORMAL || type_[right] != NORMAL)
+                fail(name + " is not of two pieces");
+            int id = find(std::string(pieces_[left]).append(pieces_[right]));
+            if (id < 0 || type_[id] != NORMAL) fail(name + " gives no piece");
+            all.push_back({(uint64_t)left << 32 | right, rank, id});
+        }
+        if (!rest.empty()) fail("there are bytes behind its end");
+        size_t size = 16;
+        while (size < 2 * all.size()) size *= 2;
+        merges_.assign(size, {0, NEVER, -1});
+        for (const Merge& m : all) {
+            Merge& slot = merges_[merge_slot(m.key)];
+            if (slot.rank == NEVER) slot = m;
+        }
+
+        for (int c = 0; c < 256; c++) {
+            char byte = (char)c;
+            first_id_[c] = find({&byte, 1});
+            if (byte_level() && first_id_[c] < 0) fail("some byte has no piece");
+        }
+        for (unsigned c = 0; c < 128; c++) {  // no user-defined piece and no way from the trie's root begins with it
+            size_t node = trie_.empty() ? 0 : (trie_[0] >> 10 << ((trie_[0] & 512) >> 6)) ^ c;
+            plain_[c] = !user_first_[c] && (trie_.empty() || node >= trie_.size() || (trie_[node] & 0x800000ffu) != c);
+        }
+        if (!byte_level() && !unused_) joined_.resize(256);
+        for (int i = 0, before, after; i < V_ && !joined_.empty(); i++)
+            for (size_t at = 0; type_[i] == NORMAL && step(pieces_[i], at, before, after);)
+                joined_[before][after] = true;
+        if (flags_ & CUT_AT_SPACES)
+            for (auto& afters : joined_) afters[255] = false;
+        work_.cache.resize(1 << 15);
         bpe_ = true;
     }
 };

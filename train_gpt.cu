@@ -7720,7 +7720,7 @@ void run_generate(Options& o) {
     std::vector<std::string> texts(B);
     std::vector<Tokenizer::Stream> streams(B, Tokenizer::Stream(*tokenizer));
     for (int b = 0; b < B; b++)
-        for (int id : prompt) texts[b] += streams[b].add(id);
+        for (int id : prompt) streams[b].put(id, texts[b]);
     put_text(texts[0]);
     const double begin = now();
     double first = 0.0;
@@ -7728,12 +7728,16 @@ void run_generate(Options& o) {
     generate(m, prompt, n, tokenizer->vocab_size(), o.sampling, o.seed, tokenizer->eos(), [&](int b, int id) {
         if (!written++) first = now();
         ends += id == tokenizer->eos();
-        const std::string text = streams[b].add(id);
-        b == 0 ? put_text(text) : void(texts[b] += text);
+        if (b == 0) texts[0].clear();
+        streams[b].put(id, texts[b]);
+        if (b == 0) put_text(texts[0]);
     });
     const double end = now();
-    put_text(streams[0].end() + "\n");
-    for (int b = 1; b < B; b++) put_text("---\n" + texts[b] + streams[b].end() + "\n");
+    texts[0].clear();
+    for (int b = 0; b < B; b++) {
+        streams[b].end(texts[b]);
+        put_text((b ? "---\n" : "") + texts[b] + "\n");
+    }
     fprintf(stderr, "prompt: %d tokens in %.3f s, %.0f tokens/s; text: %d tokens", P, first - begin,
             P / (first - begin), written);
     if (written > B)

@@ -1,24 +1,143 @@
 #!/usr/bin/env python3
-"""Convert a sentencepiece BPE model (.model) to the tokenizer file that tokenizer.h reads; its comment has the format.
+"""Convert a tokenizer to the file that tokenizer.h reads; its comment has the format.
 
-    convert_tokenizer.py FILE.model OUT.bin
+    convert_tokenizer.py FILE OUT.bin
 
-Needs nothing but Python. Refuses, with one line and exit code 1, what tokenizer.h does not do: unigram, word and
-character models, a denormalizer, a model without <s> and </s>.
+FILE, told apart by its contents:
+  a sentencepiece BPE model (.model: Llama 2, Mistral);
+  a tiktoken rank file (lines `base64 rank`: GPT-2's r50k, cl100k, o200k, tokenizer.model of Llama 3 and 4). These are
+  known by their number of tokens; of others --preset says whose regular expression and special tokens they have;
+  a tokenizer.json of Hugging Face: BPE with ByteLevel (GPT-2, Llama 3), or with byte_fallback and U+2581 for spaces
+  (Llama 2);
+  a tekken.json of Mistral.
+Needs nothing but Python. Refuses, with one line and exit code 1, what tokenizer.h does not do: other models than BPE,
+unknown normalisations, regular expressions and decoders.
 """
 import argparse
+import base64
+import json
 import math
 import os
+import re
 import struct
 import sys
+import zlib
 from pathlib import Path
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-BPE = 2
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces
+# flags of the file
+(DUMMY_PREFIX, REMOVE_SPACES, ESCAPE_SPACES, SPACE_AS_SUFFIX, BYTE_FALLBACK, BYTE_LEVEL, LISTED_MERGES, WHOLE_WORDS,
+ PREFIX_IF_NONE, CUT_AT_SPACES, DROP_SPACE, HF_BYTES) = (1 << i for i in range(12))
+# how words are cut: 1..3, the most digits of a number, and these
+(ANY_PREFIX, CASED, CONTRACTION, CONTRACTION_TAIL, ANY_CASE, NEWLINE_TAIL, SLASH_TAIL, NEWLINES, END_SPACES,
+ DIGITS_APART) = (1 << i for i in range(2, 12))
+BPE = 2  # sentencepiece's number of it
+SPACE = "\u2581"
+
+GPT2 = CONTRACTION
+LLAMA3 = 3 | ANY_PREFIX | CONTRACTION | ANY_CASE | NEWLINE_TAIL | NEWLINES
+TEKKEN = 1 | ANY_PREFIX | CASED | NEWLINE_TAIL | SLASH_TAIL | NEWLINES
+O200K = TEKKEN | 3 | CONTRACTION_TAIL | ANY_CASE
+
+
+def regexes():
+    """regular expression: how it cuts words"""
+    contraction, any_case, spaces = "'s|'t|'re|'ve|'m|'ll|'d", "(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s+(?!\S)|\s+"
+    words, other = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+"
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+    def cased(digits, tail):
+        word = r"[^\r\n\p{L}\p{N}]?" + upper
+        return rf"{word}*{lower}+{tail}|{word}+{lower}*{tail}|{digits}|{other}[\r\n/]*|\s*[\r\n]+|{spaces}"
+
+    return {
+        rf"{contraction}| ?\p{{L}}+| ?\p{{N}}+|{other}|{spaces}": GPT2,
+        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2,
+        rf"{any_case}|{words}|\p{{N}}{{1,3}}|{other}[\r\n]*|\s*[\r\n]+|{spaces}": LLAMA3,
+        rf"{any_case}|{words}|\p{{N}}|{other}[\r\n]*|\s*[\r\n]+|{spaces}": LLAMA3 - 2,
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
+        r"\s*[\r\n]|\s+(?!\S)|\s": LLAMA3 | END_SPACES,
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|"
+        r"\s+(?!\S)|\s+": LLAMA3,
+        cased(r"\p{N}{1,3}", any_case + "?"): O200K,
+        cased(r"\p{N}", ""): TEKKEN,
+    }
+
+
+# rank files: how words are cut; numbers of tokens by which they are known; behind the last rank: BOS, EOS, how many ids
+PRESETS = {
+    "gpt2": (GPT2, (50256, 50280), 0, 0, 1),  # its <|endoftext|> takes the first free id
+    "cl100k": (LLAMA3 | END_SPACES, (100256,), 1, 1, 21),
+    "o200k": (O200K, (199998,), 1, 1, 21),
+    "llama3": (LLAMA3, (128000,), 0, 1, 256),
+    "llama4": (O200K, (200000,), 0, 1, 2048),
+}
+BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>")
+EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
+
+# Classes of Unicode 16 as tiktoken's and tokenizers' regular expressions have them (Python's own tables depend on its
+# version): runs of code points, (distance << 3 | class) in base 128. tokenizer_vs_libraries.py --classes printed it.
+CLASSES = (
+    b"c-pmAe`p)`73aN^ou~VLkDYX<a`DOK;#0aylngm`;4&qk#P)EfbR5VX9!`fhH(-_w3|T>t29(Gt9!ZBcdBbf}&`1gy&WbiWpe_lRrGIE71Gim=AR"
+    b"Txl1wor)hzr>kw!O2{vJBeLl=7tSk9Y6;-ur&P?|t6)JKnE=js?4xV8;@Cm;MTrr#-q#oq{wgT8HR27eU>tMjwe{51BuN;$gcnzBcNJb%ia@;-7q"
+    b"rt?|RL5moI?;g@*yp%!DIOh;6GRNBQ>SZmiO^SOw61E#?pJ>q3a&}lfnfw_XBDjBL3rEZFH%bra^^xH3?8td5j8Jf4K6mBN=vT|H`s2e1AJ=zB1U"
+    b"*bZ(Fj2II2JL8Ie+wl^or(II;5r||aQZ#`Ed;J9X4{4I%^p*iZlYirR0b(lp$W$Iwh?-+a2oTvOC}i$;L5zTrB{LLV7bHTMG%?({9kYp<SATGY*_"
+    b")B9nuqlm;_7Y4Be=K@CDh98CuXyoBGMsMN&@`^hCxWNv0(-?tM8uB$K3<(oHK#Sx3;GAtOl#EHNl7abLz`T{&q<cJ!#pw(>F~|Hs(6KxoX`ZLQl1"
+    b"gq9f+Br>)o99!p+ZtJ#XkEXn&B^`r$>ACU4=^WdrgD63`o((v=b-_lA(8z!<LL=)E!Mcfckse)y0>Y$c-O$VHXsms5DV@}^Y<-pwiPuhp&Brw;$n"
+    b"cYt%J606b_S+?Xi^cTpWdC*f=d{><_Q)fF(k}98J-~NYk}dEkuHP2vkJV9DP`nD6;nJlwhhZF?x$<Ydw3SKpr_YO+0r(%N%!!W)P|f`4WqP$;!PB"
+    b")-7tk?@P%;OKyIe+(|J)e6z*mtru9@6>=GP@T3bA0FF#@Y48#(on~_dCmz@D8e+I0P8PLbZg(dZ|b4m$qawR2#oxy3aBs<Y)%WgAfP*A!SDcl7)n"
+    b"i_q&umXlRvW)H$>>QrM%iy^elt8w?)Og_`>c0!8mGnJ41-VYvGx)5%3WpMfTR1Ux4y!N_*qwzc#-CJaOA})jN0^+0l;{;4Ra<Z3Kb1pj1ux+7$XA"
+    b"?Fk48^^^%nMJVww2feS6pX97A46>fU`5Ys|g-JT>O2)M0Vg;lyK3*IsXHIC*^dBhbG=|3*5=k(bD%`2xq!C{y@TpiLAae+O&Y=yk7abQpU@7sX@x"
+    b"7S-t@?IlIkyo=kHm5(DexcK!I`1`j`tO01peQ@gvVXi0E@zo!)-p!5NsM1puuc1m?$yijf^gJhR-WLy$EaAV9Ug#t@L4St*8Q~>t-L18mx?zc>Hs"
+    b"Pc>VOH8Yok9uAN(oM4@G<1HBKKFYST;*%lyaoiQeTOzpwZIplTgrq4PVGxAsrcr&y_HZi;*FH4hJ8s6C1zODT(#x#HV#gP^eversAzk4|2lV8|PK"
+    b"Tbe~0Yuu&BqVz)?&l;Gq}QD>%5Rh~6wlxcW6=&eA;CShuYTaYs@!}wSWlI}g6IKt7kO*~!j7&#~MNzu<>+EWL{uo*=#kQv(yDd;L##sSYr>V=HK6"
+    b"yB!F7u1!f9p$z&n3LhE>L1$1>flZ(XQv}8j~PqtzeoRvURp9>k29{)T7g+^KZVW5Do~0THRURfrb;jgB`8NcQKwho{zGh}(Ppn%GOSl{l;KY>jO("
+    b"IkOjNMB;b037Hk21ZKfQq})B<}-d0ykHdJ>)dYaj+Fy?|bt@ve$)PV?TvKjKwfi6nyVDt0k%5&Npj4~C<~s2|nUVYR6Gs%}@6vAU73K_Pb)GGYnE"
+    b";9P`jq*z9-S7g*7(Z~PnT^JZFE1^5v(-$Gba5^7ZR5lxl5+v>*R~~(v>u@1rV6{@(;3c>Xy0{Hi8FS(m=$pMV)RaPvwavozzG=7uez~m?c|)01el"
+    b")A>={bkaK(MpWU4x`2)Ed02-DUho$u+YK)@8-L4F&33fM=W=z}4U#enj|Zp$_})3rg{sRp6kd{qBc2yqgX+U{BC%pTh|)aHT<gXOQ@#J*gaVQjSa"
+    b"%_`SBd3M11XuEQuJIo(m#s*xy)AbSr-w+Fq>1EpOW>!m%c+39V%=_kFBfNLs=8VWhc?+N0p;wz`a`Uh}9serRRND1o>Oe$yj9B3ezSMQ;3^0}n+3"
+    b"Qj6hVAC_fJidpAXivZu_9nl4%;M%z*S{uiVevQZC-5ZB!dQ-<0y*~KO~^>ybfu8`!C*eZ!OZIT<tga~$ikbLl}<nP$&pnovFZvmBA4V89t(N~#RU"
+    b"%3K04L{jt#R0a^hMf+|>eRlHuDdE7`rC409&Y<9V7Lnm5jXv!7F7T+ATv_Qyjs*G9+A!wp>8b+P?!`zff(o9AGv{b;Fg5=3vY(EJCa>#1vV$}0R4"
+    b"g89P@mt%&r>~4e`HtdZ|Dt_KM7-+sY59wJb+b!%2eka3?*5O)vGm;XruIzTl%MqRTbwEF|_#f=6J#`I(ORq<qwX2woAEggCE9r>Sw``rAhGu(u+#"
+    b"bvZN&Q6z$pvQx%{r`Z@{*bUoawKEb1rKAZ9^3fR^k2j2E0LU!&~q+`0CFg98pw{QB03H(R~iXim!ez<myo;mW%r8+9>LA84AbiEC2t$46z2N{OkU"
+    b"_PNl@OGU?Qn)U?u1KcNNiWbwp6L9N1$%mvMtQ(*dh_?*AWX{7Ro7ACWPB5>)Hxe9a&ZsF!&zVjAvtF3~e1#^%49I*@z;=D}k_y2^yz!}Wa=HN<qQ"
+    b"_(EVc|X!ZtyqzcXoesXMr*(;IQV<WrLgC8UFUy7;Ve97XH6~;Q;@b8!lvN0)cC8f^R4DeADLxbDr3)zW=yy6$kaQ^(Um7EFT={F%J-WKm@d75lke"
+    b"WZ(%1eA(U)*D")
 
 
 class Refused(Exception):
     pass
+
+
+def classes():
+    """first code point << 3 | class of each run"""
+    out, first, value, shift = [], 0, 0, 0
+    for byte in zlib.decompress(base64.b85decode(CLASSES)):
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            first += value >> 3
+            out.append(first << 3 | value & 7)
+            value = shift = 0
+    return out
+
+
+def numbers(values):
+    return struct.pack(f"<{len(values)}I", *values)
+
+
+def tokenizer_file(flags, bos, eos, pieces, split=0, merges=(), surface=b"", trie=b"", strings=b""):
+    """pieces: (bytes, score, kind); merges: (left id, right id)"""
+    out = [b"SGPTTOK2", numbers((flags, len(pieces), bos, eos))]
+    for data in (surface, trie, strings):
+        out += [numbers((len(data),)), data]
+    for i, (piece, score, kind) in enumerate(pieces):
+        if len(piece) > 65535 or not piece and kind != CONTROL:
+            raise Refused(f"piece {i} is broken")
+        out.append(struct.pack("<fBH", score, kind, len(piece)) + piece)
+    runs = classes() if flags & BYTE_LEVEL else []
+    out += [numbers((split, len(runs), *runs, len(merges))), *(numbers(m) for m in merges)]
+    return b"".join(out)
 
 
 def fields(data):
@@ -53,8 +172,7 @@ def fields(data):
         at += size
 
 
-def convert(model):
-    """model: bytes of a .model file; returns bytes of the tokenizer file."""
+def sentencepiece(model, bos, eos):
     pieces, trainer, normalizer, denormalizer = [], {}, {}, {}
     for number, value in fields(model):
         if number in (1, 2, 3, 5) and not isinstance(value, bytes):
@@ -80,9 +198,12 @@ def convert(model):
             raise Refused(f"the model has no control piece {name.decode(errors='replace')}")
         return found[0]
 
-    bos, eos = control(trainer.get(46) or b"<s>"), control(trainer.get(47) or b"</s>")
-    flags = sum(bit for bit, on in ((1, normalizer.get(3, 1)), (2, normalizer.get(4, 1)), (4, normalizer.get(5, 1)),
-                                    (8, trainer.get(24, 0)), (16, trainer.get(35, 0))) if on)
+    bos = control(bos.encode() if bos else trainer.get(46) or b"<s>")
+    eos = control(eos.encode() if eos else trainer.get(47) or b"</s>")
+    flags = sum(bit for bit, on in (
+        (DUMMY_PREFIX, normalizer.get(3, 1)), (REMOVE_SPACES, normalizer.get(4, 1)),
+        (ESCAPE_SPACES, normalizer.get(5, 1)), (SPACE_AS_SUFFIX, trainer.get(24, 0)),
+        (BYTE_FALLBACK, trainer.get(35, 0))) if on)
     charsmap = normalizer.get(2, b"")
     trie = strings = b""
     if charsmap:
@@ -90,15 +211,227 @@ def convert(model):
         trie, strings = charsmap[4:4 + size], charsmap[4 + size:]
         if size % 4 or not strings.endswith(b"\0"):
             raise Refused("the model's normalisation table is broken")
+    surface = trainer.get(44, " \u2047 ".encode())
+    return tokenizer_file(flags, bos, eos, pieces, surface=surface, trie=trie, strings=strings)
 
-    def sized(data):
-        return struct.pack("<I", len(data)) + data
 
-    out = [b"SGPTTOK1", struct.pack("<IIII", flags, len(pieces), bos, eos),
-           sized(trainer.get(44, " \u2047 ".encode())), sized(trie), sized(strings)]
-    for piece, score, kind in pieces:
-        out.append(struct.pack("<fBH", score, kind, len(piece)) + piece)
-    return b"".join(out)
+def by_rank(ranks, offset=0):
+    """pieces of {bytes: rank}, whose ids are offset + rank; what has no rank is control"""
+    pieces = [(b"", 0, CONTROL)] * (offset + max(ranks.values()) + 1)
+    for piece, rank in ranks.items():
+        pieces[offset + rank] = (piece, -float(rank), NORMAL)
+    if len(set(ranks.values())) < len(ranks):
+        raise Refused("two tokens have the same rank")
+    for i in range(256):
+        if bytes([i]) not in ranks:
+            raise Refused(f"the byte {i} is no token")
+    return pieces
+
+
+def rank_file(data, preset):
+    ranks = {}
+    for n, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            token, rank = base64.b64decode(token, validate=True), int(rank)
+        except ValueError:
+            raise Refused(f"line {n} is not `base64 rank`")
+        if not 0 <= rank < 1 << 24 or token in ranks:
+            raise Refused(f"line {n} has a rank out of range or a token that was there before")
+        ranks[token] = rank
+    if not preset:
+        preset = next((name for name, (_, known, *_) in PRESETS.items() if len(ranks) in known), None)
+        if not preset:
+            raise Refused(f"{len(ranks)} tokens are of no known tokenizer: --preset must say how it splits text")
+    split, _, bos, eos, more = PRESETS[preset]
+    pieces = by_rank(ranks)
+    free = next((i for i, p in enumerate(pieces) if not p[0]), len(pieces)) if preset == "gpt2" else len(pieces)
+    pieces += [(b"", 0, CONTROL)] * max(free + more - len(pieces), 0)
+    return tokenizer_file(BYTE_LEVEL | WHOLE_WORDS, free + bos, free + eos, pieces, split)
+
+
+def tekken(model):
+    config = model["config"]
+    first = config["default_num_special_tokens"]
+    tokens = model["vocab"][:config["default_vocab_size"] - first]
+    ranks = {base64.b64decode(t["token_bytes"]): t["rank"] for t in tokens}
+    split = regexes().get(config["pattern"])
+    if split is None:
+        raise Refused(f"the regular expression {config['pattern']!r} is none that tokenizer.h knows")
+    return tokenizer_file(BYTE_LEVEL | WHOLE_WORDS, 1, 2, by_rank(ranks, first), split)
+
+
+def parts(part):
+    """list of the steps of a normalizer, pre_tokenizer or decoder"""
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    return [p for key in ("normalizers", "pretokenizers", "decoders") for q in part.get(key, ()) for p in parts(q)]
+
+
+def pattern(part):
+    """("Regex" or "String", text) of a Split or Replace"""
+    (kind, text), = part["pattern"].items()
+    return kind, text.replace("\r", r"\r").replace("\n", r"\n") if kind == "Regex" else text
+
+
+def unknown(what, part):
+    return Refused(f"the {what} {json.dumps(part, ensure_ascii=False)[:300]} is none that tokenizer.h knows")
+
+
+def byte_level_split(model):
+    """flags and split of a pre_tokenizer that ends with ByteLevel"""
+    *before, last = parts(model["pre_tokenizer"])
+    flags, split = 0, GPT2
+    if last.get("add_prefix_space", True):
+        if before:
+            raise Refused("the pre_tokenizer ByteLevel with add_prefix_space behind another one is not supported")
+        flags = DUMMY_PREFIX | PREFIX_IF_NONE
+    use_regex = last.get("use_regex", True)
+    if before and use_regex and before == [{"type": "Digits", "individual_digits": True}]:
+        split = GPT2 | DIGITS_APART
+    elif len(before) == 1 and not use_regex and before[0]["type"] == "Split":
+        kind, text = pattern(before[0])
+        split = regexes().get(text) if kind == "Regex" else None
+        how = before[0].get("behavior"), before[0].get("invert", False)
+        if split is None or how not in (("Isolated", False), ("Removed", True)):
+            raise unknown("pre_tokenizer", before[0])
+    elif before or not use_regex:
+        raise unknown("pre_tokenizer", before[0] if before else last)
+    for step in parts(model.get("normalizer")):
+        raise unknown("normalizer", step)
+    if [d["type"] for d in parts(model.get("decoder"))] != ["ByteLevel"]:
+        raise unknown("decoder", model.get("decoder"))
+    return flags | BYTE_LEVEL, split
+
+
+def metaspace_flags(model):
+    """flags of a tokenizer that writes spaces as U+2581"""
+    flags = BYTE_FALLBACK | HF_BYTES
+    for step in parts(model.get("normalizer")):
+        if step["type"] == "Prepend" and step["prepend"] == SPACE and not flags & ESCAPE_SPACES:
+            flags |= DUMMY_PREFIX
+        elif step["type"] == "Replace" and pattern(step) == ("String", " ") and step["content"] == SPACE:
+            flags |= ESCAPE_SPACES
+        else:
+            raise unknown("normalizer", step)
+    for step in parts(model.get("pre_tokenizer")):
+        if step["type"] == "Split" and pattern(step) == ("String", " ") and flags & ESCAPE_SPACES:
+            continue  # there is none left
+        if step["type"] != "Metaspace" or step.get("replacement") != SPACE or flags & (ESCAPE_SPACES | DUMMY_PREFIX):
+            raise unknown("pre_tokenizer", step)
+        flags |= ESCAPE_SPACES
+        if step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never":
+            flags |= DUMMY_PREFIX | PREFIX_IF_NONE
+        if step.get("split", True):
+            flags |= CUT_AT_SPACES
+    if not flags & ESCAPE_SPACES:
+        raise Refused("neither its pre_tokenizer is ByteLevel nor spaces become U+2581")
+    steps = parts(model.get("decoder"))
+    replace = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    if steps[:3] != [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]:
+        raise unknown("decoder", model.get("decoder"))
+    if steps[3:] == [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]:
+        flags |= DROP_SPACE
+    elif steps[3:]:
+        raise unknown("decoder", steps[3])
+    return flags
+
+
+def alphabet():
+    """character: byte, as ByteLevel writes bytes"""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in plain]
+    return {**{chr(b): b for b in plain}, **{chr(256 + i): b for i, b in enumerate(rest)}}
+
+
+def tokenizer_json(model, bos, eos):
+    bpe = model["model"]
+    kind = bpe.get("type", "BPE" if "merges" in bpe else "unknown")
+    if kind != "BPE":
+        raise Refused(f"the model is of type {kind}, not BPE")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if bpe.get(option):
+            raise Refused(f"the model's {option} is not supported")
+    steps = parts(model.get("pre_tokenizer"))
+    byte_level = bool(steps) and steps[-1]["type"] == "ByteLevel"
+    flags, split = byte_level_split(model) if byte_level else (metaspace_flags(model), 0)
+    flags |= LISTED_MERGES
+    if bpe.get("ignore_merges"):
+        if not byte_level:
+            raise Refused("ignore_merges without ByteLevel is not supported")
+        flags |= WHOLE_WORDS
+
+    if not byte_level and not bpe.get("byte_fallback"):
+        raise Refused("a model without ByteLevel and without byte_fallback is not supported")
+    vocab, added, letters = bpe["vocab"], model.get("added_tokens", []), alphabet()
+    pieces = [(b"", 0, CONTROL)] * (max([*vocab.values(), *(t["id"] for t in added)]) + 1)
+    known = {t["content"] for t in added}
+    for text, i in vocab.items():
+        if text in known:
+            continue
+        if not byte_level:
+            is_byte = re.fullmatch("<0x[0-9A-F]{2}>", text)
+            pieces[i] = (text.encode(), 0, BYTE if is_byte else NORMAL)
+        elif all(c in letters for c in text):
+            pieces[i] = (bytes(letters[c] for c in text), 0, NORMAL)
+        else:
+            raise Refused(f"the token {text!r} has characters that ByteLevel does not write")
+    special = {}
+    for token in added:
+        text, i = token["content"], token["id"]
+        if token["special"]:
+            special[text] = i
+            pieces[i] = (text.encode(), 0, CONTROL)
+            continue
+        if not byte_level or token["lstrip"] or token["rstrip"] or token["single_word"]:
+            raise Refused(f"the added token {text!r} is not special and not plain text of a ByteLevel tokenizer")
+        pieces[i] = (text.encode(), 0, USER_DEFINED)
+        if all(c in letters for c in text) and bytes(letters[c] for c in text) != text.encode():
+            raise Refused(f"the added token {text!r} does not decode to itself")
+    normal = {piece for piece, _, kind in pieces if kind == NORMAL}
+    for i in range(256):
+        if byte_level and bytes([i]) not in normal or not byte_level and f"<0x{i:02X}>" not in vocab:
+            raise Refused(f"the byte {i} has no token" + ("" if byte_level else " and byte_fallback needs them all"))
+
+    merges, taken = {}, {piece for piece, _, kind in pieces if kind == USER_DEFINED}  # these are cut out before merges
+    for rank, merge in enumerate(bpe["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        pair = vocab.get(left), vocab.get(right)
+        texts = [pieces[i][0] for i in pair if i is not None]
+        texts.append(b"".join(texts))
+        if len(texts) == 3 and not taken.isdisjoint(texts):
+            continue
+        if len(texts) < 3 or texts[2] not in normal:
+            raise Refused(f"merge {rank} ({left!r}, {right!r}) is not of tokens or gives none")
+        merges[pair] = rank  # the last one of equals counts
+    ends = []
+    for option, given, names in (("--bos", bos, BOS), ("--eos", eos, EOS)):
+        name = next((n for n in ([given] if given else names) if n in special), None)
+        if name is None:
+            raise Refused(f"no special token is {given or ' or '.join(names)}: {option} must name one of them")
+        ends.append(special[name])
+    return tokenizer_file(flags, *ends, pieces, split, sorted(merges, key=merges.get))
+
+
+def convert(data, preset=None, bos=None, eos=None):
+    """data: bytes of a tokenizer's file; returns bytes of the tokenizer file."""
+    if data[:1] == b"{":
+        try:
+            model = json.loads(data)
+        except (ValueError, RecursionError):
+            raise Refused("this is not valid JSON")
+        if "config" in model and "vocab" in model:
+            return tekken(model)
+        if not isinstance(model.get("model"), dict) or "vocab" not in model["model"]:
+            raise Refused("this is no tokenizer.json")
+        return tokenizer_json(model, bos, eos)
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+        return rank_file(data, preset)
+    return sentencepiece(data, bos, eos)
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,13 +442,16 @@ class Parser(argparse.ArgumentParser):
 def main():
     parser = Parser(prog="convert_tokenizer", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="sentencepiece model, e.g. tokenizer.model of LLaMA 2")
-    parser.add_argument("out", help="tokenizer file to write")
+    parser.add_argument("model", metavar="FILE", help="the tokenizer's own file")
+    parser.add_argument("out", metavar="OUT", help="tokenizer file to write")
+    parser.add_argument("--preset", choices=PRESETS, help="whose split and special tokens a rank file has")
+    parser.add_argument("--bos", metavar="TEXT", help="special token before a document (the usual names are known)")
+    parser.add_argument("--eos", metavar="TEXT", help="special token behind a document")
     args = parser.parse_args()
     where = args.model
     try:
         with open(args.model, "rb") as f:
-            data = convert(f.read())
+            data = convert(f.read(), args.preset, args.bos, args.eos)
         where = args.out
         temporary = Path(args.out + ".tmp")
         try:
@@ -124,11 +460,11 @@ def main():
         finally:
             temporary.unlink(missing_ok=True)
     except Refused as e:
-        sys.exit(f"convert_tokenizer: {where}: {e}. Give a sentencepiece BPE model.")
+        sys.exit(f"convert_tokenizer: {where}: {e}. --help lists what can be converted.")
     except OSError as e:
         sys.exit(f"convert_tokenizer: {where}: {e.strerror}. Check the path.")
-    except (AttributeError, TypeError, struct.error):
-        sys.exit(f"convert_tokenizer: {where}: a field has the wrong type. Give a sentencepiece BPE model.")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error):
+        sys.exit(f"convert_tokenizer: {where}: a field is missing or has the wrong type. Get the file anew.")
 
 
 if __name__ == "__main__":

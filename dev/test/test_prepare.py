@@ -921,59 +921,6 @@ class Choices(Case):
         self.refused("hellaswag", self.dir / "a.jsonl", "--out", self.dir / "h.bin", "--limit", "0", words="--limit")
 
 
-class Convert(Case):
-    def message(self, *fields):
-        """a protobuf message of (number, int, float or bytes)"""
-        out = b""
-        for number, value in fields:
-            if isinstance(value, bytes):
-                out += bytes([number % 16 << 3 | 2] if number < 16 else [number << 3 & 127 | 130, number >> 4])
-                out += bytes([len(value)]) + value
-            elif isinstance(value, float):
-                out += bytes([number << 3 | 5]) + struct.pack("<f", value)
-            else:
-                out += bytes([number << 3] if number < 16 else [number << 3 & 127 | 128, number >> 4]) + bytes([value])
-        return out
-
-    def model(self, trainer=((3, 2),), normalizer=(), pieces=(), more=b""):
-        every = [((1, b"<unk>"), (3, 2)), ((1, b"<s>"), (3, 3)), ((1, b"</s>"), (3, 3)), *pieces]
-        return b"".join(self.message((1, self.message(*p))) for p in every) + \
-            self.message((2, self.message(*trainer)), (3, self.message(*normalizer))) + more
-
-    def test_fields(self):
-        model = self.model([(3, 2), (24, 1), (44, b"?")], [(3, 0), (2, struct.pack("<I", 4) + b"trie" + b"x\0")],
-                           [((1, b"ab"), (2, -1.5))])
-        self.run_program("convert_tokenizer", self.file("m.model", model), self.dir / "m.bin")
-        want = b"SGPTTOK1" + struct.pack("<IIII", 2 | 4 | 8, 4, 1, 2)
-        for s in (b"?", b"trie", b"x\0"):
-            want += struct.pack("<I", len(s)) + s
-        for s, score, kind in ((b"<unk>", 0, 2), (b"<s>", 0, 3), (b"</s>", 0, 3), (b"ab", -1.5, 1)):
-            want += struct.pack("<fBH", score, kind, len(s)) + s
-        self.assertEqual((self.dir / "m.bin").read_bytes(), want)
-
-    def test_refusals(self):
-        broken = self.message((3, self.message((2, struct.pack("<I", 400) + b"trie"))))
-        for model, words in (
-            (b"", "not a sentencepiece model"), (b"\xff" * 40, "not a sentencepiece model"),
-            (self.model(trainer=((3, 2), (44, b"surface")))[:-5], "not a sentencepiece model"),
-            (self.model()[:-3], "not a sentencepiece model"), (self.model(trainer=()), "not of type BPE"),
-            (self.model(trainer=((3, 1),)), "not of type BPE"), (self.model(more=broken), "table is broken"),
-            (self.model(more=self.message((5, self.message((2, b"abcd"))))), "denormalizer"),
-            (self.model(trainer=((3, 2), (46, b"<bos>"))), "no control piece <bos>"),
-            (self.model(pieces=[((1, b""),)]), "piece 3 is broken"),
-            (self.model(pieces=[((1, b"a"), (3, 9))]), "piece 3 is broken"),
-            (self.model(pieces=[((1, b"a"), (2, math.nan))]), "piece 3 is broken"),
-            (self.model(pieces=[((1, 7),)]), "wrong type"),
-            (self.model(more=self.message((2, 1))), "not a sentencepiece"),
-        ):
-            with self.subTest(words):
-                self.refused("convert_tokenizer", self.file("m.model", model), self.dir / "m.bin", words=words)
-        self.refused("convert_tokenizer", self.dir / "none.model", self.dir / "m.bin", words="none.model: No such file")
-        (self.dir / "folder").mkdir()
-        self.refused("convert_tokenizer", self.file("m.model", self.model()), self.dir / "folder", words="directory")
-        self.refused("convert_tokenizer", words="required")
-
-
 class Lines(unittest.TestResult):
     """ok NAME, or FAIL NAME: why"""
     passed = 0

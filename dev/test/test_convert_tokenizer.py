@@ -1,0 +1,302 @@
+#!/usr/bin/env python3
+"""Tests of dev/data/convert_tokenizer.py through its command line: what it writes of small models, what it refuses."""
+import base64
+import json
+import math
+import struct
+import sys
+import unittest
+
+from test_prepare import Case, Lines
+
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+          r"\s+(?!\S)|\s+")
+LLAMA3_SPLIT = 3 | 4 | 16 | 64 | 128 | 512
+O200K_SPLIT = 3 | 4 | 8 | 32 | 64 | 128 | 256 | 512
+
+
+class Written:
+    """a tokenizer file, read plainly"""
+    def __init__(self, data):
+        at = 24
+
+        def take(form):
+            nonlocal at
+            values = struct.unpack_from("<" + form, data, at)
+            at += struct.calcsize("<" + form)
+            return values if len(values) > 1 else values[0]
+
+        assert data[:8] == b"SGPTTOK2"
+        self.flags, V, self.bos, self.eos = struct.unpack("<IIII", data[8:24])
+        for _ in range(3):
+            size = take("I")
+            at += size
+        self.pieces = []
+        for _ in range(V):
+            _, kind, size = take("fBH")
+            self.pieces.append((kind, data[at:at + size]))
+            at += size
+        self.split = take("I")
+        runs = [take("I") for _ in range(take("I"))]
+        self.kinds = [(run >> 3, run & 7) for run in runs]
+        self.merges = [take("II") for _ in range(take("I"))]
+        assert at == len(data)
+
+    def kind_of(self, character):
+        return [kind for first, kind in self.kinds if first <= ord(character)][-1]
+
+
+class Convert(Case):
+    def convert(self, contents, *args):
+        self.run_program("convert_tokenizer", self.file("its.model", contents), self.dir / "m.bin", *args)
+        return Written((self.dir / "m.bin").read_bytes())
+
+    def refuses(self, contents, words, *args):
+        with self.subTest(words):
+            self.refused("convert_tokenizer", self.file("its.model", contents), self.dir / "m.bin", *args, words=words)
+
+
+class SentencePiece(Convert):
+    def message(self, *fields):
+        """a protobuf message of (number, int, float or bytes)"""
+        out = b""
+        for number, value in fields:
+            if isinstance(value, bytes):
+                out += bytes([number % 16 << 3 | 2] if number < 16 else [number << 3 & 127 | 130, number >> 4])
+                out += bytes([len(value)]) + value
+            elif isinstance(value, float):
+                out += bytes([number << 3 | 5]) + struct.pack("<f", value)
+            else:
+                out += bytes([number << 3] if number < 16 else [number << 3 & 127 | 128, number >> 4]) + bytes([value])
+        return out
+
+    def model(self, trainer=((3, 2),), normalizer=(), pieces=(), more=b""):
+        every = [((1, b"<unk>"), (3, 2)), ((1, b"<s>"), (3, 3)), ((1, b"</s>"), (3, 3)), *pieces]
+        return b"".join(self.message((1, self.message(*p))) for p in every) + \
+            self.message((2, self.message(*trainer)), (3, self.message(*normalizer))) + more
+
+    def test_fields(self):
+        model = self.model([(3, 2), (24, 1), (44, b"?")], [(3, 0), (2, struct.pack("<I", 4) + b"trie" + b"x\0")],
+                           [((1, b"ab"), (2, -1.5))])
+        self.run_program("convert_tokenizer", self.file("m.model", model), self.dir / "m.bin")
+        want = b"SGPTTOK2" + struct.pack("<IIII", 2 | 4 | 8, 4, 1, 2)
+        for s in (b"?", b"trie", b"x\0"):
+            want += struct.pack("<I", len(s)) + s
+        for s, score, kind in ((b"<unk>", 0, 2), (b"<s>", 0, 3), (b"</s>", 0, 3), (b"ab", -1.5, 1)):
+            want += struct.pack("<fBH", score, kind, len(s)) + s
+        self.assertEqual((self.dir / "m.bin").read_bytes(), want + bytes(12))  # no split, classes, merges
+
+    def test_refusals(self):
+        broken = self.message((3, self.message((2, struct.pack("<I", 400) + b"trie"))))
+        for model, words in (
+            (b"", "not a sentencepiece model"), (b"\xff" * 40, "not a sentencepiece model"),
+            (self.model(trainer=((3, 2), (44, b"surface")))[:-5], "not a sentencepiece model"),
+            (self.model()[:-3], "not a sentencepiece model"), (self.model(trainer=()), "not of type BPE"),
+            (self.model(trainer=((3, 1),)), "not of type BPE"), (self.model(more=broken), "table is broken"),
+            (self.model(more=self.message((5, self.message((2, b"abcd"))))), "denormalizer"),
+            (self.model(trainer=((3, 2), (46, b"<bos>"))), "no control piece <bos>"),
+            (self.model(pieces=[((1, b""),)]), "piece 3 is broken"),
+            (self.model(pieces=[((1, b"a"), (3, 9))]), "piece 3 is broken"),
+            (self.model(pieces=[((1, b"a"), (2, math.nan))]), "piece 3 is broken"),
+            (self.model(pieces=[((1, 7),)]), "wrong type"),
+            (self.model(more=self.message((2, 1))), "not a sentencepiece"),
+        ):
+            with self.subTest(words):
+                self.refuses(model, words)
+        self.refused("convert_tokenizer", self.dir / "none.model", self.dir / "m.bin", words="none.model: No such file")
+        (self.dir / "folder").mkdir()
+        self.refused("convert_tokenizer", self.file("m.model", self.model()), self.dir / "folder", words="directory")
+        self.refused("convert_tokenizer", words="required")
+
+
+class RankFile(Convert):
+    def ranks(self, *more, without=()):
+        tokens = [bytes([i]) for i in range(256) if i not in without] + list(more)
+        return b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
+
+    def test_presets(self):
+        for preset, split, bos, eos, V in (
+            ("gpt2", 16, 258, 258, 259), ("llama3", LLAMA3_SPLIT, 258, 259, 514), ("o200k", O200K_SPLIT, 259, 259, 279),
+            ("cl100k", LLAMA3_SPLIT | 1024, 259, 259, 279), ("llama4", O200K_SPLIT, 258, 259, 258 + 2048),
+        ):
+            w = self.convert(self.ranks(b"ab", b"abc"), "--preset", preset)
+            self.assertEqual((w.flags, w.split, w.bos, w.eos, len(w.pieces)), (32 | 128, split, bos, eos, V), preset)
+            self.assertEqual(w.pieces[255:258], [(1, b"\xff"), (1, b"ab"), (1, b"abc")])
+            self.assertEqual(set(w.pieces[258:]), {(3, b"")})
+
+    def test_known_by_number(self):
+        for n, bos, eos, V in ((50256, 50256, 50256, 50257), (128000, 128000, 128001, 128256)):
+            w = self.convert(self.ranks(*(b"%d." % i for i in range(n - 256))))
+            self.assertEqual((w.bos, w.eos, len(w.pieces)), (bos, eos, V))
+
+    def test_free_id(self):  # as p50k's: <|endoftext|> lies among the ranks
+        w = self.convert(self.ranks().replace(b" 255\n", b" 256\n"), "--preset", "gpt2")
+        self.assertEqual((w.bos, w.eos, len(w.pieces)), (255, 255, 257))
+
+    def test_classes(self):
+        w = self.convert(self.ranks(), "--preset", "gpt2")
+        for characters, kind in (
+            ("A\u00c9\u01c5", 1), ("z\u00df\u0451", 2), ("\u4f60\u02b0\u05d0\U00031350", 3), ("\u0301\u0903", 4),
+            ("0\u00b2\u0663\u216b\u00bd", 5), (" \t\x0b\u0085\u00a0\u3000", 6),
+            ("_'\u200b\U0001f600\x1c\U0010ffff\u0378", 0),
+        ):
+            self.assertEqual([w.kind_of(c) for c in characters], [kind] * len(characters))
+        self.assertEqual(w.kinds, sorted(w.kinds))
+
+    def test_refusals(self):
+        good = self.ranks()
+        self.refuses(good, "--preset must say")
+        self.refuses(good + b"YWI= x\n", "line 257 is not `base64 rank`", "--preset", "gpt2")
+        self.refuses(good + b"YW= 256\n", "line 257 is not `base64 rank`", "--preset", "gpt2")
+        self.refuses(good + b"YWI= 99999999\n", "line 257 has a rank out of range", "--preset", "gpt2")
+        self.refuses(good + b"YQ== 256\n", "line 257 has a rank out of range or a token", "--preset", "gpt2")
+        self.refuses(good + b"YWI= 255\n", "two tokens have the same rank", "--preset", "gpt2")
+        self.refuses(self.ranks(without=[7]), "the byte 7 is no token", "--preset", "gpt2")
+        self.refuses(good, "--preset", "--preset", "gpt5")
+
+
+class TokenizerJson(Convert):
+    def byte_level(self, **changes):
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        letters = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+        vocab = {c: i for i, c in enumerate([*letters, "ab", "\u0120ab", "<|endoftext|>"])}
+        model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+                 "end_of_word_suffix": "", "vocab": vocab, "merges": ["a b", ["\u0120", "ab"]],
+                 **changes.pop("model", {})}
+        added = [{"id": 258, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False,
+                  "normalized": False, "special": True}]
+        pre_tokenizer = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+        return {"normalizer": None, "pre_tokenizer": pre_tokenizer, "decoder": {"type": "ByteLevel"},
+                "added_tokens": added, "model": model, **changes}
+
+    def split(self, regex, **changes):
+        split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False, **changes}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+        return {"type": "Sequence", "pretokenizers": [split, level]}
+
+    def metaspace(self, **changes):
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "a", "b", "\u2581", "ab", "\u2581ab"]
+        model = {"type": "BPE", "byte_fallback": True, "vocab": {t: i for i, t in enumerate(tokens)},
+                 "merges": ["a b", "\u2581 ab"], **changes.pop("model", {})}
+        added = [{"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False,
+                  "normalized": False, "special": True} for i in range(3)]
+        normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, {
+            "type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}
+        steps = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
+                 {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+        return {"normalizer": normalizer, "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": steps},
+                "added_tokens": added, "model": model, **changes}
+
+    def test_byte_level(self):
+        w = self.convert(json.dumps(self.byte_level()))
+        self.assertEqual((w.flags, w.split, w.bos, w.eos, len(w.pieces)), (32 | 64, 16, 258, 258, 259))
+        self.assertEqual(sorted(w.pieces[:256]), [(1, bytes([i])) for i in range(256)])
+        self.assertEqual(w.pieces[256:], [(1, b"ab"), (1, b" ab"), (3, b"<|endoftext|>")])
+        self.assertEqual([tuple(w.pieces[i][1] for i in m) for m in w.merges], [(b"a", b"b"), (b" ", b"ab")])
+        digits = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
+                                                        self.byte_level()["pre_tokenizer"]]}
+        spaced = {"type": "ByteLevel", "add_prefix_space": True}
+        one_digit, removed = LLAMA3.replace("{1,3}", ""), {"behavior": "Removed", "invert": True}
+        for pre_tokenizer, flags, split in (
+            (self.split(LLAMA3), 0, LLAMA3_SPLIT), (self.split(LLAMA3, **removed), 0, LLAMA3_SPLIT),
+            (self.split(one_digit), 0, LLAMA3_SPLIT - 2), (digits, 0, 16 | 2048), (spaced, 1 | 256, 16),
+        ):
+            for ignore_merges in (False, True):
+                model = {"pre_tokenizer": pre_tokenizer, "model": {"ignore_merges": ignore_merges}}
+                w = self.convert(json.dumps(self.byte_level(**model)))
+                self.assertEqual((w.flags, w.split), (flags | 32 | 64 | 128 * ignore_merges, split))
+
+    def test_metaspace(self):
+        w = self.convert(json.dumps(self.metaspace()))
+        self.assertEqual((w.flags, w.split, w.bos, w.eos), (1 | 4 | 16 | 64 | 1024 | 2048, 0, 1, 2))
+        self.assertEqual(w.pieces[:4], [(3, b"<unk>"), (3, b"<s>"), (3, b"</s>"), (6, b"<0x00>")])
+        self.assertEqual(w.pieces[-1], (1, "\u2581ab".encode()))
+        self.assertEqual((w.merges, w.kinds), ([(259, 260), (261, 262)], []))
+        space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+        for pre_tokenizer, flags in ((space, 1 | 4 | 256), ({**space, "split": True}, 1 | 4 | 256 | 512),
+                                     ({**space, "prepend_scheme": "never"}, 4)):
+            w = self.convert(json.dumps(self.metaspace(normalizer=None, pre_tokenizer=pre_tokenizer)))
+            self.assertEqual(w.flags, flags | 16 | 64 | 1024 | 2048)
+
+    def test_ends(self):
+        model = self.byte_level()
+        model["added_tokens"].append({**model["added_tokens"][0], "id": 260, "content": "<start>"})
+        w = self.convert(json.dumps(model), "--bos", "<start>")
+        self.assertEqual((w.bos, w.eos, w.pieces[259:]), (260, 258, [(3, b""), (3, b"<start>")]))
+        (self.dir / "m.bin").unlink()
+        self.refuses(json.dumps(model), "no special token is <begin>: --bos", "--bos", "<begin>")
+        model["added_tokens"].pop(0)
+        self.refuses(json.dumps(model), "no special token is <|begin_of_text|>")
+
+    def test_refusals(self):
+        def refuses(words, **changes):
+            self.refuses(json.dumps(self.byte_level(**changes)), words)
+
+        for kind in ("Unigram", "WordPiece", "WordLevel"):
+            refuses(f"the model is of type {kind}", model={"type": kind})
+        refuses('the normalizer {"type": "NFC"}', normalizer={"type": "NFC"})
+        refuses('the normalizer {"type": "NFKC"}', normalizer={"type": "Sequence", "normalizers": [{"type": "NFKC"}]})
+        refuses("the pre_tokenizer", pre_tokenizer=self.split(r"\w+|\s+"))
+        refuses(r"\\w+|\\s+", pre_tokenizer=self.split(r"\w+|\s+"))
+        refuses("the pre_tokenizer", pre_tokenizer=self.split(LLAMA3, behavior="MergedWithNext"))
+        refuses("Punctuation", pre_tokenizer={"type": "Sequence", "pretokenizers": [
+            {"type": "Punctuation"}, self.byte_level()["pre_tokenizer"]]})
+        refuses("add_prefix_space behind", pre_tokenizer={"type": "Sequence", "pretokenizers": [
+            {"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]})
+        refuses("U+2581", pre_tokenizer=None, model={"byte_fallback": True})
+        refuses("Whitespace", pre_tokenizer={"type": "Whitespace"})
+        refuses("the decoder null", decoder=None)
+        refuses("dropout", model={"dropout": 0.1})
+        refuses("end_of_word_suffix", model={"end_of_word_suffix": "</w>"})
+        refuses("merge 0 ('a', 'c')", model={"merges": ["a c"]})
+        refuses("merge 0 ('a', 'zz')", model={"merges": ["a zz"]})
+        vocab = self.byte_level()["model"]["vocab"]
+        refuses("the byte 97 has no token", model={"vocab": {t: i for t, i in vocab.items() if t != "a"}, "merges": []})
+        refuses("characters that ByteLevel does not write", model={"vocab": {"\u4f60": 0}})
+        refuses("missing or has the wrong type", model={"vocab": 7})
+        refuses("missing or has the wrong type", added_tokens=[{"content": "x"}])
+        token = {**self.byte_level()["added_tokens"][0], "id": 259, "content": "<x>", "special": False}
+        refuses("the added token '<x>'", added_tokens=[{**token, "lstrip": True}])
+        refuses("does not decode to itself", added_tokens=[{**token, "content": "\u00e9"}])
+        w = self.convert(json.dumps(self.byte_level(added_tokens=self.byte_level()["added_tokens"] + [token])))
+        self.assertEqual(w.pieces[259], (4, b"<x>"))
+        token["content"] = " ab"  # found in text before any merge
+        w = self.convert(json.dumps(self.byte_level(added_tokens=[*self.byte_level()["added_tokens"], token])))
+        self.assertEqual((w.pieces[257], w.pieces[259], len(w.merges)), ((1, b" ab"), (4, b" ab"), 1))
+        (self.dir / "m.bin").unlink()
+
+        def refuses_metaspace(words, **changes):
+            self.refuses(json.dumps(self.metaspace(**changes)), words)
+
+        refuses_metaspace("without byte_fallback", model={"byte_fallback": False})
+        refuses_metaspace("ignore_merges", model={"ignore_merges": True})
+        refuses_metaspace('{"type": "Lowercase"}', normalizer={"type": "Lowercase"})
+        refuses_metaspace("the decoder", decoder={"type": "Metaspace", "replacement": "\u2581"})
+        refuses_metaspace("Metaspace", pre_tokenizer={"type": "Metaspace", "replacement": "\u2581"})
+        token = {**self.metaspace()["added_tokens"][1], "special": False}
+        refuses_metaspace("the added token '<s>'", added_tokens=[token])
+        for text, words in (("{", "not valid JSON"), ("{" * 100000, "not valid JSON"), ("{}", "no tokenizer.json"),
+                            ('{"model": []}', "no tokenizer.json")):
+            self.refuses(text, words)
+
+    def test_tekken(self):
+        tokens = [{"rank": i, "token_bytes": base64.b64encode(t).decode()}
+                  for i, t in enumerate([*(bytes([i]) for i in range(256)), b"ab", b"beyond"])]
+        upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+        word = r"[^\r\n\p{L}\p{N}]?" + upper
+        pattern = (rf"{word}*{lower}+|{word}+{lower}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|"
+                   r"\s*[\r\n]+|\s+(?!\S)|\s+")
+        config = {"default_vocab_size": 267, "default_num_special_tokens": 10, "pattern": pattern}
+        w = self.convert(json.dumps({"config": config, "vocab": tokens}))
+        self.assertEqual((w.flags, w.split, w.bos, w.eos), (32 | 128, 1 | 4 | 8 | 128 | 256 | 512, 1, 2))
+        self.assertEqual((len(w.pieces), w.pieces[9:11], w.pieces[-1]), (267, [(3, b""), (1, b"\0")], (1, b"ab")))
+        config["pattern"] = "x+"
+        (self.dir / "m.bin").unlink()
+        self.refuses(json.dumps({"config": config, "vocab": tokens}), "the regular expression 'x+'")
+
+
+if __name__ == "__main__":
+    result = Lines()
+    unittest.defaultTestLoader.loadTestsFromModule(sys.modules["__main__"]).run(result)
+    print(f"test_convert_tokenizer: {result.passed} passed, {len(result.failures)} failed")
+    sys.exit(bool(result.failures))

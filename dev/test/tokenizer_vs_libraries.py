@@ -1,0 +1,444 @@
+#!/usr/bin/env python3
+"""Compare tokenizer.h with sentencepiece, tiktoken and tokenizers: ids and text of files and thousands of hard strings.
+
+    pip install sentencepiece tiktoken tokenizers
+    g++ -std=c++17 -O2 -o test_tokenizer dev/test/test_tokenizer.cpp
+    tokenizer_vs_libraries.py ./test_tokenizer TEXT ... [--tokenizer FILE ...]
+    tokenizer_vs_libraries.py ./test_tokenizer TEXT --fixtures dev/test     (makes tokenizer_*.bin, .expected anew)
+    tokenizer_vs_libraries.py --classes                                     (prints convert_tokenizer.py's CLASSES)
+
+TEXT: text files, or directories of them. FILE: a tokenizer that convert_tokenizer.py converts. Without any, small ones
+of every kind are trained on the text: sentencepiece with normalisation nmt_nfkc and own rules, no byte fallback,
+whitespace as suffix, unused and user-defined pieces, and one made by hand; rank files with every preset; tokenizer.json
+with ByteLevel and with Metaspace. Text that is no UTF-8 is compared with sentencepiece only; byte-level tokenizers must
+give it back as Python's errors="replace" decodes it. Speeds are of one core, in CPU time.
+"""
+import argparse
+import base64
+import io
+import itertools
+import json
+import random
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import sentencepiece
+import tiktoken
+import tiktoken_ext.openai_public
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+from convert_tokenizer import (BYTE, CONTROL, NORMAL, PRESETS, UNKNOWN, UNUSED, USER_DEFINED, alphabet,  # noqa: E402
+                               convert, fields)
+
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+          r"\s+(?!\S)|\s+")
+# text and what replaces it
+RULES = [("\ufb01", "fi"), ("\u2460", " 1 "), ("\u3000", " "), ("A\u030a", "\u00c5"), ("\u200b", ""), ("Qu", "kw"),
+         ("Quee", "Q")]
+
+
+def hard_strings(text, count, seed=0):
+    """bytes of `count` strings made to be awkward, after a fixed list; text: bytes to draw from"""
+    rng = random.Random(seed)
+    fixed = ["", " ", "  ", "   a", "a   ", " a  b ", "\n", "\n\n\n", "\t", "\0", "a\0b", "\u2581", " \u2581 ",
+             "\u2581\u2581a\u2581", "<uds>a", "a b a b ab ab", "a\u00e9!", "     a", "<s>", "</s>", "<unk>", "<0x41>",
+             "<0x0A>", "[INST] hi [/INST]", "\ufffd", "\ufeffa", "e\u0301", "\ufb01", "\u2460\u2461", "\u3000",
+             "\u3000a\u3000", "A\u030aA", "\u200b", "a\u200b b", " \u200b a", "Qu Quee", "\U0001f600",
+             "\u0645\u0631\u062d", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u4f60\u597d", "\uac00\u1100\u1161",
+             "\U0010ffff", "\ud7ff\ue000", "a" * 3000, " " * 3000, "ab" * 1000, "\n" * 1000, "\U0001f600" * 300,
+             "<uds>", "x<uds>y", "<uds><uds>2", "<uds", " <uds> ", "<<uds>", "two words", "atwo wordsb",
+             "two\u2581words", "the", "them", "then the", "0123456789", "1e-5", "http://a.b/c?d=e&f", "  \n  \n",
+             "'" * 300, "'s" * 100, "it's IT'S we'll WE'LL I'm i'M x'\u017f '\u017f", "don't'd've", "'", "a'", " 's",
+             "'st", "1" * 2000, "1 22 333 4444 55555", "\u0663\u0664\u0665\u0666", "\r\n" * 500, " \r\n \r \n",
+             "a  \n  b  \n ",
+             "HelloWorld ABCdef ABC abcDEF", "ABC\u0301DEF", "\u0301Q", "\u0301ABC", "\u0301\u0301a", " \u0301A\u0301",
+             "A\u05d0B",
+             "\u01c5\u02b0A", "!\u0301!", "!!\n/\n//a", " /\r\n/ ", "\u00a0\u00a0a", "\u3000\u3000", "a\u2028\u2028 b",
+             "\t\ta\t\t", "\x1c\x1d\x1e\x1f\x85", "<|endoftext|>", "a<|begin_of_text|>b", " zqzq zqzq",
+             "\u216b\u00b2\u00bd"]
+    out = [s.encode() for s in fixed]
+    out += [b"\x80", b"\xff", b"\xc3", b"\xc3(", b"\xe2\x96", b"\xe2\x96\x81\x81", b"\xf0\x9f\x98", b"\xf0\x9f\x98a",
+            b"\xc0\x80", b"\xe0\x80\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xf8\x88\x80\x80\x80", b"\xff" * 100,
+            b"a\xffb \xfe c", b"\xf0\x80\x80\x80", b"\xf5\x80\x80\x80", b" \xff ", b"\xef\xbf\xbe", b"\xef\xbf\xbd"]
+    out += [bytes([i]) for i in range(256)] + [b"a" + bytes([i]) + b" b" for i in range(256)]
+    alphabets = [" ", " a", " ab\n", "ab ", ["<0x41>", "<s>", "<uds>a", "\u00e9!", " "], "the ",
+                 "\u2581 a", "aeiou tnsrh", "<uds>2", "\ufb01\u2460\u3000A\u030a\u200bQu ",
+                 "\u00e9\u4f60\u0645\U0001f600 x", "\0\t\r\n \x7f\x85\u00a0\u2028",
+                 "'stdmlrevSTDMLREV \u017f", "Aa\u0301\u4f60\u01c5\u02b01' ", " \r\n/!a1", "0123456789\u0663 ,.", " \n"]
+    words = text.decode(errors="ignore").split()
+    while len(out) < count:
+        kind = rng.randrange(6)
+        n = int(rng.expovariate(1 / 30)) + 1
+        if kind == 0:
+            out.append(rng.randbytes(n))
+        elif kind == 1:
+            out.append("".join(rng.choices(rng.choice(alphabets), k=n)).encode())
+        elif kind == 2:
+            at = rng.randrange(len(text))
+            out.append(text[at:at + 5 * n])
+        elif kind == 3:
+            code = [rng.choice([rng.randrange(1, 0x250), rng.randrange(0x250, 0xd800), rng.randrange(0xe000, 0x110000),
+                                rng.randrange(0x1f300, 0x1f700), 32]) for _ in range(n)]
+            out.append("".join(map(chr, code)).encode())
+        elif kind == 4:
+            out.append((rng.choice([" ", "  ", "", "\n", "<uds>"]).join(rng.choices(words, k=n))).encode())
+        else:  # broken text
+            s = bytearray(rng.choice(out))
+            for _ in range(rng.randrange(1, 4)):
+                at = rng.randrange(len(s) + 1)
+                s[at:at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+            out.append(bytes(s))
+    return out
+
+
+def train(text, **options):
+    """bytes of a small BPE model"""
+    buffer = io.BytesIO()
+    options = {"byte_fallback": True, "character_coverage": 1.0, "normalization_rule_name": "identity",
+               "remove_extra_whitespaces": False, **options}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text.decode().splitlines()), model_writer=buffer,
+                                             model_type="bpe", minloglevel=2, num_threads=1, **options)
+    return buffer.getvalue()
+
+
+def message(*values):
+    """protobuf: (number, int, float or bytes) of each field"""
+    def varint(x):
+        return bytes([x & 127 | 128]) + varint(x >> 7) if x > 127 else bytes([x])
+
+    out = b""
+    for number, value in values:
+        if isinstance(value, bytes):
+            out += varint(number << 3 | 2) + varint(len(value)) + value
+        elif isinstance(value, float):
+            out += varint(number << 3 | 5) + struct.pack("<f", value)
+        else:
+            out += varint(number << 3) + varint(value)
+    return out
+
+
+def with_unused(model, every):
+    """the model with every n-th of its longer normal pieces marked as unused"""
+    out, seen = b"", 0
+    for number, value in fields(model):
+        if number == 1:
+            piece = dict(fields(value))
+            if 3 not in piece and len(piece[1]) > 1:
+                seen += 1
+                if seen % every == 0:
+                    value += message((3, UNUSED))  # the last value of a field counts
+        out += message((number, value))
+    return out
+
+
+def handmade():
+    """what training does not give: spaces inside pieces, pieces that start with a user-defined one, merges that would
+    give a control or byte piece, a merge of a character that is no piece, a control piece that is a character"""
+    pieces = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), *((f"<0x{i:02X}>", BYTE) for i in range(256)),
+              ("<uds>", USER_DEFINED), ("<uds>2", USER_DEFINED), ("t", CONTROL)]
+    pieces += [(p, NORMAL) for p in ("<uds>a", "\u2581\u2581", "\u2581\u2581\u2581\u2581", "a\u2581b", "ab", "\u2581ab",
+                                     "ab\u2581ab", "<s", ">", "<0", "x4", "1>", "<0x4", "\u00e9!", "a", "b", "\u2581")]
+    pieces = [(1, message((1, text.encode()), (2, -float(i)), (3, kind))) for i, (text, kind) in enumerate(pieces)]
+    return message(*pieces, (2, message((3, 2), (35, 1))), (3, message((1, b"identity"), (4, 0))))
+
+
+def small_models(text, directory):
+    """name, model; the first three are the fixtures"""
+    rules = directory / "rules.tsv"
+    rules.write_text("".join("\t".join(" ".join(f"{ord(c):X}" for c in part) for part in rule) + "\n"
+                             for rule in RULES))
+    uds = ["<uds>", "<uds>2", "two words"]
+    yield "llama", train(text + b"\n    a  b" * 9999, vocab_size=450, user_defined_symbols=uds, split_digits=True,
+                         allow_whitespace_only_pieces=True)
+    yield "rules", with_unused(train(text, vocab_size=200, byte_fallback=False, normalization_rule_name="",
+                                     normalization_rule_tsv=str(rules), remove_extra_whitespaces=True,
+                                     treat_whitespace_as_suffix=True, user_defined_symbols=uds), 7)
+    yield "handmade", handmade()
+    yield "nmt_nfkc", train(text, vocab_size=1000, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
+    yield "nfkc_cf", train(text, vocab_size=1000, normalization_rule_name="nfkc_cf", byte_fallback=False)
+    yield "no_prefix", with_unused(train(text, vocab_size=2000, add_dummy_prefix=False), 3)
+    yield "whole_lines", train(text, vocab_size=2000, split_by_whitespace=False, unk_surface="<?>", byte_fallback=False)
+
+
+def byte_level(texts, vocab_size, pre_tokenizer, ignore_merges=False, added=()):
+    """a tokenizer.json with ByteLevel; trained without cutting words, so that a word cut wrongly has other ids"""
+    t = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    t.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    t.train_from_iterator(texts, trainer)
+    t.pre_tokenizer = pre_tokenizer
+    t.add_tokens([tokenizers.AddedToken(a, normalized=False) for a in added])
+    return t.to_str().encode()
+
+
+def regex(pattern):
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
+                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def rank_file(model):
+    """a tiktoken rank file of the tokens of a tokenizer.json, in order of their merges; one more that no merge gives,
+    and some that words cut rightly never hold"""
+    letters, vocab = alphabet(), json.loads(model)["model"]["vocab"]
+    tokens = [bytes(letters[c] for c in t) for t in sorted(vocab, key=vocab.get) if not t.startswith("<|")]
+    more = [t.encode() for t in (" zqzq", "\n ", "\u0301", "\u0301Q", "\u05d0", "\u05d0B", "\u017f", "'\u017f",
+                                 "x'\u017f", "\n/")]
+    tokens += [t for t in more if t not in tokens]
+    return b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
+
+
+def metaspace(text, vocab_size, normalizer=None, pre_tokenizer=None, strip=True):
+    """a tokenizer.json in the manner of Llama 2"""
+    t = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if normalizer:
+        t.normalizer = normalizer
+    # training wants words, with their spaces before them
+    t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    special = ["<unk>", "<s>", "</s>"]
+    tokens = special + [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=tokens, show_progress=False, limit_alphabet=80)
+    t.train_from_iterator(text.decode().splitlines(keepends=True), trainer)
+    model = json.loads(t.to_str())
+    model["added_tokens"] = [a for a in model["added_tokens"] if a["content"] in special]
+    t = tokenizers.Tokenizer.from_str(json.dumps({**model, "pre_tokenizer": None}))
+    if pre_tokenizer:
+        t.pre_tokenizer = pre_tokenizer
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    t.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * strip)
+    return t.to_str().encode()
+
+
+def small_tokenizers(text, strings, directory):
+    """(name, file, preset); the first three are of sentencepiece, the next four fixtures too"""
+    sentencepieces = [(name, model, None) for name, model in small_models(text, directory)]
+    texts = [s.decode() for s in strings if is_utf8(s) and len(s) < 400]
+    texts += 10 * texts[:200] + text[:1000000].decode(errors="ignore").splitlines(keepends=True)
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ranks = rank_file(byte_level(texts, 700, gpt2))
+    spaces = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    yield from sentencepieces[:3]
+    yield "cl100k", ranks, "cl100k"
+    yield "o200k", ranks, "o200k"
+    yield "gpt2_json", byte_level(texts, 600, gpt2), None
+    yield "llama_json", metaspace(text, 600, spaces), None
+    yield from sentencepieces[3:]
+    for preset in ("gpt2", "llama3", "llama4"):
+        yield preset, ranks, preset
+    yield "llama3_json", byte_level(texts, 3000, regex(LLAMA3), True), None
+    yield "one_digit_json", byte_level(texts, 3000, regex(LLAMA3.replace("{1,3}", ""))), None
+    yield "o200k_json", byte_level(texts, 3000, regex(library_pattern("o200k_base"))), None
+    yield "digits_json", byte_level(texts, 3000, pre_tokenizers.Sequence([pre_tokenizers.Digits(True), gpt2])), None
+    yield "added_json", byte_level(texts, 3000, pre_tokenizers.ByteLevel(add_prefix_space=True), True,
+                                   ["<uds>", "<uds>2", "  ", "   "]), None
+    for scheme, split in itertools.product(("first", "never"), (True, False)):
+        pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+        yield f"metaspace_{scheme}_{split}", metaspace(text, 2000, None, pre_tokenizer, scheme == "first"), None
+    yield "gemma_json", metaspace(text, 2000, normalizers.Replace(" ", "\u2581"), None, False), None
+
+
+def library_pattern(encoding):
+    """tiktoken's regular expression, without its rank files"""
+    public = tiktoken_ext.openai_public
+    public.load_tiktoken_bpe = public.data_gym_to_mergeable_bpe_ranks = lambda *_, **__: {}
+    return getattr(public, encoding)()["pat_str"]
+
+
+class SentencePiece:
+    def __init__(self, data, _):
+        self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        self.bos, self.eos = self.model.bos_id(), self.model.eos_id()
+
+    def encode(self, text):
+        return self.model.encode(text)
+
+    def decode(self, ids):
+        return self.model.decode(ids).encode()
+
+
+class Tiktoken:
+    """a rank file, or Mistral's tekken.json; its special tokens are left out"""
+    def __init__(self, data, preset):
+        self.first = 0
+        if data[:1] == b"{":
+            model = json.loads(data)
+            config, self.first = model["config"], model["config"]["default_num_special_tokens"]
+            tokens = model["vocab"][:config["default_vocab_size"] - self.first]
+            ranks, pattern = {base64.b64decode(t["token_bytes"]): t["rank"] for t in tokens}, config["pattern"]
+        else:
+            ranks = {base64.b64decode(a): int(b) for a, b in map(bytes.split, data.splitlines())}
+            preset = preset or next(name for name, p in PRESETS.items() if len(ranks) in p[1])
+            pattern = {"llama3": LLAMA3, "gpt2": library_pattern("r50k_base"), "cl100k": library_pattern("cl100k_base"),
+                       "o200k": library_pattern("o200k_base"), "llama4": library_pattern("o200k_base")}[preset]
+        self.model = tiktoken.Encoding("it", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.bos = self.eos = None
+
+    def encode(self, text):
+        ids = self.model.encode_ordinary(text.decode())
+        return [i + self.first for i in ids] if self.first else ids
+
+    def decode(self, ids):
+        return self.model.decode([i - self.first for i in ids]).encode()
+
+
+class HuggingFace:
+    def __init__(self, data, _):
+        self.model = tokenizers.Tokenizer.from_str(data.decode())
+        self.model.encode_special_tokens = True
+        self.bos = self.eos = None
+
+    def encode(self, text):
+        return self.model.encode(text.decode(), add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.model.decode(ids).encode()
+
+
+def library_of(data, preset):
+    if data[:1] == b"{":
+        return (Tiktoken if b'"config"' in data[:100] else HuggingFace)(data, preset)
+    return (Tiktoken if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", data) else SentencePiece)(data, preset)
+
+
+def is_utf8(text):
+    try:
+        return text.decode() is not None
+    except UnicodeDecodeError:
+        return False
+
+
+def timed(function, values):
+    """results and CPU seconds"""
+    start = time.process_time()
+    results = [function(v) for v in values]
+    return results, time.process_time() - start
+
+
+def expected(library, texts):
+    """ids, their text, and their text backwards between BOS and EOS, of each text; CPU seconds of the first two"""
+    ids, encoding = timed(library.encode, texts)
+    back, decoding = timed(library.decode, ids)
+    ends = ([library.bos], [library.eos]) if library.bos is not None else ([], [])
+    return (ids, back, [library.decode([*ends[0], *i[::-1], *ends[1]]) for i in ids]), (encoding, decoding)
+
+
+def ours(program, path, texts):
+    data = b"".join(struct.pack("<I", len(t)) + t for t in texts)
+    done = subprocess.run([program, "many", path], input=data, capture_output=True, check=True)
+    out, at, results = done.stdout, 0, ([], [], [])
+    for _ in texts:
+        for into, width in zip(results, (4, 1, 1)):
+            n = struct.unpack_from("<I", out, at)[0]
+            part = out[at + 4:at + 4 + n * width]
+            into.append(list(struct.unpack(f"<{n}i", part)) if width == 4 else part)
+            at += 4 + n * width
+    return results, [float(x) for x in done.stderr.split()]
+
+
+def compare(program, name, data, preset, texts, files, directory):
+    """prints ok or FAIL; returns whether all is equal"""
+    path = directory / (name + ".bin")
+    path.write_bytes(convert(data, preset))
+    library = library_of(data, preset)
+    problem, compared = "", 0
+    for what, group in (("strings", texts), ("files", files)):
+        if isinstance(library, Tiktoken) or b'"ByteLevel"' in data:
+            broken = [t for t in group if not is_utf8(t)]
+            for text, back in zip(broken, ours(program, path, broken)[0][1]):
+                want = text.decode(errors="replace").encode()
+                if back.replace(b" ", b"") != want.replace(b" ", b""):  # added tokens may get spaces
+                    problem = f"{text[:60]!r} becomes {back[:60]!r}"
+        group = [t for t in group if isinstance(library, SentencePiece) or is_utf8(t)]
+        compared += sum(map(len, group))
+        results, my_seconds = ours(program, path, group)
+        wanted, library_seconds = expected(library, group)
+        for kind, mine, theirs in zip(("ids", "text", "backwards"), results, wanted):
+            bad = [i for i in range(len(group)) if mine[i] != theirs[i]]
+            if bad and not problem:
+                i = min(bad, key=lambda i: len(group[i]))
+                problem = (f"{len(bad)} of {len(group)} {what}: {kind} of {group[i][:60]!r}: "
+                           f"{mine[i][:20]}, library {theirs[i][:20]}")
+    mine, theirs = ([sum(map(len, group)) / 1e6 / s for s in pair] for pair in (my_seconds, library_seconds))
+    print(f"FAIL {name}: {problem}" if problem else
+          f"ok {name}: {compared / 1e6:.1f} MB equal; encodes {mine[0]:.1f} MB/s (library {theirs[0]:.1f}), "
+          f"decodes {mine[1]:.1f} MB/s (library {theirs[1]:.1f})", flush=True)
+    return not problem
+
+
+def print_classes():
+    """runs of code points of one class, as tiktoken's regular expressions have them; tokenizers' must be the same"""
+    every = [chr(c) for c in range(0x110000) if not 0xd800 <= c < 0xe000]
+    text, kinds = "".join(every), {}
+    for kind, pattern in enumerate((r"[\p{Lu}\p{Lt}]", r"\p{Ll}", r"[\p{Lm}\p{Lo}]", r"\p{M}", r"\p{N}", r"\s"), 1):
+        one = tiktoken.Encoding("it", pat_str=pattern, mergeable_ranks={bytes([i]): i for i in range(256)},
+                                special_tokens={})
+        found = bytes(one.encode_ordinary(text)).decode()
+        split = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+        if found != "".join(part for c in range(0, len(text), 4096) for part, _ in
+                            split.pre_tokenize_str(text[c:c + 4096])):
+            raise SystemExit(f"tokenizer_vs_libraries: tiktoken and tokenizers disagree about {pattern}")
+        kinds.update((ord(c), kind) for c in found)
+    packed, first, last = bytearray(), 0, 0
+    for code in range(0x110000):
+        kind = kinds.get(code, 0)
+        if kind == last:
+            continue
+        value, first, last = code - first << 3 | kind, code, kind
+        while value > 127:
+            packed.append(value & 127 | 128)
+            value >>= 7
+        packed.append(value)
+    packed = base64.b85encode(zlib.compress(bytes(packed), 9)).decode()
+    for at in range(0, len(packed), 112):
+        print(f'    b"{packed[at:at + 112]}"')
+
+
+def main():
+    if sys.argv[1:] == ["--classes"]:
+        return print_classes()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("program", help="compiled test_tokenizer.cpp")
+    parser.add_argument("text", type=Path, nargs="+", help="text files or directories of text files")
+    parser.add_argument("--glob", default="*", help="which files of directories (*)")
+    parser.add_argument("--tokenizer", action="append", default=[], help="a tokenizer's own file")
+    parser.add_argument("--strings", type=int, default=6000, help="number of hard strings a tokenizer (6000)")
+    parser.add_argument("--fixtures", type=Path, help="write the fixtures of test_tokenizer.cpp to this directory")
+    args = parser.parse_args()
+    paths = [p for t in args.text for p in (sorted(t.rglob(args.glob)) if t.is_dir() else [t]) if p.is_file()]
+    files = [p.read_bytes() for p in paths]
+    text = b"".join(files)[:4000000].decode(errors="ignore").encode()
+    strings = hard_strings(text, args.strings)
+    rng = random.Random(1)
+    codes = [chr(c) for c in range(1, 0x110000) if not 0xd800 <= c < 0xe000]  # every character, in order and at random
+    strings += ["".join(codes[i:i + 5000]).encode() for i in range(0, len(codes), 5000)]
+    strings += ["".join(rng.choices(codes, k=5000)).encode() for _ in range(50)]
+    with tempfile.TemporaryDirectory() as directory:
+        directory = Path(directory)
+        if args.fixtures:
+            for name, data, preset in itertools.islice(small_tokenizers(text, strings, directory), 7):
+                library = library_of(data, preset)
+                (args.fixtures / f"tokenizer_{name}.bin").write_bytes(convert(data, preset))
+                texts = [s for s in strings[:130] + strings[130:6000:60] if len(s) < 80]
+                texts = [s for s in texts if isinstance(library, SentencePiece) or is_utf8(s)]
+                (args.fixtures / f"tokenizer_{name}.expected").write_text("".join(
+                    f"{t.hex()}|{' '.join(map(str, i))}|{d.hex()}|{b.hex()}\n"
+                    for t, i, d, b in zip(texts, *expected(library, texts)[0])))
+            return 0
+        tried = [(Path(t).name, Path(t).read_bytes(), None) for t in args.tokenizer]
+        tried = tried or small_tokenizers(text, strings, directory)
+        passed = [compare(args.program, name, data, preset, strings, files, directory) for name, data, preset in tried]
+    print(f"tokenizer_vs_libraries: {sum(passed)} passed, {len(passed) - sum(passed)} failed")
+    return not all(passed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
