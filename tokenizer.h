@@ -506,7 +506,8 @@ private:
         if (text.empty()) return out;
         out.reserve(text.size() + text.size() / 2);
         if (flags_ & DUMMY_PREFIX && !(flags_ & SPACE_AS_SUFFIX) &&
-            !(flags_ & PREFIX_IF_NONE && (text[0] == ' ' || starts(text, SPACE)))) out += space;
+            !(flags_ & PREFIX_IF_NONE && (text[0] == ' ' || starts(text, SPACE))))
+            out += space;
         bool after_space = remove;
         while (!text.empty()) {
             auto [s, n] = normalize_prefix(text);
@@ -556,8 +557,10 @@ private:
         std::vector<int>& result = work_.ids;
         result.clear();
         int id = flags_ & WHOLE_WORDS ? find(word) : -1;
-        if (id >= 0) result.push_back(id);
-        else merge(word);
+        if (id >= 0)
+            result.push_back(id);
+        else
+            merge(word);
         append(result.data(), result.size(), ids);
         if (unused_ || word.size() > sizeof(cached.word) || result.size() > std::size(cached.ids)) return;
         cached.size = (uint8_t)word.size();
@@ -747,9 +750,12 @@ private:
             if (score_.back() != score_.back()) fail(name + " has no number as its score");
             if (type == NORMAL || type == USER_DEFINED || type == UNUSED) {
                 const int other = find(piece);  // a user-defined piece comes before a normal one of its text
-                if (other < 0) insert(V_);
-                else if ((type == USER_DEFINED) == (type_[other] == USER_DEFINED)) fail(name + " is there twice");
-                else if (type == USER_DEFINED) slots_[slot(piece)] = V_;
+                if (other < 0)
+                    insert(V_);
+                else if ((type == USER_DEFINED) == (type_[other] == USER_DEFINED))
+                    fail(name + " is there twice");
+                else if (type == USER_DEFINED)
+                    slots_[slot(piece)] = V_;
             }
             if (type == UNKNOWN) {
                 if (unknown_ >= 0) fail(name + " is a second unknown piece");

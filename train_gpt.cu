@@ -2860,7 +2860,7 @@ __global__ void __launch_bounds__(DECODE_THREADS)
         Part key[DECODE_KEYS], value[DECODE_KEYS];
         bool there[DECODE_KEYS];
         float s[DECODE_KEYS], most = top;
-        #pragma unroll
+#pragma unroll
         for (int i = 0; i < DECODE_KEYS; i++) {
             const int j = begin + (i * DECODE_WARPS + warp()) * GROUPS + lane() / LANES;
             there[i] = j < length;
@@ -2868,10 +2868,10 @@ __global__ void __launch_bounds__(DECODE_THREADS)
             key[i].load(k + at, there[i]);
             value[i].load(v + at, there[i]);
         }
-        #pragma unroll
+#pragma unroll
         for (int i = 0; i < DECODE_KEYS; i++) {
             s[i] = 0.0f;
-            #pragma unroll
+#pragma unroll
             for (int e = 0; e < COLS; e++) s[i] += query(e) * key[i](e);
             for (int m = LANES / 2; m > 0; m /= 2) s[i] += __shfl_xor_sync(ALL_LANES, s[i], m);
             s[i] *= scale2;
@@ -2880,13 +2880,13 @@ __global__ void __launch_bounds__(DECODE_THREADS)
         const float keep = fast_exp2(top - most);
         top = most;
         sum *= keep;
-        #pragma unroll
+#pragma unroll
         for (int e = 0; e < COLS; e++) acc[e] *= keep;
-        #pragma unroll
+#pragma unroll
         for (int i = 0; i < DECODE_KEYS; i++) {
             const float p = there[i] ? fast_exp2(s[i] - top) : 0.0f;
             sum += p;
-            #pragma unroll
+#pragma unroll
             for (int e = 0; e < COLS; e++) acc[e] += p * value[i](e);
         }
     }
@@ -2896,7 +2896,7 @@ __global__ void __launch_bounds__(DECODE_THREADS)
         const float keep = fast_exp2(top - most), take = fast_exp2(other - most);
         top = most;
         sum = sum * keep + __shfl_xor_sync(ALL_LANES, sum, m) * take;
-        #pragma unroll
+#pragma unroll
         for (int e = 0; e < COLS; e++) acc[e] = acc[e] * keep + __shfl_xor_sync(ALL_LANES, acc[e], m) * take;
     }
     if (lane() == 0) tops[warp()] = top, sums[warp()] = sum;
@@ -3248,7 +3248,7 @@ struct Model {
     floatX *dw13_raw = nullptr, *dact = nullptr;                                      // (N,FF) (N,F)
     float* attention_scratch = nullptr;  // the backward's, see attention_scratch()
     float *direction = nullptr, *previous = nullptr, *kept = nullptr;  // the probe's two directions, and the weights
-    double* probe_sums = nullptr;                 // (chunks) twice
+    double* probe_sums = nullptr;                                      // (chunks) twice
 
     void* memory = nullptr;
     size_t state_bytes = 0;  // at its begin: weights, gradients, masters, moments, slots
@@ -6337,12 +6337,12 @@ std::string duration(double seconds) {
 // =====================================================================================================================
 // Probe (--probe): what the paper's argument rests on, measured between steps on batches that stay the same. How large
 // activations are, and how curved the loss is: the largest eigenvalue of its Hessian H over all parameters, beyond whose
-// inverse (up to a factor that is the optimizer's) a learning rate is too large. Power iteration with
-// Lanczos' eye on it: from v_1 at random, v_0 = 0,
-//   b_k v_k+1 = H v_k - a_k v_k - b_k-1 v_k-1,  a_k = v_k.H v_k,      H v = (g(w + e v) - g(w - e v)) / 2e
-// the v span what H^k v_1 spans, and the extreme eigenvalues of the tridiagonal matrix of a and b approach those of H,
-// also where the largest and the smallest are of one size, between which the plain iteration wavers (Lanczos 1950).
-// The weights come back bit by bit; gradients are what a step's begin overwrites.
+// inverse (up to a factor that is the optimizer's) a learning rate is too large. Each iteration takes one product with H
+// by central differences of the gradient g; v_1 is random, v_0 = 0:
+//   H v = (g(w + e v) - g(w - e v)) / 2e,   b_k v_k+1 = H v_k - a_k v_k - b_k-1 v_k-1,   a_k = v_k.H v_k
+// The v span what the power iteration's H^k v_1 span, and the largest eigenvalue of the tridiagonal matrix of a and b is
+// the best estimate in there (Lanczos 1950), also where both ends of the spectrum are of one size, between which the
+// plain iteration wavers. The weights come back bit by bit; gradients are what a step's begin overwrites.
 
 const char ACTIVATIONS_HEADER[] = "step,layer,tensor,rms,max";
 const char CURVATURE_HEADER[] = "step,loss,eigenvalue,error,iterations";
@@ -6350,10 +6350,11 @@ const char CURVATURE_HEADER[] = "step,loss,eigenvalue,error,iterations";
 // Of x - minus (null: x), per CHUNK elements: sums[block] of squares, sums[blocks + block] the largest magnitude.
 __global__ void scale_kernel(double* sums, const floatX* x, const floatX* minus, size_t size) {
     const size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
-    float sum = 0.0f, most = 0.0f;
+    double sum = 0.0;
+    float most = 0.0f;
     for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
         const float value = float(x[i]) - (minus ? float(minus[i]) : 0.0f);
-        sum += value * value;
+        sum += double(value) * value;
         most = fmaxf(most, fabsf(value));
     }
     sum = block_sum(sum);
@@ -6377,7 +6378,8 @@ __global__ void combine_kernel(float* out, float s, const float* x, float t, con
 }
 
 // previous[i] = s g[i] - a v[i] - b previous[i], CHUNK elements a block
-__global__ void lanczos_kernel(float* previous, const float* v, const float* g, float s, float a, float b, size_t size) {
+__global__ void lanczos_kernel(float* previous, const float* v, const float* g, float s, float a, float b,
+                               size_t size) {
     const size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
     for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) previous[i] = s * g[i] - a * v[i] - b * previous[i];
 }
@@ -6385,7 +6387,8 @@ __global__ void lanczos_kernel(float* previous, const float* v, const float* g, 
 // uniform in [-1,1)
 __global__ void random_direction_kernel(float* v, size_t size, unsigned key) {
     const size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
-    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) v[i] = float(rounding_bits(i, key)) * 0x1p-31f - 1.0f;
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x)
+        v[i] = float(rounding_bits(i, key)) * 0x1p-31f - 1.0f;
 }
 
 // The symmetric tridiagonal matrix with diagonal a (n) and b (n) beside it, b[n-1] being the next step's: eigenvalue
@@ -6453,8 +6456,8 @@ struct Probe {
                        sqrt(std::accumulate(parts.begin(), parts.begin() + n, 0.0) / double(size)),
                        *std::max_element(parts.begin() + n, parts.end()));
     }
-    // Rows of ACTIVATIONS_HEADER, of the first batch. Branches are what a half of the block adds to the residual stream;
-    // layer L is the stream behind the last block.
+    // Rows of ACTIVATIONS_HEADER, of the first batch. Branches are what a half of the block adds to the residual
+    // stream; layer L is the stream behind the last block.
     std::string activations(int64_t step) {
         const Config& c = m.c;
         const size_t N = m.N(), kv = size_t(c.NKV) * c.HS();

@@ -1,10 +1,11 @@
 #!/usr/bin/python3
-"""Draws what --probe has measured: the curvature of the loss over training, and how large activations are, layer by layer.
+"""Draws what --probe has measured: the curvature of the loss over training, and how large activations are by layer.
 
 usage: plot_probe.py RUN... [--out FILE.png] [--step N]
 
-RUN is the folder of a run or NAME=FOLDER, with the activations.csv and curvature.csv that train_gpt --probe writes there.
-Activations are those of --step, else of the last probe. Without --out the picture is probe.png in the first run's folder.
+RUN is the folder of a run or NAME=FOLDER, with the activations.csv and curvature.csv that train_gpt --probe writes.
+Activations are those of --step, else of the last probe. Without --out the picture is probe.png in the first run's
+folder.
 """
 import argparse
 import csv

@@ -9,8 +9,8 @@ best rate and at its largest stable one. Started again, the sweep leaves finishe
 (a run that was cut goes on from its newest checkpoint if it writes some: --save-every). Ctrl-C stops all of it.
 
 The loss of a run is its last validation loss, or without validation the mean training loss of its last tenth of steps.
-A rate is stable where no step was skipped and, above the variant's best rate, no seed's loss is more than --within above
-the mean at the best.
+A rate is stable where no step was skipped and, above the variant's best rate, no seed's loss is more than --within
+above the mean at the best.
 
 Writes OUT/sweep.csv (a row a run), OUT/sweep.md (the table) and OUT/sweep.png; --report only does that. OUT/sweep.json
 holds what was asked for: other runs in the same folder are refused, more rates and seeds are welcome.
@@ -88,7 +88,8 @@ def parse_options():
     p.add_argument("--seeds", type=listed(int), default=[1, 2, 3], help="of weights and order of the data (1,2,3)")
     p.add_argument("--variants", default=",".join(VARIANTS), help="(all three)")
     p.add_argument("--all-seeds", action="store_true", help="every seed at every rate")
-    p.add_argument("--within", type=float, default=0.1, help="nats above a variant's best that still count as stable (0.1)")
+    p.add_argument("--within", type=float, default=0.1,
+                   help="nats above a variant's best that still count as stable (0.1)")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time on CPUs, which share the cores (1)")
     p.add_argument("--gpus", type=listed(int), help="numbers of the GPUs, one run each at a time, in place of --jobs")
     p.add_argument("--trainer", default=str(Path(__file__).resolve().parent.parent / "train_gpt"), help="(./train_gpt)")
@@ -168,7 +169,8 @@ class Pool:
             if status:
                 self.failed.append(run)
                 said = (run.dir / "log.txt").read_text().strip().splitlines()
-                print(f"[{self.finished}/{self.total}] {name}: failed ({status}): {said[-1] if said else ''}", flush=True)
+                print(f"[{self.finished}/{self.total}] {name}: failed ({status}): {said[-1] if said else ''}",
+                      flush=True)
             else:
                 (run.dir / "done").touch()
                 print(f"[{self.finished}/{self.total}] {name}: loss {run.result()[0]:.4f}, "
@@ -239,7 +241,8 @@ def report(o):
     with open(o.out / "sweep.csv", "w", newline="") as f:
         w = csv.writer(f)
         w.writerow(["variant", "lr", "seed", "loss", "skipped_steps"])
-        for run, loss, skipped in sorted(s.runs, key=lambda r: (list(VARIANTS).index(r[0].variant), r[0].lr, r[0].seed)):
+        order = list(VARIANTS)
+        for run, loss, skipped in sorted(s.runs, key=lambda r: (order.index(r[0].variant), r[0].lr, r[0].seed)):
             w.writerow([run.variant, f"{run.lr:g}", run.seed, f"{loss:.6f}", skipped])
     rates = sorted({lr for v in s.variants for lr in s.rates(v)})
     lines = ["| | " + " | ".join(f"{lr:g}" for lr in rates) + " | best | largest stable |",
