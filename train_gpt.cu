@@ -6336,12 +6336,12 @@ std::string duration(double seconds) {
 
 // =====================================================================================================================
 // Probe (--probe): what the paper's argument rests on, measured between steps on batches that stay the same. How large
-// activations are, and how curved the loss is: the largest eigenvalue of its Hessian H over all parameters, beyond whose
-// inverse (up to a factor that is the optimizer's) a learning rate is too large. Each iteration takes one product with H
-// by central differences of the gradient g; v_1 is random, v_0 = 0:
+// activations are, and how curved the loss is: the largest eigenvalue of its Hessian H over all parameters, beyond
+// whose inverse (up to a factor that is the optimizer's) a learning rate is too large. Each iteration takes one product
+// with H by central differences of the gradient g; v_1 is random, v_0 = 0:
 //   H v = (g(w + e v) - g(w - e v)) / 2e,   b_k v_k+1 = H v_k - a_k v_k - b_k-1 v_k-1,   a_k = v_k.H v_k
-// The v span what the power iteration's H^k v_1 span, and the largest eigenvalue of the tridiagonal matrix of a and b is
-// the best estimate in there (Lanczos 1950), also where both ends of the spectrum are of one size, between which the
+// The v span what the power iteration's H^k v_1 span, and the largest eigenvalue of the tridiagonal matrix of a and b
+// is the best estimate in there (Lanczos 1950), also where both ends of the spectrum are of one size, between which the
 // plain iteration wavers. The weights come back bit by bit; gradients are what a step's begin overwrites.
 
 const char ACTIVATIONS_HEADER[] = "step,layer,tensor,rms,max";
