@@ -2860,7 +2860,7 @@ __global__ void __launch_bounds__(DECODE_THREADS)
         Part key[DECODE_KEYS], value[DECODE_KEYS];
         bool there[DECODE_KEYS];
         float s[DECODE_KEYS], most = top;
-#pragma unroll
+        #pragma unroll
         for (int i = 0; i < DECODE_KEYS; i++) {
             const int j = begin + (i * DECODE_WARPS + warp()) * GROUPS + lane() / LANES;
             there[i] = j < length;
@@ -2868,10 +2868,10 @@ __global__ void __launch_bounds__(DECODE_THREADS)
             key[i].load(k + at, there[i]);
             value[i].load(v + at, there[i]);
         }
-#pragma unroll
+        #pragma unroll
         for (int i = 0; i < DECODE_KEYS; i++) {
             s[i] = 0.0f;
-#pragma unroll
+            #pragma unroll
             for (int e = 0; e < COLS; e++) s[i] += query(e) * key[i](e);
             for (int m = LANES / 2; m > 0; m /= 2) s[i] += __shfl_xor_sync(ALL_LANES, s[i], m);
             s[i] *= scale2;
@@ -2880,13 +2880,13 @@ __global__ void __launch_bounds__(DECODE_THREADS)
         const float keep = fast_exp2(top - most);
         top = most;
         sum *= keep;
-#pragma unroll
+        #pragma unroll
         for (int e = 0; e < COLS; e++) acc[e] *= keep;
-#pragma unroll
+        #pragma unroll
         for (int i = 0; i < DECODE_KEYS; i++) {
             const float p = there[i] ? fast_exp2(s[i] - top) : 0.0f;
             sum += p;
-#pragma unroll
+            #pragma unroll
             for (int e = 0; e < COLS; e++) acc[e] += p * value[i](e);
         }
     }
@@ -2896,7 +2896,7 @@ __global__ void __launch_bounds__(DECODE_THREADS)
         const float keep = fast_exp2(top - most), take = fast_exp2(other - most);
         top = most;
         sum = sum * keep + __shfl_xor_sync(ALL_LANES, sum, m) * take;
-#pragma unroll
+        #pragma unroll
         for (int e = 0; e < COLS; e++) acc[e] = acc[e] * keep + __shfl_xor_sync(ALL_LANES, acc[e], m) * take;
     }
     if (lane() == 0) tops[warp()] = top, sums[warp()] = sum;
@@ -5170,17 +5170,9 @@ struct FileRecord {
 
 using Fields = std::vector<std::pair<std::string, std::string>>;
 
-std::string json_text(const Fields& fields) {  // printable ASCII in them, as our own words and numbers are
+std::string json_text(const Fields& fields) {
     std::string json = "{";
-    auto quoted = [&](const std::string& s) {
-        json += '"';
-        for (char c : s) json += c == '"' || c == '\\' ? std::string("\\") + c : std::string(1, c);
-        json += '"';
-    };
-    for (auto& [key, value] : fields) {
-        if (json.size() > 1) json += ", ";
-        quoted(key), json += ": ", quoted(value);
-    }
+    for (auto& [key, value] : fields) json += (json.size() > 1 ? ", " : "") + json_text(key) + ": " + json_text(value);
     return json + "}";
 }
 
