@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/env python3
 """Draws the log of one or several runs: loss, validation, learning rate, gradient norm, tokens/s.
 
 usage: plot.py RUN... [--out FILE.png] [--x step|tokens|time] [--log-x] [--panels LIST] [--paper 7B]

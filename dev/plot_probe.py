@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/env python3
 """Draws what --probe has measured: the curvature of the loss over training, and how large activations are by layer.
 
 usage: plot_probe.py RUN... [--out FILE.png] [--step N]
