@@ -14,6 +14,5 @@ else
     length=256 total=8 batch=8
     steps=${STEPS:-1000} warmup=$((steps / 20)) # 2 million tokens
     lr=${LR:-2e-3} decay=${DECAY:-0.1}
-    data=python prepare="Make them: dev/data/prepare.py --stdlib --out data/python --prefix text"
 fi
 recipe "$@"

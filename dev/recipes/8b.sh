@@ -13,6 +13,5 @@ else
     length=512 total=4 batch=4                  # 29M parameters
     steps=${STEPS:-1000} warmup=$((steps / 20)) # 2 million tokens
     lr=${LR:-1e-3} decay=${DECAY:-0.05}
-    data=python prepare="Make them: dev/data/prepare.py --stdlib --out data/python --prefix text"
 fi
 recipe "$@"

@@ -28,8 +28,9 @@ esac
 case "$VARIANT" in simplegpt | prenorm | preqknorm) ;; *) fail "VARIANT '$VARIANT' is none of simplegpt, prenorm, preqknorm." ;; esac
 case "$SIZE" in paper | small) ;; *) fail "SIZE '$SIZE' is neither paper nor small." ;; esac
 
-# The small twins train on what every machine has, as bytes.
+# The small twins train on what every machine has, the sources of Python's standard library, as bytes.
 small_data() {
+    data=python prepare="Make them: dev/data/prepare.py --stdlib --out data/python --prefix text"
     [ -n "${DATA:-}" ] || ls data/python/text_train_*.bin >/dev/null 2>&1 || [ "$planning" ] ||
         "${PYTHON:-/usr/bin/python3}" dev/data/prepare.py --stdlib --out data/python --prefix text
 }
