@@ -1,4 +1,4 @@
-# What the recipes share; each sets its numbers and calls `recipe "$@"`, whose arguments go to the trainer behind its own.
+# What the recipes share; each sets its numbers and calls `recipe "$@"`, whose arguments go to the trainer too.
 # Environment:
 #   VARIANT   simplegpt, prenorm or preqknorm (simplegpt)
 #   SIZE      paper, or small: a twin for one GPU or a CPU (paper)
@@ -25,7 +25,10 @@ case "${1-}" in
     exit 0
     ;;
 esac
-case "$VARIANT" in simplegpt | prenorm | preqknorm) ;; *) fail "VARIANT '$VARIANT' is none of simplegpt, prenorm, preqknorm." ;; esac
+case "$VARIANT" in
+simplegpt | prenorm | preqknorm) ;;
+*) fail "VARIANT '$VARIANT' is none of simplegpt, prenorm, preqknorm." ;;
+esac
 case "$SIZE" in paper | small) ;; *) fail "SIZE '$SIZE' is neither paper nor small." ;; esac
 
 # The small twins train on what every machine has, the sources of Python's standard library, as bytes.
@@ -49,5 +52,6 @@ recipe() {
     ls "$DATA"/*_train_*.bin >/dev/null 2>&1 || fail "$DATA: holds no training shards. $prepare"
     ls "$DATA"/*_val_*.bin >/dev/null 2>&1 && set -- --val-data "$DATA/*_val_*.bin" "$@"
     [ "$GPUS" = 1 ] || LAUNCH=${LAUNCH:-mpirun -n $GPUS}
-    exec ${LAUNCH:-} ./train_gpt --train-data "$DATA/*_train_*.bin" --out "$OUT" --resume --save-every 1000 --save-async "$@"
+    exec ${LAUNCH:-} ./train_gpt --train-data "$DATA/*_train_*.bin" --out "$OUT" --resume --save-every 1000 \
+        --save-async "$@"
 }
