@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import Config, Model
 
-SIZES = dict(dim=16, n_layers=2, n_heads=1, vocab_size=19, multiple_of=4, ffn_dim_multiplier=0.3, max_seq_len=12)
+SIZES = dict(dim=16, n_layers=2, n_heads=1, vocab_size=19, multiple_of=8, ffn_dim_multiplier=0.3, max_seq_len=12)
 MODELS = {
     "simplegpt": dict(),
     "prenorm": dict(variant="prenorm"),

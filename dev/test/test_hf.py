@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+import test_convert_tokenizer
 import test_prepare
 from test_cli import golden_model, golden_run, read_log, read_safetensors, values, write_safetensors, write_shard
 
@@ -260,7 +261,7 @@ class Convert(Case):
         shutil.copy(file, folder)
         (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "a"}, "eos_token": "<s>"}))
         self.assertEqual(self.tokenizer(folder), (3, 1))
-        piece = test_prepare.Convert("test_fields")
+        piece = test_convert_tokenizer.SentencePiece("test_fields")
         model = self.dir / "a.model"
         model.write_bytes(piece.model(pieces=[((1, b"ab"), (2, -1.0))]))
         self.assertEqual(self.tokenizer(model), (1, 2))

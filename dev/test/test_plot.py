@@ -384,7 +384,7 @@ class WatchTest(Case):
         def read_to(end):
             text = b""
             while end not in text:
-                self.assertTrue(select.select([main], [], [], 20)[0], text)
+                self.assertTrue(select.select([main], [], [], 60)[0], text)
                 text += os.read(main, 4096)
             return text.decode()
         self.assertIn("a   step 50/200 25%", read_to(watch.CLEAR_BELOW.encode()))
@@ -393,7 +393,7 @@ class WatchTest(Case):
         self.assertIn("a   step 60/200 30%", read_to(watch.CLEAR_BELOW.encode()))
         process.send_signal(signal.SIGINT)
         self.assertIn(watch.LEAVE + "a   step 60/200 30%", read_to(b"tokens/s"))
-        self.assertEqual(process.wait(20), 0)
+        self.assertEqual(process.wait(60), 0)
 
 
 class ExportTest(Case):
