@@ -188,7 +188,7 @@ class Tests:
         got, exact = float(row["eigenvalue"]), float(metadata["largest"])
         if self.args.verbose:
             print(f"    {os.path.basename(path)}: {got}, exactly {exact}, {abs(got / exact - 1):.1e} off")
-        # measured 1.6e-4 at most
+        # measured 1e-4 at most
         expect(abs(got / exact - 1) < 1e-3, f"the largest eigenvalue is {got}, exactly {exact}")
 
     def probe(self):
