@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from common import Refused, package, read_whole
+from convert_tokenizer import BOS, EOS, PRESETS
 
 GIVE = "Give 'bytes', a sentencepiece .model, a tiktoken rank file or a tokenizer.json."
 
@@ -79,9 +80,8 @@ class SentencePiece(Encoder):
 
 
 # How each family cuts a text into the pieces that its byte pairs are merged within (cl100k as the package has it today:
-# white space that ends a text is one piece); numbers of ranks by which the published files are known; BOS, EOS and V,
-# counted from the first free id. convert_tokenizer.py has the same. Possessive where that changes no match: a long run
-# of spaces would overflow the stack otherwise.
+# white space that ends a text is one piece). Possessive where that changes no match: a long run of spaces would overflow
+# the stack otherwise.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 SHORT, WORDS = r"'(?i:[sdmt]|ll|ve|re)", r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
 CL100K = rf"{SHORT}|{WORDS}|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
@@ -89,9 +89,7 @@ LLAMA3 = rf"{SHORT}|{WORDS}|\s*[\r\n]+|\s+(?!\S)|\s+"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 O200K = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+(?:{SHORT})?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*(?:{SHORT})?"
          r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-PRESETS = {"gpt2": (GPT2, (50256, 50280), 0, 0, 1), "cl100k": (CL100K, (100256,), 1, 1, 21),
-           "o200k": (O200K, (199998,), 1, 1, 21), "llama3": (LLAMA3, (128000,), 0, 1, 256),
-           "llama4": (O200K, (200000,), 0, 1, 2048)}
+PATTERNS = {"gpt2": GPT2, "cl100k": CL100K, "o200k": O200K, "llama3": LLAMA3, "llama4": O200K}
 
 
 class Tiktoken(Encoder):
@@ -110,19 +108,16 @@ class Tiktoken(Encoder):
         taken = set(ranks.values())
         if len(taken) < len(ranks) or min(taken) < 0 or any(bytes([b]) not in ranks for b in range(256)):
             raise Refused(f"{path}: a rank is there twice, or a byte has none. Fetch the file again.")
-        pattern, _, bos, eos, V = PRESETS[preset]
+        _, _, bos, eos, V = PRESETS[preset]
         free = next(i for i in range(len(ranks) + 1) if i not in taken) if preset == "gpt2" else max(taken) + 1
         self.bos, self.eos, self.V = free + bos, free + eos, max(free + V, max(taken) + 1)
-        self.model = tiktoken.Encoding(preset, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.model = tiktoken.Encoding(preset, pat_str=PATTERNS[preset], mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, texts):
         return [self.model.encode_ordinary(text) for text in texts]
 
 
 class TokenizerJson(Encoder):
-    BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>")  # as in convert_tokenizer.py
-    EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
-
     def __init__(self, path, data, bos, eos):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core
         tokenizers = package("tokenizers", path)
@@ -138,7 +133,7 @@ class TokenizerJson(Encoder):
         ids = self.model.get_vocab(with_added_tokens=True)
         self.V = max(ids.values()) + 1
         self.bos, self.eos = (next((ids[t] for t in ([given] if given else usual) if t in ids), None)
-                              for given, usual in ((bos, self.BOS), (eos, self.EOS)))
+                              for given, usual in ((bos, BOS), (eos, EOS)))
         if self.bos is None or self.eos is None:
             raise Refused(f"{path}: its tokens for BOS and EOS are not known. Name them with --bos and --eos.")
 

@@ -856,8 +856,9 @@ class Tokenizers(Case):
     @needs("sentencepiece")
     def test_sentencepiece(self):
         pieces = ["\u2581t", "he", "\u2581the", *"\u2581the"]
-        model = Convert.model(Convert(), [(3, 2)], [(1, b"identity"), (3, 1), (4, 0), (5, 1)],
-                              [((1, p.encode()), (2, float(-i))) for i, p in enumerate(pieces)])
+        from test_convert_tokenizer import SentencePiece  # which imports this module
+        model = SentencePiece().model([(3, 2)], [(1, b"identity"), (3, 1), (4, 0), (5, 1)],
+                                      [((1, p.encode()), (2, float(-i))) for i, p in enumerate(pieces)])
         model = self.file("small.model", model)
         self.assertEqual(self.ids("the the he", model), [1, 5, 5, 6, 4, 2])
         self.assertEqual(self.tokens, [10, 1, 2])
