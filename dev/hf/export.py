@@ -23,7 +23,6 @@ from weights import RAW, Parser, Refused, Weights, convert, description, family,
     run, write_json, write_weights
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "data"))
 SHARD = 5 * 10**9  # bytes of a file, as transformers' own
 NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",

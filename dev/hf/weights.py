@@ -3,12 +3,14 @@
 A description is a dict with the words of state.json and of an export's metadata: backbone, variant, norm, dim, layers,
 heads, kv_heads, hidden, vocab_size, rope_theta, norm_eps, seq_len, max_seq_len. Tensors pass one at a time.
 """
-import argparse
 import json
 import os
 import struct
 import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "data"))
+from common import Parser, Refused, run, write_whole  # noqa: E402,F401: the programs here use all of them
 
 try:
     import numpy as np
@@ -18,25 +20,6 @@ except ImportError:
 
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}
 RAW = {"F32": np.float32, "BF16": np.uint16, "F16": np.float16}  # bf16 as its bits, numpy has no such type
-
-
-class Refused(Exception):
-    """`where: what. What to do.`"""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        sys.exit(f"{self.prog}: {message}. --help lists the options.")
-
-
-def run(program, main):
-    """main, whose troubles become one line and exit status 1"""
-    try:
-        main()
-    except Refused as e:
-        sys.exit(f"{program}: {e}")
-    except OSError as e:
-        sys.exit(f"{program}: {e.filename or 'output'}: {e.strerror or e}. Check the path and the disk.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,19 +143,15 @@ def write_file(path, tensors, metadata, size):
         at += size(t)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(struct.pack("<Q", len(text)) + text)
-            for name, dtype, shape, values in tensors:
-                data = np.ascontiguousarray(values(), RAW[dtype])
-                assert data.size * WIDTHS[dtype] == size((name, dtype, shape)), name
-                f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def parts():
+        yield struct.pack("<Q", len(text)) + text
+        for name, dtype, shape, values in tensors:
+            data = np.ascontiguousarray(values(), RAW[dtype])
+            assert data.size * WIDTHS[dtype] == size((name, dtype, shape)), name
+            yield data
+
+    write_whole(path, parts())
 
 
 def read_json(path):

@@ -369,7 +369,8 @@ class Refusals(Case):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             return r.returncode, r.stdout, r.stderr
         self.assertEqual(status("import.py", "none", "out.st"),
-                         (1, "", "import: none/config.json: No such file or directory. Check the path and the disk.\n"))
+                         (1, "", "import: none/config.json: No such file or directory. "
+                                 "Check the path, its rights and the disk's room.\n"))
         for program in ("import.py", "export.py"):
             code, out, _ = status(program, "--help")
             self.assertTrue(code == 0 and "Needs numpy" in out)
