@@ -275,8 +275,11 @@ def draw(o, s):
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import numpy as np
 
-    colours = {"simplegpt": "#0072b2", "prenorm": "#d55e00", "preqknorm": "#009e73"}
+    import plot
+
+    colours = {v: plot.COLORS[False][place] for v, place in plot.VARIANTS.items()}
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     finite = [loss for _, loss, _ in s.runs if math.isfinite(loss)]
     low = min(finite, default=0)
@@ -301,11 +304,8 @@ def draw(o, s):
         for seed in sorted(s.losses[v, lr]):
             train = Run(o.out, v, lr, seed).read()[0]
             steps = sorted(train)
-            width = max(1, len(steps) // 50)
-            smooth = [sum(train[t] for t in steps[max(0, i - width + 1):i + 1]) / (i - max(0, i - width + 1) + 1)
-                      for i in range(len(steps))]
             first = seed == min(s.losses[v, lr])
-            right.plot(steps, smooth, color=colours[v], linewidth=1, alpha=0.9 if first else 0.5,
+            right.plot(steps, plot.smooth(np.array([train[step] for step in steps])), color=colours[v], linewidth=1, alpha=0.9 if first else 0.5,
                        label=f"{VARIANTS[v]}, lr {lr:g}" if first else None)
     right.set(xlabel="step", ylabel="training loss, smoothed", yscale="log")
     right.set_title("at each variant's best rate, a line a seed", fontsize=9)
