@@ -189,7 +189,7 @@ class Tests:
         if self.args.verbose:
             print(f"    {os.path.basename(path)}: {got}, exactly {exact}, {abs(got / exact - 1):.1e} off")
         # measured 1e-4 at most
-        expect(abs(got / exact - 1) < 1e-3, f"the largest eigenvalue is {got}, exactly {exact}")
+        expect(abs(got / exact - 1) < 3e-4, f"the largest eigenvalue is {got}, exactly {exact}")
 
     def probe(self):
         """Looks without touching: same bits with it; rows go on over a resume."""
@@ -503,22 +503,27 @@ class Tests:
             self.test("bad: weights " + name, self.bad_weights, name, edit, *words)
 
 
+def run_all(name, tests_of, parser):
+    """Runs a class of tests with the parser's options and --filter; prints the total, returns the exit status."""
+    parser.add_argument("--filter", default="", help="only tests whose name holds this")
+    args = parser.parse_args()
+    args.train_gpt = os.path.abspath(args.train_gpt)
+    tests = tests_of(args)
+    try:
+        tests.all()
+    finally:
+        shutil.rmtree(tests.dir, ignore_errors=True)
+    print(f"{name}: {tests.passed} passed, {tests.failed} failed")
+    return 1 if tests.failed else 0
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train_gpt")
     parser.add_argument("golden", nargs="*", help="folders of golden files")
     parser.add_argument("--bf16", action="store_true", help="the trainer is a bf16 build: losses within 2%%, no more")
-    parser.add_argument("--filter", default="", help="only tests whose name holds this")
     parser.add_argument("--verbose", action="store_true", help="print the errors of golden files")
-    args = parser.parse_args()
-    args.train_gpt = os.path.abspath(args.train_gpt)
-    tests = Tests(args)
-    try:
-        tests.all()
-    finally:
-        shutil.rmtree(tests.dir, ignore_errors=True)
-    print(f"test_cli: {tests.passed} passed, {tests.failed} failed")
-    return 1 if tests.failed else 0
+    return run_all("test_cli", Tests, parser)
 
 
 if __name__ == "__main__":

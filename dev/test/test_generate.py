@@ -270,16 +270,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train_gpt")
     parser.add_argument("--bf16", action="store_true", help="the trainer is a bf16 build")
-    parser.add_argument("--filter", default="", help="only tests whose name holds this")
-    args = parser.parse_args()
-    args.train_gpt = os.path.abspath(args.train_gpt)
-    tests = Tests(args)
-    try:
-        tests.all()
-    finally:
-        shutil.rmtree(tests.dir, ignore_errors=True)
-    print(f"test_generate: {tests.passed} passed, {tests.failed} failed")
-    return 1 if tests.failed else 0
+    return test_cli.run_all("test_generate", Tests, parser)
 
 
 if __name__ == "__main__":
