@@ -6536,8 +6536,8 @@ struct Probe {
     }
     void run(int64_t step) {
         append("activations.csv", activations(step));
-        const float l = loss();
         if (!m.direction || iterations == 0) return;
+        const float l = loss();
         const Curvature k = curvature(step);
         append("curvature.csv",
                format("%lld,%.9g,%.6g,%.3g,%d\n", (long long)step, l, k.largest, k.error, k.iterations));
