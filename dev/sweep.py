@@ -305,7 +305,8 @@ def draw(o, s):
             train = Run(o.out, v, lr, seed).read()[0]
             steps = sorted(train)
             first = seed == min(s.losses[v, lr])
-            right.plot(steps, plot.smooth(np.array([train[step] for step in steps])), color=colours[v], linewidth=1, alpha=0.9 if first else 0.5,
+            curve = plot.smooth(np.array([train[step] for step in steps]))
+            right.plot(steps, curve, color=colours[v], linewidth=1, alpha=0.9 if first else 0.5,
                        label=f"{VARIANTS[v]}, lr {lr:g}" if first else None)
     right.set(xlabel="step", ylabel="training loss, smoothed", yscale="log")
     right.set_title("at each variant's best rate, a line a seed", fontsize=9)
