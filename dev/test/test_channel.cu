@@ -515,10 +515,13 @@ TEST(host_of_rank_0_goes_down) {  // with rank 1 on it: the first rank elsewhere
         job.open(w), job.steps(w);
     });
     nap(0.7);
-    kill(job.pids[1], SIGSTOP);
+    int stopped = 0;
+    kill(job.pids[1], SIGSTOP);  // both must be silent at once: its threads stop some time after the call
+    waitpid(job.pids[1], &stopped, WUNTRACED);
     kill(job.pids[0], SIGKILL), kill(job.pids[1], SIGKILL);
     job.wait(1.5);
     if (job.status[2] == 77) return (void)puts("host_of_rank_0_goes_down: left out, needs root");
+    EXPECT(WIFSTOPPED(stopped));
     EXPECT(job.status[0] == -SIGKILL && job.status[1] == -SIGKILL);
     job.status.erase(0), job.status.erase(1);
     job.expect_line({format("train_gpt: rank 0 (left, pid %d) died at step ", job.pids[0])});
