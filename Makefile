@@ -81,6 +81,8 @@ ifneq ($(filter ceilings kernels all,$(PART)),)
 	@for model in $(or $(MODEL),$(if $(HAVE_GPU),1B 7B,60M)); do \
 	    build/bench_$(DEVICE) --part $(PART:all=kernels) --model $$model --results $(RESULTS) || exit 1; \
 	done
+	@$(PYTHON) dev/bench/report.py --results $(RESULTS) --map > $(RESULTS)/costs.new
+	@mv $(RESULTS)/costs.new $(RESULTS)/costs.md
 endif
 ifneq ($(filter steps all,$(PART)),)
 	@$(PYTHON) dev/bench/step.py --trainer build/train_gpt_$(DEVICE) --bench build/bench_$(DEVICE) \

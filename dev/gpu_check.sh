@@ -98,6 +98,7 @@ for stage in $stages; do
     report)
         check bench_report "$PYTHON" dev/bench/report.py --trainer build/train_gpt_gpu_bf16 --results "$RESULTS"
         cp build/log/gpu_bench_report.txt "$RESULTS/$(date +%Y-%m-%d)-bench.md"
+        "$PYTHON" dev/bench/report.py --map --results "$RESULTS" > "$RESULTS/costs.md" || failed=1
         ;;
     *)
         echo "gpu_check: '$stage' is no stage. The head of dev/gpu_check.sh lists them." >&2

@@ -2,6 +2,7 @@
 // copied and matrices are multiplied; then every kernel alone, at the shapes of one flavour. `make bench` builds and
 // calls it, on a GPU and on the CPU stand-in.
 //   bench --part ceilings|kernels [--model FLAVOUR] [--batch-size B] [--seq-len T] [--filter TEXT] [--results DIR]
+//   bench --part bounds --device h200 ...     each kernel's bound on a device that need not be there; measures nothing
 //
 // A kernel's bound is its FLOPs at the measured matmul rate or its bytes at the measured copy speed, whichever takes
 // longer; its share is bound over time. Bytes: every tensor read or written once, as in --plan (row statistics left
@@ -528,6 +529,7 @@ struct Bench {
     std::string device;
     double cores = 0;  // that this process gets, where it is the device
     Ceilings ceilings;
+    double matmul_rate = 0, copy_rate = 0;  // FLOP/s, bytes/s: the ceilings' best, or a named device's
     std::vector<Result> rows;
 
     void print_ceilings(const char* title, const std::vector<Ceiling>& all, const char* unit, double scale) const {
@@ -563,8 +565,7 @@ struct Bench {
                    utc("%Y-%m-%dT%H:%MZ").c_str(), quoted(device).c_str(), PRECISION, omp_get_max_threads());
         s += format(" \"cores\": %.2f,\n \"part\": \"%s\",\n \"model\": %s,\n \"batch_size\": %d,\n \"seq_len\": %d,\n",
                     cores, part.c_str(), quoted(model).c_str(), B, config.T);
-        s += format(" \"copy_gb_s\": %.6g,\n \"matmul_tflops\": %.6g,\n", ceilings.copy() / 1e9,
-                    ceilings.matmul() / 1e12);
+        s += format(" \"copy_gb_s\": %.6g,\n \"matmul_tflops\": %.6g,\n", copy_rate / 1e9, matmul_rate / 1e12);
         s += " \"copies\": " + json_of(ceilings.copies, "gb_s", 1e9) +
              ",\n \"matmuls\": " + json_of(ceilings.matmuls, "tflops", 1e12) + ",\n \"kernels\": [";
         for (size_t i = 0; i < rows.size(); i++) {
@@ -579,9 +580,33 @@ struct Bench {
         return s + "]\n}\n";
     }
 
+    // as the trainer cuts the logits (lay_out)
+    int logit_rows() const {
+        const size_t chunk = (size_t(1) << (BF16 ? 29 : 26)) / (config.Vp() * sizeof(floatX));
+        return int(std::min<size_t>(size_t(B) * config.T, std::max<size_t>(16, chunk)));
+    }
+
+    template <typename F>
+    void for_each_case(F f) const {
+        for (const std::vector<Case>& cases :
+             {norm_cases(config, B), embedding_and_loss_cases(config, B, logit_rows()),
+              attention_cases(config, B, quick), matmul_cases(config, B, logit_rows()),
+              optimizer_cases(config, quick)})
+            for (const Case& c : cases)
+                if (c.name.find(filter) != std::string::npos) f(c);
+    }
+    double bound_ms(const Case& c) const { return 1e3 * std::max(c.flops / matmul_rate, c.bytes / copy_rate); }
+
+    void bounds(const Device& on) {
+        device = on.name, matmul_rate = on.flops, copy_rate = on.copy;
+        printf("%-50s %-42s %9s %9s\n", "kernel", "shape", "a step", "least ms");
+        for_each_case([&](const Case& c) {
+            rows.push_back({c, Time(), bound_ms(c), 0});
+            printf("%-50s %-42s %9.4g %9.4g\n", c.name.c_str(), c.shape.c_str(), c.times, rows.back().bound_ms);
+        });
+    }
+
     void measure() {
-        finish(config);
-        if (B == 0) B = std::max(1, (SERIAL ? 2048 : 16384) / config.T);
         open_device();
         cudaDeviceProp properties;
         CHECK(cudaGetDeviceProperties(&properties, 0));
@@ -595,35 +620,23 @@ struct Bench {
         matmul.timing = true;
         Clock clock;
         clock.open(quick);
-
-        // as the trainer cuts the logits (lay_out)
-        const size_t chunk = (size_t(1) << (BF16 ? 29 : 26)) / (config.Vp() * sizeof(floatX));
-        const int N = B * config.T, logit_rows = int(std::min<size_t>(N, std::max<size_t>(16, chunk)));
         printf("%s, %s build, %s; %s, B %d, T %d\n\n", device.c_str(), PRECISION, utc("%Y-%m-%d").c_str(),
                model.c_str(), B, config.T);
-        ceilings = measure_ceilings(clock, config, N, logit_rows);
+        ceilings = measure_ceilings(clock, config, B * config.T, logit_rows());
+        matmul_rate = ceilings.matmul(), copy_rate = ceilings.copy();
         print_ceilings("copy, bytes read and written", ceilings.copies, "GB/s", 1e9);
         print_ceilings("matmul of random normal numbers", ceilings.matmuls, "TFLOP/s", 1e12);
-
-        if (part != "ceilings") {
-            print_head();
-            for (const std::vector<Case>& cases :
-                 {norm_cases(config, B), embedding_and_loss_cases(config, B, logit_rows),
-                  attention_cases(config, B, quick), matmul_cases(config, B, logit_rows),
-                  optimizer_cases(config, quick)}) {
-                double library_ms = 0;  // of cuBLASLt at the shape of the cases that follow it
-                for (const Case& c : cases) {
-                    if (c.name.find(filter) == std::string::npos) continue;
-                    Tensors tensors;
-                    const Time time = clock(c.prepare(tensors));
-                    if (c.name == "linear_forward") library_ms = time.ms;
-                    const bool own = c.name.find("row sums") != std::string::npos && library_ms > 0;
-                    rows.push_back({c, time, 1e3 * std::max(c.flops / ceilings.matmul(), c.bytes / ceilings.copy()),
-                                    own ? library_ms / time.ms : 0});
-                    print(rows.back());
-                }
-            }
-        }
+        if (part == "kernels") print_head();
+        double library_ms = 0;  // of cuBLASLt at the shape of the cases that follow it
+        for_each_case([&](const Case& c) {
+            if (part != "kernels") return;
+            Tensors tensors;
+            const Time time = clock(c.prepare(tensors));
+            if (c.name == "linear_forward") library_ms = time.ms;
+            const bool own = c.name.find("row sums") != std::string::npos && library_ms > 0;
+            rows.push_back({c, time, bound_ms(c), own ? library_ms / time.ms : 0});
+            print(rows.back());
+        });
         clock.close();
         matmul.close();
     }
@@ -641,7 +654,9 @@ struct Bench {
 
 const char HELP[] =
     "bench: times every kernel of the trainer beside the machine's limits (%s build).\n"
-    "  --part WHAT       ceilings: copy speed and matmul rate; kernels: these and every kernel (kernels)\n"
+    "  --part WHAT       ceilings: copy speed and matmul rate; kernels: these and every kernel; bounds: the least time\n"
+    "                    of every kernel on --device, nothing is measured (kernels)\n"
+    "  --device DEVICE   of bounds: as of train_gpt --plan: a name, or TFLOP/s,GB/s,GiB\n"
     "  --model FLAVOUR   whose shapes; train_gpt --models lists them (%s)\n"
     "  --batch-size N    sequences (as many as make %d tokens)\n"
     "  --seq-len N       tokens of a sequence (%d)\n"
@@ -660,25 +675,31 @@ int main(int argc, char** argv) {
                 b.quick = true, b.model = "20M", b.B = 1, b.config.T = 64;
                 continue;
             }
-            const char* const flags[] = {"--part", "--model", "--batch-size", "--seq-len", "--filter", "--results"};
+            const char* const flags[] = {"--part",    "--device", "--model",  "--batch-size",
+                                         "--seq-len", "--filter", "--results"};
             if (std::find(std::begin(flags), std::end(flags), flag) == std::end(flags))
                 throw Error(flag + ": unknown option. See --help.");
             if (i + 1 == argc) throw Error(flag + ": needs a value. See --help.");
             const std::string value = argv[++i];
             if (flag == "--part") b.part = value;
+            if (flag == "--device") b.device = value;
             if (flag == "--model") b.model = value;
             if (flag == "--batch-size") b.B = int(parse_integer("batch-size", value.c_str(), 1, 1 << 20));
             if (flag == "--seq-len") b.config.T = int(parse_integer("seq-len", value.c_str(), 1, 1 << 20));
             if (flag == "--filter") b.filter = value;
             if (flag == "--results") b.results = value;
         }
-        if (b.part != "ceilings" && b.part != "kernels")
-            throw Error("--part: '" + b.part + "' is none of ceilings, kernels.");
+        if (b.part != "ceilings" && b.part != "kernels" && b.part != "bounds")
+            throw Error("--part: '" + b.part + "' is none of ceilings, kernels, bounds.");
+        if ((b.part == "bounds") == b.device.empty())
+            throw Error("--device: says whose bounds are meant. Give it with --part bounds, and only there.");
         apply_flavour(b.config, b.model);
         if (double(b.B) * b.config.T > 1 << 24)
             throw Error(format("--batch-size: %d sequences of %d tokens are too many.", b.B, b.config.T));
+        finish(b.config);
+        if (b.B == 0) b.B = std::max(1, (SERIAL && b.part != "bounds" ? 2048 : 16384) / b.config.T);
         if (!b.results.empty()) make_dirs(b.results);
-        b.measure();
+        b.part == "bounds" ? b.bounds(parse_device(b.device)) : b.measure();
         if (!b.results.empty()) b.write();
     } catch (const std::exception& e) {
         fflush(stdout);

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Makes Markdown tables of what dev/bench/bench.cu and dev/bench/step.py wrote, and holds the plan against it.
 
-usage: dev/bench/report.py [FILE.json ...] [--results DIR] [--trainer ./train_gpt]
+usage: dev/bench/report.py [FILE.json ...] [--results DIR] [--trainer ./train_gpt] [--map]
 
 Without files: the newest of each part, device and model in DIR (dev/bench/results). With --trainer also --plan's least
 time of a step, kind by kind at the measured ceilings, beside the sum of the kernels' own times; the trainer must be of
-the measured precision. Prints to standard output.
+the measured precision. With --map the one page of where a step's time goes, kernel by kernel, instead of the tables
+(dev/bench/results/costs.md is that of the results beside it). Prints to standard output.
 """
 import argparse
 import glob
@@ -18,6 +19,9 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
+PARTS = ("ceilings", "kernels", "bounds", "steps")
+
+
 def fail(message):
     sys.exit(f"report.py: {message}")
 
@@ -28,7 +32,7 @@ def load(path):
             record = json.load(f)
     except (OSError, ValueError) as error:
         fail(f"{path}: cannot be read: {error}.")
-    return record if isinstance(record, dict) and record.get("part") in ("ceilings", "kernels", "steps") else None
+    return record if isinstance(record, dict) and record.get("part") in PARTS else None
 
 
 def newest(results):
@@ -102,6 +106,54 @@ def plan_check(record, trainer):
     table(["work", "least ms", "ms of its kernels", "least / measured"], rows)
 
 
+def bounds(record):
+    title(record, f"Bounds at the shapes of {record['model']}, B {record['batch_size']}, T {record['seq_len']}, "
+                  f"{record['precision']}")
+    table(["kernel", "shape", "least ms"],
+          [[k["name"], k["shape"], f"{k['bound_ms']:.4g}"] for k in record["kernels"]])
+
+
+def cost_map(records):
+    """Where a step's time goes: of each device and model its kernels, those that cost most first."""
+    print("""# Where the time goes
+
+The kernels of one training step of SimpleGPT (one micro-batch, nothing recomputed), those that cost most first. The limit of
+a kernel is its FLOPs at the matmul rate or its bytes at the copy speed, whichever takes longer; *lost* is the time above it,
+what a perfect kernel would save. Each kernel was timed alone, with nothing in the caches. `dev/bench/report.py --map` made
+this page of the results beside it; `make bench` measures them and makes it anew.
+""")
+    whole = {(r["device"], r["model"], run["batch_size"], r["seq_len"]): run["seconds_per_step"]
+             for r in records if r["part"] == "steps" for run in r["runs"]
+             if run["name"] == "train_gpt simplegpt" and not run["error"]}
+    on_gpu = {r["model"] for r in records if r["part"] == "kernels" and "NVIDIA" in r["device"]}
+    for record in records:
+        if record["part"] not in ("kernels", "bounds") or (record["part"] == "bounds" and record["model"] in on_gpu):
+            continue
+        measured = record["part"] == "kernels"
+        what = f"{record['model']}, B {record['batch_size']}, T {record['seq_len']}, {record['precision']}"
+        title(record, what if measured else what + ": **limits only, nothing was measured**")
+        of_step = [(k["times"] * (k["ms"] if measured else k["bound_ms"]), k) for k in record["kernels"] if k["times"]]
+        all_ms = sum(ms for ms, _ in of_step)
+        rows, lost = [], 0
+        for ms, k in sorted(of_step, key=lambda pair: -pair[0]):
+            by = "FLOPs" if k["flops"] / record["matmul_tflops"] / 1e12 > k["bytes"] / record["copy_gb_s"] / 1e9 else "bytes"
+            row = [k["name"], k["shape"], by, f"{k['times']:.4g}", f"{ms:.4g}", percent(ms / all_ms)]
+            if measured:
+                above = ms - k["times"] * k["bound_ms"]
+                lost += above
+                row += [percent(k["bound_ms"] / k["ms"]), f"{above:.4g}"]
+            rows.append(row)
+        rows.append(["together", "", "", "", f"{all_ms:.4g}", percent(1)] +
+                    ([percent(1 - lost / all_ms), f"{lost:.4g}"] if measured else []))
+        table(["kernel", "shape", "limited by", "times", "ms a step" if measured else "least ms a step", "share"] +
+              (["of its limit", "ms lost"] if measured else []), rows)
+        seconds = whole.get((record["device"], record["model"], record["batch_size"], record["seq_len"]))
+        if measured and seconds:
+            print(f"The whole step took {1e3 * seconds:.4g} ms; its kernels are {percent(all_ms / seconds / 1e3)} of that.\n")
+    if not on_gpu:
+        print("On a GPU nothing has been measured yet.")
+
+
 def steps(record):
     title(record, f"Training steps of {record['model']}, T {record['seq_len']} {' '.join(record['options'])}".rstrip())
     first = record["runs"][0]
@@ -125,14 +177,17 @@ def main():
     parser.add_argument("files", nargs="*", metavar="FILE.json")
     parser.add_argument("--results", default=os.path.join(ROOT, "dev", "bench", "results"), metavar="DIR")
     parser.add_argument("--trainer", help="compare its --plan with the kernels")
+    parser.add_argument("--map", action="store_true", help="the page of where a step's time goes")
     args = parser.parse_args()
     records = [load(path) for path in args.files] if args.files else newest(args.results)
     if not records:
         fail("no results yet. `make bench` writes them.")
     if None in records:
         fail(f"{args.files[records.index(None)]}: was written by neither bench nor step.py.")
+    if args.map:
+        return cost_map(records)
     for record in records:
-        {"ceilings": ceilings, "kernels": kernels, "steps": steps}[record["part"]](record)
+        {"ceilings": ceilings, "kernels": kernels, "bounds": bounds, "steps": steps}[record["part"]](record)
         if record["part"] == "kernels" and args.trainer:
             plan_check(record, os.path.abspath(args.trainer))
 

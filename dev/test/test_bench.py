@@ -66,7 +66,33 @@ class Bench(unittest.TestCase):
         self.assertFalse(record.get("kernels"))
         self.assertGreater(record["matmul_tflops"], 0)
 
+    def test_bounds_are_of_a_device_that_is_not_there(self):
+        _, record, _ = self.quick("--part", "bounds", "--device", "100,1000,80")
+        self.assertEqual({k["name"] for k in record["kernels"]} & set(KERNELS), set(KERNELS))
+        for kernel in record["kernels"]:
+            self.assertEqual(kernel["ms"], 0)
+            least = 1e3 * max(kernel["flops"] / 100e12, kernel["bytes"] / 1000e9)
+            self.assertAlmostEqual(kernel["bound_ms"], least, delta=1e-4 * least)
+
+    def test_map_has_a_steps_kernels_by_cost(self):
+        path, record, _ = self.quick("--filter", "norm")
+        page = run(sys.executable, REPORT, "--map", path).stdout
+        rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ") and " N 64" in line]
+        self.assertEqual(len(rows), sum(k["times"] > 0 and k["shape"].startswith("N 64") for k in record["kernels"]))
+        cost = [float(row[4]) for row in rows]
+        self.assertEqual(cost, sorted(cost, reverse=True))
+        for row in rows:
+            kernel, = (k for k in record["kernels"] if k["name"] == row[0][2:])
+            self.assertEqual(row[4], f"{kernel['times'] * kernel['ms']:.4g}")
+            self.assertEqual(row[6], f"{100 * kernel['bound_ms'] / kernel['ms']:.1f}%")
+
+    def test_committed_map_is_that_of_the_committed_results(self):
+        with open(os.path.join(ROOT, "dev", "bench", "results", "costs.md")) as f:
+            self.assertEqual(f.read(), run(sys.executable, REPORT, "--map").stdout)
+
     def test_bad_input_is_one_line(self):
+        self.refused(run(BENCH, "--part", "bounds"), "--device", "--part bounds")
+        self.refused(run(BENCH, "--part", "bounds", "--device", "abacus"), "--device", "abacus")
         self.refused(run(BENCH, "--part", "some"), "--part", "some")
         self.refused(run(BENCH, "--model", "1T"), "--model", "1T")
         self.refused(run(BENCH, "--wrong"), "--wrong", "--help")
