@@ -4,8 +4,8 @@
 //   errors            configuration     tensor table      device helpers    warp tiles      Hopper instructions
 //   rows              SimpleNorm        embedding         matmul            Matmul on Hopper
 //   attention         head and loss     ranks             the model         optimizer       channel
-//   files             checkpoint        generation        evaluation        the run's log     speed of light
-//   command line      main
+//   files             checkpoint        generation        evaluation        the run's log     probe
+//   speed of light    command line      main
 //
 // Shapes: B batch, T sequence length, N = B T tokens, C width, V vocabulary, Vp padded, L layers, NH query heads, NKV
 // key/value heads, HS head size, F feed-forward width. Activations are row-major. `d` before a name is its gradient.
@@ -661,9 +661,8 @@ __device__ inline int shared_at(unsigned row, unsigned col, unsigned step = 0) {
     return row * STRIDE<W> + col + step;
 }
 
-template <int HS>
-constexpr int WIDTH = (HS + 15) / 16 *
-                      16;  // a head in a tile: mma takes 16 columns at a time, those beyond HS are zero
+template <int HS>  // of a head in a tile: mma takes 16 columns at a time, those beyond HS are zero
+constexpr int WIDTH = (HS + 15) / 16 * 16;
 
 // What of a score tile is not masked; the serial geometry spares the rest (lanes of a warp would only wait).
 enum Part { ALL, LOWER, UPPER };  // LOWER: columns up to the row; UPPER: columns from the row on
@@ -3289,15 +3288,13 @@ size_t logits_bytes(const Model& m) {
     return std::max(m.logit_rows * size_t(m.c.Vp()) * sizeof(floatX), 256 * size_t(m.storage.ranks));
 }
 
-// One walk over everything on the device. Called twice: to add up, and to hand out.
-void lay_out(Model& m, bool training) {
-    const Config& c = m.c;
-    const size_t N = m.N(), C = c.C, QKV = c.QKV(), F = c.F(), FF = c.FF(), Vp = c.Vp(), P = m.table.size;
-    const size_t kv = size_t(c.NKV) * c.HS();
-    Arena& a = m.arena;
-    a.used = 0;
-    a.plan.clear();
+// The walk over everything on the device, in three parts, which plan goes to add up and create to hand out.
+//
+// What belongs to the parameters: weights, gradients, masters, moments, and the slots where cut ones pass by.
+void lay_out_state(Model& m) {
     const Storage& s = m.storage;
+    const size_t P = m.table.size;
+    Arena& a = m.arena;
     auto section = [&](const char* what, const char* type, bool cut) {
         a.section(format("%s (%s%s)", what, type, cut ? format(", 1/%d", s.ranks).c_str() : ""));
         return cut ? P / s.ranks : P;
@@ -3312,7 +3309,7 @@ void lay_out(Model& m, bool training) {
         a.section(format("gathered weights (%s)", PRECISION));
         for (int i = 0; i < SLOTS; i++) a.take(m.slots[i].w, slot_sizes[i]);
     }
-    if (training) {
+    if (m.training) {
         m.grads.half = s.half_gradients;
         a.take(m.grads, section("gradients", m.grads.name(), s.cut_gradients()));
         if (s.cut_gradients()) {
@@ -3332,13 +3329,18 @@ void lay_out(Model& m, bool training) {
         m.unit_weights[u] = s.cut_weights() ? m.slot(u).w : m.params + begin;
         m.unit_grads[u] = s.cut_gradients() ? m.slot(u).g : m.grads.at(begin);
     }
+}
 
-    // Each of a layer's tensors is kept for every layer or shared by all. Without training nothing is kept. Without a
-    // norm behind a linear (the other variants) the backward has no use for its raw output, but replaying what follows
-    // has.
+// What a layer leaves for its backward. Each of its tensors is kept for every layer or shared by all; without training
+// nothing is kept. Without a norm behind a linear (the other variants) the backward has no use for its raw output, but
+// replaying what follows has.
+void lay_out_activations(Model& m) {
+    const Config& c = m.c;
+    const size_t N = m.N(), C = c.C, QKV = c.QKV(), F = c.F(), FF = c.FF(), kv = size_t(c.NKV) * c.HS();
+    Arena& a = m.arena;
     using A = LayerActivations;
     using R = Recompute;
-    const R level = s.recompute;
+    const R level = m.storage.recompute;
     const bool all = level == R::none, qk_norm = c.simple() || c.variant == Variant::preqknorm;
     m.acts.assign(c.L, LayerActivations());
     auto keep = [&](auto member, size_t count) {
@@ -3346,13 +3348,13 @@ void lay_out(Model& m, bool training) {
     };
     std::vector<std::function<void()>> shared;  // taken later, as a section of their own
     auto keep_if = [&](bool kept, auto member, size_t count) {
-        if (training && kept) return keep(member, count);
+        if (m.training && kept) return keep(member, count);
         shared.push_back([&m, &a, member, count] {
             for (A& t : m.acts) &t == &m.acts[0] ? a.take(t.*member, count) : void(t.*member = m.acts[0].*member);
         });
     };
     a.section(format("activations (recompute %s)", RECOMPUTE[int(level)]));
-    if (training)
+    if (m.training)
         keep(&A::x, N * C);
     else  // the blocks' inputs by turns in two places
         for (int l = 0; l < c.L; l++) l < 2 ? a.take(m.acts[l].x, N * C) : void(m.acts[l].x = m.acts[l - 2].x);
@@ -3387,6 +3389,15 @@ void lay_out(Model& m, bool training) {
     a.take(m.out, N * C);
     a.take(m.normed, N * C);
     a.take(m.norm_stats, N);
+}
+
+// Logits, cache, tables and scratch; for training the gradients of activations.
+void lay_out_scratch(Model& m) {
+    const Config& c = m.c;
+    const Storage& s = m.storage;
+    const size_t N = m.N(), C = c.C, QKV = c.QKV(), F = c.F(), FF = c.FF(), Vp = c.Vp(), P = m.table.size;
+    const size_t kv = size_t(c.NKV) * c.HS();
+    Arena& a = m.arena;
     a.section("logits, a chunk of rows");
     m.logit_rows = int(std::min(N, std::max<size_t>(16, (size_t(1) << (BF16 ? 29 : 26)) / (Vp * sizeof(floatX)))));
     char* logits = nullptr;
@@ -3411,7 +3422,7 @@ void lay_out(Model& m, bool training) {
     a.take(workspace, MATMUL_WORKSPACE);
     matmul.workspace = workspace;
     if (BF16) a.take(m.row_sums, (std::max({C, QKV, FF}) + SUMS_COLS - 1) / SUMS_COLS * N);
-    if (training) {
+    if (m.training) {
         a.take(m.square_sums, chunks(P) + m.units());
         if (s.ranks > 1) {
             a.take(m.hashes, s.ranks);
@@ -3437,6 +3448,14 @@ void lay_out(Model& m, bool training) {
         if (!BF16)
             for (float** p : {&m.direction, &m.previous, &m.kept}) a.take(*p, P);
     }
+}
+
+void lay_out(Model& m) {
+    m.arena.used = 0;
+    m.arena.plan.clear();
+    lay_out_state(m);
+    lay_out_activations(m);
+    lay_out_scratch(m);
 }
 
 std::string memory_plan(const Model& m) {
@@ -3488,7 +3507,7 @@ void plan(Model& m, const Config& config, int B, bool training, Storage storage 
             format("--dim: width %d and hidden width %d are more than a block of threads holds, %d and %d. "
                    "Choose less.",
                    m.c.C, m.c.F(), MAX_ROW, MAX_FFN_ROW));
-    lay_out(m, training);
+    lay_out(m);
 }
 
 // The mildest change of options with which the plan fits into `room` bytes: cut more over the ranks, recompute more,
@@ -3528,7 +3547,6 @@ std::string advice(const Model& m, size_t room) {
 
 // Allocates what was planned, or refuses with advice.
 void create(Model& m) {
-    const bool training = m.training;
     size_t free = 0, total = 0;
     CHECK(cudaMemGetInfo(&free, &total));
     if (m.arena.used > free || cudaMalloc(&m.memory, m.arena.used) != cudaSuccess) {
@@ -3536,7 +3554,7 @@ void create(Model& m) {
                            m.arena.used / 1073741824.0, free / 1073741824.0, advice(m, free).c_str()));
     }
     m.arena.base = static_cast<char*>(m.memory);
-    lay_out(m, training);
+    lay_out(m);
     CHECK(cudaStreamCreate(&m.stream));
     for (Staging& s : m.staging) {
         CHECK(cudaMallocHost(&s.batch, batch_ints(m.N()) * sizeof(int)));

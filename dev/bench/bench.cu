@@ -654,8 +654,8 @@ struct Bench {
 
 const char HELP[] =
     "bench: times every kernel of the trainer beside the machine's limits (%s build).\n"
-    "  --part WHAT       ceilings: copy speed and matmul rate; kernels: these and every kernel; bounds: the least time\n"
-    "                    of every kernel on --device, nothing is measured (kernels)\n"
+    "  --part WHAT       ceilings: copy speed and matmul rate; kernels: these and every kernel;\n"
+    "                    bounds: the least time of every kernel on --device, nothing is measured (kernels)\n"
     "  --device DEVICE   of bounds: as of train_gpt --plan: a name, or TFLOP/s,GB/s,GiB\n"
     "  --model FLAVOUR   whose shapes; train_gpt --models lists them (%s)\n"
     "  --batch-size N    sequences (as many as make %d tokens)\n"
