@@ -43,7 +43,7 @@ JOBS = {
     **{f"nccl_{n}": (["build/test_nccl"], [*MPIRUN, "-n", str(n), "build/test_nccl"], [1]) for n in range(1, 5)},
     "dataloader": (["build/test_dataloader"], ["build/test_dataloader"], [1]),
     "tokenizer": (["build/test_tokenizer"], ["build/test_tokenizer"], [1]),
-    "bench": (["build/bench_cpu_fp32"], [sys.executable, "dev/test/test_bench.py", "build/bench_cpu_fp32"], [1]),
+    "bench": (["build/test_bench"], [sys.executable, "dev/test/test_bench.py", "build/test_bench"], [1]),
     "plot": ([], [sys.executable, "dev/test/test_plot.py"], [1]),
     "experiments": (["build/train_gpt_cpu_fp32"],
                     [sys.executable, "dev/test/test_experiments.py", "build/train_gpt_cpu_fp32"], [1]),
