@@ -694,74 +694,96 @@ private:
         return all;
     }
 
-    // Every size in the file is checked against what is left of it before it is used.
-    void read(const std::string& path) {
-        auto fail = [&](const std::string& what) {
-            throw std::runtime_error(path + ": " + what + ". Make it with dev/data/convert_tokenizer.py.");
-        };
-        struct stat info;
-        if (stat(path.c_str(), &info) || !S_ISREG(info.st_mode)) fail("there is no such file");
-        if (info.st_size > (1 << 28)) fail("this is too large for a tokenizer");
-        FILE* f = fopen(path.c_str(), "rb");
-        if (!f) fail("cannot be read");
-        file_.resize(info.st_size);
-        file_.resize(fread(file_.data(), 1, file_.size(), f));
-        fclose(f);
-        std::string_view rest(file_.data(), file_.size());
+    // What is left of the file. Every size is checked against that before it is used.
+    struct Reader {
+        const std::string& path;
+        std::string_view rest;
 
-        auto take = [&](size_t n) {
+        [[noreturn]] void fail(const std::string& what) const {
+            throw std::runtime_error(path + ": " + what + ". Make it with dev/data/convert_tokenizer.py.");
+        }
+        std::string_view take(size_t n) {
             if (n > rest.size()) fail("the file is cut short");
             std::string_view s = rest.substr(0, n);
             rest.remove_prefix(n);
             return s;
-        };
-        auto number = [&](auto value) {
+        }
+        template <typename Number>
+        Number number() {
+            Number value;
             memcpy(&value, take(sizeof(value)).data(), sizeof(value));
             return value;
-        };
-        const bool old = starts(rest, "SGPTTOK1");
-        if (!old && !starts(rest, "SGPTTOK2")) fail("this is not a tokenizer file");
-        take(8);
-        flags_ = number(0u);
-        if (flags_ >= (old ? 32 : 4096)) fail("it has flags of a newer version");
-        uint32_t V = number(0u), bos = number(0u), eos = number(0u);
-        unknown_surface_ = take(number(0u));
-        std::string_view trie = take(number(0u));
-        if (trie.size() % 4) fail("the trie's size is no multiple of 4");
+        }
+    };
+
+    void read(const std::string& path) {
+        Reader in{path, {}};
+        struct stat info;
+        if (stat(path.c_str(), &info) || !S_ISREG(info.st_mode)) in.fail("there is no such file");
+        if (info.st_size > (1 << 28)) in.fail("this is too large for a tokenizer");
+        FILE* f = fopen(path.c_str(), "rb");
+        if (!f) in.fail("cannot be read");
+        file_.resize(info.st_size);
+        file_.resize(fread(file_.data(), 1, file_.size(), f));
+        fclose(f);
+        in.rest = {file_.data(), file_.size()};
+
+        const bool old = starts(in.rest, "SGPTTOK1");
+        if (!old && !starts(in.rest, "SGPTTOK2")) in.fail("this is not a tokenizer file");
+        in.take(8);
+        flags_ = in.number<uint32_t>();
+        if (flags_ >= (old ? 32 : 4096)) in.fail("it has flags of a newer version");
+        const uint32_t V = in.number<uint32_t>(), bos = in.number<uint32_t>(), eos = in.number<uint32_t>();
+        unknown_surface_ = in.take(in.number<uint32_t>());
+        std::string_view trie = in.take(in.number<uint32_t>());
+        if (trie.size() % 4) in.fail("the trie's size is no multiple of 4");
         trie_.resize(trie.size() / 4);
         if (!trie.empty()) memcpy(trie_.data(), trie.data(), trie.size());
-        replacements_ = take(number(0u));
+        replacements_ = in.take(in.number<uint32_t>());
         if (trie_.empty() != replacements_.empty() || (!trie_.empty() && replacements_.back()))
-            fail("trie and replacements do not fit together");
-        if (V > rest.size() / 7) fail("the file is cut short");  // a piece takes 7 bytes and its text
+            in.fail("trie and replacements do not fit together");
+        read_pieces(in, V);
+        if (bos >= V || eos >= V || type_[bos] != CONTROL || type_[eos] != CONTROL)
+            in.fail("BOS or EOS is no control piece");
+        bos_ = (int)bos;
+        eos_ = (int)eos;
+        if (byte_level()) class_.assign(0x110000, OTHER);
+        if (!old) read_classes(in);
+        read_merges(in, old ? 0 : in.number<uint32_t>());
+        if (!in.rest.empty()) in.fail("there are bytes behind its end");
+        prepare(in);
+        bpe_ = true;
+    }
 
+    void read_pieces(Reader& in, uint32_t V) {
+        if (V > in.rest.size() / 7) in.fail("the file is cut short");  // a piece takes 7 bytes and its text
         pieces_.reserve(V);
         slots_.assign(1024, -1);
         std::fill(byte_id_, byte_id_ + 256, -1);
         for (V_ = 0; V_ < (int)V; V_++) {
             std::string name = "piece " + std::to_string(V_);
-            score_.push_back(number(0.0f));
-            type_.push_back(number((uint8_t)0));
-            pieces_.push_back(take(number((uint16_t)0)));
+            score_.push_back(in.number<float>());
+            type_.push_back(in.number<uint8_t>());
+            pieces_.push_back(in.take(in.number<uint16_t>()));
             std::string_view piece = pieces_.back();
             uint8_t type = type_.back();
-            if (piece.empty() && type != CONTROL) fail(name + " is empty");
-            if (type < NORMAL || type > BYTE) fail(name + " is of no known type");
-            if (score_.back() != score_.back()) fail(name + " has no number as its score");
+            if (piece.empty() && type != CONTROL) in.fail(name + " is empty");
+            if (type < NORMAL || type > BYTE) in.fail(name + " is of no known type");
+            if (score_.back() != score_.back()) in.fail(name + " has no number as its score");
             if (type == NORMAL || type == USER_DEFINED || type == UNUSED) {
                 const int other = find(piece);  // a user-defined piece comes before a normal one of its text
                 if (other < 0)
                     insert(V_);
                 else if ((type == USER_DEFINED) == (type_[other] == USER_DEFINED))
-                    fail(name + " is there twice");
+                    in.fail(name + " is there twice");
                 else if (type == USER_DEFINED)
                     slots_[slot(piece)] = V_;
             }
             if (type == UNKNOWN) {
-                if (unknown_ >= 0) fail(name + " is a second unknown piece");
+                if (unknown_ >= 0) in.fail(name + " is a second unknown piece");
                 unknown_ = V_;
             } else if (type == BYTE) {
-                if (byte_value(piece) < 0 || !(flags_ & BYTE_FALLBACK)) fail(name + " cannot be a byte");
+                if (byte_value(piece) < 0 || !(flags_ & BYTE_FALLBACK)) in.fail(name + " cannot be a byte");
                 byte_id_[byte_value(piece)] = V_;
             } else if (type == USER_DEFINED) {
                 user_first_[(unsigned char)piece[0]] = true;
@@ -770,43 +792,39 @@ private:
                 unused_ = true;
             }
         }
-        if (unknown_ < 0 && !(flags_ & (BYTE_LEVEL | BYTE_FALLBACK))) fail("there is no unknown piece");
-        if (bos >= V || eos >= V || type_[bos] != CONTROL || type_[eos] != CONTROL)
-            fail("BOS or EOS is no control piece");
-        if (flags_ & BYTE_FALLBACK && std::count(byte_id_, byte_id_ + 256, -1)) fail("some byte has no piece");
-        bos_ = (int)bos;
-        eos_ = (int)eos;
+        if (unknown_ < 0 && !(flags_ & (BYTE_LEVEL | BYTE_FALLBACK))) in.fail("there is no unknown piece");
+        if (flags_ & BYTE_FALLBACK && std::count(byte_id_, byte_id_ + 256, -1)) in.fail("some byte has no piece");
         std::sort(user_lengths_.begin(), user_lengths_.end(), std::greater<size_t>());
         user_lengths_.erase(std::unique(user_lengths_.begin(), user_lengths_.end()), user_lengths_.end());
+    }
 
-        if (byte_level()) class_.assign(0x110000, OTHER);
-        uint32_t listed = 0;
-        if (!old) {
-            split_ = number(0u);
-            uint32_t at = 0, kind = OTHER;
-            for (uint32_t n = number(0u); n > 0; n--) {
-                uint32_t range = number(0u), next = range >> 3;
-                if (next < at || next >= class_.size() || (range & 7) > WHITE) fail("its classes are damaged");
-                std::fill(class_.begin() + at, class_.begin() + next, (uint8_t)kind);
-                at = next;
-                kind = range & 7;
-            }
-            std::fill(class_.begin() + at, class_.end(), (uint8_t)kind);
-            listed = number(0u);
+    // how words are split, and the classes of code points: ranges that begin at range >> 3
+    void read_classes(Reader& in) {
+        split_ = in.number<uint32_t>();
+        uint32_t at = 0, kind = OTHER;
+        for (uint32_t n = in.number<uint32_t>(); n > 0; n--) {
+            uint32_t range = in.number<uint32_t>(), next = range >> 3;
+            if (next < at || next >= class_.size() || (range & 7) > WHITE) in.fail("its classes are damaged");
+            std::fill(class_.begin() + at, class_.begin() + next, (uint8_t)kind);
+            at = next;
+            kind = range & 7;
         }
-        if (listed > rest.size() / 8) fail("the file is cut short");
+        std::fill(class_.begin() + at, class_.end(), (uint8_t)kind);
+    }
+
+    void read_merges(Reader& in, uint32_t listed) {
+        if (listed > in.rest.size() / 8) in.fail("the file is cut short");
         std::vector<Merge> all;
         if (!(flags_ & LISTED_MERGES)) all = merges_by_score();
         for (uint32_t rank = 0; rank < listed; rank++) {
-            uint32_t left = number(0u), right = number(0u);
+            const uint32_t left = in.number<uint32_t>(), right = in.number<uint32_t>();
             std::string name = "merge " + std::to_string(rank);
-            if (std::max(left, right) >= V || type_[left] != NORMAL || type_[right] != NORMAL)
-                fail(name + " is not of two pieces");
+            if (std::max(left, right) >= (uint32_t)V_ || type_[left] != NORMAL || type_[right] != NORMAL)
+                in.fail(name + " is not of two pieces");
             int id = find(std::string(pieces_[left]).append(pieces_[right]));
-            if (id < 0 || type_[id] != NORMAL) fail(name + " gives no piece");
+            if (id < 0 || type_[id] != NORMAL) in.fail(name + " gives no piece");
             all.push_back({(uint64_t)left << 32 | right, rank, id});
         }
-        if (!rest.empty()) fail("there are bytes behind its end");
         size_t size = 16;
         while (size < 2 * all.size()) size *= 2;
         merges_.assign(size, {0, NEVER, -1});
@@ -814,11 +832,14 @@ private:
             Merge& slot = merges_[merge_slot(m.key)];
             if (slot.rank == NEVER) slot = m;
         }
+    }
 
+    // tables that follow from what was read
+    void prepare(const Reader& in) {
         for (int c = 0; c < 256; c++) {
             char byte = (char)c;
             first_id_[c] = find({&byte, 1});
-            if (byte_level() && first_id_[c] < 0) fail("some byte has no piece");
+            if (byte_level() && first_id_[c] < 0) in.fail("some byte has no piece");
         }
         for (unsigned c = 0; c < 128; c++) {  // no user-defined piece and no way from the trie's root begins with it
             size_t node = trie_.empty() ? 0 : (trie_[0] >> 10 << ((trie_[0] & 512) >> 6)) ^ c;
@@ -831,6 +852,5 @@ private:
         if (flags_ & CUT_AT_SPACES)
             for (auto& afters : joined_) afters[255] = false;
         work_.cache.resize(1 << 15);
-        bpe_ = true;
     }
 };
