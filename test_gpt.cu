@@ -1190,7 +1190,7 @@ TEST(recompute) {
         const size_t want = N * (elements[level] * sizeof(floatX) + stats + (level < 3 ? lse : 0));
         const size_t got = bytes[1] - bytes[0];
         if (got < want || got > want + 20 * 256)  // each tensor is rounded up to 256 bytes
-            fail(format("recompute %s keeps %zu bytes a layer, not %zu", RECOMPUTE[level], got, want));
+            fail(format("recompute %s keeps %zu bytes a layer, not %zu", RECOMPUTE[level].c_str(), got, want));
     }
 }
 
@@ -1750,10 +1750,8 @@ void golden(const std::string& path) {
     };
     Config c;
     c.backbone = config.find("backbone")->string == "llama" ? Backbone::llama : Backbone::nanogpt;
-    const std::string variant = config.find("variant")->string;
-    c.variant = variant == "simplegpt" ? Variant::simplegpt
-                : variant == "prenorm" ? Variant::prenorm
-                                       : Variant::preqknorm;
+    const Words& names = VARIANTS;
+    c.variant = Variant(std::find(names.begin(), names.end(), config.find("variant")->string) - names.begin());
     c.layernorm = config.find("norm_type")->string == "layernorm";
     c.C = int(number(config, "dim", 0)), c.L = int(number(config, "n_layers", 0)),
     c.NH = int(number(config, "n_heads", 0));

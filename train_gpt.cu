@@ -120,8 +120,12 @@ inline void check_nccl(ncclResult_t status, const char* call, const char* file, 
 // =====================================================================================================================
 // Configuration. A flavour is a preset of these numbers; every one of them is also a flag.
 
+// The names are those of flags, checkpoints and exports.
+typedef std::vector<std::string> Words;
 enum class Backbone { llama, nanogpt };
+const Words BACKBONES = {"llama", "nanogpt"};
 enum class Variant { simplegpt, prenorm, preqknorm };
+const Words VARIANTS = {"simplegpt", "prenorm", "preqknorm"}, NORMS = {"rmsnorm", "layernorm"};
 
 struct Config {
     Backbone backbone = Backbone::llama;
@@ -138,6 +142,7 @@ struct Config {
     int max_T = 0;  // rows of the learned positions (nanogpt); 0: T
 
     bool simple() const { return variant == Variant::simplegpt; }
+    bool qk_norm() const { return simple() || variant == Variant::preqknorm; }  // norms behind q and k
     bool gated() const { return backbone == Backbone::llama; }
     int HS() const { return C / NH; }
     int QKV() const { return (NH + 2 * NKV) * HS(); }
@@ -243,7 +248,7 @@ void finish(Config& c) {
 //   ffn    nor the outputs of w1 and w3                                                    5d + 2k
 //   block  only the block's input and the output of w2, which the norm behind it needs     2d
 enum class Recompute { none, norm, ffn, block };
-const char* const RECOMPUTE[] = {"none", "norm", "ffn", "block"};
+const Words RECOMPUTE = {"none", "norm", "ffn", "block"};
 
 struct Storage {
     Recompute recompute = Recompute::none;
@@ -339,7 +344,7 @@ struct TensorTable {
 TensorTable build_table(const Config& c, int ranks = 1) {
     TensorTable t;
     t.ranks = ranks;
-    const bool llama = c.backbone == Backbone::llama, simple = c.simple(), qk = c.variant == Variant::preqknorm;
+    const bool llama = c.backbone == Backbone::llama, simple = c.simple();
     const float std = 0.02f;
     const size_t q_width = c.C, kv_width = size_t(c.NKV) * c.HS(), F = c.F(), C = c.C;
     t.tok = t.add(llama ? "tok_embeddings.weight" : "wte.weight", c.V, C, Init::normal, llama ? 1.0f : std, c.Vp());
@@ -382,7 +387,7 @@ TensorTable build_table(const Config& c, int ranks = 1) {
             if (c.gated()) ones(w3 + gain, F);
             at.w2_gain = ones(w2 + gain, C);
         } else {
-            if (qk) {
+            if (c.qk_norm()) {
                 at.qkv_gain = ones(attention + "q_norm.weight", q_width);
                 ones(attention + "k_norm.weight", kv_width);
             }
@@ -3341,7 +3346,7 @@ void lay_out_activations(Model& m) {
     using A = LayerActivations;
     using R = Recompute;
     const R level = m.storage.recompute;
-    const bool all = level == R::none, qk_norm = c.simple() || c.variant == Variant::preqknorm;
+    const bool all = level == R::none;
     m.acts.assign(c.L, LayerActivations());
     auto keep = [&](auto member, size_t count) {
         for (A& t : m.acts) a.take(t.*member, count);
@@ -3353,7 +3358,7 @@ void lay_out_activations(Model& m) {
             for (A& t : m.acts) &t == &m.acts[0] ? a.take(t.*member, count) : void(t.*member = m.acts[0].*member);
         });
     };
-    a.section(format("activations (recompute %s)", RECOMPUTE[int(level)]));
+    a.section(format("activations (recompute %s)", RECOMPUTE[int(level)].c_str()));
     if (m.training)
         keep(&A::x, N * C);
     else  // the blocks' inputs by turns in two places
@@ -3368,7 +3373,7 @@ void lay_out_activations(Model& m) {
         keep_if(all, &A::n1, N * C);
         keep_if(all, &A::n2, N * C);
     }
-    keep_if(all ? qk_norm : level <= R::ffn, &A::qkv_raw, N * QKV);
+    keep_if(all ? c.qk_norm() : level <= R::ffn, &A::qkv_raw, N * QKV);
     keep_if(all, &A::q, N * C);
     keep_if(all, &A::k, N * kv);
     keep_if(all, &A::v, N * kv);
@@ -3535,7 +3540,7 @@ std::string advice(const Model& m, size_t room) {
                     std::string text = "Give";
                     if (s.zero != had.zero) text += format(" --zero %d", s.zero);
                     if (s.whole_gradients != had.whole_gradients) text += " --reduce each";
-                    if (s.recompute != had.recompute) text += format(" --recompute %s", RECOMPUTE[int(s.recompute)]);
+                    if (s.recompute != had.recompute) text += " --recompute " + RECOMPUTE[int(s.recompute)];
                     if (B < m.B) text += format(" --batch-size %d", B);
                     if (s.half_gradients != had.half_gradients) text += " --gradients bf16";
                     if (s.half_moments != had.half_moments) text += " --moments bf16";
@@ -5358,10 +5363,9 @@ std::vector<std::string> weight_files(const std::string& path) {
 
 // What a file of weights says of its model, and state.json too.
 Fields model_fields(const Config& c) {
-    const char* variants[] = {"simplegpt", "prenorm", "preqknorm"};
-    return {{"backbone", c.gated() ? "llama" : "nanogpt"},
-            {"variant", variants[int(c.variant)]},
-            {"norm", c.layernorm ? "layernorm" : "rmsnorm"},
+    return {{"backbone", BACKBONES[int(c.backbone)]},
+            {"variant", VARIANTS[int(c.variant)]},
+            {"norm", NORMS[c.layernorm]},
             {"dim", std::to_string(c.C)},
             {"layers", std::to_string(c.L)},
             {"heads", std::to_string(c.NH)},
@@ -5928,16 +5932,16 @@ Config config_of(const Manifest& manifest, const std::string& dir) {
     auto integer = [&](const char* key) {
         return int(std::max(-1ll, std::min<long long>(strtoll(text(key).c_str(), nullptr, 10), INT_MAX)));
     };
-    auto choice = [&](const char* key, std::vector<std::string> words) {
+    auto choice = [&](const char* key, const Words& words) {
         for (size_t i = 0; i < words.size(); i++)
             if (text(key) == words[i]) return int(i);
         throw Error(std::string("has an unknown ") + key + ", " + text(key));
     };
     Config c;
     try {
-        c.backbone = Backbone(choice("backbone", {"llama", "nanogpt"}));
-        c.variant = Variant(choice("variant", {"simplegpt", "prenorm", "preqknorm"}));
-        c.layernorm = choice("norm", {"rmsnorm", "layernorm"});
+        c.backbone = Backbone(choice("backbone", BACKBONES));
+        c.variant = Variant(choice("variant", VARIANTS));
+        c.layernorm = choice("norm", NORMS);
         c.C = integer("dim"), c.L = integer("layers"), c.NH = integer("heads"), c.NKV = integer("kv_heads");
         c.hidden = integer("hidden"), c.V = integer("vocab_size");
         c.T = integer("seq_len"), c.max_T = integer("max_seq_len");
@@ -6767,7 +6771,9 @@ struct Options {
 };
 
 struct Flag {
-    const char *name, *arg, *help;  // arg null: a switch; name null: `help` is a heading
+    const char* name;  // null: `help` is a heading
+    std::string arg;   // "": a switch
+    const char* help;
     std::function<void(const char*)> set;
     int commands = 0;  // that take it; 0: those of the heading above it, of which TRAIN alone is the rule
 };
@@ -6793,10 +6799,10 @@ int64_t parse_integer(const char* flag, const char* text, int64_t least, int64_t
 std::vector<Flag> flags(Options& o) {
     std::vector<Flag> all;
     auto heading = [&](const char* text, int commands = TRAIN) {
-        all.push_back({nullptr, nullptr, text, nullptr, commands});
+        all.push_back({nullptr, "", text, nullptr, commands});
     };
     auto toggle = [&](const char* name, const char* help, bool* out, bool value) {
-        all.push_back({name, nullptr, help, [=](const char*) { *out = value; }});
+        all.push_back({name, "", help, [=](const char*) { *out = value; }});
     };
     auto text = [&](const char* name, const char* arg, const char* help, std::string* out) {
         all.push_back({name, arg, help, [=](const char* s) { *out = s; }});
@@ -6809,10 +6815,13 @@ std::vector<Flag> flags(Options& o) {
     auto number = [&](const char* name, float* out, double least, double most, const char* help) {
         all.push_back({name, "X", help, [=](const char* s) { *out = float(parse_number(name, s, least, most)); }});
     };
-    auto choice = [&](const char* name, const char* arg, const char* help, std::vector<std::string> words, auto pick) {
-        all.push_back({name, arg, help, [=](const char* s) {
+    auto choice = [&](const char* name, const Words& words, const char* help, auto pick) {
+        std::string all_words;
+        for (const std::string& word : words) all_words += (all_words.empty() ? "" : "|") + word;
+        all.push_back({name, all_words, help, [=](const char* s) {
                            auto found = std::find(words.begin(), words.end(), s);
-                           if (found == words.end()) throw Error(format("--%s: '%s' is none of %s.", name, s, arg));
+                           if (found == words.end())
+                               throw Error(format("--%s: '%s' is none of %s.", name, s, all_words.c_str()));
                            pick(int(found - words.begin()));
                        }});
     };
@@ -6823,15 +6832,12 @@ std::vector<Flag> flags(Options& o) {
     all.push_back({"model", "FLAVOUR",
                    "preset of dim, layers, heads, ... ; --models lists them (default: 256 wide, 6 layers)",
                    [](const char*) {}});  // applied before all others
-    all.push_back({"models", nullptr, "list the flavours and their parameter counts, then exit", nullptr});
-    choice("backbone", "llama|nanogpt",
-           "llama: RoPE, SwiGLU, own head; nanogpt: learned positions, GELU, tied head (llama)", {"llama", "nanogpt"},
+    all.push_back({"models", "", "list the flavours and their parameter counts, then exit", nullptr});
+    choice("backbone", BACKBONES, "llama: RoPE, SwiGLU, own head; nanogpt: learned positions, GELU, tied head (llama)",
            [&c](int i) { c.backbone = Backbone(i); });
-    choice("variant", "simplegpt|prenorm|preqknorm",
-           "norms behind every linear, before each half, or that with QK norm (simplegpt)",
-           {"simplegpt", "prenorm", "preqknorm"}, [&c](int i) { c.variant = Variant(i); });
-    choice("norm", "rmsnorm|layernorm", "layernorm has no bias (rmsnorm)", {"rmsnorm", "layernorm"},
-           [&c](int i) { c.layernorm = i; });
+    choice("variant", VARIANTS, "norms behind every linear, before each half, or that with QK norm (simplegpt)",
+           [&c](int i) { c.variant = Variant(i); });
+    choice("norm", NORMS, "layernorm has no bias (rmsnorm)", [&c](int i) { c.layernorm = i; });
     integer("dim", &c.C, 1, 1 << 20, "width of the residual stream (256)");
     integer("layers", &c.L, 1, 1 << 16, "blocks (6)");
     integer("heads", &c.NH, 1, 1 << 16, "query heads of dim / heads = 16, 32, 64, 72 or 128 (4)");
@@ -6885,13 +6891,13 @@ std::vector<Flag> flags(Options& o) {
            true);
 
     heading("Many GPUs (one process each, started by mpirun, srun or torchrun: README)");
-    choice("zero", "0|1|2|3",
+    choice("zero", {"0", "1", "2", "3"},
            "each rank keeps its part only of: nothing, AdamW's state, gradients too, weights too (1)",
-           {"0", "1", "2", "3"}, [&o](int i) { o.zero = i; });
+           [&o](int i) { o.zero = i; });
     choice(
-        "reduce", "once|each",
+        "reduce", {"once", "each"},
         "with --zero 2, 3 and several micro-batches: sum gradients here first, or send each's and keep a part (once)",
-        {"once", "each"}, [&o](int i) { o.reduce_each = i; });
+        [&o](int i) { o.reduce_each = i; });
     text("rendezvous", "HOST:PORT", "where rank 0 is found by TCP (over MPI, else MASTER_ADDR:MASTER_PORT)",
          &o.rendezvous);
     all.push_back({"timeout", "SECONDS", "until a rank that does not come, dies or hangs ends the job (600)",
@@ -6900,13 +6906,14 @@ std::vector<Flag> flags(Options& o) {
             "steps between comparisons of the ranks' weights, --zero 0 to 2; 0 for none (1000)");
 
     heading("Memory (the plan is printed before anything is allocated)");
-    choice("recompute", "none|norm|ffn|block",
+    choice("recompute", RECOMPUTE,
            "activations made again in the backward: of norms, RoPE and SwiGLU; of the feed-forward too; of all (none)",
-           {"none", "norm", "ffn", "block"}, [&o](int i) { o.storage.recompute = Recompute(i); });
-    choice("moments", "fp32|bf16", "AdamW's two moments, bf16 with stochastic rounding (fp32)", {"fp32", "bf16"},
+           [&o](int i) { o.storage.recompute = Recompute(i); });
+    const Words types = {"fp32", "bf16"};
+    choice("moments", types, "AdamW's two moments, bf16 with stochastic rounding (fp32)",
            [&o](int i) { o.storage.half_moments = i; });
-    choice("gradients", "fp32|bf16", "sums over micro-batches; bf16 rounds at each: for one or few (fp32)",
-           {"fp32", "bf16"}, [&o](int i) { o.storage.half_gradients = i; });
+    choice("gradients", types, "sums over micro-batches; bf16 rounds at each: for one or few (fp32)",
+           [&o](int i) { o.storage.half_gradients = i; });
     toggle("no-master", "no float32 weights beside the bf16 ones, which are rounded stochastically",
            &o.storage.no_master, true);
 
@@ -6922,7 +6929,7 @@ std::vector<Flag> flags(Options& o) {
     text("init-from", "FILE|DIR", "begin with these weights: safetensors with the paper's names; fp32, bf16 or fp16",
          &o.init_from);
     text("export", "FILE", "write the weights of the end there, as safetensors with the paper's names", &o.export_to);
-    choice("export-dtype", "fp32|bf16", "of --export (fp32)", {"fp32", "bf16"}, [&o](int i) { o.export_half = i; });
+    choice("export-dtype", types, "of --export (fp32)", [&o](int i) { o.export_half = i; });
     text("out", "DIR", "the run's directory: log.csv and checkpoints (run)", &o.out);
     integer("save-every", &o.save_every, 0, int64_t(1) << 50,
             "steps between checkpoints, one at the end too; 0 for none (0)");
@@ -6974,7 +6981,7 @@ std::vector<Flag> flags(Options& o) {
     integer("batch-size", &o.batch_size, 1, big, "sequences run at a time (4)");
 
     heading("Help", ALL_COMMANDS);
-    all.push_back({"help", nullptr, "this", nullptr});
+    all.push_back({"help", "", "this", nullptr});
     int commands = 0;
     for (Flag& f : all) {
         if (!f.name) commands = f.commands;
@@ -7009,7 +7016,7 @@ void print_help(const std::vector<Flag>& all, Command command) {
                 printf("\n%s\n", f.help);
                 continue;
             }
-            std::string left = format("  --%s %s", f.name, f.arg ? f.arg : "");
+            std::string left = format("  --%s %s", f.name, f.arg.c_str());
             printf("%-40s %s\n", left.c_str(), f.help);
         }
     if (command == EVAL)
@@ -7056,7 +7063,7 @@ bool parse_options(Options& o, int argc, char** argv) {
     std::vector<option> longs;
     for (size_t i = 0; i < all.size(); i++)
         if (all[i].name && all[i].commands & o.command)
-            longs.push_back({all[i].name, all[i].arg ? required_argument : no_argument, nullptr, int(i) + 256});
+            longs.push_back({all[i].name, all[i].arg.empty() ? no_argument : required_argument, nullptr, int(i) + 256});
     longs.push_back({nullptr, 0, nullptr, 0});
     const std::string help = o.command == TRAIN ? "--help" : format("%s --help", COMMANDS.at(o.command));
     // the flavour first, wherever it stands, then what changes it
