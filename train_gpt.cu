@@ -4320,7 +4320,7 @@ std::string default_address() {
         throw Error("rendezvous: no address. Set MASTER_ADDR and MASTER_PORT, or give --rendezvous HOST:PORT.");
     std::string first;  // node[003-010,012],gpu7: node003
     if (environment_number("SLURM_STEP_NUM_NODES", 0, 0, INT_MAX, "number of nodes") == 1)
-        nodes = "localhost";  // a node's name need not be its host's
+        nodes = "127.0.0.1";  // a node's name need not be its host's
     for (const char* p = nodes; *p && *p != ','; p++) {
         if (*p != '[') {
             first += *p;

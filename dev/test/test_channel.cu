@@ -53,7 +53,7 @@ int listener(int port) {
 Channel channel;  // outlives main's try block, as in the trainer
 
 struct Job {
-    std::string address = format("localhost:%d", free_port());
+    std::string address = format("127.0.0.1:%d", free_port());
     double limit = 2, begun = seconds(), took = 0;
     std::map<int, pid_t> pids;       // by a number of the test's choice, mostly the rank
     std::map<int, int> status;       // exit status, or -signal
@@ -245,7 +245,7 @@ TEST(default_address) {
     step["SLURM_STEP_ID"] = "1";  // beside the other
     EXPECT(meeting(step) == "a1:20504");
     step["SLURM_STEP_NUM_NODES"] = "1";
-    EXPECT(meeting(step) == "localhost:20504");
+    EXPECT(meeting(step) == "127.0.0.1:20504");
     EXPECT(meeting({{"SLURM_JOB_NODELIST", "gpu7,node1"}, {"SLURM_JOB_ID", "12769"}}) == "gpu7:20001");
     EXPECT(meeting({{"SLURM_JOB_NODELIST", "r[1-2]n[07,9]x,a"}, {"SLURM_JOB_ID", "5"}}) == "r1n07x:20005");
     EXPECT(meeting({{"SLURM_JOB_NODELIST", "n[4]"}, {"SLURM_JOB_ID", "5"}, {"MASTER_PORT", "77"}}) == "n4:77");
@@ -303,7 +303,7 @@ TEST(ranks_never_come) {
     job.limit = 1;
     for (int r : {0, 1}) job.start(r, r, 4, [&](const World& w) { job.open(w); });
     job.wait(1.5);
-    job.expect_line({"train_gpt: rendezvous: ranks 2, 3 of 4 did not come to localhost:", " within 1 s."});
+    job.expect_line({"train_gpt: rendezvous: ranks 2, 3 of 4 did not come to 127.0.0.1:", " within 1 s."});
     EXPECT(job.took > 0.9);
 }
 TEST(many_ranks_never_come) {
@@ -381,7 +381,7 @@ TEST(nobody_there) {
     job.start(1, 1, 2, [&](const World& w) { job.open(w); });
     job.wait(1.5);
     job.expect_line(
-        {"train_gpt: rendezvous: rank 0 does not answer at localhost:", " within 1 s (Connection refused). "});
+        {"train_gpt: rendezvous: rank 0 does not answer at 127.0.0.1:", " within 1 s (Connection refused). "});
 }
 TEST(somebody_silent_there) {  // takes the connection and says nothing
     Job job;
@@ -389,7 +389,7 @@ TEST(somebody_silent_there) {  // takes the connection and says nothing
     const int fd = listener(atoi(job.address.c_str() + 10));
     job.start(1, 1, 2, [&](const World& w) { job.open(w); });
     job.wait(1.5);
-    job.expect_line({"rendezvous: rank 0 does not answer at localhost:"});
+    job.expect_line({"rendezvous: rank 0 does not answer at 127.0.0.1:"});
     ::close(fd);
 }
 TEST(unknown_host) {

@@ -693,7 +693,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 "Link": f'<http://{self.headers["Host"]}{path}?recursive=true&cursor=1>; rel="next"'}
             self.reply(json.dumps(entries).encode(), **more)
         elif path.startswith("/datasets/allenai/c4/resolve/abc/"):
-            self.reply(b"", 302, Location=f'http://localhost:{self.server.server_port}/cdn/{path[33:]}')
+            self.reply(b"", 302, Location=f'http://127.0.0.1:{self.server.server_port}/cdn/{path[33:]}')
         elif path.startswith("/cdn/"):
             data = self.files[path[5:]]
             start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
