@@ -98,6 +98,12 @@ __attribute__((format(printf, 1, 2))) std::string format(const char* fmt, ...) {
     return s;
 }
 
+// On one line, whatever a name out of a file holds.
+std::string one_line(std::string text) {
+    for (char& c : text) c = (unsigned char)c < ' ' ? ' ' : c;
+    return text;
+}
+
 // Pieces of long work done on the host, weights set, bytes written: the watch over the ranks (Channel) sees it move.
 std::atomic<long long> ticks{0};
 
@@ -148,12 +154,13 @@ struct Config {
     int QKV() const { return (NH + 2 * NKV) * HS(); }
     int Vp() const { return (V + 63) / 64 * 64; }  // rows of embedding and head in memory; the last Vp - V stay zero
     // hidden width: 8/3 C, times ffn_mult, rounded up to a multiple (the paper's code); GPT-2's is 4 C
-    int F() const {
+    int64_t wide_F() const {
         if (hidden) return hidden;
-        if (!gated()) return 4 * C;
-        int hidden = int(double(ffn_mult) * int(2 * 4 * int64_t(C) / 3));
-        return (hidden + multiple_of - 1) / multiple_of * multiple_of;
+        if (!gated()) return 4 * int64_t(C);
+        const int64_t width = int64_t(double(ffn_mult) * double(8 * int64_t(C) / 3));
+        return (width + multiple_of - 1) / multiple_of * multiple_of;
     }
+    int F() const { return int(wide_F()); }  // finish() looks that it fits
     int FF() const { return gated() ? 2 * F() : F(); }  // outputs of the linear(s) before the activation
 };
 
@@ -214,15 +221,19 @@ void finish(Config& c) {
     positive("--vocab-size", c.V);
     positive("--seq-len", c.T, 1 << 24);
     positive("--multiple-of", c.multiple_of, 1 << 24);
+    if (!(c.ffn_mult > 0 && c.ffn_mult < 1000)) throw Error("--ffn-mult: must be above 0. 1 keeps the width 8/3 dim.");
     if (c.hidden) positive("hidden", c.hidden);
+    positive("--ffn-mult: the feed-forward width", c.wide_F());
     if (c.NKV == 0) c.NKV = c.NH;
     positive("--kv-heads", c.NKV, 1 << 16);
     if (c.max_T == 0 || c.gated()) c.max_T = c.T;  // RoPE has no table to run out of
+    positive("--max-seq-len", c.max_T, 1 << 24);
     if (c.max_T < c.T)
         throw Error(format("--max-seq-len: %d positions are fewer than --seq-len %d. Raise it.", c.max_T, c.T));
-    if (!(c.ffn_mult > 0 && c.ffn_mult < 1000)) throw Error("--ffn-mult: must be above 0. 1 keeps the width 8/3 dim.");
-    if (!(c.norm_eps > 0)) throw Error("--norm-eps: must be above 0. The paper uses 1e-5.");
-    if (!(c.rope_theta > 0)) throw Error("--rope-theta: must be above 0. Llama 2 uses 1e4, Llama 3 5e5.");
+    if (!(c.norm_eps > 0 && c.norm_eps <= 1))
+        throw Error("--norm-eps: must be above 0 and at most 1. The paper uses 1e-5.");
+    if (!(c.rope_theta > 0 && c.rope_theta < INFINITY))
+        throw Error("--rope-theta: must be above 0. Llama 2 uses 1e4, Llama 3 5e5.");
     if (c.C % c.NH)
         throw Error(format("--dim: %d is not divisible by %d heads. Choose dim = heads x head size.", c.C, c.NH));
     if (c.HS() != 16 && c.HS() != 32 && c.HS() != 64 && c.HS() != 72 && c.HS() != 128)  // 72: the 360M flavour's
@@ -234,6 +245,10 @@ void finish(Config& c) {
         throw Error(format("--kv-heads: %d heads cannot share %d key/value heads. Choose a divisor.", c.NH, c.NKV));
     if (c.backbone == Backbone::nanogpt && c.NKV != c.NH)
         throw Error("--kv-heads: the nanogpt backbone is multi-head. Leave the flag out or give as many as --heads.");
+    const double parameters =
+        (2.0 * c.V + c.max_T) * c.C + double(c.L) * c.C * (double(c.QKV()) + c.C + c.FF() + c.F() + 8);
+    if (parameters > 1e15)  // sums of sizes then stay far from 2^64
+        throw Error(format("--layers: %.2g parameters are too many. Make the model smaller.", parameters));
     if (BF16 && c.F() % 8)
         throw Error(
             format("--multiple-of: hidden width %d is no multiple of 8, which tensor cores need. "
@@ -3157,6 +3172,8 @@ struct Arena {
     template <typename F>
     void take(F*& p, size_t count) {
         size_t bytes = (count * sizeof(F) + 255) / 256 * 256;
+        if (std::max({count, bytes, used}) > size_t(1) << 60)
+            throw Error("memory: the plan passes 2^60 bytes. Choose a smaller model, --seq-len or --batch-size.");
         if (base) p = reinterpret_cast<F*>(base + used);
         used += bytes;
         plan.back().second += bytes;
@@ -3410,6 +3427,8 @@ void lay_out_scratch(Model& m) {
     m.logits = reinterpret_cast<floatX*>(logits);
     if (m.cache.sequences) {
         a.section(format("key/value cache (%s)", PRECISION));
+        if (double(c.L) * m.cache.sequences * m.cache.room * kv > 1e17)  // the product could pass 2^64
+            throw Error("memory: the key/value cache is too large. Give less --num-samples or --max-tokens.");
         const size_t count = size_t(c.L) * m.cache.sequences * m.cache.room * kv;
         a.take(m.cache.k, count);
         a.take(m.cache.v, count);
@@ -4784,9 +4803,8 @@ private:
 
     // Says the one line, by one write, stops the others and ends this process. They hang up when they have read it; to
     // leave before that could take the message back.
-    [[noreturn]] void end_job(std::string line) {
-        for (char& c : line) c = (unsigned char)c < ' ' ? ' ' : c;
-        line = "train_gpt: " + line + "\n";
+    [[noreturn]] void end_job(const std::string& message) {
+        const std::string line = "train_gpt: " + one_line(message) + "\n";
         if (write(2, line.data(), line.size()) < 0) errno = 0;  // nobody is left to be told
         linger(STOP);
         _exit(1);
@@ -4982,6 +5000,7 @@ struct JsonParser {
         std::string s;
         if (!take('"')) fail();
         while (p < end && *p != '"') {
+            if ((unsigned char)*p < ' ') fail();
             if (*p != '\\') {
                 s += *p++;
                 continue;
@@ -5026,13 +5045,14 @@ struct JsonParser {
             j.kind = Json::text, j.string = text();
         } else {
             std::string word;
-            while (p < end && (isalnum((unsigned char)*p) || strchr("+-.", *p))) word += *p++;
+            while (p < end && (isalnum((unsigned char)*p) || *p == '+' || *p == '-' || *p == '.')) word += *p++;
             char* stop = nullptr;
             if (word == "true" || word == "false")
                 j.kind = Json::boolean, j.value = word == "true";
-            else if (word != "null") {
+            else if (word != "null") {  // strtod would take inf, nan and 0x1p3 as well
+                if (word.find_first_not_of("0123456789+-.eE") != std::string::npos) fail();
                 j.kind = Json::number, j.value = strtod(word.c_str(), &stop), j.string = word;
-                if (word.empty() || *stop) fail();
+                if (word.empty() || *stop || !std::isfinite(j.value)) fail();
             }
         }
         depth--;
@@ -5147,8 +5167,21 @@ struct OutFile {
     }
 };
 
-std::string read_file(const std::string& path) {
-    FILE* f = fopen(path.c_str(), "rb");
+// A file for reading that is no pipe, on which one could wait for ever, and no directory.
+FILE* open_regular(const std::string& path) {
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) throw Error(path + ": cannot be read: " + strerror(errno) + ".");
+    struct stat info;
+    if (fstat(fd, &info) || !S_ISREG(info.st_mode)) {
+        ::close(fd);
+        throw Error(path + ": is not a regular file.");
+    }
+    return fdopen(fd, "rb");
+}
+
+// The whole of a file; `any`: also of a pipe or a terminal.
+std::string read_file(const std::string& path, bool any = false) {
+    FILE* f = any ? fopen(path.c_str(), "rb") : open_regular(path);
     if (!f) throw Error(path + ": cannot be read: " + strerror(errno) + ".");
     std::string s;
     char buffer[65536];
@@ -5239,8 +5272,7 @@ struct Safetensors {
     std::map<std::string, Entry> entries;
     Json metadata;
 
-    explicit Safetensors(const std::string& path) : path(path), f(fopen(path.c_str(), "rb")) {
-        if (!f) throw Error(path + ": cannot be read: " + strerror(errno) + ".");
+    explicit Safetensors(const std::string& path) : path(path), f(open_regular(path)) {
         try {
             read_header();
         } catch (const Error& e) {
@@ -5253,14 +5285,15 @@ struct Safetensors {
 
     void read_header() {
         struct stat info;
-        if (fstat(fileno(f), &info) || !S_ISREG(info.st_mode)) throw Error("not a regular file");
+        if (fstat(fileno(f), &info)) throw Error(strerror(errno));
         const uint64_t size = info.st_size;
         uint64_t length = 0;
         if (size < 8 || fread(&length, 8, 1, f) != 1) throw Error("shorter than its header");
-        if (length > size - 8 || length > (100u << 20)) throw Error("its header's length is wrong");
+        if (length > size - 8 || length > (16u << 20)) throw Error("its header's length is wrong");
         std::string header(length, 0);
         if (length && fread(&header[0], length, 1, f) != 1) throw Error("shorter than its header");
         const uint64_t room = size - 8 - length;
+        std::map<size_t, size_t> ranges;  // of the data, begin to end
         for (auto& [name, j] : parse_json(header).fields) {
             if (name == "__metadata__") {
                 metadata = j;
@@ -5274,7 +5307,8 @@ struct Safetensors {
             e.elements = 1;
             const int width = e.dtype == "F64" || e.dtype == "I64" ? 8 : e.dtype == "BF16" || e.dtype == "F16" ? 2 : 4;
             for (const Json& n : shape->items) {
-                if (!(n.value >= 0 && n.value <= 1e12)) throw Error("a shape of " + name + " is wrong");
+                if (!(n.value >= 0 && n.value <= 1e12 && n.value == floor(n.value)))
+                    throw Error("a shape of " + name + " is wrong");
                 e.shape.push_back(size_t(n.value));
                 if (n.value > 0 && e.elements > room / size_t(n.value)) throw Error(name + " is larger than the file");
                 e.elements *= size_t(n.value);
@@ -5286,8 +5320,17 @@ struct Safetensors {
             e.bytes = size_t(end) - size_t(begin);
             if (e.bytes != e.elements * width)
                 throw Error("the data of " + name + " does not have the size of its shape");
-            entries[name] = e;
+            if (!entries.emplace(name, e).second) throw Error("its header has " + name + " twice");
+            if (e.bytes && !ranges.emplace(e.begin, e.begin + e.bytes).second)
+                throw Error("the data of " + name + " is also another tensor's");
         }
+        size_t at = 8 + length;
+        for (auto& [begin, end] : ranges) {
+            if (begin != at)
+                throw Error(begin < at ? "data of two tensors overlap" : "some of its data is no tensor's");
+            at = end;
+        }
+        if (at != size) throw Error("bytes follow its last tensor");
     }
 
     void read(const Entry& e, void* data, size_t offset, size_t bytes) {
@@ -5524,8 +5567,10 @@ std::vector<int64_t> list_checkpoints(const std::string& out) {
     return steps;
 }
 
-void remove_dir(const std::string& path) {  // a checkpoint's: files only
-    if (DIR* d = opendir(path.c_str())) {
+void remove_dir(const std::string& path) {  // a checkpoint's: files only; of a link the link
+    const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (fd < 0 && errno != ENOENT) unlink(path.c_str());
+    if (DIR* d = fd < 0 ? nullptr : fdopendir(fd)) {
         while (dirent* e = readdir(d))
             if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink((path + "/" + e->d_name).c_str());
         closedir(d);
@@ -5860,15 +5905,19 @@ Manifest read_manifest(const std::string& dir) {
             throw Error("its checksum is wrong, it was damaged");
         auto number = [](const Json* in, const char* key) {
             const Json* n = in ? in->find(key) : nullptr;
-            if (!n || n->kind != Json::number) throw Error(std::string("lacks the number ") + key);
+            if (!n || n->kind != Json::number || n->string.find_first_not_of("0123456789") != std::string::npos)
+                throw Error(std::string("lacks the whole number ") + key);
             return strtoull(n->string.c_str(), nullptr, 10);
         };
         m.state.step = int64_t(number(&m.json, "step"));
         m.state.seed = number(&m.json, "seed");
         m.state.loader = {number(m.json.find("loader"), "epoch"), number(m.json.find("loader"), "window")};
         m.state.updates = int64_t(number(&m.json, "updates")), m.state.skipped = int64_t(number(&m.json, "skipped"));
-        m.ranks = int(number(&m.json, "ranks"));
-        if (m.ranks < 1 || m.ranks > 1 << 20 || !files) throw Error("lacks ranks or files");
+        const uint64_t ranks = number(&m.json, "ranks"), most = uint64_t(1) << 50;
+        if (ranks < 1 || ranks > 1 << 20 || !files) throw Error("lacks ranks or files");
+        if (std::max({uint64_t(m.state.step), uint64_t(m.state.updates), uint64_t(m.state.skipped)}) > most)
+            throw Error("counts more steps than a run can have");
+        m.ranks = int(ranks);
         for (auto& [name, f] : files->fields) {
             const Json* hash = f.find("xxh64");
             if (!hash || name.find('/') != std::string::npos) throw Error("has a bad entry for " + name);
@@ -5887,8 +5936,7 @@ void verify_checkpoint(const std::string& dir, bool weights_only = false) {
     for (size_t i = ranks.rank; i < m.files.size(); i += ranks.size) {
         if (weights_only && m.files[i].name.compare(0, 5, "model")) continue;
         const std::string path = dir + "/" + m.files[i].name;
-        FILE* f = fopen(path.c_str(), "rb");
-        if (!f) throw Error(path + ": cannot be read: " + strerror(errno) + ".");
+        FILE* f = open_regular(path);
         Hash hash;
         for (size_t n; (n = fread(data.data(), 1, data.size(), f)) > 0; ticks++) hash.add(data.data(), n);
         const bool bad = ferror(f);
@@ -7719,7 +7767,8 @@ void run_generate(Options& o) {
     const std::string weights = settle_weights(o, tokenizer);
     if (!tokenizer)
         throw Error(weights + ": does not say which tokenizer its data had. Add --tokenizer bytes or its file.");
-    const std::vector<int> encoded = tokenizer->encode(o.prompt_file.empty() ? o.prompt : read_file(o.prompt_file));
+    const std::string text = o.prompt_file.empty() ? o.prompt : read_file(o.prompt_file, true);
+    const std::vector<int> encoded = tokenizer->encode(text);
     std::vector<int> prompt = {tokenizer->bos()};
     prompt.insert(prompt.end(), encoded.begin(), encoded.end());
     const int P = int(prompt.size()), T = o.config.T, B = o.num_samples;
@@ -7853,7 +7902,7 @@ int main(int argc, char** argv) {
                        world.launcher, BUILT_WITH));
     } catch (const std::exception& e) {  // the same on every rank: one says it
         fflush(stdout);
-        if (world.rank == 0) fprintf(stderr, "train_gpt: %s\n", e.what());
+        if (world.rank == 0) fprintf(stderr, "train_gpt: %s\n", one_line(e.what()).c_str());
         return 1;
     }
     try {
