@@ -676,6 +676,13 @@ TEST(cross_entropy) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Tables, optimizer
 
+// All there are, so that a new one is tested too.
+std::vector<Variant> variants() {
+    std::vector<Variant> all;
+    for (size_t i = 0; i < VARIANTS.size(); i++) all.push_back(Variant(i));
+    return all;
+}
+
 Config small_config(Backbone backbone, Variant variant) {
     Config c;
     c.backbone = backbone, c.variant = variant;
@@ -687,7 +694,7 @@ Config small_config(Backbone backbone, Variant variant) {
 
 TEST(tensor_table) {
     for (Backbone backbone : {Backbone::llama, Backbone::nanogpt})
-        for (Variant variant : {Variant::simplegpt, Variant::prenorm, Variant::preqknorm}) {
+        for (Variant variant : variants()) {
             Config c = small_config(backbone, variant);
             TensorTable t = build_table(c);
             std::set<std::string> names;
@@ -1150,7 +1157,7 @@ TEST(spikes) {
 // Whatever is recomputed, the gradients have the same bits; and each level plans the activations that its comment says.
 TEST(recompute) {
     for (Backbone backbone : {Backbone::llama, Backbone::nanogpt})
-        for (Variant variant : {Variant::simplegpt, Variant::prenorm, Variant::preqknorm}) {
+        for (Variant variant : variants()) {
             if (quick && (backbone == Backbone::nanogpt || variant == Variant::preqknorm)) continue;
             std::vector<float> want;
             size_t least = SIZE_MAX;
@@ -1451,7 +1458,7 @@ void open_writer(Model& m, const Config& c, int sequences, int room) {
 // each of two texts that begin alike.
 TEST(cached_logits) {
     for (Backbone backbone : {Backbone::llama, Backbone::nanogpt})
-        for (Variant variant : {Variant::simplegpt, Variant::prenorm, Variant::preqknorm})
+        for (Variant variant : variants())
             for (int P : {1, 7}) {
                 if ((quick || EXACT) && (P == 1) != (variant == Variant::prenorm)) continue;
                 if (quick && (variant == Variant::preqknorm || (P == 1) != (backbone == Backbone::nanogpt))) continue;
