@@ -1201,6 +1201,43 @@ TEST(recompute) {
     }
 }
 
+// A gradient is the loss's slope: when a tensor moves along its own, the loss changes by step times length squared. That
+// needs no other model to compare with, as golden files do, so it holds for a variant that has none.
+TEST(slope) {
+    for (Variant variant : variants()) {
+        if (BF16 || EXACT) break;  // losses too coarse; too slow
+        const Config c = small_config(Backbone::llama, variant);
+        const std::vector<int32_t> windows = some_windows(c, 2, 5);
+        Model m;
+        plan(m, c, 2, true);
+        create(m);
+        initialize(m, 4);
+        for (const Tensor& t : m.table.tensors) {  // away from the start, where attention is flat
+            std::vector<float> w = get_tensor(m, t);
+            for (float& x : w) x *= t.cols && t.std < 0.1f ? 10 : 1;
+            set_parameters(m, t.offset, w);
+        }
+        begin_step(m);
+        forward_backward(m, windows.data(), 2, c.T, 1.0f, true);
+        for (const Tensor& t : m.table.tensors) {
+            const std::vector<float> w = get_tensor(m, t), g = get_floats(m.grads, t.offset, t.size());
+            double square = 0, size = 0, loss[2];
+            for (size_t i = 0; i < w.size(); i++) square += double(g[i]) * g[i], size += double(w[i]) * w[i];
+            const double step = 0.003 * sqrt(size / square);
+            for (int way = 0; way < 2; way++) {
+                std::vector<float> moved = w;
+                for (size_t i = 0; i < w.size(); i++) moved[i] += float((way ? step : -step) * g[i]);
+                set_parameters(m, t.offset, moved);
+                loss[way] = evaluate(m, windows.data(), 2, c.T);
+            }
+            set_parameters(m, t.offset, w);
+            // measured 1.2e-3, from the embedding's curvature; another variant's may be larger
+            expect_close({loss[1] - loss[0]}, {2 * step * square}, 4e-3, VARIANTS[int(variant)] + " " + t.name, 1e-4);
+        }
+        destroy(m);
+    }
+}
+
 // A captured micro-batch gives the bits of a launched one; so does one whose matmuls were chosen by time and whose
 // choices were written down and read.
 TEST(graph_and_algorithms) {
