@@ -1767,7 +1767,7 @@ TEST(config_of_checkpoint) {
                               {"\"4\"", "\"0\""},
                               {"\"4\"", "\"99999999999\""},
                               {"dim", "dime"},
-                              {"\"dim\"", "\"softcap\": \"30\", \"dim\""}}) {
+                              {"\"dim\"", "\"rope_scaling\": \"2\", \"dim\""}}) {
         std::string json = "{\"config\": {";
         for (auto& [key, value] : config_fields(small_config(Backbone::llama, Variant::simplegpt), Storage()))
             json += (json.back() == '{' ? "" : ", ") + ("\"" + key + "\": \"" + (key == "layers" ? "4" : value) + "\"");

@@ -2,7 +2,7 @@
 """Writes the logs of runs for TensorBoard or Weights & Biases, without a network.
 
 usage: export_log.py RUN... --tensorboard DIR     then: tensorboard --logdir DIR
-       export_log.py RUN... --wandb DIR           then: wandb sync DIR/wandb/offline-run-*
+       export_log.py RUN... --wandb DIR [--project NAME]     then: wandb sync DIR/wandb/offline-run-*
 
 RUN is the folder of a run or NAME=FOLDER. Steps and values are log.csv's (TensorBoard's are float32); a note becomes a
 1 under `spike` or `skipped`; the model's configuration comes from the run's newest checkpoint if there is one. A second

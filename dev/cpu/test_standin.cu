@@ -1,11 +1,5 @@
-// Tests of the stand-in itself, in both geometries. From the repository's root, serial:
-//   mkdir -p build/cpu
-//   (echo '#line 1 "dev/cpu/test_standin.cu"'; sed -E -f dev/cpu/rewrite.sed dev/cpu/test_standin.cu) >
-//       build/cpu/test_standin.cc
-//   g++ -std=c++17 -O3 -march=native -fopenmp -fno-strict-aliasing -fno-math-errno -fno-trapping-math
-//       -fassociative-math -fno-signed-zeros -Idev/cpu/include build/cpu/test_standin.cc
-//       -o build/cpu/test_standin -lopenblas && build/cpu/test_standin
-// exact: with -DEXACT_GEOMETRY -lboost_context; again with -fsanitize=address,undefined to test that as well.
+// Tests of the stand-in itself, in both geometries: make build/test_standin_serial build/test_standin_exact, from the
+// repository's root; they also pass under -fsanitize=address,undefined.
 // Exit code 1 when a test fails. An argument runs one deliberate mistake (see mistake()).
 #include "dev/cpu/expect.h"
 #include <cuda.h>

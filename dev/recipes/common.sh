@@ -3,6 +3,7 @@
 #   VARIANT   simplegpt, prenorm or preqknorm (simplegpt)
 #   SIZE      paper, or small: a twin for one GPU or a CPU (paper)
 #   STEPS     updates (the recipe's)
+#   LR, DECAY peak learning rate and weight decay (the recipe's); MODEL, of 1b.sh, a smaller flavour
 #   GPUS      processes, one a GPU (paper: 8, small: 1)
 #   LAUNCH    what starts them (mpirun -n $GPUS; nothing for one)
 #   DATA      folder of token shards (data/NAME, as the recipe says)

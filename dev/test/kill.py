@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A run that is killed by SIGKILL again and again, many times while it saves, and restarted with --resume each time:
 after each kill every checkpoint is whole and the newest is none older than before; at the end log and weights are, bit
-for bit, those of a run that nobody disturbed. The text is Python's own standard library. Standard library only.
+for bit, those of a run that nobody disturbed. It trains on the sources of Python's standard library and needs no more.
 
 usage: kill.py TRAIN_GPT [--kills 200] [--ranks 2] [--seed N]
 """

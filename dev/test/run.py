@@ -44,6 +44,7 @@ JOBS = {
     "dataloader": (["build/test_dataloader"], ["build/test_dataloader"], [1]),
     "tokenizer": (["build/test_tokenizer"], ["build/test_tokenizer"], [1]),
     "bench": (["build/test_bench"], [sys.executable, "dev/test/test_bench.py", "build/test_bench"], [1]),
+    "docs": (["build/train_gpt_cpu_fp32"], [sys.executable, "dev/test/test_docs.py", "build/train_gpt_cpu_fp32"], [1]),
     "plot": ([], [sys.executable, "dev/test/test_plot.py"], [1]),
     "experiments": (["build/train_gpt_cpu_fp32"],
                     [sys.executable, "dev/test/test_experiments.py", "build/train_gpt_cpu_fp32"], [1]),

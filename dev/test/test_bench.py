@@ -10,6 +10,8 @@ import sys
 import tempfile
 import unittest
 
+from lines import run_all
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 REPORT = os.path.join(ROOT, "dev", "bench", "report.py")
 BENCH = sys.argv[1] if len(sys.argv) > 1 else os.path.join(ROOT, "build", "bench_cpu_fp32")
@@ -105,22 +107,5 @@ class Bench(unittest.TestCase):
         self.refused(run(sys.executable, REPORT, bad), "bad.json")
 
 
-class Lines(unittest.TestResult):
-    passed = 0
-
-    def addSuccess(self, test):
-        self.passed += 1
-        print("ok", test.id().split(".", 1)[1], flush=True)
-
-    def addFailure(self, test, error):
-        super().addFailure(test, error)
-        print(f"FAIL {test.id().split('.', 1)[1]}: {' '.join(str(error[1]).split())[:300]}", flush=True)
-
-    addError = addFailure
-
-
 if __name__ == "__main__":
-    result = Lines()
-    unittest.defaultTestLoader.loadTestsFromModule(sys.modules["__main__"]).run(result)
-    print(f"test_bench: {result.passed} passed, {len(result.failures)} failed")
-    sys.exit(bool(result.failures))
+    sys.exit(run_all("test_bench"))

@@ -7,7 +7,8 @@ import struct
 import sys
 import unittest
 
-from test_prepare import Case, Lines
+from lines import run_all
+from test_prepare import Case
 
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
           r"\s+(?!\S)|\s+")
@@ -296,7 +297,4 @@ class TokenizerJson(Convert):
 
 
 if __name__ == "__main__":
-    result = Lines()
-    unittest.defaultTestLoader.loadTestsFromModule(sys.modules["__main__"]).run(result)
-    print(f"test_convert_tokenizer: {result.passed} passed, {len(result.failures)} failed")
-    sys.exit(bool(result.failures))
+    sys.exit(run_all("test_convert_tokenizer"))

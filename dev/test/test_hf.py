@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+import lines
 import test_convert_tokenizer
-import test_prepare
 from test_cli import golden_model, golden_run, read_log, read_safetensors, values, write_safetensors, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,7 +292,7 @@ class Refusals(Case):
         written(lambda t, m: m.pop("config"), "description of the model")
         written(lambda t, m: m.update(config="{"), "description of the model")
         written(lambda t, m: m.update(config=m["config"].replace("prenorm", "postnorm")), "description of the model")
-        written(lambda t, m: m.update(config=m["config"].replace("{", '{"softcap": "30", ', 1)), "has softcap")
+        written(lambda t, m: m.update(config=m["config"].replace("{", '{"rope_scaling": "2", ', 1)), "has rope_scaling")
         written(lambda t, m: m.update(config=m["config"].replace('"heads": "1"', '"heads": "3"')),
                 "description of the model")
         written(lambda t, m: t.pop("norm.weight"), "lacks the tensor norm.weight")
@@ -655,7 +655,7 @@ class Transformers(Case):
         self.refused("from_torch", self.dir / "run", self.dir / "b.st", "--heads", 7, words="no .metadata")
 
 
-class Lines(test_prepare.Lines):
+class Lines(lines.Lines):
     def addSkip(self, test, reason):
         print("skip", str(test).split("(")[-1].rstrip(")").split(".")[-1] + ":", reason, flush=True)
 

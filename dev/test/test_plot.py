@@ -17,7 +17,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-import test_prepare
+from lines import run_all
 
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 DEV = Path(__file__).resolve().parent.parent
@@ -494,13 +494,5 @@ class ExportTest(Case):
         self.refused(SystemExit, "none/log.csv: is not there", self.export, self.dir / "none", "--wandb", out)
 
 
-class Lines(test_prepare.Lines):
-    def addSkip(self, test, reason):
-        print(f"skip {test.id().split('.', 1)[1]}: {reason}", flush=True)
-
-
 if __name__ == "__main__":
-    result = Lines()
-    unittest.defaultTestLoader.loadTestsFromModule(sys.modules["__main__"]).run(result)
-    print(f"test_plot: {result.passed} passed, {len(result.failures)} failed")
-    sys.exit(1 if result.failures else 0)
+    sys.exit(run_all("test_plot"))

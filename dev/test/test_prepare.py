@@ -31,6 +31,7 @@ import common  # noqa: E402
 import prepare  # noqa: E402
 import reading  # noqa: E402
 import shards  # noqa: E402
+from lines import run_all  # noqa: E402
 
 BOS, EOS = 256, 257
 MODULES = {  # stand-ins for the package sentencepiece
@@ -922,32 +923,5 @@ class Choices(Case):
         self.refused("hellaswag", self.dir / "a.jsonl", "--out", self.dir / "h.bin", "--limit", "0", words="--limit")
 
 
-class Lines(unittest.TestResult):
-    """ok NAME, or FAIL NAME: why"""
-    passed = 0
-
-    def addSuccess(self, test):
-        self.passed += 1
-        print("ok", test.id().split(".", 1)[1], flush=True)
-
-    def fail(self, test, error):
-        super().addFailure(test, error)
-        why = " ".join(str(error[1]).split())
-        print(f"FAIL {test.id().split('.', 1)[1]}: {error[0].__name__}: {why[:300]}", flush=True)
-
-    addFailure = addError = fail
-
-    def addSkip(self, test, reason):
-        super().addSkip(test, reason)
-        print(f"skip {test.id().split('.', 1)[1]}: {reason}", flush=True)
-
-    def addSubTest(self, test, subtest, error):
-        if error:
-            self.fail(subtest, error)
-
-
 if __name__ == "__main__":
-    result = Lines()
-    unittest.defaultTestLoader.loadTestsFromModule(sys.modules["__main__"]).run(result)
-    print(f"test_prepare: {result.passed} passed, {len(result.failures)} failed")
-    sys.exit(bool(result.failures))
+    sys.exit(run_all("test_prepare"))

@@ -1,0 +1,231 @@
+#!/usr/bin/env python3
+"""Tests that README.md, the texts in dev/ and --help say what the sources hold. Standard library only.
+
+usage: dev/test/test_docs.py TRAIN_GPT
+
+Names, files and options that the texts put in backticks exist; commands in their code blocks take the options given;
+each diff of dev/tour.md applies to the tree as it is, one after another; each option has a test.
+"""
+import functools
+import re
+import subprocess
+import sys
+import unittest
+from pathlib import Path
+
+from lines import run_all
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TRAINER = str(Path(sys.argv[1] if len(sys.argv) > 1 else "build/train_gpt_cpu_fp32").resolve())
+TEXTS = [p for p in ("README.md", "dev/tour.md", "dev/faults.md") if (ROOT / p).exists()]
+CODE = {".cu", ".cuh", ".h", ".cpp", ".c", ".py", ".sh", ".sed"}
+
+# Options of srun, sbatch, scancel and torchrun
+FOREIGN = {"--gpus-per-node", "--mpi", "--nnodes", "--no-python", "--nproc-per-node", "--ntasks-per-node",
+           "--rdzv-endpoint", "--shutdown-timeout", "--signal"}
+# Words in backticks that are nobody's names here
+WORDS = {"SBATCH", "scancel", "JOB", "USR1", "pmi2", "tensorboard"}
+# Tools whose options have no test: they measure or search for minutes, and `make test` does not run them
+UNTESTED = {"dev/bench/step.py", "dev/fuzz/run.py"}
+
+
+@functools.lru_cache(None)
+def files():
+    """path below the root: its text, "" of what is no text"""
+    skip = {".git", "build", "runs", "data", "__pycache__"}
+    found = {}
+    for path in sorted(ROOT.rglob("*")):
+        parts = path.relative_to(ROOT).parts
+        if path.is_file() and parts[0] not in skip and "__pycache__" not in parts:
+            text = path.read_text(errors="replace") if path.suffix in CODE or path.name == "Makefile" else ""
+            found["/".join(parts)] = text
+    return found
+
+
+def sources():
+    """texts of the code but for this file, without what is behind // in C++"""
+    for path, text in files().items():
+        if path != "dev/test/test_docs.py" and text:
+            yield re.sub(r"(?m)^\s*//.*$", "", text) if path.endswith((".cu", ".cuh", ".h")) else text
+
+
+@functools.lru_cache(None)
+def words():
+    return set(re.findall(r"\w+", " ".join(sources())))
+
+
+@functools.lru_cache(None)
+def trainer_options(command=""):
+    text = subprocess.run([TRAINER, *command.split(), "--help"], check=True, capture_output=True, text=True).stdout
+    return set(re.findall(r"(?m)^  (--[a-z0-9-]+)", text))
+
+
+def all_trainer_options():
+    return trainer_options() | trainer_options("generate") | trainer_options("eval")
+
+
+def literal_options(text):
+    """options that a program compares with or gives to argparse"""
+    return set(re.findall(r"""["'](--[a-z][a-z0-9-]*)["']""", text)) | {"--help"}
+
+
+def tool_options(path):
+    """of a Python tool: those that it defines, itself or by a function of a module beside it"""
+    text = files()[path]
+    for module in re.findall(r"(?m)^(?:from|import) (\w+)", text):
+        beside = str(Path(path).parent / (module + ".py"))
+        text += files().get(beside, "")
+    return set(re.findall(r"""add_argument\(\s*["'](--[a-z][a-z0-9-]*)["']""", text)) | {"--help"}
+
+
+def tools():
+    return [p for p, text in files().items() if p.startswith("dev/") and not p.startswith("dev/test/")
+            and p.endswith(".py") and "add_argument" in text]
+
+
+@functools.lru_cache(None)
+def tests():
+    """what runs as a test, without its own options; not this file, what breaks sources or compares with libraries"""
+    apart = {"test_docs.py", "mutate.py", "tokenizer_vs_libraries.py"}
+    text = "\n".join(text for path, text in files().items()
+                     if path.startswith("dev/test/") and path.endswith(".py") and Path(path).name not in apart)
+    return re.sub(r"""add_argument\(\s*["'].*""", "", text)
+
+
+def function_body(name):
+    """of the one definition in train_gpt.cu, without comments and lambdas"""
+    (body,) = re.findall(rf"(?ms)^\w[\w ]*\b{name}\([^;{{]*\) {{\n(.*?)^}}", files()["train_gpt.cu"])
+    body = re.sub(r"(?m)^    auto \w+ = \[.*};$", "", re.sub(r"//.*", "", body))
+    return re.sub(r"(?ms)^    auto \w+ = \[.*?^    };$", "", body)
+
+
+def mentions(text, option):
+    return re.search(re.escape(option) + r"(?![a-z0-9-])", text)
+
+
+def prose(text):
+    return re.sub(r"(?ms)^```.*?^```", "", text)
+
+
+def blocks(text, kind):
+    return re.findall(rf"(?ms)^```{kind}\n(.*?)^```", text)
+
+
+def apply(diff, tree):
+    """Applies a unified diff to tree, path: text. A hunk's old lines must stand in the file exactly once."""
+    for part in re.split(r"(?m)^diff --git .*\n", diff)[1:]:
+        path = re.search(r"(?m)^\+\+\+ b/(.+)$", part).group(1)
+        for hunk in re.split(r"(?m)^@@ .*\n", part)[1:]:
+            lines = hunk.splitlines(keepends=True)
+            old = "".join(line[1:] for line in lines if line[0] in " -")
+            new = "".join(line[1:] for line in lines if line[0] in " +")
+            times = tree[path].count(old)
+            if times != 1:
+                raise AssertionError(f"{path}: these lines stand there {times} times: {old}")
+            tree[path] = tree[path].replace(old, new)
+
+
+class Docs(unittest.TestCase):
+    def test_names_in_backticks_exist(self):
+        for path in TEXTS:
+            for span in re.findall(r"`([^`]+)`", prose((ROOT / path).read_text())):
+                span = " ".join(span.split())
+                for word in re.findall(r"(?<![\w-])[A-Za-z_]\w{2,}", span):
+                    named = word in words() or word in WORDS or any(word in p for p in files())
+                    with self.subTest(path, span=span, word=word):
+                        self.assertTrue(named, "stands in no source")
+
+    def test_files_in_backticks_exist(self):
+        endings = "|".join(sorted(e[1:] for e in CODE | {".md"}))
+        for path in TEXTS:
+            for span in re.findall(r"`([^`]+)`", prose((ROOT / path).read_text())):
+                for name in re.findall(rf"(?<![\w./*-])(?:[\w-]+/)*[\w-]+\.(?:{endings})\b|(?<![\w/])dev/[\w./-]+", span):
+                    if re.search(r"\b[A-Z]+\.", name):  # NAME.sh: any of them
+                        continue
+                    there = any(("/" + p).endswith("/" + name) or p.startswith(name.rstrip("/") + "/") for p in files())
+                    with self.subTest(path, span=span, name=name):
+                        self.assertTrue(there, "no such file")
+
+    def test_options_in_backticks_exist(self):
+        known = all_trainer_options() | FOREIGN
+        for text in files().values():
+            known |= literal_options(text)
+        for path in TEXTS:
+            for span in re.findall(r"`([^`]+)`", prose((ROOT / path).read_text())):
+                for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", span):
+                    with self.subTest(path, span=span, option=option):
+                        self.assertIn(option, known)
+
+    def test_commands_take_their_options(self):
+        """of each program in code blocks and backticks, a line each, that it knows the options behind its name"""
+        program = re.compile(r"(?:\./train_gpt(?: (generate|eval))?|(dev/[\w/-]+\.(?:py|sh)))\b")
+        checked = 0
+        for path in TEXTS:
+            text = (ROOT / path).read_text()
+            lines = re.sub(r"\\\n\s*", "", "\n".join(blocks(text, "") + re.findall(r"`([^`]+)`", prose(text))))
+            for line in lines.splitlines():
+                found = program.search(line)
+                if not found:
+                    continue
+                command, tool = found.groups()
+                mine, _, passed_on = line[found.end():].partition(" -- ")
+                mine = re.split(r"\s\s|#|\.\.\.", mine)[0]  # then comes what is said of it
+                known = trainer_options(command or "")
+                if tool and tool.endswith(".py") and tool in files():
+                    known = tool_options(tool) if "add_argument" in files()[tool] else literal_options(files()[tool])
+                for options, of in ((mine, known), (passed_on, trainer_options())):
+                    for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", options):
+                        checked += 1
+                        with self.subTest(path, line=line, option=option):
+                            self.assertIn(option, of)
+        self.assertGreater(checked, 60)
+
+    def test_diffs_of_the_tour_apply(self):
+        tree = dict(files())
+        diffs = blocks((ROOT / "dev/tour.md").read_text(), "diff")
+        self.assertEqual(len(diffs), 4)
+        for i, diff in enumerate(diffs):
+            with self.subTest(diff=i + 1):
+                apply(diff, tree)
+
+    def test_every_option_has_a_test(self):
+        for command in ("", "generate", "eval"):
+            for option in trainer_options(command):
+                with self.subTest(command=command, option=option):
+                    self.assertTrue(mentions(tests(), option), "no test in dev/test gives it")
+
+    def test_every_option_of_a_tool_has_help_and_a_test(self):
+        self.assertGreater(len(tools()), 12)
+        for path in tools():
+            if path in UNTESTED:
+                continue
+            for option in tool_options(path) - {"--help"}:
+                with self.subTest(path, option=option):
+                    self.assertTrue(mentions(tests(), option), "no test in dev/test gives it")
+
+    def test_make_help_and_the_readme_name_the_same(self):
+        makefile, readme = files()["Makefile"], (ROOT / "README.md").read_text()
+        targets = set(re.findall(r"(?m)^([a-z-]+):.*## ", makefile))
+        named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]*)", readme, re.M))
+        self.assertLessEqual(named, targets)
+        self.assertLessEqual(targets - named, {"all", "clean"})
+        variables = set(re.findall(r"([A-Z]+)=", "".join(re.findall(r"(?m)^#   .*$", makefile))))
+        self.assertLessEqual({"PRECISION", "TEXT", "PART", "MODEL"}, variables)
+        for name in variables:
+            self.assertIn(name + "=", readme)
+
+    def test_the_tour_calls_in_the_sources_order(self):
+        """What a function calls once and the tour's tables name once stands in the same order in both."""
+        cells = re.findall(r"(?m)^\| \d+ \| (.*?) \|", (ROOT / "dev/tour.md").read_text())
+        named = re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", " ".join(cells))))
+        compared = 0
+        for function in ("forward", "loss_forward", "launch_micro_batch", "block_forward", "block_backward", "update"):
+            calls = re.findall(r"\b(\w+)(?:<\w+>)?(?:\(|<<<)", function_body(function))
+            once = [n for n in named if named.count(n) == 1 and calls.count(n) == 1]
+            compared += len(once)
+            self.assertEqual(once, sorted(once, key=calls.index), function)
+        self.assertGreater(compared, 15)
+
+
+if __name__ == "__main__":
+    sys.exit(run_all("test_docs"))
