@@ -126,7 +126,7 @@ Vec norm_backward_f64(const double* dy, const double* x, const double* g, int C,
 // rows in bf16 are multiples of 8
 constexpr int RAGGED(int C) { return BF16 ? (C + 7) / 8 * 8 : C; }
 
-const Norm NORMS[] = {{1e-5f, false}, {1e-5f, true}};
+const Norm BOTH_NORMS[] = {{1e-5f, false}, {1e-5f, true}};
 
 // While it lives, a device of one multiprocessor: a block of the backward kernels then walks over several rows.
 struct FewBlocks {
@@ -143,7 +143,7 @@ TEST(norm_residual) {
                         {2, EXACT || !BF16 ? 1000 : 11008},
                         {1, BF16 ? 12288 : 6144},
                         {70, RAGGED(1)}})
-        for (Norm norm : NORMS)
+        for (Norm norm : BOTH_NORMS)
             for (int option = 0; option < 4; option++) {
                 Random r{uint64_t(N * 31 + C)};
                 const bool gain = option & 1, res = option & 2;
@@ -173,7 +173,7 @@ TEST(norm_backward) {
                         {5, 2048},
                         {2, EXACT || !BF16 ? 1000 : 11008},
                         {1, BF16 ? 12288 : 6144}})
-        for (Norm norm : NORMS)
+        for (Norm norm : BOTH_NORMS)
             for (int add = 0; add < 3; add++) {  // nothing, another buffer, dx itself
                 Random r{uint64_t(N * 37 + C)};
                 DevX x(normals(size_t(N) * C, r, 2, 0.5)), dy(normals(size_t(N) * C, r)), g(normals(C, r, 0.3, 1));
@@ -252,7 +252,7 @@ Vec qkv_backward_f64(const Vec& dout, const Vec& raw, const Vec& g, int gains, c
 TEST(qkv_norm_rope) {
     FewBlocks few;
     for (Heads h : {Heads{2, 5, 4, 4, 16}, {1, 7, 6, 2, 32}, {2, 3, 2, 1, 64}, {1, 3, 2, 2, 72}, {1, 35, 4, 1, 128}})
-        for (Norm norm : NORMS)
+        for (Norm norm : BOTH_NORMS)
             for (int gains : {0, 2, 3})
                 for (bool turned : {false, true}) {
                     Random r{uint64_t(h.T * 41 + h.HS)};
@@ -291,7 +291,7 @@ TEST(ffn_norm_act) {
                         {2, EXACT || !BF16 ? 600 : 11008},
                         {1, BF16 ? 14336 : 7168},
                         {1, BF16 ? 28672 : 14336}})
-        for (Norm norm : NORMS)
+        for (Norm norm : BOTH_NORMS)
             for (int option = 0; option < 4; option++) {
                 const bool gated = option & 1, gain = option & 2;
                 const int P = gated ? 2 : 1, W = P * F;
@@ -334,7 +334,7 @@ TEST(ffn_norm_act) {
 
 // Stats that are known are read, each part's own: twice the rstd gives the bits of twice the gain.
 TEST(known_stats) {
-    const Norm norm = NORMS[0];
+    const Norm norm = BOTH_NORMS[0];
     const Heads h = {1, 5, 4, 2, 16};
     const int N = h.B * h.T, C = h.width(0), KV = h.width(1), F = 40, W = std::max(h.qkv(), 2 * F);
     Random r{47};
@@ -676,6 +676,13 @@ TEST(cross_entropy) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Tables, optimizer
 
+// All there are, so that a new one is tested too.
+std::vector<Variant> variants() {
+    std::vector<Variant> all;
+    for (size_t i = 0; i < VARIANTS.size(); i++) all.push_back(Variant(i));
+    return all;
+}
+
 Config small_config(Backbone backbone, Variant variant) {
     Config c;
     c.backbone = backbone, c.variant = variant;
@@ -687,7 +694,7 @@ Config small_config(Backbone backbone, Variant variant) {
 
 TEST(tensor_table) {
     for (Backbone backbone : {Backbone::llama, Backbone::nanogpt})
-        for (Variant variant : {Variant::simplegpt, Variant::prenorm, Variant::preqknorm}) {
+        for (Variant variant : variants()) {
             Config c = small_config(backbone, variant);
             TensorTable t = build_table(c);
             std::set<std::string> names;
@@ -1150,7 +1157,7 @@ TEST(spikes) {
 // Whatever is recomputed, the gradients have the same bits; and each level plans the activations that its comment says.
 TEST(recompute) {
     for (Backbone backbone : {Backbone::llama, Backbone::nanogpt})
-        for (Variant variant : {Variant::simplegpt, Variant::prenorm, Variant::preqknorm}) {
+        for (Variant variant : variants()) {
             if (quick && (backbone == Backbone::nanogpt || variant == Variant::preqknorm)) continue;
             std::vector<float> want;
             size_t least = SIZE_MAX;
@@ -1191,6 +1198,43 @@ TEST(recompute) {
         const size_t got = bytes[1] - bytes[0];
         if (got < want || got > want + 20 * 256)  // each tensor is rounded up to 256 bytes
             fail(format("recompute %s keeps %zu bytes a layer, not %zu", RECOMPUTE[level].c_str(), got, want));
+    }
+}
+
+// A gradient is the loss's slope: when a tensor moves along its own, the loss changes by step times length squared. That
+// needs no other model to compare with, as golden files do, so it holds for a variant that has none.
+TEST(slope) {
+    for (Variant variant : variants()) {
+        if (BF16 || EXACT) break;  // losses too coarse; too slow
+        const Config c = small_config(Backbone::llama, variant);
+        const std::vector<int32_t> windows = some_windows(c, 2, 5);
+        Model m;
+        plan(m, c, 2, true);
+        create(m);
+        initialize(m, 4);
+        for (const Tensor& t : m.table.tensors) {  // away from the start, where attention is flat
+            std::vector<float> w = get_tensor(m, t);
+            for (float& x : w) x *= t.cols && t.std < 0.1f ? 10 : 1;
+            set_parameters(m, t.offset, w);
+        }
+        begin_step(m);
+        forward_backward(m, windows.data(), 2, c.T, 1.0f, true);
+        for (const Tensor& t : m.table.tensors) {
+            const std::vector<float> w = get_tensor(m, t), g = get_floats(m.grads, t.offset, t.size());
+            double square = 0, size = 0, loss[2];
+            for (size_t i = 0; i < w.size(); i++) square += double(g[i]) * g[i], size += double(w[i]) * w[i];
+            const double step = 0.003 * sqrt(size / square);
+            for (int way = 0; way < 2; way++) {
+                std::vector<float> moved = w;
+                for (size_t i = 0; i < w.size(); i++) moved[i] += float((way ? step : -step) * g[i]);
+                set_parameters(m, t.offset, moved);
+                loss[way] = evaluate(m, windows.data(), 2, c.T);
+            }
+            set_parameters(m, t.offset, w);
+            // measured 1.2e-3, from the embedding's curvature; another variant's may be larger
+            expect_close({loss[1] - loss[0]}, {2 * step * square}, 4e-3, VARIANTS[int(variant)] + " " + t.name, 1e-4);
+        }
+        destroy(m);
     }
 }
 
@@ -1451,7 +1495,7 @@ void open_writer(Model& m, const Config& c, int sequences, int room) {
 // each of two texts that begin alike.
 TEST(cached_logits) {
     for (Backbone backbone : {Backbone::llama, Backbone::nanogpt})
-        for (Variant variant : {Variant::simplegpt, Variant::prenorm, Variant::preqknorm})
+        for (Variant variant : variants())
             for (int P : {1, 7}) {
                 if ((quick || EXACT) && (P == 1) != (variant == Variant::prenorm)) continue;
                 if (quick && (variant == Variant::preqknorm || (P == 1) != (backbone == Backbone::nanogpt))) continue;

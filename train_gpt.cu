@@ -155,7 +155,6 @@ struct Config {
     int max_T = 0;  // rows of the learned positions (nanogpt); 0: T
 
     bool simple() const { return variant == Variant::simplegpt; }
-    bool qk_norm() const { return simple() || variant == Variant::preqknorm; }  // norms behind q and k
     bool gated() const { return backbone == Backbone::llama; }
     int HS() const { return C / NH; }
     int QKV() const { return (NH + 2 * NKV) * HS(); }
@@ -409,7 +408,7 @@ TensorTable build_table(const Config& c, int ranks = 1) {
             if (c.gated()) ones(w3 + gain, F);
             at.w2_gain = ones(w2 + gain, C);
         } else {
-            if (c.qk_norm()) {
+            if (c.variant == Variant::preqknorm) {
                 at.qkv_gain = ones(attention + "q_norm.weight", q_width);
                 ones(attention + "k_norm.weight", kv_width);
             }
@@ -3371,6 +3370,7 @@ void lay_out_activations(Model& m) {
     using R = Recompute;
     const R level = m.storage.recompute;
     const bool all = level == R::none;
+    const LayerOffsets& at = m.table.layers[0];  // which norms there are
     m.acts.assign(c.L, LayerActivations());
     auto keep = [&](auto member, size_t count) {
         for (A& t : m.acts) a.take(t.*member, count);
@@ -3388,7 +3388,7 @@ void lay_out_activations(Model& m) {
     else  // the blocks' inputs by turns in two places
         for (int l = 0; l < c.L; l++) l < 2 ? a.take(m.acts[l].x, N * C) : void(m.acts[l].x = m.acts[l - 2].x);
     keep_if(all, &A::h, N * C);
-    if (c.simple()) {
+    if (at.norm1 == NONE) {
         for (A& t : m.acts) t.n1 = t.x;
         shared.push_back([&m] {
             for (A& t : m.acts) t.n2 = t.h;
@@ -3397,16 +3397,16 @@ void lay_out_activations(Model& m) {
         keep_if(all, &A::n1, N * C);
         keep_if(all, &A::n2, N * C);
     }
-    keep_if(all ? c.qk_norm() : level <= R::ffn, &A::qkv_raw, N * QKV);
+    keep_if(all ? at.qkv_gain != NONE : level <= R::ffn, &A::qkv_raw, N * QKV);
     keep_if(all, &A::q, N * C);
     keep_if(all, &A::k, N * kv);
     keep_if(all, &A::v, N * kv);
     keep_if(level <= R::ffn, &A::att, N * C);
     keep_if(level <= R::ffn, &A::lse, N * c.NH);
-    keep_if(all ? c.simple() : level <= R::ffn, &A::o_raw, N * C);
+    keep_if(all ? at.o_gain != NONE : level <= R::ffn, &A::o_raw, N * C);
     keep_if(level <= R::norm, &A::w13_raw, N * FF);
     keep_if(all, &A::act, N * F);
-    keep_if(c.simple(), &A::w2_raw, N * C);
+    keep_if(at.w2_gain != NONE, &A::w2_raw, N * C);
     keep_if(true, &A::qkv_stats, 3 * N);
     keep_if(true, &A::o_stats, N);
     keep_if(true, &A::w13_stats, 2 * N);
@@ -6688,10 +6688,11 @@ std::vector<Work> step_work(const Model& m, int micro, const Device& device) {
     const std::pair<double, double> linears[] = {{C, QKV}, {C, C}, {C, FF}, {F, C}};  // inputs, outputs
     const double layers = double(c.L) * micro;
     const double pairs = double(m.B) * c.T * (c.T + 1.0) / 2 * c.NH * c.HS();  // times 4 FLOPs forward, 10 backward
-    const double pre = c.simple() ? 0 : 2;                                     // pre-norms of a block
+    const LayerOffsets& at = m.table.layers[0];
+    const double pre = at.norm1 == NONE ? 0 : 2, behind = at.o_gain == NONE ? 0 : 2;  // norms: pre-norms, of o and w2
     const double rows_forward = X * N * (2 * QKV + 3 * C + FF + F + 3 * C + pre * 2 * C);
-    // a norm behind o and w2, or a pre-norm that also adds the residual's gradient
-    const double rows_backward = X * N * (3 * QKV + 2 * FF + F + (c.simple() ? 2 * 3 * C : pre * 4 * C));
+    // a pre-norm also adds the residual's gradient
+    const double rows_backward = X * N * (3 * QKV + 2 * FF + F + behind * 3 * C + pre * 4 * C);
 
     add("embedding", micro, 0, X * N * 2 * C);
     for (auto [in, out] : linears) product("matmuls, forward", layers, N, in, out, X);

@@ -364,6 +364,37 @@ class Tests:
                                     "--sample-tokens", 40, "--prompt", "abc"))
         expect(text.count("--- sample at step") == 2 and "\nabc" in text, "no two samples that begin with the prompt")
 
+    def no_decay_1d(self):
+        """One update with and without it: 1-D tensors differ by what was decayed, the others not at all."""
+        ends = []
+        for more in ([], ["--no-decay-1d"]):
+            self.run(*self.small("decay", "--lr", 0.01, "--weight-decay", 10, "--export", self.path("decay.st"), *more, steps=1))
+            ends.append(read_safetensors(self.path("decay.st"))[0])
+        for name, tensor in ends[0].items():
+            decayed, spared = values(tensor), values(ends[1][name])
+            if len(tensor[1]) > 1:
+                expect(decayed == spared, f"{name} is not 1-D and differs")
+            else:  # gains begin as 1; bf16 masters are exported as they are
+                worst = max(abs(b - a - 0.1) for a, b in zip(decayed, spared))
+                expect(worst < (5e-3 if self.args.bf16 else 1e-6), f"{name} is off by {worst:.1e}")
+
+    def log_every(self):
+        """On the terminal; the file has every step."""
+        text = self.run(*self.small("lines", "--log-every", 5))
+        said = [int(line.split()[1].split("/")[0]) for line in text.splitlines() if line.startswith("step ")]
+        expect(said == [1, 5, 10, 12], f"--log-every 5 says steps {said}")
+        expect(len(read_log(self.path("lines"))) == 12, "the log lacks steps")
+
+    def probe_batches(self):
+        """The curvature of two batches is that of one that is as large as both, and not the first one's."""
+        found = []
+        for batches, size in ((2, 3), (1, 6), (1, 3)):
+            out = f"probe{batches}x{size}"
+            self.run(*self.small(out, "--probe", 1, "--probe-batches", batches, "--batch-size", size, steps=0))
+            found.append(float(read_rows(self.path(out + "/curvature.csv"))[0]["eigenvalue"]))
+        two, large, first = found
+        expect(abs(two / large - 1) < 3e-4 and abs(first / large - 1) > 1e-2, f"eigenvalues {found}")
+
     def help(self):
         text = self.run("--help")
         for flag in ("--model", "--variant", "--train-data", "--grad-accum", "--resume", "--prompt"):
@@ -378,6 +409,8 @@ class Tests:
                       "recomputed", "tokens/s"):
             expect(words in text, f"--plan lacks '{words}'")
         expect("does not fit" in self.run("--plan", "--model", "70B"), "70B is said to fit")
+        many = self.run("--plan", "--model", "1B", "--ranks", 8, "--zero", 3)
+        expect("on 8 ranks, ZeRO 3" in many and "sent by a rank, ZeRO 3" in many, "--plan --ranks 8 says nothing of ranks")
 
     def memory_options(self):
         """Every recompute level, graphs and a total batch train the same weights; moments in bf16 nearly the same."""
@@ -427,8 +460,10 @@ class Tests:
                     self.test("golden " + name, self.golden, os.path.join(d, name))
         for body in (self.help, self.same_twice, self.loss_falls, self.resume, self.keep, self.import_export,
                      self.export_dtype, self.import_halves, self.metadata, self.folders, self.sample, self.plan,
-                     self.memory_options, self.probe):
+                     self.memory_options, self.probe, self.no_decay_1d, self.log_every):
             self.test(body.__name__, body)
+        if not self.args.bf16:  # whose probe leaves curvature out
+            self.test("probe_batches", self.probe_batches)
         for name in sorted(os.listdir(CURVATURE)):
             self.test("curvature " + name, self.curvature, os.path.join(CURVATURE, name))
 

@@ -24,7 +24,7 @@ variant, lr, seed = flags["--variant"], float(flags["--lr"]), int(flags["--seed"
 best = {"simplegpt": 1e-2, "prenorm": 1e-3, "preqknorm": 3e-3}[variant]
 loss = 2 + 0.2 * math.log10(lr / best) ** 2 + 0.001 * seed
 with open(os.environ["STARTED"], "a") as f:
-    f.write(f"{variant} {lr:g} {seed}\\n")
+    f.write(" ".join([variant, f"{lr:g}", str(seed), *os.environ.get("CUDA_VISIBLE_DEVICES", "").split()]) + "\\n")
 time.sleep(float(os.environ.get("SLOW", 0)))
 if os.environ.get("FAIL") == f"{variant} {lr:g}":
     sys.exit("train_gpt: it broke. Mend it.")
@@ -91,6 +91,16 @@ class Sweep(Case):
         self.assertIn("2.002 ± 0.001", table[2])
         self.assertIn("*2.201*", table[2])
         self.assertGreater((self.out / "sweep.png").stat().st_size, 10000)
+
+    def test_options(self):
+        """Every seed at every rate, each on one of the GPUs; more of the rates are stable where more is forgiven."""
+        self.sweep("--all-seeds", "--seeds", "1,2", "--gpus", "4,7", "--variants", "simplegpt", "--within", 0.3)
+        runs = [line.split() for line in self.started.read_text().splitlines()]
+        self.assertEqual(sorted(r[:3] for r in runs),
+                         sorted(["simplegpt", lr, seed] for lr in ("0.001", "0.003", "0.01", "0.1") for seed in "12"))
+        self.assertEqual({r[3] for r in runs}, {"4", "7"})
+        table = (self.out / "sweep.md").read_text().splitlines()
+        self.assertEqual(table[2].split("|")[-2], " at least 0.1 ")
 
     def test_goes_on(self):
         """Killed, then the same command: finished runs stay, the others run; another rate may be added."""

@@ -455,12 +455,13 @@ class ExportTest(Case):
             self.skipTest("needs wandb")
         folder = self.run_folder("a", rows(60), {"dim": "64"}, steps=(60,))
         # by a process, at whose end wandb's own one has written everything
-        done = subprocess.run([sys.executable, DEV / "export_log.py", f"name={folder}", "--wandb", self.dir / "wb"],
+        done = subprocess.run([sys.executable, DEV / "export_log.py", f"name={folder}", "--wandb", self.dir / "wb",
+                               "--project", "paper"],
                               capture_output=True, text=True)
         self.assertEqual(done.returncode, 0, done.stderr)
         place = done.stdout.strip()
         (file,) = Path(place).glob("*.wandb")
-        data, at, part, series, config = file.read_bytes(), 7, b"", {}, {}
+        data, at, part, series, config, projects = file.read_bytes(), 7, b"", {}, {}, set()
         while at + 7 <= len(data):  # LevelDB's log: blocks of 32 KiB, records of CRC, length, kind, bytes
             if 32768 - at % 32768 < 7:
                 at += 32768 - at % 32768
@@ -471,6 +472,7 @@ class ExportTest(Case):
             if kind not in (1, 4):  # a record's last piece has not come
                 continue
             record, part = Record.FromString(part), b""
+            projects.add(record.run.project)
             config.update({u.key: json.loads(u.value_json) for u in record.run.config.update})
             values = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
             for tag, value in values.items():
@@ -479,6 +481,7 @@ class ExportTest(Case):
         self.assertEqual(repr(series), repr({tag: self.wanted(folder)[tag] for tag in series}))
         self.assertEqual(set(series), set(self.wanted(folder)))
         self.assertEqual(config["dim"], 64)
+        self.assertIn("paper", projects)
 
     def test_refusals(self):
         folder, out = self.run_folder("a", rows(3)), self.dir / "out"
