@@ -294,7 +294,7 @@ template <class In, class Out> void check_matmul(bool ta, bool tb, float beta, i
     cublasLtMatmulDesc_t desc = nullptr;
     cublasLtMatrixLayout_t la = nullptr, lb = nullptr, ld = nullptr;
     cublasLtMatmulPreference_t preference = nullptr;
-    cublasLtMatmulHeuristicResult_t found = nullptr;
+    cublasLtMatmulHeuristicResult_t found = {};
     int count = 0;
     size_t workspace = 0;
     cublasOperation_t opa = ta ? CUBLAS_OP_T : CUBLAS_OP_N, opb = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
