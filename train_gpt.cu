@@ -5964,7 +5964,7 @@ std::string find_weights(const std::string& path) {
         throw Error(path + ": is no checkpoint and holds none. Give a folder that --save-every wrote, or --out's.");
     std::string trouble;
     for (; !steps.empty(); steps.pop_back()) {
-        const std::string dir = path + "/" + checkpoint_name(steps.back());
+        std::string dir = path + "/" + checkpoint_name(steps.back());
         try {
             verify_checkpoint(dir, true);
             if (!trouble.empty()) fprintf(stderr, "train_gpt: warning: %s Taking %s.\n", trouble.c_str(), dir.c_str());
@@ -6397,7 +6397,7 @@ struct Log {
 };
 
 std::string duration(double seconds) {
-    int s = int(seconds + 0.5);
+    const int s = int(lround(seconds));
     return s >= 3600 ? format("%dh%02dm", s / 3600, s / 60 % 60)
            : s >= 60 ? format("%dm%02ds", s / 60, s % 60)
                      : format("%ds", s);
@@ -7736,7 +7736,7 @@ std::string settle_weights(Options& o, std::unique_ptr<Tokenizer>& tokenizer) {
         return o.init_from;
     }
     if (!o.shape.empty()) throw Error(format("--%s: the checkpoint has its own. Leave it out.", o.shape[0]));
-    const std::string dir = find_weights(o.checkpoint);
+    std::string dir = find_weights(o.checkpoint);
     const Manifest manifest = read_manifest(dir);
     c = config_of(manifest, dir);
     if (o.seq_len && !c.gated() && o.seq_len > c.max_T)
