@@ -1,14 +1,14 @@
-// Properties of every kernel and of the whole model at random shapes, the ugly ones too, against a model in float64 that
-// knows nothing of the trainer (reference.h). Runs on the CPU stand-in in both geometries, and on a GPU.
+// Properties of every kernel and of the whole model at random shapes, the ugly ones too, against a model in float64
+// that knows nothing of the trainer (reference.h). Runs on the CPU stand-in in both geometries.
 //   properties [--cases N] [--seconds N] [--seed S] [--filter TEXT] [--case N] [--verbose]
-// Cases come by turns from each family whose name holds TEXT, N of each (default 20) or until the time is over; one that
-// fails prints its whole configuration and the command that repeats just it.
+// Cases come by turns from each family whose name holds TEXT, N of each (default 20) or until the time is over; one
+// that fails prints its whole configuration and the command that repeats just it.
 //
 // What holds of a kernel, with d an incoming gradient, B(d) the gradients that it makes of it:
 //   it agrees with float64 loops; so do slopes along random directions of the reference's forward with B
 //   B(2 d1 - d2) = 2 B(d1) - B(d2)
-//   sequences in another order give the same bits in that order; so do two calls with a part each, and weights' gradients
-//   that are added up over the two are those of one call
+//   sequences in another order give the same bits in that order; so do two calls with a part each, and gradients of
+//   weights that are added up over the two are those of one call
 //   the same call again gives the same bits (in the exact geometry the lanes then run in another order)
 //   it writes where it should and nowhere else: outputs are NaN before, every buffer lies between guards, inputs stay
 #define TESTING
@@ -61,7 +61,7 @@ struct Random {
     }
 };
 
-double worst = 0;           // the largest error over tolerance of the running case, and what it is of
+double worst = 0;  // the largest error over tolerance of the running case, and what it is of
 std::string worst_what, configuration;
 
 void expect_close(double error, double tolerance, const std::string& what) {
@@ -118,8 +118,10 @@ struct Buffer {
             const float f = float(values[i]);
             const __nv_bfloat16 h = f;
             const int whole = int(kind == I32 ? values[i] : 0);
-            const void* from = kind == F32 ? (const void*)&f : kind == B16 ? (const void*)&h
-                             : kind == F64 ? (const void*)&values[i] : &whole;
+            const void* from = kind == F32   ? (const void*)&f
+                               : kind == B16 ? (const void*)&h
+                               : kind == F64 ? (const void*)&values[i]
+                                             : &whole;
             memcpy(&written[i * width(kind)], from, width(kind));
         }
         fixed = stays;
@@ -148,7 +150,8 @@ struct Buffer {
         std::vector<char> all(bytes + 2 * GUARD);
         CHECK(cudaMemcpy(all.data(), base, all.size(), cudaMemcpyDeviceToHost));
         for (size_t i = 0; i < GUARD; i++) {
-            if (all[GUARD - 1 - i] != SENTINEL) return fail(what + format(": written %zu bytes before its begin", i + 1));
+            if (all[GUARD - 1 - i] != SENTINEL)
+                return fail(what + format(": written %zu bytes before its begin", i + 1));
             if (all[GUARD + bytes + i] != SENTINEL) return fail(what + format(": written %zu bytes behind its end", i));
         }
         if (fixed && !std::equal(written.begin(), written.end(), all.begin() + GUARD)) fail(what + ": was changed");
@@ -216,8 +219,8 @@ Vec part(const Vec& all, const Port& p, const std::vector<int>& which) {
 struct Results {
     std::vector<Vec> out, din;
 };
-Results execute(const Kernel& k, const std::vector<int>& which, const std::vector<Vec>& in, const std::vector<Vec>& dout,
-                const std::vector<Vec>& start) {
+Results execute(const Kernel& k, const std::vector<int>& which, const std::vector<Vec>& in,
+                const std::vector<Vec>& dout, const std::vector<Vec>& start) {
     Run r{k, which, int(which.size()), !start.empty(), {}, {}, {}, {}, {}};
     auto buffers = [&](auto& to, const std::vector<Port>& ports, const std::vector<Vec>* values, bool gradients) {
         for (size_t i = 0; i < ports.size(); i++) {
@@ -236,14 +239,18 @@ Results execute(const Kernel& k, const std::vector<int>& which, const std::vecto
     for (size_t i = 0; i < r.in.size(); i++) r.in[i]->check(k.in[i].name);
     for (size_t i = 0; i < r.out.size(); i++) r.out[i]->check(k.out[i].name), got.out.push_back(r.out[i]->get());
     for (size_t i = 0; i < r.dout.size(); i++) r.dout[i]->check("gradient of " + k.out[i].name);
-    for (size_t i = 0; i < r.din.size(); i++)
-        r.din[i]->check("d" + k.in[i].name), got.din.push_back(r.din[i]->get());
+    for (size_t i = 0; i < r.din.size(); i++) r.din[i]->check("d" + k.in[i].name), got.din.push_back(r.din[i]->get());
     for (auto& b : r.others) b->check("scratch or constant");
     return got;
 }
 
-// 2^-9 of a value just above a power of two is half a unit of bf16. Measured beside each tolerance: fp32, bf16.
-constexpr double TOL_HALF = 4e-3;
+// Half a unit in the last place of bf16 just above a power of two is 3.9e-3. Sums over sequences that stay float are
+// off by at most 5e-7.
+constexpr double TOL_HALF = 4e-3, TOL_SUM = 1e-6;
+double slope_tolerance(const Kernel& k, const Port& p) {
+    if (p.gradient == B16) return std::max(TOL_HALF, k.slopes);
+    return p.shared ? TOL_SUM : k.slopes;
+}
 
 void try_kernel(const Kernel& k, Random& r) {
     configuration = k.what;
@@ -289,13 +296,14 @@ void try_kernel(const Kernel& k, Random& r) {
     const Results again = execute(k, all, in, d1, start);
     auto compare = [&](const char* what, const Results& a, const Results& b, bool bits) {
         for (size_t i = 0; i < a.out.size(); i++)
-            if (bits ? !same_bits(a.out[i], b.out[i]) : !(difference(a.out[i], b.out[i], k.out[i].floor) <= 2 * k.tolerance))
+            if (bits ? !same_bits(a.out[i], b.out[i])
+                     : !(difference(a.out[i], b.out[i], k.out[i].floor) <= 2 * k.tolerance))
                 fail(format("%s: %s differs by %.2e", what, k.out[i].name.c_str(), difference(a.out[i], b.out[i])));
         for (size_t i = 0; i < a.din.size(); i++) {
             const Port& p = k.in[i];
             if (!p.written) continue;
             const bool same = bits && !p.shared;
-            const double e = difference(a.din[i], b.din[i], 1), most = p.gradient == B16 ? 3 * TOL_HALF : 2 * k.slopes;
+            const double e = difference(a.din[i], b.din[i], 1), most = 2 * slope_tolerance(k, p);
             if (same ? !same_bits(a.din[i], b.din[i]) : !(e <= most))
                 fail(format("%s: d%s differs by %.2e", what, p.name.c_str(), e));
         }
@@ -348,9 +356,8 @@ void try_kernel(const Kernel& k, Random& r) {
         }
         size += most * sqrt(length);
         if (!p.written) continue;
-        const double most_off = p.gradient == B16 ? TOL_HALF + k.slopes : k.slopes;
-        expect_close(difference(got.din[i], wanted, 1), most_off, "d" + p.name);
-        tolerance = std::max(tolerance, most_off);
+        expect_close(difference(got.din[i], wanted, 1), slope_tolerance(k, p), "d" + p.name);
+        tolerance = std::max(tolerance, slope_tolerance(k, p));
     }
     const double h = 3e-4;
     double by_difference = 0;
@@ -366,7 +373,7 @@ void try_kernel(const Kernel& k, Random& r) {
                 by_difference += d1[i][j] * values[i]->v[j] * weight / (12 * h);
     }
     expect_close(fabs(of_reference - by_difference) / std::max(size, 1e-30), 1e-6, "slope of the reference");
-    expect_close(fabs(of_kernel - by_difference) / std::max(size, 1e-30), tolerance, "slope");
+    expect_close(fabs(of_kernel - by_difference) / std::max(size, 1e-30), tolerance / 2, "slope");
 
     // linearity, of gradients that are made anew or added to zeros
     std::vector<Vec> zeros;
@@ -381,7 +388,7 @@ void try_kernel(const Kernel& k, Random& r) {
             scale = std::max({scale, fabs(2 * one.din[i][j]), fabs(two.din[i][j])});
             expected[j] = 2 * one.din[i][j] - two.din[i][j];
         }
-        expect_close(difference(sum.din[i], expected, scale), k.in[i].gradient == B16 ? 3 * TOL_HALF : 3 * k.slopes,
+        expect_close(difference(sum.din[i], expected, scale), 2 * slope_tolerance(k, k.in[i]),
                      "linearity of d" + k.in[i].name);
     }
 }
@@ -430,7 +437,7 @@ Kernel norm_kernel(Random& r) {
     k.what = format("norm N %d C %d eps %g center %d gain %d res %d around %d in_place %d known %d blocks %d", N, C,
                     norm.eps, norm.center, gain, res, around, in_place, known, device_sms);
     k.B = N, k.backward = gain;
-    k.tolerance = BF16 ? TOL_HALF : 5e-7, k.slopes = BF16 ? TOL_HALF : 2e-6;
+    k.tolerance = BF16 ? TOL_HALF : 4e-7, k.slopes = BF16 ? TOL_HALF : 8e-7;
     k.in = {{"x", false, size_t(C), X, 2, 0.5}};
     if (gain) k.in.push_back({"gain", true, size_t(C), X, 0.3, 1});
     if (gain) k.in.back().gradient = random_gradient(r);
@@ -448,8 +455,10 @@ Kernel norm_kernel(Random& r) {
         float* partial = r.scratch(F32, size_t(row_blocks(r.B, C)) * C).f();
         if (in_place) CHECK(cudaMemcpy(r.din[0]->x(), r.dout[1]->x(), r.dout[1]->bytes, cudaMemcpyDeviceToDevice));
         norm_backward(r.din[0]->x(), r.din[1]->flat(), partial,
-                      in_place ? r.din[0]->x() : around ? r.dout[1]->x() : nullptr, r.dout[0]->x(), r.in[0]->x(), g,
-                      stats, r.B, C, norm, 0);
+                      in_place ? r.din[0]->x()
+                      : around ? r.dout[1]->x()
+                               : nullptr,
+                      r.dout[0]->x(), r.in[0]->x(), g, stats, r.B, C, norm, 0);
     };
     k.reference = [=](Tape& t, const std::vector<Var>& in) {
         Var x = as(in[0], N, C);
@@ -471,7 +480,7 @@ Kernel qkv_kernel(Random& r) {
     k.what = format("qkv B %d T %d NH %d NKV %d HS %d eps %g center %d gains %d rope %d known %d blocks %d", h.B, h.T,
                     NH, NKV, HS, norm.eps, norm.center, gains, turned, known, device_sms);
     k.B = h.B;
-    k.tolerance = BF16 ? TOL_HALF : 5e-7, k.slopes = BF16 ? TOL_HALF : 2e-6;
+    k.tolerance = BF16 ? TOL_HALF : 4e-7, k.slopes = BF16 ? TOL_HALF : 8e-7;
     k.in = {{"raw", false, size_t(h.T) * QKV, X, 2, 0.3}};
     if (gains) {
         k.in.push_back({"gains", true, size_t(gains == 3 ? QKV : h.begin(2)), X, 0.3, 1});
@@ -525,7 +534,7 @@ Kernel ffn_kernel(Random& r) {
     k.what = format("ffn N %d F %d gated %d gain %d eps %g center %d known %d blocks %d", N, F, gated, gain, norm.eps,
                     norm.center, known, device_sms);
     k.B = N;
-    k.tolerance = BF16 ? TOL_HALF : 5e-7, k.slopes = BF16 ? TOL_HALF : 2e-6;
+    k.tolerance = BF16 ? TOL_HALF : 4e-7, k.slopes = BF16 ? TOL_HALF : 8e-7;
     k.in = {{"raw", false, size_t(W), X, 2, 0.3}};
     if (gain) k.in.push_back({"gain", true, size_t(W), X, 0.3, 1});
     if (gain) k.in.back().gradient = random_gradient(r);
@@ -559,7 +568,7 @@ Kernel embedding_kernel(Random& r) {
     Kernel k;
     k.what = format("embedding B %d T %d C %d V %d learned %d gradients %d", B, T, C, V, learned, gradient);
     k.B = B;
-    k.tolerance = BF16 ? TOL_HALF : 2e-7, k.slopes = 1e-6;
+    k.tolerance = BF16 ? TOL_HALF : 2e-7, k.slopes = TOL_SUM;
     k.in = {{"tok", true, size_t(V) * C}};
     if (learned) k.in.push_back({"pos", true, size_t(T + r.between(0, 2)) * C});
     for (Port& p : k.in) p.gradient = gradient;
@@ -594,7 +603,7 @@ Kernel linear_kernel(Random& r) {
     Kernel k;
     k.what = format("linear N %d K %d M %d around %d", N, K, M, around);
     k.B = N, k.bits = false;
-    k.tolerance = BF16 ? TOL_HALF : 1e-6, k.slopes = BF16 ? TOL_HALF : 2e-6;
+    k.tolerance = BF16 ? TOL_HALF : 1e-6, k.slopes = BF16 ? TOL_HALF : 1.5e-6;
     k.in = {{"x", false, size_t(K)}, {"w", true, size_t(M) * K}};
     k.in[1].gradient = random_gradient(r);
     k.out = {{"out", false, size_t(M)}};
@@ -644,8 +653,8 @@ Kernel matmul_sums_kernel_case(Random& r) {
     return k;
 }
 
-// attention_forward, attention_delta, attention_backward, and Hopper's two. Beyond what holds of all kernels: what comes
-// later changes nothing before, neither there nor back; heads in another order give the same bits in that order.
+// attention_forward, attention_delta, attention_backward, and Hopper's two. Beyond what holds of all kernels: what
+// comes later changes nothing before, neither there nor back; heads in another order give the same bits in that order.
 Kernel attention_kernel(Random& r) {
     const int NKV = r.between(1, 3), NH = NKV * r.between(1, 3);
     const bool use_hopper = BF16 && (EXACT || hopper) && r.chance(0.6);
@@ -657,7 +666,8 @@ Kernel attention_kernel(Random& r) {
     k.what = format("attention B %d T %d NH %d NKV %d HS %d scale %g hopper %d blocks %d", h.B, h.T, NH, NKV, HS, scale,
                     use_hopper, device_sms);
     k.B = h.B;
-    k.tolerance = BF16 ? 6e-3 : 4e-6, k.slopes = BF16 ? 1.5e-2 : 6e-6;
+    // an error of scores is one of their exponentials
+    k.tolerance = BF16 ? 6e-3 : 1e-6 + 6e-7 * scale, k.slopes = BF16 ? 1.2e-2 + 1.5e-3 * scale : 2e-6 + 1.6e-6 * scale;
     k.in = {{"q", false, wide, X, scale}, {"k", false, narrow}, {"v", false, narrow}};
     k.out = {{"out", false, wide}, {"lse", false, size_t(NH) * h.T, F32}};
     k.out[1].weighed = false;
@@ -672,8 +682,7 @@ Kernel attention_kernel(Random& r) {
     };
     k.reference = [=](Tape& t, const std::vector<Var>& in) {
         Var x[3];
-        for (int part = 0; part < 3; part++)
-            x[part] = heads_layout(t, in[part], h.T, h.width(part) / HS, HS, false);
+        for (int part = 0; part < 3; part++) x[part] = heads_layout(t, in[part], h.T, h.width(part) / HS, HS, false);
         Vec lse;
         Var out = reference::attention(t, x[0], x[1], x[2], h.T, NH, NKV, &lse);
         return std::vector<Var>{out, t.put(1, lse.size(), lse)};
@@ -724,7 +733,8 @@ Kernel attention_kernel(Random& r) {
         std::vector<Vec> heads = {moved(in[0], NH, false), moved(in[1], NKV, false), moved(in[2], NKV, false)};
         dout[0] = moved(dout[0], NH, true);
         const Results turned = run(heads);
-        if (!same_bits(turned.out[0], moved(before.out[0], NH, true))) fail("heads in another order: other bits of out");
+        if (!same_bits(turned.out[0], moved(before.out[0], NH, true)))
+            fail("heads in another order: other bits of out");
         for (int part = 0; part < 3; part++)
             if (!same_bits(turned.din[part], moved(before.din[part], part ? NKV : NH, false)))
                 fail("heads in another order: other bits of d" + k.in[part].name);
@@ -788,7 +798,8 @@ Kernel decode_kernel(Random& r) {
     return k;
 }
 
-// cross_entropy, in place, and without gradients, which must leave the logits. Tokens in another order: the same losses.
+// cross_entropy, in place, and without gradients, which must leave the logits. Tokens in another order: the same
+// losses.
 Kernel cross_entropy_case(Random& r) {
     const int N = r.ugly(8, 16, 20), V = r.ugly(70, 64, r.chance(0.2) ? 5000 : 600), Vp = (V + 63) / 64 * 64;
     const double scale = r.pick<double>({1, 5, 20, 60});
@@ -852,10 +863,12 @@ void try_adamw(Random& r, Kind gradient, Kind moment) {
     o.beta2 = float(r.pick<double>({0.9, 0.95, 0.999})), o.weight_decay = float(r.pick<double>({0, 0.1}));
     o.clip = float(r.pick<double>({0, 0.5, 1e6})), o.eps = float(r.pick<double>({1e-8, 1e-3}));
     const int t = r.between(1, 50);
-    configuration = format("adamw count %zu index %zu gradients %d moments %d master %d lr %g betas %g %g decay %g clip %g "
-                           "eps %g step %d", count, index, gradient, moment, master, o.lr, o.beta1, o.beta2,
-                           o.weight_decay, o.clip, o.eps, t);
-    Vec g = r.normals(count, r.pick<double>({1e-6, 0.1, 10})), w = r.normals(count), m = r.normals(count, 0.1), v(count);
+    configuration = format(
+        "adamw count %zu index %zu gradients %d moments %d master %d lr %g betas %g %g decay %g clip %g "
+        "eps %g step %d",
+        count, index, gradient, moment, master, o.lr, o.beta1, o.beta2, o.weight_decay, o.clip, o.eps, t);
+    Vec g = r.normals(count, r.pick<double>({1e-6, 0.1, 10})), w = r.normals(count), m = r.normals(count, 0.1),
+        v(count);
     for (double& x : v) x = pow(r.normal(), 2) * 0.1;
     double square = 0, scale = 0, norm = 0;
     Vec first[4];
@@ -873,11 +886,10 @@ void try_adamw(Random& r, Kind gradient, Kind moment) {
         decide_kernel<<<1, 1>>>(there, o);
         for (size_t at = 0, end; at < count; at = end) {
             end = pieces == 1 ? count : std::min(count, at + FOUR * size_t(r.between(1, int(count / FOUR))));
-            adamw_kernel<G, S><<<chunks(end - at), 256>>>(params.x() + at, master ? masters.f() + at : nullptr,
-                                                          reinterpret_cast<S*>(m1.data()) + at,
-                                                          reinterpret_cast<S*>(m2.data()) + at,
-                                                          reinterpret_cast<G*>(grads.data()) + at, there, end - at,
-                                                          index + at, o, 77);
+            adamw_kernel<G, S><<<chunks(end - at), 256>>>(
+                params.x() + at, master ? masters.f() + at : nullptr, reinterpret_cast<S*>(m1.data()) + at,
+                reinterpret_cast<S*>(m2.data()) + at, reinterpret_cast<G*>(grads.data()) + at, there, end - at,
+                index + at, o, 77);
         }
         CHECK(cudaMemcpy(&n, there, sizeof(n), cudaMemcpyDeviceToHost));
         for (const Buffer* b : {&grads, &params, &masters, &m1, &m2, &sums, &numbers}) b->check("a flat buffer");
@@ -892,23 +904,29 @@ void try_adamw(Random& r, Kind gradient, Kind moment) {
         norm = sqrt(square), scale = o.clip > 0 ? std::min(1.0, o.clip / (norm + 1e-6)) : 1;
         expect_close(fabs(n.grad_norm / norm - 1), 2e-6, "gradient norm");
         if (n.updates != t || n.skipped || n.skip || n.loss != 2.5f) fail("counts of updates");
-        Vec want[3] = {w0, m0, v0};
-        for (size_t i = 0; i < count; i++)
+        Vec want[3] = {w0, m0, v0}, most[3];  // and the sizes of the sums' terms, to which errors are relative
+        for (size_t i = 0; i < count; i++) {
             want[0][i] = reference::adamw(w0[i], want[1][i], want[2][i], g0[i] * scale, o.lr, o.beta1, o.beta2, o.eps,
                                           o.weight_decay, t);
+            most[1].push_back(o.beta1 * fabs(m0[i]) + (1 - o.beta1) * fabs(g0[i] * scale));
+            most[2].push_back(want[2][i]);
+            most[0].push_back(fabs(w0[i]) + o.lr * most[1][i] / (1 - pow(o.beta1, t)) /
+                                                (sqrt(want[2][i] / (1 - pow(o.beta2, t))) + o.eps));
+        }
         const Vec& weights = master ? got[3] : got[0];
         double off[3] = {};  // relative where values are rounded at random, to one step of bf16
         for (size_t i = 0; i < count; i++)
             for (int j = 0; j < 3; j++) {
                 const double e = fabs((j ? got[j] : weights)[i] - want[j][i]), ulp = fabs(want[j][i]) + 1e-6;
                 const bool at_random = j ? moment == B16 : random_weights;
-                off[j] = std::max(off[j], at_random ? e / (ulp * 0x1p-7 * 1.01) : e / (1e-6 * (1 + fabs(want[j][i]))));
+                off[j] = std::max(off[j], at_random ? e / (ulp * 0x1p-7 * 1.01) : e / (1e-6 * most[j][i] + 1e-30));
                 if (e != e) off[j] = INFINITY;
             }
         for (int j = 0; j < 3; j++) expect_close(off[j], 1, j == 0 ? "weights" : j == 1 ? "first moments" : "second");
         if (master)
             for (size_t i = 0; i < count; i++)
-                if (got[0][i] != double(float(floatX(float(got[3][i]))))) fail("weights are not their masters, rounded");
+                if (got[0][i] != double(float(floatX(float(got[3][i])))))
+                    fail("weights are not their masters, rounded");
     }
 }
 
@@ -977,7 +995,8 @@ void flat_case(Random& r) {
     words.set(integers, true);
     if (hashed() == by_hand) fail("hash: words changed or exchanged have the same");
 
-    Buffer x(X, odd), y(X, odd), p(F32, odd), q(F32, odd), s(F32, odd), out(F32, odd), noise(F32, odd), d(F64, 2 * blocks);
+    Buffer x(X, odd), y(X, odd), p(F32, odd), q(F32, odd), s(F32, odd), out(F32, odd), noise(F32, odd),
+        d(F64, 2 * blocks);
     auto cut = [&](const Vec& v) { return Vec(v.begin(), v.begin() + odd); };
     x.set(cut(a), true), y.set(cut(b), true), p.set(cut(a), true), q.set(cut(b), true), s.set(cut(c));
     const bool minus = r.chance(0.5);
@@ -1015,15 +1034,19 @@ struct Setup {
     int B = 1, accum = 1, logit_rows = 0;
     bool graphs = false, use_hopper = false;
     std::string text() const {
-        return format("%s %s %s C %d L %d NH %d NKV %d F %d V %d T %d max_T %d eps %g theta %g B %d accum %d logit_rows %d "
-                      "recompute %s gradients %s moments %s master %d graph %d hopper %d lr %g betas %g %g eps %g decay %g "
-                      "1d %d clip %g", c.gated() ? "llama" : "nanogpt",
-                      c.simple() ? "simplegpt" : c.variant == Variant::prenorm ? "prenorm" : "preqknorm",
-                      c.layernorm ? "layernorm" : "rmsnorm", c.C, c.L, c.NH, c.NKV, c.F(), c.V, c.T, c.max_T,
-                      c.norm_eps, c.rope_theta, B, accum, logit_rows, RECOMPUTE[int(storage.recompute)],
-                      storage.half_gradients ? "bf16" : "fp32", storage.half_moments ? "bf16" : "fp32",
-                      !storage.no_master, graphs, use_hopper, adamw.lr, adamw.beta1, adamw.beta2, adamw.eps,
-                      adamw.weight_decay, adamw.decay_1d, adamw.clip);
+        return format(
+            "%s %s %s C %d L %d NH %d NKV %d F %d V %d T %d max_T %d eps %g theta %g B %d accum %d logit_rows %d "
+            "recompute %s gradients %s moments %s master %d graph %d hopper %d lr %g betas %g %g eps %g decay %g "
+            "1d %d clip %g",
+            c.gated() ? "llama" : "nanogpt",
+            c.simple()                      ? "simplegpt"
+            : c.variant == Variant::prenorm ? "prenorm"
+                                            : "preqknorm",
+            c.layernorm ? "layernorm" : "rmsnorm", c.C, c.L, c.NH, c.NKV, c.F(), c.V, c.T, c.max_T, c.norm_eps,
+            c.rope_theta, B, accum, logit_rows, RECOMPUTE[int(storage.recompute)],
+            storage.half_gradients ? "bf16" : "fp32", storage.half_moments ? "bf16" : "fp32", !storage.no_master,
+            graphs, use_hopper, adamw.lr, adamw.beta1, adamw.beta2, adamw.eps, adamw.weight_decay, adamw.decay_1d,
+            adamw.clip);
     }
 };
 
@@ -1069,9 +1092,9 @@ std::map<std::string, std::vector<float>> random_weights(Random& r, const Config
     std::map<std::string, std::vector<float>> all;
     for (const Tensor& t : build_table(c).tensors) {
         std::vector<float>& w = all[t.name];
-        const double scale = t.name == "wpe.weight" || t.name == "tok_embeddings.weight" ? 1 : 1.2 / sqrt(double(t.cols));
-        for (size_t i = 0; i < t.size(); i++)
-            w.push_back(float(t.cols ? scale * r.normal() : 1 + 0.3 * r.normal()));
+        const double scale =
+            t.name == "wpe.weight" || t.name == "tok_embeddings.weight" ? 1 : 1.2 / sqrt(double(t.cols));
+        for (size_t i = 0; i < t.size(); i++) w.push_back(float(t.cols ? scale * r.normal() : 1 + 0.3 * r.normal()));
     }
     return all;
 }
@@ -1106,8 +1129,8 @@ std::vector<float> gradients(Model& m, const Setup& s, const std::vector<int32_t
 }
 
 // Measured over the configurations that were run, fp32 and bf16: loss, gradients as |difference| over |gradient|, each
-// tensor's against its own length and a fiftieth (bf16: a fifth) of its share of all, for those that should be zero.
-constexpr double TOL_MODEL_LOSS = BF16 ? 3e-2 : 4e-6, TOL_GRADIENT = BF16 ? 0.15 : 4e-5;
+// tensor's against its own length and a twentieth (bf16: a fifth) of its share of all, for those that should be zero.
+constexpr double TOL_MODEL_LOSS = BF16 ? 1e-2 : 5e-7, TOL_GRADIENT = BF16 ? 0.15 : 4e-5;
 
 double length(const Vec& v) {
     double square = 0;
@@ -1122,7 +1145,7 @@ void close_gradients(const Model& m, const std::vector<float>& got, const std::f
         const Vec want = wanted(t);
         Vec off(want.size());
         for (size_t i = 0; i < off.size(); i++) off[i] = got[t.offset + i] - want[i];
-        const double share = sqrt(all * t.size() / m.table.parameters) * (BF16 ? 0.2 : 0.02);
+        const double share = sqrt(all * t.size() / m.table.parameters) * (BF16 ? 0.2 : 0.05);
         expect_close(length(off) / (length(want) + share + 1e-30), tolerance, what + " of " + t.name);
     }
 }
@@ -1148,7 +1171,8 @@ void model_case(Random& r) {
         const reference::Parameters p = parameters(tape, m);
         std::vector<int> tokens, targets;
         for (int b = 0; b < sequences; b++)
-            for (int t = 0; t < c.T; t++) tokens.push_back(windows[b * W + t]), targets.push_back(windows[b * W + t + 1]);
+            for (int t = 0; t < c.T; t++)
+                tokens.push_back(windows[b * W + t]), targets.push_back(windows[b * W + t + 1]);
         Var logits = reference::logits(tape, architecture(c), p, tokens, c.T);
         Var losses = reference::cross_entropy(tape, logits, targets, c.V);
         double loss = 0, first_loss = 0;
@@ -1161,7 +1185,8 @@ void model_case(Random& r) {
         float got_loss;
         const std::vector<float> g = gradients(m, s, windows, &got_loss);
         expect_close(fabs(got_loss - loss) / std::max(loss, 1.0), TOL_MODEL_LOSS, "loss");
-        close_gradients(m, g, [&](const Tensor& t) { return p.at(t.name)->d; }, TOL_GRADIENT, "gradient");
+        close_gradients(
+            m, g, [&](const Tensor& t) { return p.at(t.name)->d; }, TOL_GRADIENT, "gradient");
         std::vector<float> rest = g;
         for (const Tensor& t : m.table.tensors) std::fill_n(rest.begin() + t.offset, t.size(), 0.0f);
         for (float x : rest)
@@ -1176,8 +1201,7 @@ void model_case(Random& r) {
             if (!bits) {
                 other.B = sequences % 2 == 0 && r.chance(0.5) ? sequences / 2 : r.chance(0.5) ? 1 : sequences;
                 const std::vector<int> order = r.permutation(sequences);
-                for (int b = 0; b < sequences; b++)
-                    std::copy_n(&windows[order[b] * W], W, &turned[size_t(b) * W]);
+                for (int b = 0; b < sequences; b++) std::copy_n(&windows[order[b] * W], W, &turned[size_t(b) * W]);
             }
             Model m2;
             open_model(m2, other, true);
@@ -1185,11 +1209,13 @@ void model_case(Random& r) {
             float second_loss;
             std::vector<float> g2 = gradients(m2, other, turned, &second_loss);
             if (bits && (g2 != g || second_loss != got_loss))
-                fail(format("recompute %s, graph %d: other bits", RECOMPUTE[int(other.storage.recompute)], other.graphs));
+                fail(format("recompute %s, graph %d: other bits", RECOMPUTE[int(other.storage.recompute)],
+                            other.graphs));
             if (!bits) {
                 const std::string what = format("with micro-batches of %d, gradient", other.B);
-                close_gradients(m, g2, [&](const Tensor& t) { return Vec(&g[t.offset], &g[t.offset] + t.size()); },
-                                TOL_GRADIENT, what);
+                close_gradients(
+                    m, g2, [&](const Tensor& t) { return Vec(&g[t.offset], &g[t.offset] + t.size()); },
+                    2 * TOL_GRADIENT, what);
                 expect_close(fabs(second_loss - got_loss) / std::max(loss, 1.0), TOL_MODEL_LOSS, "its loss");
             }
             destroy(m2);
@@ -1237,8 +1263,9 @@ void model_case(Random& r) {
                 for (int j = 0; j < 3; j++) {
                     const bool at_random = j ? s.storage.half_moments : s.storage.no_master;
                     const double most = at_random ? 0x1p-7 * 1.01 * (fabs(want[j]) + 1e-6)
-                                      : j == 0    ? 1e-6 * (fabs(want[0]) + o.lr)
-                                                  : 2e-6 * (fabs(want[j]) + (j == 1 ? 0.1 * fabs(g[i] * scale) : 0)) + 1e-30;
+                                        : j == 0
+                                            ? 1e-6 * (fabs(want[0]) + o.lr)
+                                            : 2e-6 * (fabs(want[j]) + (j == 1 ? 0.1 * fabs(g[i] * scale) : 0)) + 1e-30;
                     const double e = fabs(got[j] - want[j]) / most;
                     off[j] = e == e ? std::max(off[j], e) : INFINITY;
                 }
@@ -1262,14 +1289,15 @@ void cache_case(Random& r) {
     const auto weights = random_weights(r, c);
     for (const Tensor& t : m.table.tensors) set_parameters(m, t.offset, weights.at(t.name));
     std::vector<int> tokens(sequences * c.T);
-    for (int i = 0; i < sequences * c.T; i++) tokens[i] = i >= c.T && i % c.T < P ? tokens[i % c.T] : r.between(0, c.V - 1);
+    for (int i = 0; i < sequences * c.T; i++)
+        tokens[i] = i >= c.T && i % c.T < P ? tokens[i % c.T] : r.between(0, c.V - 1);
     Tape tape;
     Var logits = reference::logits(tape, architecture(c), parameters(tape, m), tokens, c.T);
     auto compare = [&](int position, const std::vector<float>& rows) {
         for (int b = 0; b < sequences; b++) {
             const float* got = rows.size() > size_t(c.V) ? &rows[size_t(b) * c.V] : rows.data();
             const double* want = &logits->v[(size_t(b) * c.T + position) * logits->cols];
-            expect_close(difference(Vec(got, got + c.V), Vec(want, want + c.V), 1), BF16 ? 6e-2 : 2e-5,
+            expect_close(difference(Vec(got, got + c.V), Vec(want, want + c.V), 1), BF16 ? 4e-2 : 3e-6,
                          format("logits of sequence %d at %d", b, position));
         }
     };
@@ -1336,8 +1364,10 @@ int main(int argc, char** argv) {
         }
         const std::vector<std::string> known = {"--cases", "--seconds", "--seed", "--case", "--filter"};
         if (std::find(known.begin(), known.end(), arg) == known.end() || i + 1 == argc)
-            return fprintf(stderr, "properties: option %s is unknown or lacks its value. See the head of properties.cu.\n",
-                           argv[i]), 1;
+            return fprintf(stderr,
+                           "properties: option %s is unknown or lacks its value. See the head of properties.cu.\n",
+                           argv[i]),
+                   1;
         const char* value = argv[++i];
         if (arg == "--cases") cases = atoi(value);
         if (arg == "--seconds") limit = atof(value);
@@ -1379,11 +1409,11 @@ int main(int argc, char** argv) {
                 snprintf(shared->what[f], sizeof(shared->what[f]), "%s, case %d", worst_what.c_str(), number);
             }
             if (!why.empty())
-                printf("FAIL %s case %d: %s: %s\n  again: %s\n", all[f].name, number, configuration.c_str(), why.c_str(),
-                       again().c_str());
+                printf("FAIL %s case %d: %s: %s\n  again: %s\n", all[f].name, number, configuration.c_str(),
+                       why.c_str(), again().c_str());
             else if (verbose)
-                printf("ok %s case %d (%.2f s, %.2f of the tolerance: %s): %s\n", all[f].name, number, now() - start, worst,
-                       worst_what.c_str(), configuration.c_str());
+                printf("ok %s case %d (%.2f s, %.2f of the tolerance: %s): %s\n", all[f].name, number, now() - start,
+                       worst, worst_what.c_str(), configuration.c_str());
         }
         CHECK(cudaFree(workspace));
         matmul.close();

@@ -1,5 +1,5 @@
-// The model in float64, written from the paper's equations (arXiv 2602.01212) and knowing nothing of the trainer: matrices,
-// a handful of operations with their derivatives, the block, AdamW. Plain loops, for tests.
+// The model in float64, written from the paper's equations (arXiv 2602.01212) and knowing nothing of the trainer:
+// matrices, a handful of operations with their derivatives, the block, AdamW. Plain loops, for tests.
 #pragma once
 #include <cmath>
 #include <deque>
