@@ -38,7 +38,7 @@ JOBS = {
                    [*RANKS, "build/train_gpt_cpu_bf16", "--bf16", "--filter", "^[abcg] "], [1]),
     "disk": (["build/train_gpt_cpu_fp32"], [sys.executable, "dev/test/test_disk.py", "build/train_gpt_cpu_fp32"], [1]),
     "kill": (["build/train_gpt_cpu_fp32"], [*KILL, "build/train_gpt_cpu_fp32", "--kills", "6"], [1]),
-    "properties": (["build/properties_fp32"], ["build/properties_fp32", "--cases", "8"], [6]),
+    "properties": (["build/properties_fp32"], ["build/properties_fp32", "--cases", "6"], [6]),
     "properties_ranks": (["build/train_gpt_cpu_fp32"],
                          [sys.executable, "dev/test/properties_ranks.py", "build/train_gpt_cpu_fp32"], [1]),
     "standin_exact": (["build/test_standin_exact"], ["build/test_standin_exact"], [1]),
