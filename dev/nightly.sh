@@ -46,8 +46,12 @@ ranks_fp32         | $trainer | $python dev/test/test_ranks.py $trainer --full
 ranks_bf16         | $half | $python dev/test/test_ranks.py $half --full --bf16
 disk               | $trainer | $python dev/test/test_disk.py $trainer --full
 faults             | $trainer | $python dev/test/test_faults.py $trainer --full
-clean_run          |                                | $python dev/test/clean_run.py
-leak               |                                | $python dev/test/clean_run.py --leak
+clean_asan         | build/train_gpt_asan_fp32     | $python dev/test/clean_run.py build/train_gpt_asan_fp32
+clean_asan16       | build/train_gpt_asan_bf16     | $python dev/test/clean_run.py build/train_gpt_asan_bf16 --bf16
+clean_tsan         | build/train_gpt_tsan_fp32     | $python dev/test/clean_run.py build/train_gpt_tsan_fp32
+clean_valgrind     | build/train_gpt_valgrind_fp32 | $python dev/test/clean_run.py build/train_gpt_valgrind_fp32 --valgrind
+leak               | $trainer | $python dev/test/clean_run.py $trainer --leak 10000
+leak_2_ranks       | $trainer | $python dev/test/clean_run.py $trainer --leak 3000 --ranks 2
 mutations          |                                | $python dev/test/mutate.py
 END
 }
@@ -62,10 +66,11 @@ while IFS='|' read -r name targets command; do
         continue
     fi
     log=build/nightly/$name.txt begin=$SECONDS
+    : >"$log"
     script=$(echo "$command" | grep -o 'dev/[a-z_/]*\.py')
     if [ -n "$script" ] && [ ! -e "$script" ]; then
         verdict="left out: there is no $script"
-    elif [ -n "$targets" ] && ! make --no-print-directory "$targets" >"$log" 2>&1 </dev/null; then
+    elif [ -n "$targets" ] && ! make --no-print-directory "$targets" >>"$log" 2>&1 </dev/null; then
         verdict="FAILED: $targets did not build ($log)" failed=1
     elif $command >>"$log" 2>&1 </dev/null; then
         verdict="ok: $(tail -n 1 "$log")"
