@@ -37,7 +37,7 @@ struct Random {
     std::mt19937_64 bits;
     double uniform() { return double(bits() >> 11) * 0x1p-53; }
     double normal() { return sqrt(-2 * log(1 - uniform())) * cos(6.283185307179586 * uniform()); }
-    int between(int least, int most) { return least + int(bits() % uint64_t(most - least + 1)); }
+    int between(int least, int most) { return int(least + int64_t(bits() % (uint64_t(most) - least + 1))); }
     bool chance(double p) { return uniform() < p; }
     template <typename T>
     T pick(const std::vector<T>& of) {

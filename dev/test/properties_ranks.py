@@ -18,9 +18,9 @@ from launch import Tests, contents, expect, log_bits, losses, read_safetensors, 
 from test_cli import distance
 
 TOTAL, STEPS = 12, 4  # sequences of a step, which 1 to 4 ranks share
-# Of losses near 5, and of weights relative to their length. Measured in fp32 over 60 configurations 5e-5 and 1.6e-4, with
-# rounding at random 1.1e-4 and 1.3e-4; in bf16 over 25 4.9e-3 and 4.9e-3. (AdamW makes a gradient that is nothing but
-# rounding a step of full size.)
+# Of losses near 5, and of weights relative to their length. Measured in fp32 over 60 configurations 5e-5 and 1.6e-4,
+# with rounding at random 1.1e-4 and 1.3e-4; in bf16 over 25 4.9e-3 and 4.9e-3. (AdamW makes a gradient that is nothing
+# but rounding a step of full size.)
 TOLERANCE = {"fp32": (1e-4, 3e-4), "bf16": (1e-2, 1e-2), "random": (2e-4, 3e-4)}
 
 
