@@ -129,6 +129,19 @@ build/test_sanitized_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES)
 	    -fno-sanitize-recover=undefined -DEXACT_GEOMETRY $($*) \
 	    -x c++ build/src/test_gpt.cu -lopenblas -lboost_context -o $@
 
+# properties at random shapes
+PROPERTIES = build/src/dev/test/properties.cu dev/test/reference.h dev/test/frame.h $(CPU_SOURCES)
+
+build/properties_%: $(PROPERTIES)
+	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY $($*) -x c++ $< -lopenblas -lboost_context -o $@
+
+build/properties_serial_%: $(PROPERTIES)
+	g++ $(CXXFLAGS) $($*) -x c++ $< -lopenblas -o $@
+
+build/properties_sanitized_%: $(PROPERTIES)
+	g++ $(CXXFLAGS) -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -DEXACT_GEOMETRY $($*) \
+	    -x c++ $< -lopenblas -lboost_context -o $@
+
 build/test_standin_serial: build/src/dev/cpu/test_standin.cu dev/cpu/expect.h $(STANDIN)
 	g++ $(CXXFLAGS) -x c++ $< -lopenblas -o $@
 
