@@ -126,7 +126,7 @@ Vec norm_backward_f64(const double* dy, const double* x, const double* g, int C,
 // rows in bf16 are multiples of 8
 constexpr int RAGGED(int C) { return BF16 ? (C + 7) / 8 * 8 : C; }
 
-const Norm NORMS[] = {{1e-5f, false}, {1e-5f, true}};
+const Norm BOTH_NORMS[] = {{1e-5f, false}, {1e-5f, true}};
 
 // While it lives, a device of one multiprocessor: a block of the backward kernels then walks over several rows.
 struct FewBlocks {
@@ -143,7 +143,7 @@ TEST(norm_residual) {
                         {2, EXACT || !BF16 ? 1000 : 11008},
                         {1, BF16 ? 12288 : 6144},
                         {70, RAGGED(1)}})
-        for (Norm norm : NORMS)
+        for (Norm norm : BOTH_NORMS)
             for (int option = 0; option < 4; option++) {
                 Random r{uint64_t(N * 31 + C)};
                 const bool gain = option & 1, res = option & 2;
@@ -173,7 +173,7 @@ TEST(norm_backward) {
                         {5, 2048},
                         {2, EXACT || !BF16 ? 1000 : 11008},
                         {1, BF16 ? 12288 : 6144}})
-        for (Norm norm : NORMS)
+        for (Norm norm : BOTH_NORMS)
             for (int add = 0; add < 3; add++) {  // nothing, another buffer, dx itself
                 Random r{uint64_t(N * 37 + C)};
                 DevX x(normals(size_t(N) * C, r, 2, 0.5)), dy(normals(size_t(N) * C, r)), g(normals(C, r, 0.3, 1));
@@ -252,7 +252,7 @@ Vec qkv_backward_f64(const Vec& dout, const Vec& raw, const Vec& g, int gains, c
 TEST(qkv_norm_rope) {
     FewBlocks few;
     for (Heads h : {Heads{2, 5, 4, 4, 16}, {1, 7, 6, 2, 32}, {2, 3, 2, 1, 64}, {1, 3, 2, 2, 72}, {1, 35, 4, 1, 128}})
-        for (Norm norm : NORMS)
+        for (Norm norm : BOTH_NORMS)
             for (int gains : {0, 2, 3})
                 for (bool turned : {false, true}) {
                     Random r{uint64_t(h.T * 41 + h.HS)};
@@ -291,7 +291,7 @@ TEST(ffn_norm_act) {
                         {2, EXACT || !BF16 ? 600 : 11008},
                         {1, BF16 ? 14336 : 7168},
                         {1, BF16 ? 28672 : 14336}})
-        for (Norm norm : NORMS)
+        for (Norm norm : BOTH_NORMS)
             for (int option = 0; option < 4; option++) {
                 const bool gated = option & 1, gain = option & 2;
                 const int P = gated ? 2 : 1, W = P * F;
@@ -334,7 +334,7 @@ TEST(ffn_norm_act) {
 
 // Stats that are known are read, each part's own: twice the rstd gives the bits of twice the gain.
 TEST(known_stats) {
-    const Norm norm = NORMS[0];
+    const Norm norm = BOTH_NORMS[0];
     const Heads h = {1, 5, 4, 2, 16};
     const int N = h.B * h.T, C = h.width(0), KV = h.width(1), F = 40, W = std::max(h.qkv(), 2 * F);
     Random r{47};
