@@ -5957,7 +5957,7 @@ std::string find_weights(const std::string& path) {
         throw Error(path + ": is no checkpoint and holds none. Give a folder that --save-every wrote, or --out's.");
     std::string trouble;
     for (; !steps.empty(); steps.pop_back()) {
-        const std::string dir = path + "/" + checkpoint_name(steps.back());
+        std::string dir = path + "/" + checkpoint_name(steps.back());
         try {
             verify_checkpoint(dir, true);
             if (!trouble.empty()) fprintf(stderr, "train_gpt: warning: %s Taking %s.\n", trouble.c_str(), dir.c_str());
@@ -6390,7 +6390,7 @@ struct Log {
 };
 
 std::string duration(double seconds) {
-    int s = int(seconds + 0.5);
+    const int s = int(lround(seconds));
     return s >= 3600 ? format("%dh%02dm", s / 3600, s / 60 % 60)
            : s >= 60 ? format("%dm%02ds", s / 60, s % 60)
                      : format("%ds", s);
