@@ -7728,7 +7728,7 @@ std::string settle_weights(Options& o, std::unique_ptr<Tokenizer>& tokenizer) {
         return o.init_from;
     }
     if (!o.shape.empty()) throw Error(format("--%s: the checkpoint has its own. Leave it out.", o.shape[0]));
-    const std::string dir = find_weights(o.checkpoint);
+    std::string dir = find_weights(o.checkpoint);
     const Manifest manifest = read_manifest(dir);
     c = config_of(manifest, dir);
     if (o.seq_len && !c.gated() && o.seq_len > c.max_T)

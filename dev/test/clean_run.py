@@ -37,9 +37,9 @@ LIVES = {
     "nanogpt prenorm": ["--recompute", "block", "--norm", "layernorm", "--shuffle"],
     "nanogpt preqknorm": ["--recompute", "norm", "--grad-accum", 2],
 }
-# KiB that a rank's resident memory may grow between the second tenth of a long run and its end: measured are at most 500
-# (10000 steps on one rank, 3000 on two); 100 bytes lost a step would be 1000
-GROWTH = 800
+# KiB that a rank's resident memory may grow from the second tenth of a long run to its last: measured are 8 (10000 steps
+# on one rank) and 0 (3000 on two); 10 bytes lost a step would be 80 in 10000
+GROWTH = 64
 
 
 class Lives:
