@@ -48,7 +48,6 @@ for part in ${*:-tidy cppcheck shell python}; do
         tool clang-tidy-14 clang-tidy-14 || continue
         more=
         tidy build/src/dev/test/test_channel.cu ${mpi:+-DUSE_MPI} $mpi
-        tidy build/src/dev/bench/bench.cu
         tidy dev/test/test_dataloader.cpp
         tidy dev/test/test_tokenizer.cpp
         # the paths of the trainer that these include were walked above, in longer programs it takes ten minutes; the
@@ -56,6 +55,7 @@ for part in ${*:-tidy cppcheck shell python}; do
         more=--checks=-clang-analyzer-*,-performance-unnecessary-value-param,-bugprone-suspicious-memory-comparison
         more=$more,-cert-exp42-c,-cert-flp37-c,-readability-suspicious-call-argument
         tidy build/src/test_gpt.cu -DEXACT_GEOMETRY -DPRECISION_BF16
+        tidy build/src/dev/bench/bench.cu
         tidy build/src/train_gpt.cu
         tidy build/src/dev/cpu/test_standin.cu
         tidy dev/cpu/test_nccl.cpp ${mpi:+-DUSE_MPI} $mpi
