@@ -38,8 +38,8 @@ mpi=$(mpicxx -show 2>/dev/null | tr ' ' '\n' | sed -n 's/^-I/-isystem/p')
 tidy() {  # tidy FILE FLAGS...; clang 14 lacks one builtin of gcc's
     file=$1
     shift
-    check "clang-tidy $file $*" clang-tidy-14 --quiet --warnings-as-errors='*' "$file" $more -- -x c++ -std=c++17 -pthread \
-        -fno-strict-aliasing -Wno-unknown-pragmas '-D__builtin_assoc_barrier=' -Idev/cpu/include -I. "$@"
+    check "clang-tidy $file $*" clang-tidy-14 --quiet --warnings-as-errors='*' "$file" $more -- -x c++ -std=c++17 \
+        -pthread -fno-strict-aliasing -Wno-unknown-pragmas '-D__builtin_assoc_barrier=' -Idev/cpu/include -I. "$@"
 }
 
 for part in ${*:-tidy cppcheck shell python}; do
@@ -70,8 +70,8 @@ for part in ${*:-tidy cppcheck shell python}; do
         ;;
     shell)
         tool shellcheck shellcheck || continue
-        # files read beside (1091) and what they use (2034), words that are meant to split (2046, 2048, 2086), functions called by name (2317)
-        check shellcheck shellcheck -e SC1091,SC2034,SC2046,SC2048,SC2086,SC2317 $(git ls-files '*.sh')
+        # files read beside (1091) and what they use (2034, 2154), words that are meant to split (2046, 2048, 2086), functions called by name (2317)
+        check shellcheck shellcheck -s sh -e SC1091,SC2034,SC2154,SC2046,SC2048,SC2086,SC2317 $(git ls-files '*.sh')
         ;;
     python)
         tool pyflakes3 pyflakes3 || continue

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Whole lives of tiny models, watched: train (loader's thread, saves beside training, validation, samples, probe), kill,
-stop, resume, export, import, generate, eval, bad files; then 2 ranks under mpirun. The build or valgrind does the
+"""Whole lives of tiny models, watched: train (loader's thread, saves beside training, validation, samples, probe),
+kill, stop, resume, export, import, generate, eval, bad files; then 2 ranks under mpirun. The build or valgrind does the
 watching: any report of theirs fails, as does a byte that differs from the undisturbed run. Standard library only.
 
-usage: clean_run.py TRAIN_GPT [--valgrind] [--bf16] [--quick] [--alone]    the life of each variant on each backbone
+usage: clean_run.py TRAIN_GPT [--valgrind] [--bf16] [--quick] [--alone]    a life of each variant and backbone
        clean_run.py TRAIN_GPT --leak 10000 [--ranks 2]      one long run: memory, files and threads must stay as they were
 
 `make build/train_gpt_asan_fp32`, _tsan_fp32, _valgrind_fp32 and their _bf16 build the trainers.
@@ -59,7 +59,7 @@ class Lives:
         return os.path.join(self.dir, name)
 
     def start(self, *flags, ranks=0, ends=False):
-        # MPI keeps memory of its own to the end of the process, and an error ends it (`ends`) with all that it holds
+        # MPI keeps memory of its own to the end, and an error ends the process (`ends`) with all that it holds
         leaks = {"ASAN_OPTIONS": WATCH["ASAN_OPTIONS"] + ":detect_leaks=0", "LEAK_CHECK": "no"} if ranks or ends else {}
         return Job(self.trainer, flags, ranks, {**WATCH, **leaks})
 
@@ -158,8 +158,8 @@ class Lives:
     def leak(self, steps, ranks):
         """Looks at each rank while it trains, and prints how it stood on the way."""
         out = self.path("long")
-        job = self.start(*self.flags("llama simplegpt", "long", "--steps", steps, "--log-every", steps, "--val-every", 50,
-                                     "--sample-every", 100, "--save-every", 25, "--save-async", "--probe", 0 if ranks > 1 else 200),
+        job = self.start(*self.flags("llama simplegpt", "long", "--steps", steps, "--log-every", steps, "--val-every",
+                                     50, "--sample-every", 100, "--save-every", 25, "--save-async", "--probe", 0 if ranks > 1 else 200),
                          ranks=ranks if ranks > 1 else 0)
         seen, pids = [], {}
         try:
