@@ -3,7 +3,7 @@
 kill, stop, resume, export, import, generate, eval, bad files; then 2 ranks under mpirun. The build or valgrind does the
 watching: any report of theirs fails, as does a byte that differs from the undisturbed run. Standard library only.
 
-usage: clean_run.py TRAIN_GPT [--valgrind] [--bf16] [--quick] [--alone]    a life of each variant and backbone
+usage: clean_run.py TRAIN_GPT [--valgrind] [--bf16] [--quick] [--alone]  a life of each variant and backbone
        clean_run.py TRAIN_GPT --leak 10000 [--ranks 2]      one long run: memory, files and threads must stay as they were
 
 `make build/train_gpt_asan_fp32`, _tsan_fp32, _valgrind_fp32 and their _bf16 build the trainers.
@@ -25,8 +25,8 @@ WATCH = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "exitcode=99",
 }
-VALGRIND = ["valgrind", "-q", "--error-exitcode=99", "--leak-check=${LEAK_CHECK-full}", "--show-leak-kinds=definite",
-            "--errors-for-leak-kinds=definite"]
+VALGRIND = ["valgrind", "-q", "--error-exitcode=99", "--leak-check=${LEAK_CHECK-full}",
+            "--show-leak-kinds=definite", "--errors-for-leak-kinds=definite"]
 STEPS = 24
 # each life tries other options
 LIVES = {
@@ -129,7 +129,8 @@ class Lives:
                  self.path("train_*.bin"), "--out", self.path("import"), "--export", self.path("import.st"))
         expect(self.args.bf16 or contents(self.path("import.st")) == weights, "import and export change the weights")
         for more in (["--temperature", 0], ["--top-k", 5, "--top-p", 0.9, "--seed", 3]):
-            text = self.run("generate", "--checkpoint", self.path("run"), "--prompt", "def f", "--max-tokens", 12, *more)
+            text = self.run("generate", "--checkpoint", self.path("run"), "--prompt", "def f", "--max-tokens", 12,
+                            *more)
             expect(text.out.startswith("def f"), f"generate wrote {text.out!r}")
         measured = self.run("eval", "--checkpoint", self.path("run"), "--val-data", self.path("val.bin"))
         expect('"loss"' in measured.out, f"eval wrote {measured.out!r}")
@@ -159,7 +160,8 @@ class Lives:
         """Looks at each rank while it trains, and prints how it stood on the way."""
         out = self.path("long")
         job = self.start(*self.flags("llama simplegpt", "long", "--steps", steps, "--log-every", steps, "--val-every",
-                                     50, "--sample-every", 100, "--save-every", 25, "--save-async", "--probe", 0 if ranks > 1 else 200),
+                                     50, "--sample-every", 100, "--save-every", 25, "--save-async",
+                                     "--probe", 0 if ranks > 1 else 200),
                          ranks=ranks if ranks > 1 else 0)
         seen, pids = [], {}
         try:
