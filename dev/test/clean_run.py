@@ -4,7 +4,7 @@ kill, stop, resume, export, import, generate, eval, bad files; then 2 ranks unde
 watching: any report of theirs fails, as does a byte that differs from the undisturbed run. Standard library only.
 
 usage: clean_run.py TRAIN_GPT [--valgrind] [--bf16] [--quick] [--alone]  a life of each variant and backbone
-       clean_run.py TRAIN_GPT --leak 10000 [--ranks 2]      one long run: memory, files and threads must stay as they were
+       clean_run.py TRAIN_GPT --leak 10000 [--ranks 2]    a long run: memory, files, threads must stay as they were
 
 `make build/train_gpt_asan_fp32`, _tsan_fp32, _valgrind_fp32 and their _bf16 build the trainers.
 """
@@ -37,8 +37,8 @@ LIVES = {
     "nanogpt prenorm": ["--recompute", "block", "--norm", "layernorm", "--shuffle"],
     "nanogpt preqknorm": ["--recompute", "norm", "--grad-accum", 2],
 }
-# KiB that a rank's resident memory may grow from the second tenth of a long run to its last: measured are 8 (10000 steps
-# on one rank) and 0 (3000 on two); 10 bytes lost a step would be 80 in 10000
+# KiB that a rank's resident memory may grow from the second tenth of a long run to its last: measured are 8 (10000
+# steps on one rank) and 0 (3000 on two); 10 bytes lost a step would be 80 in 10000
 GROWTH = 64
 
 
