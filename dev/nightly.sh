@@ -48,8 +48,9 @@ disk               | $trainer | $python dev/test/test_disk.py $trainer --full
 faults             | $trainer | $python dev/test/test_faults.py $trainer --full
 clean_asan         | build/train_gpt_asan_fp32     | $python dev/test/clean_run.py build/train_gpt_asan_fp32
 clean_asan16       | build/train_gpt_asan_bf16     | $python dev/test/clean_run.py build/train_gpt_asan_bf16 --bf16
-clean_tsan         | build/train_gpt_tsan_fp32     | $python dev/test/clean_run.py build/train_gpt_tsan_fp32
-clean_valgrind     | build/train_gpt_valgrind_fp32 | $python dev/test/clean_run.py build/train_gpt_valgrind_fp32 --valgrind
+clean_tsan         | build/train_gpt_tsan_fp32     | $python dev/test/clean_run.py build/train_gpt_tsan_fp32 --alone
+clean_valgrind     | build/train_gpt_valgrind_fp32 | $python dev/test/clean_run.py build/train_gpt_valgrind_fp32 --alone --valgrind
+lint               |                                | dev/lint.sh
 leak               | $trainer | $python dev/test/clean_run.py $trainer --leak 10000
 leak_2_ranks       | $trainer | $python dev/test/clean_run.py $trainer --leak 3000 --ranks 2
 mutations          |                                | $python dev/test/mutate.py
