@@ -38,13 +38,8 @@ mpi=$(mpicxx -show 2>/dev/null | tr ' ' '\n' | sed -n 's/^-I/-isystem/p')
 tidy() {  # tidy FILE FLAGS...; clang 14 lacks one builtin of gcc's
     file=$1
     shift
-<<<<<<< HEAD
-    check "clang-tidy $file $*" clang-tidy-14 --quiet --warnings-as-errors='*' "$file" $more -- -x c++ -std=c++17 -pthread \
-        -fno-strict-aliasing -Wno-unknown-pragmas '-D__builtin_assoc_barrier=' -Idev/cpu/include -I. "$@"
-=======
     check "clang-tidy $file $*" clang-tidy-14 --quiet --warnings-as-errors='*' "$file" $more -- -x c++ -std=c++17 \
         -pthread -fno-strict-aliasing -Wno-unknown-pragmas '-D__builtin_assoc_barrier=' -Idev/cpu/include -I. "$@"
->>>>>>> 93d6784a45fba447c7c31d37b643fe9a6236b1a2
 }
 
 for part in ${*:-tidy cppcheck shell python}; do
@@ -53,24 +48,14 @@ for part in ${*:-tidy cppcheck shell python}; do
         tool clang-tidy-14 clang-tidy-14 || continue
         more=
         tidy build/src/dev/test/test_channel.cu ${mpi:+-DUSE_MPI} $mpi
-<<<<<<< HEAD
-        tidy build/src/dev/bench/bench.cu
-=======
->>>>>>> 93d6784a45fba447c7c31d37b643fe9a6236b1a2
         tidy dev/test/test_dataloader.cpp
         tidy dev/test/test_tokenizer.cpp
         # the paths of the trainer that these include were walked above, in longer programs it takes ten minutes; the
         # stand-in's tests do on purpose what must be noticed, and copy closures
-<<<<<<< HEAD
-        more=--checks=-clang-analyzer-*,-performance-unnecessary-value-param,-bugprone-suspicious-memory-comparison
-        more=$more,-cert-exp42-c,-cert-flp37-c,-readability-suspicious-call-argument
-        tidy build/src/test_gpt.cu -DEXACT_GEOMETRY -DPRECISION_BF16
-=======
         more='--checks=-clang-analyzer-*,-performance-unnecessary-value-param,-bugprone-suspicious-memory-comparison'
         more=$more,-cert-exp42-c,-cert-flp37-c,-readability-suspicious-call-argument
         tidy build/src/test_gpt.cu -DEXACT_GEOMETRY -DPRECISION_BF16
         tidy build/src/dev/bench/bench.cu
->>>>>>> 93d6784a45fba447c7c31d37b643fe9a6236b1a2
         tidy build/src/train_gpt.cu
         tidy build/src/dev/cpu/test_standin.cu
         tidy dev/cpu/test_nccl.cpp ${mpi:+-DUSE_MPI} $mpi
@@ -85,15 +70,10 @@ for part in ${*:-tidy cppcheck shell python}; do
         ;;
     shell)
         tool shellcheck shellcheck || continue
-<<<<<<< HEAD
-        # files read beside (1091), words that are meant to split (2046, 2086), functions called by name (2317)
-        check shellcheck shellcheck -e SC1091,SC2046,SC2086,SC2317 $(git ls-files '*.sh')
-=======
         # files read beside (1091) and what they use (2034, 2154),
         # words that are to split (2046, 2048, 2086),
         # functions called by name (2317)
         check shellcheck shellcheck -s sh -e SC1091,SC2034,SC2154,SC2046,SC2048,SC2086,SC2317 $(git ls-files '*.sh')
->>>>>>> 93d6784a45fba447c7c31d37b643fe9a6236b1a2
         ;;
     python)
         tool pyflakes3 pyflakes3 || continue

@@ -1,19 +1,10 @@
 #!/usr/bin/env python3
-<<<<<<< HEAD
-"""Whole lives of tiny models, watched: train (loader's thread, saves beside training, validation, samples, probe), kill,
-stop, resume, export, import, generate, eval, bad files; then 2 ranks under mpirun. The build or valgrind does the
-watching: any report of theirs fails, as does a byte that differs from the undisturbed run. Standard library only.
-
-usage: clean_run.py TRAIN_GPT [--valgrind] [--bf16] [--quick] [--alone]    the life of each variant on each backbone
-       clean_run.py TRAIN_GPT --leak 10000 [--ranks 2]      one long run: memory, files and threads must stay as they were
-=======
 """Whole lives of tiny models, watched: train (loader's thread, saves beside training, validation, samples, probe),
 kill, stop, resume, export, import, generate, eval, bad files; then 2 ranks under mpirun. The build or valgrind does the
 watching: any report of theirs fails, as does a byte that differs from the undisturbed run. Standard library only.
 
 usage: clean_run.py TRAIN_GPT [--valgrind] [--bf16] [--quick] [--alone]  a life of each variant and backbone
        clean_run.py TRAIN_GPT --leak 10000 [--ranks 2]    a long run: memory, files, threads must stay as they were
->>>>>>> 93d6784a45fba447c7c31d37b643fe9a6236b1a2
 
 `make build/train_gpt_asan_fp32`, _tsan_fp32, _valgrind_fp32 and their _bf16 build the trainers.
 """
@@ -34,13 +25,8 @@ WATCH = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "exitcode=99",
 }
-<<<<<<< HEAD
-VALGRIND = ["valgrind", "-q", "--error-exitcode=99", "--leak-check=${LEAK_CHECK-full}", "--show-leak-kinds=definite",
-            "--errors-for-leak-kinds=definite"]
-=======
 VALGRIND = ["valgrind", "-q", "--error-exitcode=99", "--leak-check=${LEAK_CHECK-full}",
             "--show-leak-kinds=definite", "--errors-for-leak-kinds=definite"]
->>>>>>> 93d6784a45fba447c7c31d37b643fe9a6236b1a2
 STEPS = 24
 # each life tries other options
 LIVES = {
@@ -51,13 +37,8 @@ LIVES = {
     "nanogpt prenorm": ["--recompute", "block", "--norm", "layernorm", "--shuffle"],
     "nanogpt preqknorm": ["--recompute", "norm", "--grad-accum", 2],
 }
-<<<<<<< HEAD
-# KiB that a rank's resident memory may grow from the second tenth of a long run to its last: measured are 8 (10000 steps
-# on one rank) and 0 (3000 on two); 10 bytes lost a step would be 80 in 10000
-=======
 # KiB that a rank's resident memory may grow from the second tenth of a long run to its last: measured are 8 (10000
 # steps on one rank) and 0 (3000 on two); 10 bytes lost a step would be 80 in 10000
->>>>>>> 93d6784a45fba447c7c31d37b643fe9a6236b1a2
 GROWTH = 64
 
 
@@ -78,11 +59,7 @@ class Lives:
         return os.path.join(self.dir, name)
 
     def start(self, *flags, ranks=0, ends=False):
-<<<<<<< HEAD
-        # MPI keeps memory of its own to the end of the process, and an error ends it (`ends`) with all that it holds
-=======
         # MPI keeps memory of its own to the end, and an error ends the process (`ends`) with all that it holds
->>>>>>> 93d6784a45fba447c7c31d37b643fe9a6236b1a2
         leaks = {"ASAN_OPTIONS": WATCH["ASAN_OPTIONS"] + ":detect_leaks=0", "LEAK_CHECK": "no"} if ranks or ends else {}
         return Job(self.trainer, flags, ranks, {**WATCH, **leaks})
 
@@ -152,12 +129,8 @@ class Lives:
                  self.path("train_*.bin"), "--out", self.path("import"), "--export", self.path("import.st"))
         expect(self.args.bf16 or contents(self.path("import.st")) == weights, "import and export change the weights")
         for more in (["--temperature", 0], ["--top-k", 5, "--top-p", 0.9, "--seed", 3]):
-<<<<<<< HEAD
-            text = self.run("generate", "--checkpoint", self.path("run"), "--prompt", "def f", "--max-tokens", 12, *more)
-=======
             text = self.run("generate", "--checkpoint", self.path("run"), "--prompt", "def f", "--max-tokens", 12,
                             *more)
->>>>>>> 93d6784a45fba447c7c31d37b643fe9a6236b1a2
             expect(text.out.startswith("def f"), f"generate wrote {text.out!r}")
         measured = self.run("eval", "--checkpoint", self.path("run"), "--val-data", self.path("val.bin"))
         expect('"loss"' in measured.out, f"eval wrote {measured.out!r}")
@@ -186,14 +159,9 @@ class Lives:
     def leak(self, steps, ranks):
         """Looks at each rank while it trains, and prints how it stood on the way."""
         out = self.path("long")
-<<<<<<< HEAD
-        job = self.start(*self.flags("llama simplegpt", "long", "--steps", steps, "--log-every", steps, "--val-every", 50,
-                                     "--sample-every", 100, "--save-every", 25, "--save-async", "--probe", 0 if ranks > 1 else 200),
-=======
         job = self.start(*self.flags("llama simplegpt", "long", "--steps", steps, "--log-every", steps, "--val-every",
                                      50, "--sample-every", 100, "--save-every", 25, "--save-async",
                                      "--probe", 0 if ranks > 1 else 200),
->>>>>>> 93d6784a45fba447c7c31d37b643fe9a6236b1a2
                          ranks=ranks if ranks > 1 else 0)
         seen, pids = [], {}
         try:
