@@ -1763,8 +1763,11 @@ TEST(config_of_checkpoint) {
             EXPECT(config_fields(again, Storage()) == config_fields(c, Storage()));
             EXPECT(build_table(again).size == build_table(c).size);
         }
-    for (auto [word, with] :
-         {std::pair{"llama", "gpt"}, {"\"4\"", "\"0\""}, {"\"4\"", "\"99999999999\""}, {"dim", "dime"}}) {
+    for (auto [word, with] : {std::pair{"llama", "gpt"},
+                              {"\"4\"", "\"0\""},
+                              {"\"4\"", "\"99999999999\""},
+                              {"dim", "dime"},
+                              {"\"dim\"", "\"softcap\": \"30\", \"dim\""}}) {
         std::string json = "{\"config\": {";
         for (auto& [key, value] : config_fields(small_config(Backbone::llama, Variant::simplegpt), Storage()))
             json += (json.back() == '{' ? "" : ", ") + ("\"" + key + "\": \"" + (key == "layers" ? "4" : value) + "\"");

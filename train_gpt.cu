@@ -5611,7 +5611,7 @@ std::vector<std::pair<std::string, Flat>> optimizer_state(const Model& m) {
 }
 std::string optimizer_file(int rank) { return format("optimizer_rank%d.safetensors", rank); }
 
-// The files of weights of a checkpoint: as many as ranks, if there are units enough. -1: the rank writes none.
+// The files of weights of a checkpoint: as many as ranks, if there are units enough.
 int model_files(const Model& m) { return std::min(ranks.size, m.units()); }
 int model_file_of(const Model& m, int unit) { return int(int64_t(unit) * model_files(m) / m.units()); }
 std::string model_file(const Model& m, int i) {
@@ -6003,6 +6003,12 @@ Config config_of(const Manifest& manifest, const std::string& dir) {
         c.rope_theta = strtof(text("rope_theta").c_str(), nullptr);
         c.norm_eps = strtof(text("norm_eps").c_str(), nullptr);
         finish(c);
+        const Fields known = config_fields(c, Storage());
+        for (auto& [key, value] : config->fields) {
+            auto is_key = [&, &key = key](auto& field) { return field.first == key; };
+            if (std::none_of(known.begin(), known.end(), is_key))
+                throw Error("has " + key + ", which this build does not know. Take the one that wrote it.");
+        }
     } catch (const Error& e) {
         throw Error(dir + "/state.json: " + e.what());
     }
@@ -6013,6 +6019,7 @@ Config config_of(const Manifest& manifest, const std::string& dir) {
 TrainState load_checkpoint(Model& m, const std::string& dir) {
     const Manifest manifest = read_manifest(dir);
     const Json* config = manifest.json.find("config");
+    config_of(manifest, dir);  // refuses what this build does not know
     for (auto& [key, value] : config_fields(m.c, m.storage)) {
         const Json* there = config ? config->find(key) : nullptr;
         if (!there || there->string != value)

@@ -172,6 +172,7 @@ def write_json(path, value):
 WORDS = {
     "backbone": ("llama", "nanogpt"), "variant": ("simplegpt", "prenorm", "preqknorm"), "norm": ("rmsnorm", "layernorm")
 }
+STORAGE = ("precision", "gradients", "moments", "master")  # in state.json beside the model's own
 NUMBERS = ("dim", "layers", "heads", "kv_heads", "hidden", "vocab_size", "seq_len", "max_seq_len")
 
 
@@ -187,6 +188,9 @@ def description(words, where, hint):
             raise ValueError
     except (KeyError, ValueError, TypeError):
         raise Refused(f"{where}: its description of the model is incomplete or broken. {hint}") from None
+    strange = set(words) - {*c, *STORAGE}
+    if strange:
+        raise Refused(f"{where}: its model has {min(strange)}, which is not known here. Take the tools of its trainer.")
     return c
 
 

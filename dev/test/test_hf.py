@@ -292,6 +292,7 @@ class Refusals(Case):
         written(lambda t, m: m.pop("config"), "description of the model")
         written(lambda t, m: m.update(config="{"), "description of the model")
         written(lambda t, m: m.update(config=m["config"].replace("prenorm", "postnorm")), "description of the model")
+        written(lambda t, m: m.update(config=m["config"].replace("{", '{"softcap": "30", ', 1)), "has softcap")
         written(lambda t, m: m.update(config=m["config"].replace('"heads": "1"', '"heads": "3"')),
                 "description of the model")
         written(lambda t, m: t.pop("norm.weight"), "lacks the tensor norm.weight")
