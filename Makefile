@@ -38,7 +38,7 @@ MPI_STAMP = build/mpi.flags
 
 HAVE_GPU := $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | head -n 1))
 
-.PHONY: FORCE all cpu gpu run test gpu-check bench clean help
+.PHONY: FORCE all cpu gpu run test lint gpu-check bench clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -65,6 +65,9 @@ run:  ## the quick start: prepare real text, train for about five minutes, draw 
 test:  ## all tests that need no GPU
 	@dev/setup.sh test
 	@$(PYTHON) dev/test/run.py
+
+lint:  ## clang-tidy, cppcheck, shellcheck and pyflakes over everything
+	@dev/lint.sh
 
 gpu-check:  ## on a machine with a GPU: build, tests, compute-sanitizer, short runs, benches
 	@NVCC=$(NVCC) PYTHON=$(PYTHON) dev/gpu_check.sh
@@ -126,14 +129,46 @@ build/test_sanitized_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES)
 	    -fno-sanitize-recover=undefined -DEXACT_GEOMETRY $($*) \
 	    -x c++ build/src/test_gpt.cu -lopenblas -lboost_context -o $@
 
+# properties at random shapes
+PROPERTIES = build/src/dev/test/properties.cu dev/test/reference.h dev/test/frame.h $(CPU_SOURCES)
+
+build/properties_%: $(PROPERTIES)
+	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY $($*) -x c++ $< -lopenblas -lboost_context -o $@
+
+build/properties_serial_%: $(PROPERTIES)
+	g++ $(CXXFLAGS) $($*) -x c++ $< -lopenblas -o $@
+
+build/properties_sanitized_%: $(PROPERTIES)
+	g++ $(CXXFLAGS) -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -DEXACT_GEOMETRY $($*) \
+	    -x c++ $< -lopenblas -lboost_context -o $@
+
 build/test_standin_serial: build/src/dev/cpu/test_standin.cu dev/cpu/expect.h $(STANDIN)
 	g++ $(CXXFLAGS) -x c++ $< -lopenblas -o $@
 
 build/test_standin_exact: build/src/dev/cpu/test_standin.cu dev/cpu/expect.h $(STANDIN)
 	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY -x c++ $< -lopenblas -lboost_context -o $@
 
+# what has threads of its own runs under ThreadSanitizer: the channel, the loader, and the trainer that clean_run.py
+# watches. It does not know libgomp: without -fopenmp a launch has one thread
+UNTHREADED = $(filter-out -fopenmp,$(CXXFLAGS)) -O1 -g1 -fsanitize=thread
+
 build/test_channel: build/src/dev/test/test_channel.cu dev/test/frame.h $(CPU_SOURCES)
-	g++ $(CXXFLAGS) -O1 -x c++ build/src/dev/test/test_channel.cu -lopenblas -o $@
+	g++ $(UNTHREADED) -x c++ build/src/dev/test/test_channel.cu -lopenblas -lgomp -o $@
+
+build/train_gpt_tsan_%: $(CPU_SOURCES)
+	g++ $(UNTHREADED) $($*) -x c++ build/src/train_gpt.cu -lopenblas -lgomp -o $@
+
+build/test_dataloader_tsan: dev/test/test_dataloader.cpp dataloader.h
+	g++ -std=c++17 -O1 -g1 -pthread -Wall -Wextra -fsanitize=thread -I. $< -o $@
+
+# the other trainers that clean_run.py watches. At -O0 AddressSanitizer's is built in half the time; valgrind knows no
+# AVX-512
+build/train_gpt_asan_%: $(CPU_SOURCES) $(MPI_STAMP)
+	g++ $(CXXFLAGS) -O0 -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size \
+	    -fno-sanitize-recover=undefined $($*) $(MPI) -x c++ build/src/train_gpt.cu -lopenblas $(MPI_LIB) -o $@
+
+build/train_gpt_valgrind_%: $(CPU_SOURCES)
+	g++ $(CXXFLAGS) -O1 -g1 -march=x86-64-v3 $($*) -x c++ build/src/train_gpt.cu -lopenblas -o $@
 
 build/test_nccl: dev/cpu/test_nccl.cpp dev/cpu/expect.h $(STANDIN) $(MPI_STAMP)
 	g++ $(CXXFLAGS) $(MPI) $< $(MPI_LIB) -o $@

@@ -27,6 +27,7 @@
 #pragma once
 #include <algorithm>
 #include <bitset>
+#include <cerrno>
 #include <climits>
 #include <cstdint>
 #include <cstdio>
@@ -719,10 +720,11 @@ private:
     void read(const std::string& path) {
         Reader in{path, {}};
         struct stat info;
-        if (stat(path.c_str(), &info) || !S_ISREG(info.st_mode)) in.fail("there is no such file");
+        if (stat(path.c_str(), &info)) in.fail(std::string("cannot be read: ") + strerror(errno));
+        if (!S_ISREG(info.st_mode)) in.fail("is a folder, a pipe or a device, not a file");
         if (info.st_size > (1 << 28)) in.fail("this is too large for a tokenizer");
         FILE* f = fopen(path.c_str(), "rb");
-        if (!f) in.fail("cannot be read");
+        if (!f) in.fail(std::string("cannot be read: ") + strerror(errno));
         file_.resize(info.st_size);
         file_.resize(fread(file_.data(), 1, file_.size(), f));
         fclose(f);

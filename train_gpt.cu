@@ -104,6 +104,12 @@ std::string one_line(std::string text) {
     return text;
 }
 
+// What an exception tells people.
+std::string reason(const std::exception& e) {
+    if (!dynamic_cast<const std::bad_alloc*>(&e)) return one_line(e.what());
+    return "memory: the host has no more. Lower --batch-size or --seq-len, use fewer threads, or raise its limit.";
+}
+
 // Pieces of long work done on the host, weights set, bytes written: the watch over the ranks (Channel) sees it move.
 std::atomic<long long> ticks{0};
 
@@ -112,7 +118,8 @@ inline void check_cuda(cudaError_t status, const char* call, const char* file, i
     if (status != cudaSuccess) throw Error(format("%s:%d: %s: %s", file, line, call, cudaGetErrorString(status)));
 }
 inline void check_cublas(cublasStatus_t status, const char* call, const char* file, int line) {
-    if (status != CUBLAS_STATUS_SUCCESS) throw Error(format("%s:%d: %s: status %d", file, line, call, int(status)));
+    if (status != CUBLAS_STATUS_SUCCESS)
+        throw Error(format("%s:%d: %s: %s", file, line, call, cublasLtGetStatusName(status)));
 }
 #define CHECK(call) check_cuda(call, #call, __FILE__, __LINE__)
 #define CHECK_CUBLAS(call) check_cublas(call, #call, __FILE__, __LINE__)
@@ -1451,7 +1458,7 @@ constexpr size_t MATMUL_WORKSPACE = size_t(32) << 20;
 // Milliseconds of a launch, the least of three after one that warms up; infinite if it returns false.
 template <typename Launch>
 float least_ms(Launch launch, cudaStream_t stream) {
-    cudaEvent_t begin, end;
+    cudaEvent_t begin = nullptr, end = nullptr;
     float least = INFINITY;
     CHECK(cudaEventCreate(&begin));
     CHECK(cudaEventCreate(&end));
@@ -1515,7 +1522,7 @@ struct Matmul {
             p.algos = {known->second};
             return plans.emplace(shape, p).first->second;
         }
-        cublasLtMatmulPreference_t preference;
+        cublasLtMatmulPreference_t preference = nullptr;
         CHECK_CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
         CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                                           &MATMUL_WORKSPACE, sizeof(MATMUL_WORKSPACE)));
@@ -1613,7 +1620,7 @@ struct Matmul {
                                   workspace, MATMUL_WORKSPACE, stream);
         };
         if (timing && p.algos.size() > 1) choose(p, shape, stream, run);
-        CHECK_CUBLAS(run(p.algos[0]));
+        check_cublas(run(p.algos[0]), "cublasLtMatmul", __FILE__, __LINE__);
     }
 } matmul;
 
@@ -5170,11 +5177,11 @@ struct OutFile {
 // A file for reading that is no pipe, on which one could wait for ever, and no directory.
 FILE* open_regular(const std::string& path) {
     const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) throw Error(path + ": cannot be read: " + strerror(errno) + ".");
+    if (fd < 0) throw Error(path + ": cannot be read: " + strerror(errno) + ". Check the path and its permissions.");
     struct stat info;
     if (fstat(fd, &info) || !S_ISREG(info.st_mode)) {
         ::close(fd);
-        throw Error(path + ": is not a regular file.");
+        throw Error(path + ": is a folder, a pipe or a device. Give a file.");
     }
     return fdopen(fd, "rb");
 }
@@ -5182,7 +5189,7 @@ FILE* open_regular(const std::string& path) {
 // The whole of a file; `any`: also of a pipe or a terminal.
 std::string read_file(const std::string& path, bool any = false) {
     FILE* f = any ? fopen(path.c_str(), "rb") : open_regular(path);
-    if (!f) throw Error(path + ": cannot be read: " + strerror(errno) + ".");
+    if (!f) throw Error(path + ": cannot be read: " + strerror(errno) + ". Check the path and its permissions.");
     std::string s;
     char buffer[65536];
     for (size_t n; (n = fread(buffer, 1, sizeof(buffer), f)) > 0;) s.append(buffer, n);
@@ -5957,7 +5964,7 @@ std::string find_weights(const std::string& path) {
         throw Error(path + ": is no checkpoint and holds none. Give a folder that --save-every wrote, or --out's.");
     std::string trouble;
     for (; !steps.empty(); steps.pop_back()) {
-        const std::string dir = path + "/" + checkpoint_name(steps.back());
+        std::string dir = path + "/" + checkpoint_name(steps.back());
         try {
             verify_checkpoint(dir, true);
             if (!trouble.empty()) fprintf(stderr, "train_gpt: warning: %s Taking %s.\n", trouble.c_str(), dir.c_str());
@@ -6397,7 +6404,7 @@ struct Log {
 };
 
 std::string duration(double seconds) {
-    int s = int(seconds + 0.5);
+    const int s = int(lround(seconds));
     return s >= 3600 ? format("%dh%02dm", s / 3600, s / 60 % 60)
            : s >= 60 ? format("%dm%02ds", s / 60, s % 60)
                      : format("%ds", s);
@@ -7736,7 +7743,7 @@ std::string settle_weights(Options& o, std::unique_ptr<Tokenizer>& tokenizer) {
         return o.init_from;
     }
     if (!o.shape.empty()) throw Error(format("--%s: the checkpoint has its own. Leave it out.", o.shape[0]));
-    const std::string dir = find_weights(o.checkpoint);
+    std::string dir = find_weights(o.checkpoint);
     const Manifest manifest = read_manifest(dir);
     c = config_of(manifest, dir);
     if (o.seq_len && !c.gated() && o.seq_len > c.max_T)
@@ -7910,14 +7917,14 @@ int main(int argc, char** argv) {
                        world.launcher, BUILT_WITH));
     } catch (const std::exception& e) {  // the same on every rank: one says it
         fflush(stdout);
-        if (world.rank == 0) fprintf(stderr, "train_gpt: %s\n", one_line(e.what()).c_str());
+        if (world.rank == 0) fprintf(stderr, "train_gpt: %s\n", reason(e).c_str());
         return 1;
     }
     try {
         run(o, world);
     } catch (const std::exception& e) {
         fflush(stdout);
-        job.fail(e.what());
+        job.fail(reason(e));
     }
     return 0;
 }

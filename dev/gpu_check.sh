@@ -6,7 +6,7 @@
 # MINUTES (8.5: of each steps-MODEL).
 # Exit status 1 if a stage failed; the others run all the same.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 NVCC=${NVCC:-nvcc} PYTHON=${PYTHON:-python3} RESULTS=${RESULTS:-dev/bench/results}
 stages=$(echo " ${*:-build tests sanitize train ranks bench} " |
     sed 's/ bench / kernels steps-162M steps-1B steps-7B steps-llama3-8B report /')

@@ -13,7 +13,7 @@ case "${1-}" in
 run) needed="g++ libopenblas-openmp-dev python3 python3-numpy python3-matplotlib" ;;
 test)
     needed="g++ libopenblas-openmp-dev python3 python3-numpy python3-matplotlib"
-    needed="$needed libboost-context-dev libopenmpi-dev openmpi-bin"
+    needed="$needed libboost-context-dev libopenmpi-dev openmpi-bin clang libclang-rt-dev"
     ;;
 *) fail "'${1-}' is neither run nor test. Say what to set up for." ;;
 esac

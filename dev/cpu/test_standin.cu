@@ -70,7 +70,7 @@ static void test_launch_forms() {
     std::vector<float> values(1000);
     for (int i = 0; i < 1000; i++) values[i] = i;
     Device<float> in(values), out(1000);
-    cudaStream_t stream;
+    cudaStream_t stream = nullptr;
     cudaStreamCreate(&stream);
     int n = 1000;
     scale_kernel<float, 2><<<10, 64>>>(out, in, n, 100, nullptr);
@@ -284,11 +284,11 @@ template <class In, class Out> void check_matmul(bool ta, bool tb, float beta, i
     Device<Out> D(d);
     float alpha = 0.5f;
 
-    cublasLtHandle_t handle;
-    cublasLtMatmulDesc_t desc;
-    cublasLtMatrixLayout_t la, lb, ld;
-    cublasLtMatmulPreference_t preference;
-    cublasLtMatmulHeuristicResult_t found;
+    cublasLtHandle_t handle = nullptr;
+    cublasLtMatmulDesc_t desc = nullptr;
+    cublasLtMatrixLayout_t la = nullptr, lb = nullptr, ld = nullptr;
+    cublasLtMatmulPreference_t preference = nullptr;
+    cublasLtMatmulHeuristicResult_t found = {};
     int count = 0;
     size_t workspace = 0;
     cublasOperation_t opa = ta ? CUBLAS_OP_T : CUBLAS_OP_N, opb = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -387,8 +387,8 @@ static void test_memory() {
 static void test_host_api() {
     int count = 0, device = -1, value = 7, back = 0;
     cudaDeviceProp prop;
-    cudaStream_t stream;
-    cudaEvent_t start, end;
+    cudaStream_t stream = nullptr;
+    cudaEvent_t start = nullptr, end = nullptr;
     float ms = -1;
     EXPECT(cudaGetDeviceCount(&count) == cudaSuccess && count == 1, "%d devices", count);
     EXPECT(cudaSetDevice(0) == cudaSuccess && cudaGetDevice(&device) == cudaSuccess && device == 0, "%d", device);
@@ -425,8 +425,8 @@ __global__ void add_kernel(int* out, const int* in, int factor, int term) { *out
 
 // A first stream and two others, in a mode. d[0..2] are 0.
 struct Streams {
-    cudaStream_t first, second, third;
-    cudaEvent_t event, other;
+    cudaStream_t first = nullptr, second = nullptr, third = nullptr;
+    cudaEvent_t event = nullptr, other = nullptr;
     Device<int> d{std::vector<int>(3, 0)};
     int *x = d, *y = d + 1, *z = d + 2;
     explicit Streams(CudaStreams mode, unsigned flags = cudaStreamDefault) {
@@ -514,8 +514,8 @@ static void test_waits() {
         for (CudaStreams mode : ALL_MODES) {
             Streams s(mode);
             if (graph) {
-                cudaGraph_t captured;
-                cudaGraphExec_t exec;
+                cudaGraph_t captured = nullptr;
+                cudaGraphExec_t exec = nullptr;
                 cudaStreamBeginCapture(s.first, cudaStreamCaptureModeThreadLocal);
                 to_and_fro(s);
                 EXPECT(cudaStreamEndCapture(s.first, &captured) == cudaSuccess, "%s", "no graph");
@@ -543,7 +543,7 @@ static void test_graphs() {
         for (bool waits : {false, true}) {
             Streams s(mode);
             cudaGraph_t graph = nullptr;
-            cudaGraphExec_t exec;
+            cudaGraphExec_t exec = nullptr;
             cudaStreamBeginCapture(s.first, cudaStreamCaptureModeGlobal);
             s.wait(s.second, s.first);
             s.set(s.x, 1, s.second);
@@ -624,8 +624,8 @@ static void test_events() {
     }
     {  // events and streams may go before the work does
         Streams s(CUDA_STREAMS_EARLY);
-        cudaEvent_t event;
-        cudaStream_t stream;
+        cudaEvent_t event = nullptr;
+        cudaStream_t stream = nullptr;
         cudaEventCreate(&event);
         cudaStreamCreate(&stream);
         s.set(s.x, 1, s.first);
@@ -685,8 +685,8 @@ static void test_by_value() {
     for (bool graph : {false, true}) {
         Streams s(CUDA_STREAMS_LATE);
         Device<float> a(std::vector<float>{3}), b(std::vector<float>{5}), c(std::vector<float>{7});
-        cudaGraph_t captured;
-        cudaGraphExec_t exec;
+        cudaGraph_t captured = nullptr;
+        cudaGraphExec_t exec = nullptr;
         if (graph) cudaStreamBeginCapture(s.second, cudaStreamCaptureModeThreadLocal);
         int value = 4;
         auto kernel = add_kernel;
@@ -695,8 +695,8 @@ static void test_by_value() {
         cudaMemsetAsync(s.y, 0xFF, 4, s.second);
         cudaMemcpyAsync(s.z, s.x, 4, cudaMemcpyDeviceToDevice, s.second);
         {
-            cublasLtMatmulDesc_t desc;
-            cublasLtMatrixLayout_t layout;
+            cublasLtMatmulDesc_t desc = nullptr;
+            cublasLtMatrixLayout_t layout = nullptr;
             float alpha = 2, beta = 1;
             cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
             cublasLtMatrixLayoutCreate(&layout, CUDA_R_32F, 1, 1, 1);
@@ -739,8 +739,8 @@ static void test_trace() {
         cudaMemcpy(s.z, s.x, 4, cudaMemcpyDeviceToDevice);
         cudaStreamBeginCapture(s.first, cudaStreamCaptureModeGlobal);
         s.set(s.x, 1, s.first);
-        cudaGraph_t graph;
-        cudaGraphExec_t exec;
+        cudaGraph_t graph = nullptr;
+        cudaGraphExec_t exec = nullptr;
         cudaStreamEndCapture(s.first, &graph);
         cudaGraphInstantiate(&exec, graph, 0);
         cudaGraphLaunch(exec, s.first);
@@ -1341,6 +1341,27 @@ static void test_rmsnorm() {
 #endif
 }
 
+// CUDA_CPU_FAIL: the call of that number does nothing but fail; with `once` those after it go on, else none does.
+static void test_faults() {
+    const CudaFault none = cuda_cpu_fault;
+    float* p = nullptr;
+    for (bool once : {true, false}) {
+        cuda_cpu_calls = 0;
+        cuda_cpu_fault = {2, once};
+        EXPECT(cudaMalloc(&p, 64) == cudaSuccess, "call 1 fails");
+        p[0] = 3.0f;
+        EXPECT(cudaMemset(p, 0, 4) == cudaErrorIllegalAddress && p[0] == 3.0f, "call 2 does its work");
+        EXPECT((cudaMemset(p, 0, 4) == cudaSuccess) == once, "call 3");
+        cublasLtMatmulDesc_t desc = nullptr;
+        EXPECT((cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F) == CUBLAS_STATUS_SUCCESS) == once, "4");
+        EXPECT((cudaGetLastError() == cudaErrorIllegalAddress), "what failed is not the last error");
+        cuda_cpu_fault = none;
+        cudaGetLastError();
+        if (desc) cublasLtMatmulDescDestroy(desc);
+        cudaFree(p);
+    }
+}
+
 int main(int argc, char** argv) {
     program = argv[0];
     setvbuf(stdout, nullptr, _IOLBF, 0);
@@ -1349,6 +1370,7 @@ int main(int argc, char** argv) {
 #endif
     if (argc != 1) return fprintf(stderr, "%s: takes no arguments. Run it alone.\n", program), 1;
     test("launch_forms", test_launch_forms);
+    test("faults (CUDA_CPU_FAIL)", test_faults);
     test("grid_3d", test_grid_3d);
     test("launch_limits", test_launch_limits);
     test("reduction", test_reduction);

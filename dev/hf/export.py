@@ -15,7 +15,6 @@ Needs numpy. One tensor is held in memory at a time. import.py is the way back.
 import json
 import os
 import shutil
-import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 

@@ -143,7 +143,7 @@ class Kills:
 
     def all(self):
         begin = said = time.monotonic()
-        undisturbed = run(self.args.train_gpt, self.flags("calm"), self.ranks, limit=600)
+        run(self.args.train_gpt, self.flags("calm"), self.ranks, limit=600)
         log, weights = log_bits(self.path("calm")), contents(self.path("calm.st"))
         self.out = self.path("run")
         while self.kills < self.args.kills or not self.rounds:

@@ -721,6 +721,35 @@ MUTATIONS = [
      "cli", "curvature"),
     ("probe: rows of what is made again stay", MAIN,
      "            if (strtoll(old.c_str() + at, nullptr, 10) > step) break;\n", "", "cli", "probe"),
+    # properties at random shapes
+    ("properties: gains begin anew", NORM,
+     "dgain[c] = float(dgain[c]) + sum;",
+     "dgain[c] = sum;",
+     "properties_fp32", "norm"),
+    ("properties: behind the end", MAIN,
+     "if (BF16 || c + e < W) f(p, e, c + e);",
+     "f(p, e, c + e);",
+     "properties_fp32", "embedding"),
+    ("properties: the loss alone writes gradients", MAIN,
+     "    if (!backward) return;\n    auto gradient",
+     "    auto gradient",
+     "properties_fp32", "cross_entropy"),
+    ("properties: rounding depends on the cut", MAIN,
+     "const unsigned r = sizeof(S) == 2 ? rounding_bits(index + i + j, key) : 0;",
+     "const unsigned r = sizeof(S) == 2 ? rounding_bits(i + j, key) : 0;",
+     "properties_fp32", "adamw"),
+    ("properties: one barrier less", MAIN,
+     "__syncthreads();\n        fetch(2 * step + 1 + FORWARD_AHEAD);",
+     "fetch(2 * step + 1 + FORWARD_AHEAD);",
+     "properties_fp32", "attention"),
+    ("properties: norms are not replayed", MAIN,
+     "if (m.storage.recompute > Recompute::none && l + 1 < m.c.L)",
+     "if (m.storage.recompute > Recompute::norm && l + 1 < m.c.L)",
+     "properties_fp32", "model"),
+    ("properties: micro-batches of cut gradients", MAIN,
+     "a.v[j] = float(a.v[j]) + float(b.v[j]);",
+     "a.v[j] = float(b.v[j]);",
+     "properties_fp32", "flat"),
 ]
 
 SCRIPTS = {"cli": "test_cli.py", "ranks": "test_ranks.py", "disk": "test_disk.py", "kill": "kill.py",
@@ -731,10 +760,11 @@ def passes(work, build, test):
     """Builds a test in `work` and runs it, exact ones with three lane orders. None: it does not build. (Of the serial tests
     those that sum over long rows need -O3's order of adding for their tolerances: here they run in the exact geometry.)"""
     quiet = dict(cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    target = "build/train_gpt_cpu_fp32" if build in SCRIPTS else "build/test_" + build
+    random_shapes = build.startswith("properties")
+    target = "build/" + ("train_gpt_cpu_fp32" if build in SCRIPTS else build if random_shapes else "test_" + build)
     if subprocess.run(["make", "-s", target, "OPTIMIZE=-O1"], **quiet).returncode:
         return None
-    command = ["./" + target, "--quick", "--filter", test]
+    command = ["./" + target, "--filter", test, *(["--cases", "12"] if random_shapes else ["--quick"])]
     if build in SCRIPTS:
         command = [sys.executable, "dev/test/" + SCRIPTS[build], target]
         command += ["--kills", "12"] if build == "kill" else ["--filter", test]
@@ -757,8 +787,8 @@ def main():
         shutil.copytree(os.path.join(ROOT, "dev", "cpu"), os.path.join(work, "dev", "cpu"))
         shutil.copytree(os.path.join(ROOT, "dev", "test", "golden"), os.path.join(work, "dev", "test", "golden"))
         shutil.copytree(os.path.join(ROOT, "dev", "test", "curvature"), os.path.join(work, "dev", "test", "curvature"))
-        for name in ("frame.h", "faulty_disk.c", "launch.py", "tokenizer_llama.bin", "tokenizer_rules.bin",
-                     *SCRIPTS.values()):
+        for name in ("frame.h", "properties.cu", "reference.h", "faulty_disk.c", "launch.py", "tokenizer_llama.bin",
+                     "tokenizer_rules.bin", *SCRIPTS.values()):
             shutil.copy(os.path.join(ROOT, "dev", "test", name), os.path.join(work, "dev", "test"))
         chosen = [m for m in MUTATIONS if not words or any(w in m[0] for w in words)]
         for build, test in sorted({m[4:] for m in chosen}):

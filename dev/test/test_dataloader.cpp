@@ -31,7 +31,7 @@ static void test(const char* name, const std::function<void()>& body) {
 }
 
 static std::string write(const std::string& name, const std::string& bytes) {
-    const std::string path = dir + "/" + name;
+    std::string path = dir + "/" + name;
     FILE* f = fopen(path.c_str(), "wb");
     if (!f || fwrite(bytes.data(), 1, bytes.size(), f) != bytes.size() || fclose(f)) perror(path.c_str()), exit(1);
     return path;

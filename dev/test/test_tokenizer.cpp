@@ -94,7 +94,7 @@ static std::string test_bytes() {
         if (ids.at(i) != i) return "byte " + std::to_string(i) + " has id " + std::to_string(ids[i]);
     if (ids.size() != 256 || t.decode(ids) != all) return "no round trip";
     if (t.vocab_size() != 258 || t.bos() != 256 || t.eos() != 257) return "wrong vocabulary";
-    if (t.decode({256, 65, 257}) != "A" || t.decode_piece(65) != "A" || t.decode_piece(256) != "") return "BOS or EOS";
+    if (t.decode({256, 65, 257}) != "A" || t.decode_piece(65) != "A" || !t.decode_piece(256).empty()) return "BOS or EOS";
     if (Tokenizer::load("bytes").encode("ab") != std::vector<int>{97, 98}) return "load(\"bytes\")";
     for (int id : {-1, 258}) {
         try {
@@ -229,7 +229,7 @@ static std::string test_linear(const std::string& dir) {
     while (words.size() < 300000) words += "the king and " + std::to_string(words.size()) + "\n";
     for (const char* name : {"llama", "cl100k", "o200k", "gpt2_json", "llama_json"}) {
         Tokenizer t = Tokenizer::load(dir + "/tokenizer_" + name + ".bin");
-        for (std::string text : {words, std::string(words.size(), 'e'), std::string(words.size(), ' ')}) {
+        for (const std::string& text : {words, std::string(words.size(), 'e'), std::string(words.size(), ' ')}) {
             clock_t start = clock();
             size_t n = t.encode(text).size();
             double s = double(clock() - start) / CLOCKS_PER_SEC;
@@ -354,7 +354,8 @@ static std::string test_malformed() {
             Tokenizer::load(path);
             return path + " is taken";
         } catch (const std::runtime_error& e) {
-            if (std::string(e.what()).find("no such file") == std::string::npos) return e.what();
+            const std::string why = e.what();
+            if (why.find("cannot be read") == why.npos && why.find("not a file") == why.npos) return why;
         }
     }
     return "";

@@ -4,8 +4,10 @@
 #include <cblas.h>
 #include <limits.h>
 #include <omp.h>
+#include <sys/mman.h>
 #include <algorithm>
 #include <memory>
+#include <vector>
 #include "cuda_bf16.h"
 #include "cuda_runtime.h"
 
@@ -60,7 +62,21 @@ constexpr int CUBLASLT_ALGORITHMS = 2;
 #else
 constexpr int CUBLASLT_ALGORITHMS = 1;
 #endif
-inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) { return *handle = nullptr, CUBLAS_STATUS_SUCCESS; }
+// OpenBLAS waits for ever where it gets no memory for its buffers, 128 MiB of address space a thread. So they are asked
+// for here: there is none, or the threads have theirs.
+inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
+    const size_t bytes = size_t(omp_get_max_threads()) * (size_t(136) << 20);
+    void* room = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (room == MAP_FAILED) return CUBLAS_STATUS_ALLOC_FAILED;
+    munmap(room, bytes);
+    #pragma omp parallel
+    {
+        constexpr int n = 128;  // smaller ones do without a buffer
+        std::vector<float> a(n * n), b(n * n);
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, n, n, n, 1.0f, a.data(), n, a.data(), n, 0.0f, b.data(), n);
+    }
+    return *handle = nullptr, CUBLAS_STATUS_SUCCESS;
+}
 inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t) { return CUBLAS_STATUS_SUCCESS; }
 
 inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute,
@@ -206,3 +222,18 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc
     });
     return cublasLt_status;
 }
+
+// faults, as cuda_runtime.h has them
+#define CUBLASLT_MAY_FAIL(call) (cuda_fault_due() ? CUBLAS_STATUS_EXECUTION_FAILED : (call))
+#define cublasLtCreate(...) CUBLASLT_MAY_FAIL(cublasLtCreate(__VA_ARGS__))
+#define cublasLtDestroy(...) CUBLASLT_MAY_FAIL(cublasLtDestroy(__VA_ARGS__))
+#define cublasLtMatmulDescCreate(...) CUBLASLT_MAY_FAIL(cublasLtMatmulDescCreate(__VA_ARGS__))
+#define cublasLtMatmulDescDestroy(...) CUBLASLT_MAY_FAIL(cublasLtMatmulDescDestroy(__VA_ARGS__))
+#define cublasLtMatmulDescSetAttribute(...) CUBLASLT_MAY_FAIL(cublasLtMatmulDescSetAttribute(__VA_ARGS__))
+#define cublasLtMatrixLayoutCreate(...) CUBLASLT_MAY_FAIL(cublasLtMatrixLayoutCreate(__VA_ARGS__))
+#define cublasLtMatrixLayoutDestroy(...) CUBLASLT_MAY_FAIL(cublasLtMatrixLayoutDestroy(__VA_ARGS__))
+#define cublasLtMatmulPreferenceCreate(...) CUBLASLT_MAY_FAIL(cublasLtMatmulPreferenceCreate(__VA_ARGS__))
+#define cublasLtMatmulPreferenceDestroy(...) CUBLASLT_MAY_FAIL(cublasLtMatmulPreferenceDestroy(__VA_ARGS__))
+#define cublasLtMatmulPreferenceSetAttribute(...) CUBLASLT_MAY_FAIL(cublasLtMatmulPreferenceSetAttribute(__VA_ARGS__))
+#define cublasLtMatmulAlgoGetHeuristic(...) CUBLASLT_MAY_FAIL(cublasLtMatmulAlgoGetHeuristic(__VA_ARGS__))
+#define cublasLtMatmul(...) CUBLASLT_MAY_FAIL(cublasLtMatmul(__VA_ARGS__))

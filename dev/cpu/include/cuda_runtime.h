@@ -6,6 +6,7 @@
 #pragma once
 #include <errno.h>
 #include <math.h>
+#include <atomic>
 #include <malloc.h>
 #include <omp.h>
 #include <stddef.h>
@@ -163,6 +164,7 @@ enum cudaError_t {
     cudaErrorInvalidDevice = 101,
     cudaErrorInvalidResourceHandle = 400,
     cudaErrorNotReady = 600,
+    cudaErrorIllegalAddress = 700,
     cudaErrorStreamCaptureUnsupported = 900,
     cudaErrorStreamCaptureUnjoined = 904,
     cudaErrorStreamCaptureIsolation = 905,
@@ -187,6 +189,7 @@ inline const char* cudaGetErrorName(cudaError_t error) {
         case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
         case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
         case cudaErrorNotReady: return "cudaErrorNotReady";
+        case cudaErrorIllegalAddress: return "cudaErrorIllegalAddress";
         case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
         case cudaErrorStreamCaptureUnjoined: return "cudaErrorStreamCaptureUnjoined";
         case cudaErrorStreamCaptureIsolation: return "cudaErrorStreamCaptureIsolation";
@@ -203,6 +206,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
         case cudaErrorInvalidDevice: return "invalid device ordinal";
         case cudaErrorInvalidResourceHandle: return "invalid resource handle";
         case cudaErrorNotReady: return "device not ready";
+        case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
         case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
         case cudaErrorStreamCaptureUnjoined: return "capturing stream has unjoined work";
         case cudaErrorStreamCaptureIsolation: return "dependency created on uncaptured work in another stream";
@@ -714,3 +718,73 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* prop, int device) {
     }
     return cudaSuccess;
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Faults, for tests of who looks at what a call returns. CUDA_CPU_FAIL=N: call number N of this process, of CUDA's,
+// cuBLASLt's or NCCL's functions, does nothing but fail, and so do all after it, as on a GPU after a kernel's illegal
+// access; N,once: it alone. CUDA_CPU_FAIL_RANK=R: only of rank R. Must stand behind the functions themselves.
+
+struct CudaFault {
+    uint64_t call = 0;
+    bool once = false;
+};
+inline CudaFault cuda_cpu_fault = [] {
+    CudaFault fault;
+    const char *text = getenv("CUDA_CPU_FAIL"), *only = getenv("CUDA_CPU_FAIL_RANK");
+    const char* rank = getenv("OMPI_COMM_WORLD_RANK");
+    if (!text || (only && atoi(only) != (rank ? atoi(rank) : 0))) return fault;
+    unsigned long long call = 0;
+    char once[6] = "";
+    const int n = sscanf(text, "%llu,%5s", &call, once);
+    if (n < 1 || call == 0 || (n == 2 && strcmp(once, "once") != 0)) {
+        fprintf(stderr, "cuda: CUDA_CPU_FAIL is '%s'. It must be N or N,once.\n", text);
+        exit(1);
+    }
+    fault.call = call, fault.once = n == 2;
+    return fault;
+}();
+inline std::atomic<uint64_t> cuda_cpu_calls{0};
+inline bool cuda_fault_due() {
+    if (__builtin_expect(cuda_cpu_fault.call == 0, 1)) return false;
+    const uint64_t call = ++cuda_cpu_calls;
+    return cuda_cpu_fault.once ? call == cuda_cpu_fault.call : call >= cuda_cpu_fault.call;
+}
+
+#define CUDA_MAY_FAIL(call) (cuda_fault_due() ? cuda_fail(cudaErrorIllegalAddress) : (call))
+#define cudaGetLastError(...) CUDA_MAY_FAIL(cudaGetLastError(__VA_ARGS__))
+#define cudaFuncSetAttribute(...) CUDA_MAY_FAIL(cudaFuncSetAttribute(__VA_ARGS__))
+#define cudaMemGetInfo(...) CUDA_MAY_FAIL(cudaMemGetInfo(__VA_ARGS__))
+#define cudaMalloc(...) CUDA_MAY_FAIL(cudaMalloc(__VA_ARGS__))
+#define cudaFree(...) CUDA_MAY_FAIL(cudaFree(__VA_ARGS__))
+#define cudaMallocHost(...) CUDA_MAY_FAIL(cudaMallocHost(__VA_ARGS__))
+#define cudaFreeHost(...) CUDA_MAY_FAIL(cudaFreeHost(__VA_ARGS__))
+#define cudaMemcpyAsync(...) CUDA_MAY_FAIL(cudaMemcpyAsync(__VA_ARGS__))
+#define cudaMemcpy(...) CUDA_MAY_FAIL(cudaMemcpy(__VA_ARGS__))
+#define cudaMemsetAsync(...) CUDA_MAY_FAIL(cudaMemsetAsync(__VA_ARGS__))
+#define cudaMemset(...) CUDA_MAY_FAIL(cudaMemset(__VA_ARGS__))
+#define cudaStreamCreateWithPriority(...) CUDA_MAY_FAIL(cudaStreamCreateWithPriority(__VA_ARGS__))
+#define cudaStreamCreateWithFlags(...) CUDA_MAY_FAIL(cudaStreamCreateWithFlags(__VA_ARGS__))
+#define cudaStreamCreate(...) CUDA_MAY_FAIL(cudaStreamCreate(__VA_ARGS__))
+#define cudaDeviceGetStreamPriorityRange(...) CUDA_MAY_FAIL(cudaDeviceGetStreamPriorityRange(__VA_ARGS__))
+#define cudaDeviceSynchronize(...) CUDA_MAY_FAIL(cudaDeviceSynchronize(__VA_ARGS__))
+#define cudaStreamSynchronize(...) CUDA_MAY_FAIL(cudaStreamSynchronize(__VA_ARGS__))
+#define cudaStreamDestroy(...) CUDA_MAY_FAIL(cudaStreamDestroy(__VA_ARGS__))
+#define cudaStreamQuery(...) CUDA_MAY_FAIL(cudaStreamQuery(__VA_ARGS__))
+#define cudaStreamBeginCapture(...) CUDA_MAY_FAIL(cudaStreamBeginCapture(__VA_ARGS__))
+#define cudaStreamEndCapture(...) CUDA_MAY_FAIL(cudaStreamEndCapture(__VA_ARGS__))
+#define cudaGraphInstantiate(...) CUDA_MAY_FAIL(cudaGraphInstantiate(__VA_ARGS__))
+#define cudaGraphLaunch(...) CUDA_MAY_FAIL(cudaGraphLaunch(__VA_ARGS__))
+#define cudaGraphDestroy(...) CUDA_MAY_FAIL(cudaGraphDestroy(__VA_ARGS__))
+#define cudaGraphExecDestroy(...) CUDA_MAY_FAIL(cudaGraphExecDestroy(__VA_ARGS__))
+#define cudaEventCreate(...) CUDA_MAY_FAIL(cudaEventCreate(__VA_ARGS__))
+#define cudaEventCreateWithFlags(...) CUDA_MAY_FAIL(cudaEventCreateWithFlags(__VA_ARGS__))
+#define cudaEventDestroy(...) CUDA_MAY_FAIL(cudaEventDestroy(__VA_ARGS__))
+#define cudaEventRecord(...) CUDA_MAY_FAIL(cudaEventRecord(__VA_ARGS__))
+#define cudaStreamWaitEvent(...) CUDA_MAY_FAIL(cudaStreamWaitEvent(__VA_ARGS__))
+#define cudaEventSynchronize(...) CUDA_MAY_FAIL(cudaEventSynchronize(__VA_ARGS__))
+#define cudaEventQuery(...) CUDA_MAY_FAIL(cudaEventQuery(__VA_ARGS__))
+#define cudaEventElapsedTime(...) CUDA_MAY_FAIL(cudaEventElapsedTime(__VA_ARGS__))
+#define cudaGetDeviceCount(...) CUDA_MAY_FAIL(cudaGetDeviceCount(__VA_ARGS__))
+#define cudaGetDevice(...) CUDA_MAY_FAIL(cudaGetDevice(__VA_ARGS__))
+#define cudaSetDevice(...) CUDA_MAY_FAIL(cudaSetDevice(__VA_ARGS__))
+#define cudaGetDeviceProperties(...) CUDA_MAY_FAIL(cudaGetDeviceProperties(__VA_ARGS__))

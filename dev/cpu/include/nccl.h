@@ -582,3 +582,16 @@ inline ncclResult_t ncclAllGather(const void* send, void* receive, size_t count,
         return p.ranks > 1 ? nccl_gather(exchange, p, receive) : ncclSuccess;
     });
 }
+
+// faults, as cuda_runtime.h has them
+#define NCCL_MAY_FAIL(call) (cuda_fault_due() ? ncclUnhandledCudaError : (call))
+#define ncclGetUniqueId(...) NCCL_MAY_FAIL(ncclGetUniqueId(__VA_ARGS__))
+#define ncclCommInitRank(...) NCCL_MAY_FAIL(ncclCommInitRank(__VA_ARGS__))
+#define ncclCommGetAsyncError(...) NCCL_MAY_FAIL(ncclCommGetAsyncError(__VA_ARGS__))
+#define ncclCommAbort(...) NCCL_MAY_FAIL(ncclCommAbort(__VA_ARGS__))
+#define ncclCommDestroy(...) NCCL_MAY_FAIL(ncclCommDestroy(__VA_ARGS__))
+#define ncclGroupStart(...) NCCL_MAY_FAIL(ncclGroupStart(__VA_ARGS__))
+#define ncclGroupEnd(...) NCCL_MAY_FAIL(ncclGroupEnd(__VA_ARGS__))
+#define ncclAllReduce(...) NCCL_MAY_FAIL(ncclAllReduce(__VA_ARGS__))
+#define ncclReduceScatter(...) NCCL_MAY_FAIL(ncclReduceScatter(__VA_ARGS__))
+#define ncclAllGather(...) NCCL_MAY_FAIL(ncclAllGather(__VA_ARGS__))

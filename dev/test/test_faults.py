@@ -1,0 +1,357 @@
+#!/usr/bin/env python3
+"""Tests of faults from outside: CUDA calls that fail, memory that runs out, files that are not what they should be, links
+in the place of checkpoints. dev/faults.md has the table; every test that it names must exist. Standard library only.
+
+usage: test_faults.py TRAIN_GPT [--full] [--bf16] [--filter TEXT] [--jobs N]
+"""
+import json
+import os
+import re
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+
+from launch import (Failure, Job, MPI_ENV, Tests, checkpoint, checkpoints, contents, copy, expect, log_bits, refuse, run, verify,
+                    write_shard, xxh64)
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+CALL = re.compile(r"(train_gpt\.cu|simplenorm\.cuh):\d+: (cuda|cublas|nccl)\w*.*: ")
+KINDS = ["absent", "directory", "pipe", "empty", "garbage", "link to nothing", "link to itself", "unreadable"]
+
+
+def is_fault(line):
+    """Whether a line names the call that failed, or what it was for."""
+    return bool(CALL.search(line)) or "device: no CUDA device" in line or "memory: the plan needs" in line
+
+
+class FaultTests(Tests):
+    def flags(self, name, *more, steps=4, ranks=1):
+        return ["--dim", 32, "--layers", 1, "--heads", 2, "--vocab-size", 258, "--tokenizer", "bytes", "--multiple-of", 16,
+                "--seq-len", 16, "--total-batch", 4, "--batch-size", 4 // ranks, "--steps", steps, "--lr", 1e-3,
+                "--train-data", self.path("tokens.bin"), "--val-data", self.path("tokens.bin"), "--val-every", 2,
+                "--val-batches", 1, "--save-every", 1, "--keep", 0, "--out", self.path(name), *more]
+
+    def begun(self, ranks=0):
+        """A run of 4 steps that was killed behind step 2, and the log and weights of one that was not."""
+        def make():
+            calm, half = self.path(f"calm{ranks}"), self.path(f"half{ranks}")
+            run(self.exe, self.flags(f"calm{ranks}", ranks=max(1, ranks)), ranks)
+            copy(calm, half)
+            for step in (3, 4):
+                shutil.rmtree(checkpoint(half, step))
+            return half, log_bits(calm), self.weights(calm)
+        return self.once(("begun", ranks), make)
+
+    def weights(self, out):
+        folder = checkpoint(out, 4)
+        return [contents(os.path.join(folder, f)) for f in sorted(os.listdir(folder)) if f.startswith("model")]
+
+    # --- CUDA, cuBLASLt and NCCL: every call in turn
+
+    def calls(self, flags, prepare, ranks=0, **env):
+        """How many calls a run makes: the first number that no call has, which ends well."""
+        def well(n):
+            prepare()
+            return Job(self.exe, flags, ranks, {"CUDA_CPU_FAIL": str(n), **env}).wait().status == 0
+        high = 64
+        while not well(high):
+            high *= 2
+        low = high // 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if well(middle) else (middle, high)
+        return low
+
+    def training(self, number, how, mode, ranks=0, rank=None):
+        """Call `number` fails while training goes on from step 2."""
+        half, log, weights = self.begun(ranks)
+        name = f"fault{ranks}_{number}_{how}{mode}"
+        out = copy(half, self.path(name))
+        old = {s: {f: contents(os.path.join(checkpoint(out, s), f)) for f in os.listdir(checkpoint(out, s))} for s in (1, 2)}
+        flags = self.flags(name, "--resume", *(["--save-async"] if mode else []), ranks=max(1, ranks))
+        env = {"CUDA_CPU_FAIL": f"{number},once" if how == "once" else str(number)}
+        if rank is not None:
+            env["CUDA_CPU_FAIL_RANK"] = str(rank)
+        job = Job(self.exe, flags, ranks, env).wait()
+        what = f"call {number} {how}: "
+        # a checkpoint that cannot be copied from the device is given up with a warning, as on a full disk
+        if job.status == 0:
+            expect(how == "once" and not job.lines(), f"{what}exit 0: {job.text()}")
+            expect(not job.warnings() or all(CALL.search(w) for w in job.warnings()), f"{what}{job.text()}")
+        else:
+            expect(job.status == 1 or ranks, f"{what}exit {job.status}: {job.text()}")
+            expect(len(job.lines()) == 1 and is_fault(job.lines()[0]), f"{what}not one line that names it: {job.text()}")
+            if rank:
+                expect(f"rank {rank}" in job.lines()[0], f"{what}the rank is not named: {job.text()}")
+        for s, files in old.items():
+            for f, data in files.items():
+                expect(contents(os.path.join(checkpoint(out, s), f)) == data, f"{what}{f} of step {s} was changed")
+        for s in checkpoints(out):
+            expect(verify(checkpoint(out, s))["step"] == s, f"{what}checkpoint {s} is not whole")
+        run(self.exe, self.flags(name, "--resume", ranks=max(1, ranks)), ranks)
+        expect(log_bits(out) == log and self.weights(out) == weights, f"{what}resumed, the run ends otherwise")
+        shutil.rmtree(out)
+
+    def training_calls(self, how, mode, every, phase):
+        half = self.begun()[0]
+        name = f"count_{how}{mode}{phase}"
+        flags = self.flags(name, "--resume", *(["--save-async"] if mode else []))
+        prepare = lambda: (shutil.rmtree(self.path(name), ignore_errors=True), copy(half, self.path(name)))
+        last = self.once(("calls", mode), lambda: self.calls(flags, prepare))
+        expect(last > 300, f"only {last} calls were counted")
+        self.each(range(1 + phase, last + 1, every), lambda n: self.training(n, how, mode))
+
+    def ranks_calls(self, every):
+        half = self.begun(2)[0]
+        prepare = lambda: (shutil.rmtree(self.path("count2"), ignore_errors=True), copy(half, self.path("count2")))
+        flags = self.flags("count2", "--resume", ranks=2)
+        last = self.calls(flags, prepare, 2, CUDA_CPU_FAIL_RANK="1") if self.full else 700
+        self.each(range(30, last, every), lambda n: self.training(n, "on", "", 2, n % 2))
+
+    def each(self, numbers, body):
+        broken = []
+        for n in numbers:
+            try:
+                body(n)
+            except Failure as e:
+                broken.append(str(e))
+        expect(not broken, f"{len(broken)} of {len(numbers)}: " + "; ".join(broken[:3]))
+
+    def generating_calls(self, every):
+        ask = ["generate", "--checkpoint", self.begun()[0], "--prompt", "a", "--max-tokens", 3, "--temperature", 0]
+        last = self.calls(ask, lambda: None)
+        expect(last > 60, f"only {last} calls were counted")
+
+        def one(n):
+            for how in ("", ",once"):
+                job = Job(self.exe, ask, 0, {"CUDA_CPU_FAIL": f"{n}{how}"}).wait()
+                expect(job.status == 1 or how, f"call {n}: exit {job.status}: {job.text()}")
+                if job.status:
+                    expect(job.status == 1 and len(job.lines()) == 1 and is_fault(job.lines()[0]), f"call {n}: {job.text()}")
+        self.each(range(1, last + 1, every), one)
+
+    # --- memory
+
+    def host_memory(self, every):
+        """Address space that is too small; below 200 MiB OpenBLAS waits for more before the program begins."""
+        ask = [self.exe, *map(str, self.flags("tight"))]
+        env = {**os.environ, **MPI_ENV, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+        def limited(mib):
+            def limit():
+                resource.setrlimit(resource.RLIMIT_AS, (mib << 20, mib << 20))
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            shutil.rmtree(self.path("tight"), ignore_errors=True)
+            return subprocess.run(ask, preexec_fn=limit, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                  errors="replace", env=env, timeout=60)
+
+        refused = 0
+        for mib in range(200, 2000, every):
+            done = limited(mib)
+            if done.returncode == 0:
+                break
+            mine = [line for line in done.stderr.splitlines() if line.startswith("train_gpt: ")]
+            expect(done.returncode == 1 and len(mine) == 1, f"{mib} MiB: exit {done.returncode}: {done.stderr[-300:]}")
+            expect(re.search("memory|ALLOC_FAILED|Resource temporarily", mine[0]), f"{mib} MiB: {mine[0]}")
+            refused += 1
+        expect(refused > 0, "memory never ran out")
+
+    def device_memory(self):
+        line = refuse(self.exe, self.flags("large", "--dim", 8192, "--layers", 2000, "--heads", 64))
+        expect("memory: the plan needs" in line and ("Give" in line or "smaller model" in line), line)
+
+    # --- files
+
+    def make(self, kind, path, good):
+        """What stands at `path` instead of a good file."""
+        if os.path.islink(path) or os.path.isfile(path):
+            os.unlink(path)
+        if kind == "directory":
+            os.mkdir(path)
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "empty":
+            open(path, "w").close()
+        elif kind == "garbage":
+            with open(path, "wb") as f:
+                f.write(bytes(i * 151 % 256 for i in range(3000)))
+        elif kind == "link to nothing":
+            os.symlink("nowhere", path)
+        elif kind == "link to itself":
+            os.symlink(os.path.basename(path), path)
+        elif kind == "unreadable":
+            shutil.copyfile(good, path)
+            os.chmod(path, 0)
+
+    def file(self, kind, what):
+        """A file that a flag names is of some other kind: one line names it, at once, and nothing begins."""
+        good = os.path.join(checkpoint(self.begun()[0], 2), "model.safetensors")
+        path = self.path(f"{kind.replace(' ', '_')}_{what[0].lstrip('-')}")
+        self.make(kind, path, good)
+        flags = [*what[1], what[0], path] if what[1] else self.flags("never", what[0], path)
+        os.makedirs(self.path("never"), exist_ok=True)
+        os.chmod(self.path("never"), 0o777)
+        line = self.refused_as_nobody(flags) if kind == "unreadable" else refuse(self.exe, flags, limit=20)
+        expect(os.path.basename(path) in line, line)
+        expect(not os.path.exists(self.path("never/log.csv")), "the run has begun")
+
+    def refused_as_nobody(self, flags):
+        """The one line of a run without root's rights."""
+        if os.geteuid() != 0:
+            return refuse(self.exe, flags)
+        exe = self.path("as_nobody")
+        if not os.path.exists(exe):
+            shutil.copy(self.exe, exe)
+            os.chmod(exe, 0o755)
+            os.chmod(self.dir, 0o755)
+        done = subprocess.run([exe, *map(str, flags)], user=65534, group=65534, extra_groups=[], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, text=True)
+        lines = done.stderr.splitlines()
+        expect(done.returncode == 1 and len(lines) == 1, f"exit {done.returncode}: {done.stderr}")
+        return lines[0]
+
+    def checkpoint_file(self, kind, name):
+        """A file of the newest checkpoint is of some other kind: it is put aside, the one before it is taken."""
+        half, log, weights = self.begun()
+        run_name = f"kind_{kind.replace(' ', '_')}_{name}"
+        out = copy(half, self.path(run_name))
+        path = os.path.join(checkpoint(out, 2), name)
+        self.make(kind, path, path)
+        job = run(self.exe, self.flags(run_name, "--resume"), limit=30)
+        expect(len(job.warnings()) == 1 and name in job.warnings()[0] and "put aside" in job.warnings()[0], job.text())
+        expect(log_bits(out) == log and self.weights(out) == weights, "the run ends otherwise")
+        expect(os.path.isdir(os.path.join(out, "damaged_step_00000002")), "it was not put aside")
+
+    def table_file(self, kind, name):
+        """log.csv or matmul.txt of a run that goes on is no file of ours."""
+        out = copy(self.begun()[0], self.path(f"table_{kind.replace(' ', '_')}_{name}"))
+        self.make(kind, os.path.join(out, name), "")
+        line = refuse(self.exe, self.flags(os.path.basename(out), "--resume"), limit=20)
+        expect(name in line, line)
+
+    def names(self):
+        """state.json with names that lead elsewhere, sealed with a checksum that holds: nothing there is touched."""
+        for bad in ("../outside", "/etc/passwd", "..", "sub/file"):
+            out = copy(self.begun()[0], self.path("names"))
+            with open(self.path("outside"), "w") as f:
+                f.write("mine")
+            path = os.path.join(checkpoint(out, 2), "state.json")
+            text = contents(path).decode()
+            head = text[:text.rindex('  "checksum"')].replace('"model.safetensors"', json.dumps(bad))
+            with open(path, "w") as f:
+                f.write(f'{head}  "checksum": "{xxh64(head.encode()):016x}"\n}}\n')
+            job = run(self.exe, self.flags("names", "--resume"), limit=30)
+            expect(len(job.warnings()) == 1 and "put aside" in job.warnings()[0], job.text())
+            expect(contents(self.path("outside")) == b"mine" and os.path.exists("/etc/passwd"), "it was touched")
+            shutil.rmtree(out)
+
+    def linked_checkpoint(self):
+        """A checkpoint moved away and linked is read through the link; pruning takes the link, never what it names."""
+        out = copy(self.begun()[0], self.path("linked"))
+        away = self.path("archive")
+        os.rename(checkpoint(out, 2), away)
+        os.symlink(away, checkpoint(out, 2))
+        flags = self.flags("linked", "--resume")
+        flags[flags.index("--keep") + 1] = 1
+        job = run(self.exe, flags)
+        expect(f"resumed from {checkpoint(out, 2)}" in job.out, job.out)
+        expect(checkpoints(out) == [4], f"{checkpoints(out)} are left")
+        expect(verify(away)["step"] == 2, "what the link named was pruned")
+
+    def linked_leftover(self):
+        out = copy(self.begun()[0], self.path("leftover"))
+        os.mkdir(self.path("precious"))
+        open(self.path("precious/file"), "w").close()
+        os.symlink(self.path("precious"), os.path.join(out, ".step_00000003"))
+        run(self.exe, self.flags("leftover", "--resume"))
+        expect(os.path.exists(self.path("precious/file")), "what a leftover link named was emptied")
+
+    def misleading_weights(self, name, header, data, words):
+        path = self.path(name + ".st")
+        text = header.encode() if isinstance(header, str) else json.dumps(header).encode()
+        with open(path, "wb") as f:
+            f.write(struct.pack("<Q", len(text)) + text + data)
+        line = refuse(self.exe, self.flags("never", "--init-from", path), limit=20)
+        for word in [name + ".st", *words]:
+            expect(word in line, f"'{word}' is missing in: {line}")
+
+    def full_stdout(self):
+        ask = ["generate", "--checkpoint", self.begun()[0], "--prompt", "a", "--max-tokens", 3]
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([self.exe, *map(str, ask)], stdout=full, stderr=subprocess.PIPE, text=True)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("train_gpt: ")]
+        expect(done.returncode == 1 and len(lines) == 1 and "stdout" in lines[0], f"{done.returncode}: {done.stderr}")
+
+    def out_without_rights(self):
+        os.makedirs(self.path("locked"), exist_ok=True)
+        os.chmod(self.path("locked"), 0o555)
+        line = self.refused_as_nobody(self.flags("locked/run"))
+        expect("locked/run" in line and "Permission denied" in line, line)
+
+    def table(self):
+        """dev/faults.md names tests that are there."""
+        with open(os.path.join(ROOT, "dev", "faults.md")) as f:
+            named = re.findall(r"`(\w+\.(?:py|cu|cpp))(?: ([^`]+))?`", f.read())
+        expect(len(named) > 30, f"only {len(named)} tests are named")
+        for file, test in named:
+            where = [os.path.join(ROOT, d, file) for d in ("", "dev/test", "dev/cpu", "dev/fuzz")]
+            there = [p for p in where if os.path.exists(p)]
+            expect(there, f"{file} is not there")
+            expect(not test or test in contents(there[0]).decode(), f"{file} has no {test}")
+
+    def all(self):
+        every = 1 if self.full else 61
+        for i, (how, mode) in enumerate([("on", ""), ("once", ""), ("once", "async")]):
+            for phase in range(8 if self.full else 1):
+                step = 8 if self.full else every
+                self.test(f"training_calls {how} {mode}{phase}", self.training_calls, how, mode, step,
+                          phase if self.full else 3 * i)
+        self.test("ranks_calls", self.ranks_calls, 7 if self.full else 280)
+        self.test("generating_calls", self.generating_calls, 1 if self.full else 17)
+        self.test("host_memory", self.host_memory, 1 if self.full else 24)
+        self.test("device_memory", self.device_memory)
+        generate = ["generate", "--checkpoint"]
+        flags = [("--train-data", []), ("--val-data", []), ("--tokenizer", []), ("--init-from", []),
+                 ("--choices", ["eval", *generate[1:]]), ("--checkpoint", ["generate"])]
+        for kind in KINDS:
+            for name, command in flags:
+                command = [*command, self.path("half0")] if "--checkpoint" in command else command
+                self.test(f"file {kind} {name}", self.named_file, kind, name, command)
+            for name in ("state.json", "model.safetensors", "optimizer_rank0.safetensors"):
+                if kind != "unreadable":  # root reads it, and nobody could not write there
+                    self.test(f"checkpoint_file {kind} {name}", self.checkpoint_file, kind, name)
+        for kind in ("directory", "pipe", "garbage"):
+            self.test(f"table_file {kind} log.csv", self.table_file, kind, "log.csv")
+        for body in (self.names, self.linked_checkpoint, self.linked_leftover, self.full_stdout, self.out_without_rights,
+                     self.table):
+            self.test(body.__name__, body)
+        one = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+        for name, header, data, words in (
+            ("overlap", {"a": one, "b": {**one, "data_offsets": [4, 12]}}, bytes(12), ["overlap"]),
+            ("hole", {"a": one, "b": {**one, "data_offsets": [12, 20]}}, bytes(20), ["no tensor's"]),
+            ("same_data", {"a": one, "b": one}, bytes(8), ["another tensor's"]),
+            ("tail", {"a": one}, bytes(12), ["follow its last"]),
+            ("twice", '{"a":%s,"a":%s}' % (json.dumps(one), json.dumps({**one, "data_offsets": [8, 16]})), bytes(16), ["twice"]),
+            ("half_a_row", {"a": {**one, "shape": [2.5]}}, bytes(8), ["shape"]),
+            ("product", {"a": {**one, "shape": [2**32, 2**32]}}, bytes(8), ["larger than the file"]),
+            ("negative", {"a": {**one, "data_offsets": [-8, 0]}}, bytes(8), ["outside the file"]),
+            ("huge", {"a": {**one, "data_offsets": [0, 1e300]}}, bytes(8), ["outside the file"]),
+            ("nested", "[" * 100000, b"", ["not valid JSON"]),
+            ("nan", '{"a":{"dtype":"F32","shape":[nan],"data_offsets":[0,8]}}', bytes(8), ["not valid JSON"]),
+            ("two_lines", {"a\nb": {**one, "shape": [3]}}, bytes(8), ["a b"]),
+        ):
+            self.test(f"misleading_weights {name}", self.misleading_weights, name, header, data, words)
+
+    def named_file(self, kind, name, command):
+        self.begun()
+        if kind == "absent" or name != "--checkpoint" or kind != "directory":
+            return self.file(kind, (name, command))
+        path = self.path("empty_folder")  # a folder is right there, but it holds nothing
+        os.makedirs(path, exist_ok=True)
+        expect("empty_folder" in refuse(self.exe, [*command, name, path]), "the folder is not named")
+
+
+if __name__ == "__main__":
+    sys.exit(FaultTests.main("test_faults", __doc__))
