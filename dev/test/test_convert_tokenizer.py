@@ -5,7 +5,6 @@ import json
 import math
 import struct
 import sys
-import unittest
 
 from lines import run_all
 from test_prepare import Case

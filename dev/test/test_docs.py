@@ -131,7 +131,7 @@ class Docs(unittest.TestCase):
             for span in re.findall(r"`([^`]+)`", prose((ROOT / path).read_text())):
                 span = " ".join(span.split())
                 for word in re.findall(r"(?<![\w-])[A-Za-z_]\w{2,}", span):
-                    named = word in words() or word in WORDS or any(word in p for p in files())
+                    named = {word, word.rstrip("0123456789")} & (words() | WORDS) or any(word in p for p in files())
                     with self.subTest(path, span=span, word=word):
                         self.assertTrue(named, "stands in no source")
 
@@ -172,7 +172,7 @@ class Docs(unittest.TestCase):
                 mine = re.split(r"\s\s|#|\.\.\.", mine)[0]  # then comes what is said of it
                 known = trainer_options(command or "")
                 if tool and tool.endswith(".py") and tool in files():
-                    known = tool_options(tool) if "add_argument" in files()[tool] else literal_options(files()[tool])
+                    known = tool_options(tool)
                 for options, of in ((mine, known), (passed_on, trainer_options())):
                     for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", options):
                         checked += 1
