@@ -5400,7 +5400,8 @@ std::vector<std::string> weight_files(const std::string& path) {
         const Json json = parse_json(read_file(index));
         const Json* map = json.find("weight_map");
         for (auto& [name, file] : map ? map->fields : json.fields) {
-            if (!map || file.kind != Json::text || file.string.find('/') != std::string::npos)
+            if (!map || file.kind != Json::text || file.string.find('/') != std::string::npos || file.string == ".." ||
+                file.string == "." || file.string.empty())
                 throw Error("its weight_map is missing or broken");
             files.insert(path + "/" + file.string);
         }
