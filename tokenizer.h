@@ -457,6 +457,7 @@ private:
         }
 
         end = span(s, 0, 1 << WHITE);
+        if (end == 0) return n;  // a space, which the file's classes do not know
         if (end == s.size() && split_ & END_SPACES) return end;
         if (split_ & NEWLINES)
             for (size_t i = end; i > 0; i--)

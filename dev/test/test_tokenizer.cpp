@@ -325,6 +325,7 @@ static std::string test_malformed() {
     good = file(classes + le(1) + le(a) + le(b));
     if (!load_error(good).empty()) return "a good file is refused: " + load_error(good);
     if (Tokenizer::load(scratch_path()).encode("aab") != std::vector<int>{a, 257}) return "merge";
+    if (Tokenizer::load(scratch_path()).encode(" ") != std::vector<int>{1 + ' '}) return "a space of no class";
     std::string bytes_gone = good;
     bytes_gone.replace(good.find(piece("z", 1)), 8, piece("z", 3));
     struct { const char* why; std::string contents; } more[] = {
@@ -354,7 +355,7 @@ static std::string test_malformed() {
             Tokenizer::load(path);
             return path + " is taken";
         } catch (const std::runtime_error& e) {
-            const std::string why = e.what();
+            std::string why = e.what();
             if (why.find("cannot be read") == why.npos && why.find("not a file") == why.npos) return why;
         }
     }
