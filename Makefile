@@ -124,10 +124,10 @@ build/test_exact_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES) $(MPI_
 	    -lboost_context -o $@
 
 # null and object-size: AddressSanitizer stops there too, and they cost a sixth of the build
+SANITIZED = -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=undefined
+
 build/test_sanitized_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES)
-	g++ $(CXXFLAGS) -O1 -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size \
-	    -fno-sanitize-recover=undefined -DEXACT_GEOMETRY $($*) \
-	    -x c++ build/src/test_gpt.cu -lopenblas -lboost_context -o $@
+	g++ $(CXXFLAGS) -O1 $(SANITIZED) -DEXACT_GEOMETRY $($*) -x c++ build/src/test_gpt.cu -lopenblas -lboost_context -o $@
 
 # properties at random shapes
 PROPERTIES = build/src/dev/test/properties.cu dev/test/reference.h dev/test/frame.h $(CPU_SOURCES)
@@ -139,8 +139,7 @@ build/properties_serial_%: $(PROPERTIES)
 	g++ $(CXXFLAGS) $($*) -x c++ $< -lopenblas -o $@
 
 build/properties_sanitized_%: $(PROPERTIES)
-	g++ $(CXXFLAGS) -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -DEXACT_GEOMETRY $($*) \
-	    -x c++ $< -lopenblas -lboost_context -o $@
+	g++ $(CXXFLAGS) -O1 $(SANITIZED) -DEXACT_GEOMETRY $($*) -x c++ $< -lopenblas -lboost_context -o $@
 
 build/test_standin_serial: build/src/dev/cpu/test_standin.cu dev/cpu/expect.h $(STANDIN)
 	g++ $(CXXFLAGS) -x c++ $< -lopenblas -o $@
@@ -164,8 +163,7 @@ build/test_dataloader_tsan: dev/test/test_dataloader.cpp dataloader.h
 # the other trainers that clean_run.py watches. At -O0 AddressSanitizer's is built in half the time; valgrind knows no
 # AVX-512
 build/train_gpt_asan_%: $(CPU_SOURCES) $(MPI_STAMP)
-	g++ $(CXXFLAGS) -O0 -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size \
-	    -fno-sanitize-recover=undefined $($*) $(MPI) -x c++ build/src/train_gpt.cu -lopenblas $(MPI_LIB) -o $@
+	g++ $(CXXFLAGS) -O0 $(SANITIZED) $($*) $(MPI) -x c++ build/src/train_gpt.cu -lopenblas $(MPI_LIB) -o $@
 
 build/train_gpt_valgrind_%: $(CPU_SOURCES)
 	g++ $(CXXFLAGS) -O1 -g1 -march=x86-64-v3 $($*) -x c++ build/src/train_gpt.cu -lopenblas -o $@

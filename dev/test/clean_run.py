@@ -18,6 +18,7 @@ import tempfile
 import time
 
 from launch import Failure, Job, checkpoint, checkpoints, contents, copy, expect, log_bits, write_shard
+from test_cli import run_all
 
 FOUND = re.compile(r"^.*(?:Sanitizer|runtime error:|^==\d+==).*$", re.M)
 WATCH = {
@@ -43,8 +44,10 @@ GROWTH = 64
 
 
 class Lives:
-    def __init__(self, args, directory):
-        self.args, self.dir, self.passed, self.failed = args, directory, 0, 0
+    def __init__(self, args):
+        if args.valgrind and not shutil.which("valgrind"):
+            sys.exit("clean_run: valgrind is missing. Install it: sudo apt-get install valgrind")
+        self.args, self.dir, self.passed, self.failed = args, tempfile.mkdtemp(prefix="clean_run_"), 0, 0
         self.trainer = os.path.abspath(args.train_gpt)
         if args.valgrind:
             self.trainer = self.path("watched")
@@ -193,6 +196,8 @@ class Lives:
             expect(most(late, 3) <= most(early, 3), f"rank {rank}: more threads at the end than before")
 
     def test(self, name, body, *rest):
+        if self.args.filter not in name:
+            return
         begin = time.monotonic()
         try:
             body(*rest)
@@ -230,18 +235,7 @@ def main():
     parser.add_argument("--alone", action="store_true", help="without mpirun")
     parser.add_argument("--leak", type=int, default=0, metavar="STEPS")
     parser.add_argument("--ranks", type=int, default=1, help="of --leak")
-    args = parser.parse_args()
-    if args.valgrind and not shutil.which("valgrind"):
-        print("clean_run: valgrind is missing. Install it: sudo apt-get install valgrind", file=sys.stderr)
-        return 1
-    directory = tempfile.mkdtemp(prefix="clean_run_")
-    lives = Lives(args, directory)
-    try:
-        lives.all()
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-    print(f"clean_run: {lives.passed} passed, {lives.failed} failed")
-    return 1 if lives.failed else 0
+    return run_all("clean_run", Lives, parser)
 
 
 if __name__ == "__main__":

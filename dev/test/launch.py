@@ -295,6 +295,10 @@ class Tests:
         for what, value in sorted(self.worst.items()):
             print(f"worst {what}: {value:.3g}")
 
+    @staticmethod
+    def arguments(parser):
+        """Adds a program's own options."""
+
     @classmethod
     def main(cls, program, about):
         parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -304,6 +308,7 @@ class Tests:
         parser.add_argument("--filter", default="", help="only tests whose name holds this regular expression")
         parser.add_argument("--jobs", type=int, default=3, help="tests at a time (3)")
         parser.add_argument("--verbose", action="store_true", help="print the seconds of each test")
+        cls.arguments(parser)
         tests = cls(parser.parse_args())
         try:
             tests.all()

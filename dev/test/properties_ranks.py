@@ -8,10 +8,8 @@ usage: properties_ranks.py TRAIN_GPT [--cases N] [--seed S] [--case N] [--full] 
 A case runs, beside one rank alone and one with other micro-batches, 2, 3 and 4 ranks at one level each, with --full at
 all. One that fails prints its flags and the command that repeats just it.
 """
-import argparse
 import math
 import random
-import shutil
 import sys
 
 from launch import Tests, contents, expect, log_bits, losses, read_safetensors, run, values
@@ -48,9 +46,12 @@ def configuration(r, bf16):
 
 
 class Properties(Tests):
-    def __init__(self, args):
-        args.filter, args.verbose = "", False
-        super().__init__(args)
+    @staticmethod
+    def arguments(parser):
+        parser.add_argument("--cases", type=int, default=2, help="configurations (2)")
+        parser.add_argument("--seed", type=int, default=1)
+        parser.add_argument("--case", type=int, help="only this one")
+        parser.set_defaults(jobs=1)
 
     def all(self):
         numbers = range(self.args.cases) if self.args.case is None else [self.args.case]
@@ -107,25 +108,5 @@ class Properties(Tests):
                 self.close(got, whole, f"{ranks} ranks, --reduce each, micro-batches of {micro}", flags)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("train_gpt")
-    parser.add_argument("--cases", type=int, default=2, help="configurations (2)")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--case", type=int, help="only this one")
-    parser.add_argument("--full", action="store_true", help="each number of ranks at every level")
-    parser.add_argument("--bf16", action="store_true", help="the trainer is a bf16 build")
-    parser.add_argument("--jobs", type=int, default=1, help="cases at a time (1)")
-    tests = Properties(parser.parse_args())
-    try:
-        tests.all()
-        tests.perform()
-        tests.report()
-    finally:
-        shutil.rmtree(tests.dir, ignore_errors=True)
-    print(f"properties_ranks: {tests.passed} passed, {tests.failed} failed")
-    return 1 if tests.failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Properties.main("properties_ranks", __doc__))
