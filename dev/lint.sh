@@ -73,7 +73,7 @@ for part in ${*:-tidy cppcheck shell python}; do
         # files read beside (1091) and what they use (2034, 2154),
         # words that are to split (2046, 2048, 2086),
         # functions called by name (2317)
-        check shellcheck shellcheck -s sh -e SC1091,SC2034,SC2154,SC2046,SC2048,SC2086,SC2317 $(git ls-files '*.sh')
+        check shellcheck shellcheck -e SC1091,SC2034,SC2154,SC2046,SC2048,SC2086,SC2317 $(git ls-files '*.sh')
         ;;
     python)
         tool pyflakes3 pyflakes3 || continue

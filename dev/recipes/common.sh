@@ -1,3 +1,4 @@
+# shellcheck shell=sh
 # What the recipes share; each sets its numbers and calls `recipe "$@"`, whose arguments go to the trainer too.
 # Environment:
 #   VARIANT   simplegpt, prenorm or preqknorm (simplegpt)
@@ -22,7 +23,7 @@ fail() {
 case "${1-}" in
 -h | --help)
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-    sed -n '2,/^set/s/^# \{0,1\}//p' dev/recipes/common.sh
+    sed -n '3,/^set/s/^# \{0,1\}//p' dev/recipes/common.sh
     exit 0
     ;;
 esac

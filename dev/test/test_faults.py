@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 from launch import (Failure, Job, MPI_ENV, Tests, checkpoint, checkpoints, contents, copy, expect, log_bits, refuse, run, verify,
-                    write_shard, xxh64)
+                    xxh64)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CALL = re.compile(r"(train_gpt\.cu|simplenorm\.cuh):\d+: (cuda|cublas|nccl)\w*.*: ")
