@@ -1231,8 +1231,8 @@ TEST(slope) {
                 loss[way] = evaluate(m, windows.data(), 2, c.T);
             }
             set_parameters(m, t.offset, w);
-            // measured 1.2e-3, from the embedding's curvature; another variant's may be larger
-            expect_close({loss[1] - loss[0]}, {2 * step * square}, 4e-3, VARIANTS[int(variant)] + " " + t.name, 1e-4);
+            // measured 1.2e-3, from the embedding's curvature, and 2.3e-3 with the soft cap of dev/tour.md
+            expect_close({loss[1] - loss[0]}, {2 * step * square}, 2.5e-3, VARIANTS[int(variant)] + " " + t.name, 1e-4);
         }
         destroy(m);
     }
