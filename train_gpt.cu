@@ -5796,7 +5796,7 @@ private:
                 report += format("%s %llu %s\n", r.name.c_str(), (unsigned long long)r.bytes, r.hash.c_str());
             }
         } catch (const std::exception& e) {
-            report = format("failed %lld\n%s\n", (long long)step, e.what());
+            report = format("failed %lld\n%s\n", (long long)step, reason(e).c_str());
         }
         if (ranks.rank > 0) job.report(report);
     }
@@ -5809,8 +5809,8 @@ private:
             failure = "";
         } catch (const std::exception& e) {
             remove_dir(unfinished());
-            failure = e.what();
-            fprintf(stderr, "train_gpt: warning: no checkpoint of step %lld: %s\n", (long long)step, e.what());
+            failure = reason(e);
+            fprintf(stderr, "train_gpt: warning: no checkpoint of step %lld: %s\n", (long long)step, failure.c_str());
         }
     }
 
