@@ -5137,8 +5137,10 @@ struct OutFile {
     std::string path, tmp;
     int fd;
     Hash hash;
-    explicit OutFile(const std::string& path)
-        : path(path), tmp(path + ".tmp"), fd(open(tmp.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
+    explicit OutFile(const std::string& path) : path(path), tmp(path + ".tmp"), fd(-1) {
+        struct stat info;
+        if (stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode)) errno = EISDIR, fail();
+        fd = open(tmp.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
         if (fd < 0) fail();
     }
     ~OutFile() {
@@ -5480,9 +5482,16 @@ void import_weights(Model& m, const std::string& path) {
     for (auto& [name, file] : where)
         if (!known.count(name))
             throw Error(file->path + ": holds " + name + ", which this model lacks. Check --variant and --layers.");
+    bool told = false;
     fill_parameters(m, [&](std::vector<float>& values, const Tensor& t, size_t, size_t first, size_t count) {
         const size_t there = first < t.size() ? std::min(count, t.size() - first) : 0;
         values = where[t.name]->floats(t.name, first, there);
+        const auto finite = [](float x) { return std::isfinite(x); };
+        if (ranks.rank == 0 && !told && !std::all_of(values.begin(), values.end(), finite)) {
+            fprintf(stderr, "train_gpt: warning: %s: %s holds values that are not finite. Take other weights.\n",
+                    where[t.name]->path.c_str(), t.name.c_str());
+            told = true;
+        }
         values.resize(count, 0.0f);
     });
 }
@@ -5555,6 +5564,7 @@ struct TrainState {
     uint64_t seed = 0;
     LoaderState loader = {0, 0};
     int64_t updates = 0, skipped = 0;  // of the steps
+    uint64_t windows = 0;              // of the data; 0: not known
 };
 
 std::string checkpoint_name(int64_t step) { return format("step_%08lld", (long long)step); }
@@ -5729,7 +5739,7 @@ private:
             if (cudaMallocHost(&copy, bytes) != cudaSuccess) {
                 cudaGetLastError();
                 fprintf(stderr,
-                        "train_gpt: --save-async: no %.1f GiB of host memory for a copy; saving in the "
+                        "train_gpt: warning: --save-async: no %.1f GiB of host memory for a copy; saving in the "
                         "foreground.\n",
                         bytes / 1073741824.0);
                 return background = false;
@@ -5755,8 +5765,9 @@ private:
         std::string json =
             format("{\n  \"step\": %lld,\n  \"seed\": %llu,\n  \"updates\": %lld,\n  \"skipped\": %lld,\n",
                    (long long)s.step, (unsigned long long)s.seed, (long long)s.updates, (long long)s.skipped);
-        json += format("  \"ranks\": %d,\n  \"loader\": {\"epoch\": %llu, \"window\": %llu},\n", ranks.size,
-                       (unsigned long long)s.loader.epoch, (unsigned long long)s.loader.window);
+        json += format("  \"ranks\": %d,\n  \"loader\": {\"epoch\": %llu, \"window\": %llu, \"windows\": %llu},\n",
+                       ranks.size, (unsigned long long)s.loader.epoch, (unsigned long long)s.loader.window,
+                       (unsigned long long)s.windows);
         return json + "  \"config\": " + json_text(config_fields(m.c, m.storage)) + ",\n";
     }
 
@@ -5785,7 +5796,7 @@ private:
                 report += format("%s %llu %s\n", r.name.c_str(), (unsigned long long)r.bytes, r.hash.c_str());
             }
         } catch (const std::exception& e) {
-            report = format("failed %lld\n%s\n", (long long)step, e.what());
+            report = format("failed %lld\n%s\n", (long long)step, reason(e).c_str());
         }
         if (ranks.rank > 0) job.report(report);
     }
@@ -5798,8 +5809,8 @@ private:
             failure = "";
         } catch (const std::exception& e) {
             remove_dir(unfinished());
-            failure = e.what();
-            fprintf(stderr, "train_gpt: warning: no checkpoint of step %lld: %s\n", (long long)step, e.what());
+            failure = reason(e);
+            fprintf(stderr, "train_gpt: warning: no checkpoint of step %lld: %s\n", (long long)step, failure.c_str());
         }
     }
 
@@ -5919,7 +5930,9 @@ Manifest read_manifest(const std::string& dir) {
         };
         m.state.step = int64_t(number(&m.json, "step"));
         m.state.seed = number(&m.json, "seed");
-        m.state.loader = {number(m.json.find("loader"), "epoch"), number(m.json.find("loader"), "window")};
+        const Json* loader = m.json.find("loader");
+        m.state.loader = {number(loader, "epoch"), number(loader, "window")};
+        if (loader->find("windows")) m.state.windows = number(loader, "windows");
         m.state.updates = int64_t(number(&m.json, "updates")), m.state.skipped = int64_t(number(&m.json, "skipped"));
         const uint64_t ranks = number(&m.json, "ranks"), most = uint64_t(1) << 50;
         if (ranks < 1 || ranks > 1 << 20 || !files) throw Error("lacks ranks or files");
@@ -6614,10 +6627,14 @@ struct Probe {
     void append(const char* name, const std::string& rows) const {
         const std::string path = out + "/" + name;
         FILE* f = fopen(path.c_str(), "a");
+        const long before = f && fseek(f, 0, SEEK_END) == 0 ? ftell(f) : -1;
         const bool written = f && fwrite(rows.data(), 1, rows.size(), f) == rows.size();
-        if ((f && fclose(f)) || !written)
-            fprintf(stderr, "train_gpt: warning: %s: cannot be written: %s. Make room; training goes on.\n",
-                    path.c_str(), strerror(errno));
+        if ((f && fclose(f)) || !written) {
+            const int error = errno;
+            const bool whole = before < 0 || truncate(path.c_str(), before) == 0;  // no half of a row stays
+            fprintf(stderr, "train_gpt: warning: %s: cannot be written: %s.%s Make room; training goes on.\n",
+                    path.c_str(), strerror(error), whole ? "" : " It may end in half of a row.");
+        }
     }
     void run(int64_t step) {
         append("activations.csv", activations(step));
@@ -7614,7 +7631,11 @@ int64_t find_checkpoint(const std::string& out) {
             fprintf(stderr, "train_gpt: warning: %s Trying the checkpoint before it; this one is put aside as %s.\n",
                     trouble.c_str(), aside.c_str());
         any = true;
-        if (ranks.rank == 0) remove_dir(aside), rename(dir.c_str(), aside.c_str());
+        if (ranks.rank == 0) {
+            remove_dir(aside);
+            if (rename(dir.c_str(), aside.c_str()))
+                throw Error(dir + ": cannot be put aside as " + aside + ": " + strerror(errno) + ". Move it away.");
+        }
         while (!steps.empty() && steps.back() >= step) steps.pop_back();
     }
 }
@@ -7634,6 +7655,8 @@ void lock_folder(const std::string& out) {
 void run(Options& o, const World& world) {
     const Config& c = o.config;
     std::unique_ptr<Tokenizer> tokenizer;
+    // who reads the lines may go before the last save, as tee at Ctrl-C; a limit of file sizes is a full disk
+    for (int number : {SIGPIPE, SIGXFSZ}) signal(number, SIG_IGN);
     open_job(o, world);
     settle_options(o, world, tokenizer);
     if (ranks.rank > 0 && !freopen("/dev/null", "w", stdout)) throw Error("/dev/null: cannot be opened.");
@@ -7679,6 +7702,11 @@ void run(Options& o, const World& world) {
             throw Error(
                 format("%s: was begun with --seed %llu. Give the same.", dir.c_str(), (unsigned long long)state.seed));
         if (data) data->seek(state.loader);
+        if (data && state.windows && state.windows != data->windows() && ranks.rank == 0)
+            fprintf(stderr,
+                    "train_gpt: warning: %s: its run had %llu windows of data, --train-data has %llu. Give the "
+                    "same files, or windows are seen twice or never.\n",
+                    dir.c_str(), (unsigned long long)state.windows, (unsigned long long)data->windows());
         printf("resumed from %s\n", dir.c_str());
     } else if (!o.init_from.empty()) {
         import_weights(m, o.init_from);
@@ -7689,6 +7717,7 @@ void run(Options& o, const World& world) {
     bool finished = true;
     std::string trouble;
     if (data) {
+        state.windows = data->windows();
         settle_matmuls(m, o.out + choices, state.step > 0);
         catch_signals();
         finished = train(m, o, *data, val.get(), tokenizer.get(), state, used_before, trouble);
@@ -7768,8 +7797,8 @@ void close_weights(Model& m) {
     matmul.close();
 }
 
-void put_text(const std::string& text) {
-    if (fwrite(text.data(), 1, text.size(), stdout) != text.size() || fflush(stdout))
+void put_text(const std::string& text) {  // all that went to stdout has arrived
+    if (fwrite(text.data(), 1, text.size(), stdout) != text.size() || fflush(stdout) || ferror(stdout))
         throw Error(std::string("stdout: cannot be written: ") + strerror(errno) + ".");
 }
 
@@ -7893,11 +7922,14 @@ void run_eval(Options& o) {
 
 #ifndef TESTING  // test_gpt.cu has its own
 int main(int argc, char** argv) {
+    int fd = open("/dev/null", O_RDONLY);  // where 0, 1 or 2 is closed, no file gets its number and what is printed
+    while (fd >= 0 && fd <= STDERR_FILENO) fd = open("/dev/null", O_RDONLY);
+    if (fd >= 0) close(fd);
     World world;
     Options o;
     try {
         world = find_world();
-        if (!parse_options(o, argc, argv)) return 0;
+        if (!parse_options(o, argc, argv)) return put_text(""), 0;
         if (o.command != TRAIN) {
             if (world.size > 1)
                 throw Error(format("%s: runs on one rank, %d were started. Start it without %s.",
@@ -7908,7 +7940,8 @@ int main(int argc, char** argv) {
         if (o.plan) {
             std::unique_ptr<Tokenizer> tokenizer;
             settle_options(o, world, tokenizer);
-            return print_plan(o), 0;
+            print_plan(o), put_text("");
+            return 0;
         }
         if (world.size > 1 && strstr(world.launcher, "MPI") && strcmp(world.launcher, BUILT_WITH) &&
             o.rendezvous.empty() && !getenv("MASTER_ADDR") && !getenv("SLURM_JOB_ID"))

@@ -26,12 +26,13 @@ def fail(message):
 def read(path, names):
     """Rows of a table as dictionaries; the columns `names` must be there."""
     try:
+        runlog.refuse_pipe(path)
         with open(path, newline="") as f:
             rows = list(csv.DictReader(f))
     except FileNotFoundError:
         fail(f"{path}: is missing. Train with --probe N.")
     except (OSError, UnicodeDecodeError, csv.Error) as e:
-        fail(f"{path}: cannot be read: {e}. Train with --probe N.")
+        fail(f"{path}: cannot be read: {getattr(e, 'strerror', e)}. Train with --probe N.")
     if not rows or not set(names) <= rows[0].keys():
         fail(f"{path}: holds no rows of {', '.join(names)}. Train with --probe N.")
     try:

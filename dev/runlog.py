@@ -3,10 +3,12 @@
 Standard library only. plot.py, export_log.py and watch.py stand on it.
 """
 import bisect
+import errno
 import json
 import math
 import os
 import re
+import stat
 
 COLUMNS = ["step", "loss", "lr", "grad_norm", "tokens_per_s", "val_loss"]  # a log has these, and mostly note
 
@@ -17,6 +19,12 @@ class LogError(Exception):
 
 class NoRows(LogError):
     """There is no log, or none with a row: both may still come."""
+
+
+def refuse_pipe(path):
+    """One would wait for it without end."""
+    if stat.S_ISFIFO(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is a pipe")
 
 
 class Log:
@@ -43,6 +51,7 @@ class Log:
     def update(self):
         """Reads what came since the last time; true if there was something. Begins anew if the file was replaced."""
         try:
+            refuse_pipe(self.path)
             with open(self.path, "rb") as f:
                 self.changed = os.fstat(f.fileno()).st_mtime
                 f.seek(self.end - len(self.last))

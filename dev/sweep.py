@@ -116,8 +116,8 @@ def remember(o):
     path = o.out / "sweep.json"
     if path.exists():
         try:
-            known = json.loads(path.read_text())["trainer_options"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            known = json.loads(path.read_text() if path.is_file() else "")["trainer_options"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise Refused(f"{path}: this is not a sweep's file. Sweep into another folder.")
         if o.args and o.args != known:
             raise Refused(f"{o.out}: holds runs with other options ({shlex.join(known)}). Sweep into another folder.")

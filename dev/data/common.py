@@ -4,6 +4,7 @@ import hashlib
 import os
 import signal
 import sys
+from pathlib import Path
 
 BLOCK = 1 << 20  # bytes read at a time
 
@@ -45,6 +46,8 @@ def package(name, wanted_by):
 
 def read_whole(path, advice):
     try:
+        if Path(path).is_fifo():
+            raise Refused(f"{path}: is a pipe. {advice}")
         with open(path, "rb") as f:
             return f.read()
     except OSError as e:

@@ -385,7 +385,7 @@ def main():
     in_range("--limit-tokens", args.limit_tokens, 1, 2**62)
     in_range("--processes", args.processes, 1, 1024)
     first = args.corpus or ("stdlib" if args.stdlib else "stdin" if args.inputs[0] == "-" else
-                            Path(bare(Path(args.inputs[0]).resolve().name)).stem)
+                            Path(bare(os.path.basename(os.path.realpath(args.inputs[0])))).stem)
     prefix = args.prefix or first
     if "/" in prefix:
         raise Refused(f"--prefix: {prefix} is no file name. Give the directory with --out.")

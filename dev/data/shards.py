@@ -160,7 +160,7 @@ class Output:
         try:
             state = json.loads(self.state_path.read_bytes())
             before, position, splits = state["identity"], state["position"], state["splits"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise Refused(f"{self.state_path}: the state is damaged. Begin anew: --restart.") from None
         for key, value in self.identity.items():
             if before.get(key) != value:
@@ -218,15 +218,15 @@ def bigram_loss(train, val, V):
 def verify(path):
     """what is wrong with the shards of a manifest, a line each; and how many shards it has"""
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(path.read_bytes() if path.is_file() else b"")
         splits = [(name, manifest[name]["tokens"], manifest[name]["shards"]) for name in SPLITS]
         magic, version, dtype = kind(manifest["vocab_size"])
-        entries = [(s["name"], s["tokens"], s["sha256"]) for _, _, shards in splits for s in shards]
-    except (ValueError, KeyError, TypeError):
+        entries = [(path.with_name(s["name"]), int(s["tokens"]), s["sha256"])
+                   for _, _, shards in splits for s in shards]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return [f"{path}: not a manifest of prepare.py. Prepare the data again."], 0
     wrong = []
-    for name, tokens, sha256 in entries:
-        shard = path.with_name(name)
+    for shard, tokens, sha256 in entries:
         size = HEADER + tokens * np.dtype(dtype).itemsize
         if not shard.is_file():
             wrong.append(f"{shard}: is missing. Prepare the data again.")

@@ -45,12 +45,15 @@ class Weights:
                           "Give a file, or a folder with one of them.")
         try:
             names = sorted(set(read_json(index)["weight_map"].values()))
+            if not all(name and "/" not in name and name not in (".", "..") for name in names):
+                raise TypeError
         except (AttributeError, KeyError, TypeError):
             raise Refused(f"{index}: its weight_map is missing or broken. Fetch the folder again.") from None
         return [path / name for name in names]
 
     def read_header(self, file):
         size = os.path.getsize(file)
+        refuse_pipe(file)
         try:
             with open(file, "rb") as f:
                 (length,) = struct.unpack("<Q", f.read(8))
@@ -68,7 +71,7 @@ class Weights:
                 if name in self.entries:
                     raise Refused(f"{file}: holds {name}, which another file of the folder has too. Write it again.")
                 self.entries[name] = file, t["dtype"], tuple(t["shape"]), 8 + length + begin
-        except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, struct.error):
             raise Refused(f"{file}: no safetensors file. Give one, or a folder that holds some.") from None
 
     def shape(self, name):
@@ -154,11 +157,17 @@ def write_file(path, tensors, metadata, size):
     write_whole(path, parts())
 
 
+def refuse_pipe(path):
+    if Path(path).is_fifo():
+        raise Refused(f"{path}: is a pipe. Give a file.")
+
+
 def read_json(path):
+    refuse_pipe(path)
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Refused(f"{path}: not valid JSON. Fetch or write it again.") from None
 
 

@@ -148,6 +148,32 @@ class DiskTests(Tests):
                 broken.append(str(e))
         expect(not broken, f"{len(broken)}: " + "; ".join(broken[:5]))
 
+    def export_faults(self, kind, every, phase):
+        """Whichever call it is, an export that was there stays, or it is the new one; nothing is left beside it."""
+        error, sticky = kind
+        weights = self.calm(0, 0)[2]
+        name = f"export_{error}{sticky}"
+        out, target = self.path(name), self.path(name + ".st")
+        faults = {**self.faults(name, FAULT_ERRNO=error, FAULT_STICKY=sticky), "FAULT_PATH": target}
+        run(self.exe, self.flags(name, 0), 0, {**faults, "FAULT_LIST": self.path(name + ".calls")})
+        with open(self.path(name + ".calls.0")) as f:
+            calls = [line.split()[0] for line in f]
+        expect(calls[-1] == "rename" and len(calls) > 10, f"an export makes the calls {calls}")
+        for call in range(1 + phase, len(calls) + 1, every):
+            shutil.rmtree(out)
+            with open(target, "w") as f:
+                f.write("mine")
+            job = Job(self.exe, self.flags(name, 0), 0, {**faults, "FAULT_AT": str(call)}).wait()
+            what = f"call {call} ({calls[call - 1]}): "
+            if job.status:
+                expect(len(job.lines()) == 1 and target in job.lines()[0], f"{what}{job.text()}")
+            expect(contents(target) == (b"mine" if job.status else weights), f"{what}exit {job.status}: not as it was")
+            # the first two calls try the place before the run begins, and a close then loses nothing
+            expect(job.status or calls[call - 1] == "close" and call == 2 or (error == "SHORT" and
+                   calls[call - 1] != "write"), f"{what}was not noticed")
+            expect(not os.path.exists(target + ".tmp"), f"{what}leaves its .tmp")
+            expect(call <= 2 or checkpoints(out) == [2, 4, 6], f"{what}checkpoints {checkpoints(out)}")
+
     def slow(self, what, ranks, more):
         """Every write takes a tenth of a second, all of them longer than --timeout: slow, but no hang. What is written
         while training goes on is the step's that was saved."""
@@ -196,8 +222,9 @@ class DiskTests(Tests):
             for i, (rank, step, more) in enumerate(((0, 4, ()), (0, 6, late), (1, 4, late), (1, 6, ()))):
                 test(f"step {step}, rank {rank} of 2, {KINDS[i][0]}", self.checkpoint_faults, 2, rank, step, KINDS[i],
                      more, 16, 5 + i)
-        for kind in KINDS:
+        for i, kind in enumerate(KINDS):
             test(f"log.csv, {times(kind)}", self.log_faults, kind)
+            test(f"export, {times(kind)}", self.export_faults, kind, 1 if full else 4, 0 if full else i % 4)
         for mode, more in modes:
             test(f"a slow disk, checkpoint{mode}", self.slow, "checkpoint", 2, more)
             for rank in (0, 1):
