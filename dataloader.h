@@ -175,10 +175,6 @@ private:
             int fd;
             ~Fd() { close(fd); }
         } file{open(path)};
-        struct stat st;
-        if (fstat(file.fd, &st)) fail(path, std::string("cannot be read: ") + strerror(errno) + ". Check the disk.");
-        if (S_ISDIR(st.st_mode)) fail(path, "is a folder. Give its files, as \"" + path + "/*.bin\".");
-        if (!S_ISREG(st.st_mode)) fail(path, "is not a regular file. Write the tokens to a file.");
         int32_t header[256] = {};
         const int64_t size = read(file.fd, header, HEADER_BYTES, 0, path);
         if (size == 0) fail_broken(path, "is empty");
@@ -191,11 +187,10 @@ private:
         if (version != known)
             fail_broken(path, "has version " + std::to_string(version) + ", known is " + std::to_string(known));
         if (count < 0) fail_broken(path, "header promises " + std::to_string(count) + " tokens");
-        const int64_t surplus = st.st_size - HEADER_BYTES - count * bytes;
+        const int64_t held = lseek(file.fd, 0, SEEK_END) - HEADER_BYTES, surplus = held - count * bytes;
         const std::string promise = "header promises " + std::to_string(count) + " tokens, ";
         if (surplus < 0)
-            fail_broken(path, promise + "the file holds " + std::to_string((st.st_size - HEADER_BYTES) / bytes) +
-                                   "; it was cut short");
+            fail_broken(path, promise + "the file holds " + std::to_string(held / bytes) + "; it was cut short");
         if (surplus > 0) fail_broken(path, promise + "but " + std::to_string(surplus) + " bytes follow them");
         shards_.push_back({path, tokens_, uint64_t(count), bytes});
         tokens_ += count;
@@ -226,7 +221,11 @@ private:
         int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not hang
         if (fd < 0)
             fail(path, std::string("cannot be opened: ") + strerror(errno) + ". Check the path and its permissions.");
-        return fd;
+        struct stat st;
+        if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode)) return fd;
+        close(fd);
+        if (S_ISDIR(st.st_mode)) fail(path, "is a folder. Give its files, as \"" + path + "/*.bin\".");
+        fail(path, "is not a regular file. Write the tokens to a file.");
     }
 
     // Reads up to n bytes; fewer at the end of the file only. Not mmap: a file cut short meanwhile would be a SIGBUS.

@@ -5132,6 +5132,10 @@ struct Hash {
     std::string text() const { return format("%016llx", (unsigned long long)value()); }
 };
 
+[[noreturn]] void refuse_kind(const std::string& path) {
+    throw Error(path + ": is a folder, a pipe or a device. Give a file.");
+}
+
 // A file being written: to PATH.tmp, fsynced and renamed by commit(); gone if commit is never reached.
 struct OutFile {
     std::string path, tmp;
@@ -5139,8 +5143,9 @@ struct OutFile {
     Hash hash;
     explicit OutFile(const std::string& path) : path(path), tmp(path + ".tmp"), fd(-1) {
         struct stat info;
-        if (stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode)) errno = EISDIR, fail();
-        fd = open(tmp.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+        if (stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode)) refuse_kind(path);
+        unlink(tmp.c_str());  // of a run that was killed; a link or a pipe of that name must not take what is written
+        fd = open(tmp.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
         if (fd < 0) fail();
     }
     ~OutFile() {
@@ -5183,21 +5188,26 @@ FILE* open_regular(const std::string& path) {
     struct stat info;
     if (fstat(fd, &info) || !S_ISREG(info.st_mode)) {
         ::close(fd);
-        throw Error(path + ": is a folder, a pipe or a device. Give a file.");
+        refuse_kind(path);
     }
     return fdopen(fd, "rb");
 }
 
-// The whole of a file; `any`: also of a pipe or a terminal.
+// The whole of a file, at most 1 GiB; `any`: also of a pipe or a terminal.
 std::string read_file(const std::string& path, bool any = false) {
     FILE* f = any ? fopen(path.c_str(), "rb") : open_regular(path);
     if (!f) throw Error(path + ": cannot be read: " + strerror(errno) + ". Check the path and its permissions.");
     std::string s;
     char buffer[65536];
-    for (size_t n; (n = fread(buffer, 1, sizeof(buffer), f)) > 0;) s.append(buffer, n);
-    bool bad = ferror(f);
+    constexpr size_t MOST = size_t(1) << 30;
+    struct stat info;
+    bool large = fstat(fileno(f), &info) == 0 && uint64_t(info.st_size) > MOST;
+    for (size_t n; !large && (n = fread(buffer, 1, sizeof(buffer), f)) > 0; large = s.size() > MOST)
+        s.append(buffer, n);
+    const int error = ferror(f) ? errno : 0;
     fclose(f);
-    if (bad) throw Error(path + ": cannot be read to its end: " + strerror(EIO) + ".");
+    if (error) throw Error(path + ": cannot be read to its end: " + strerror(error) + ".");
+    if (large) throw Error(path + ": is larger than 1 GiB, as no file of its kind is.");
     return s;
 }
 
@@ -5957,15 +5967,14 @@ void verify_checkpoint(const std::string& dir, bool weights_only = false) {
     for (size_t i = ranks.rank; i < m.files.size(); i += ranks.size) {
         if (weights_only && m.files[i].name.compare(0, 5, "model")) continue;
         const std::string path = dir + "/" + m.files[i].name;
-        FILE* f = open_regular(path);
-        Hash hash;
-        for (size_t n; (n = fread(data.data(), 1, data.size(), f)) > 0; ticks++) hash.add(data.data(), n);
-        const bool bad = ferror(f);
-        fclose(f);
-        if (bad) throw Error(path + ": cannot be read to its end: " + strerror(EIO) + ".");
-        if (hash.total != m.files[i].bytes)
-            throw Error(path + format(": has %llu bytes, %llu were written.", (unsigned long long)hash.total,
+        const std::unique_ptr<FILE, decltype(&fclose)> f(open_regular(path), &fclose);
+        struct stat info;
+        if (fstat(fileno(f.get()), &info) || uint64_t(info.st_size) != m.files[i].bytes)
+            throw Error(path + format(": has %llu bytes, %llu were written.", (unsigned long long)info.st_size,
                                       (unsigned long long)m.files[i].bytes));
+        Hash hash;
+        for (size_t n; (n = fread(data.data(), 1, data.size(), f.get())) > 0; ticks++) hash.add(data.data(), n);
+        if (ferror(f.get())) throw Error(path + ": cannot be read to its end: " + strerror(errno) + ".");
         if (hash.text() != m.files[i].hash) throw Error(path + ": its checksum is wrong, it was damaged.");
     }
 }

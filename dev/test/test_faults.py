@@ -199,6 +199,8 @@ class FaultTests(Tests):
         elif kind == "nested":
             with open(path, "w") as f:
                 f.write("[" * 100000)
+        elif kind == "device":
+            os.symlink("/dev/null", path)
         elif kind == "link to nothing":
             os.symlink("nowhere", path)
         elif kind == "link to itself":
@@ -362,6 +364,7 @@ class FaultTests(Tests):
             self.make(kind, path, "")
         job.wait(60)
         expect(job.status == 1 and len(job.lines()) == 1 and path in job.lines()[0], f"{job.status}: {job.text()}")
+        expect("Illegal" not in job.lines()[0], job.text())
 
     def full_table(self):
         """A limit of file sizes is a full disk to activations.csv, which ends with a whole row."""
@@ -378,11 +381,41 @@ class FaultTests(Tests):
             rows = f.read()
         expect(0 < len(rows) <= 600 and rows.endswith("\n"), f"ends with {rows[-80:]!r}")
 
-    def export_is_a_folder(self):
-        os.makedirs(self.path("folder.st"), exist_ok=True)
-        line = refuse(self.exe, self.flags("never", "--export", self.path("folder.st")))
-        expect("folder.st: cannot be written: Is a directory" in line, line)
+    def export_kind(self, kind):
+        """What is no file is not replaced by one."""
+        path = self.path(f"export_{kind}.st")
+        self.make(kind, path, "")
+        before = os.lstat(path)
+        line = refuse(self.exe, self.flags("never", "--export", path))
+        expect(f"{path}: is a folder, a pipe or a device" in line, line)
+        expect(os.lstat(path).st_ino == before.st_ino and not os.path.exists(path + ".tmp"), "it was touched")
         expect(not os.path.exists(self.path("never/log.csv")), "the run has begun")
+
+    def export_beside(self, kind):
+        """What has the name under which an export is written is not written to."""
+        path, other = self.path(f"beside_{kind}.st"), self.path("other.txt")
+        with open(other, "w") as f:
+            f.write("mine")
+        self.make("pipe", path + ".tmp", "") if kind == "pipe" else os.symlink(other, path + ".tmp")
+        run(self.exe, self.flags(f"beside_{kind}", "--export", path, steps=1), limit=60)
+        with open(other) as f:
+            expect(f.read() == "mine", "a link was followed")
+        expect(read_safetensors(path)[0] and not os.path.lexists(path + ".tmp"), "no export")
+
+    def huge_file(self, name):
+        """A file of a checkpoint that has grown to 1 TiB, sparse: seen by its size, without reading it."""
+        out = copy(self.begun()[0], self.path("huge_" + name))
+        os.truncate(os.path.join(checkpoint(out, 2), name), 1 << 40)
+        begun = time.monotonic()
+        job = run(self.exe, self.flags("huge_" + name, "--resume"))
+        expect(time.monotonic() - begun < 30, "it was read")
+        expect(len(job.warnings()) == 1 and f"step_00000002/{name}: " in job.warnings()[0], job.text())
+        expect(("is larger than 1 GiB" if name == "state.json" else "has 1099511627776 bytes") in job.warnings()[0], job.text())
+        shutil.rmtree(out)
+
+    def prompt_file(self):
+        line = refuse(self.exe, ["generate", "--checkpoint", self.begun()[0], "--prompt-file", self.dir])
+        expect(f"{self.dir}: cannot be read to its end: Is a directory" in line, line)
 
     def full_stdout(self, name, ask, status):
         """Text that does not arrive is an error of who is asked for text; a training goes on."""
@@ -491,11 +524,17 @@ class FaultTests(Tests):
         for kind in ("directory", "pipe", "garbage"):
             self.test(f"table_file {kind} log.csv", self.table_file, kind, "log.csv")
         for body in (self.names, self.linked_checkpoint, self.linked_leftover, self.linked_files, self.damaged_twice,
-                     self.other_data, self.full_table, self.export_is_a_folder, self.reader_gone, self.out_without_rights,
+                     self.other_data, self.full_table, self.prompt_file, self.reader_gone, self.out_without_rights,
                      self.table):
             self.test(body.__name__, body)
         for value in (math.nan, math.inf):
             self.test(f"weights_not_finite {value}", self.weights_not_finite, value)
+        for kind in ("pipe", "directory", "device"):
+            self.test(f"export_kind {kind}", self.export_kind, kind)
+        for kind in ("pipe", "link"):
+            self.test(f"export_beside {kind}", self.export_beside, kind)
+        for name in ("state.json", "model.safetensors"):
+            self.test(f"huge_file {name}", self.huge_file, name)
         for kind in ("absent", "shorter", "pipe", "directory"):
             self.test(f"shard_during_run {kind}", self.shard_during_run, kind)
         half = self.path("half0")
