@@ -483,6 +483,45 @@ TEST(matmul_sums) {
     hopper = had_hopper;
 }
 
+// Causal attention and its gradients, a query at a time.
+struct AttentionWant {
+    Vec out, lse, dq, dk, dv;
+};
+AttentionWant attention_reference(const Heads& h, const Vec& q, const Vec& k, const Vec& v, const Vec& dout) {
+    AttentionWant w = {Vec(q.size()), Vec(size_t(h.B) * h.NH * h.T), Vec(q.size()), Vec(k.size()), Vec(v.size())};
+    const int HS = h.HS;
+    const double scale = 1 / sqrt(double(HS));
+    for (int b = 0; b < h.B; b++)
+        for (int head = 0; head < h.NH; head++)
+            for (int i = 0; i < h.T; i++) {
+                const size_t row = (size_t(b) * h.NH + head) * h.T + i,
+                             kv = (size_t(b) * h.NKV + head / (h.NH / h.NKV)) * h.T;
+                const size_t o = ((size_t(b) * h.T + i) * h.NH + head) * HS;
+                Vec p(i + 1);
+                double top = -INFINITY, sum = 0, d = 0;
+                for (int j = 0; j <= i; j++) {
+                    for (int c = 0; c < HS; c++) p[j] += scale * q[row * HS + c] * k[(kv + j) * HS + c];
+                    top = std::max(top, p[j]);
+                }
+                for (double& x : p) sum += x = exp(x - top);
+                w.lse[row] = top + log(sum);
+                for (int j = 0; j <= i; j++)
+                    for (int c = 0; c < HS; c++) w.out[o + c] += (p[j] /= c ? 1 : sum) * v[(kv + j) * HS + c];
+                for (int c = 0; c < HS; c++) d += dout[o + c] * w.out[o + c];
+                for (int j = 0; j <= i; j++) {
+                    double dp = 0;
+                    for (int c = 0; c < HS; c++) dp += dout[o + c] * v[(kv + j) * HS + c];
+                    const double ds = scale * p[j] * (dp - d);
+                    for (int c = 0; c < HS; c++) {
+                        w.dq[row * HS + c] += ds * k[(kv + j) * HS + c];
+                        w.dk[(kv + j) * HS + c] += ds * q[row * HS + c];
+                        w.dv[(kv + j) * HS + c] += p[j] * dout[o + c];
+                    }
+                }
+            }
+    return w;
+}
+
 TEST(attention) {
     struct Shape {
         Heads h;
@@ -533,44 +572,14 @@ TEST(attention) {
             device_sms = sms;
             EXPECT(again.get() == out.get() && again_lse.get() == lse.get());
         }
-        Vec want(q_size), want_lse(rows), want_dq(q_size), want_dk(kv_size), want_dv(kv_size);
-        const double scale = 1 / sqrt(double(h.HS));
-        const int HS = h.HS;
-        for (int b = 0; b < h.B; b++)
-            for (int head = 0; head < h.NH; head++)
-                for (int i = 0; i < h.T; i++) {
-                    const size_t row = (size_t(b) * h.NH + head) * h.T + i,
-                                 kv = (size_t(b) * h.NKV + head / (h.NH / h.NKV)) * h.T;
-                    const size_t o = ((size_t(b) * h.T + i) * h.NH + head) * HS;
-                    Vec p(i + 1);
-                    double top = -INFINITY, sum = 0, d = 0;
-                    for (int j = 0; j <= i; j++) {
-                        for (int c = 0; c < HS; c++) p[j] += scale * q.v[row * HS + c] * k.v[(kv + j) * HS + c];
-                        top = std::max(top, p[j]);
-                    }
-                    for (double& x : p) sum += x = exp(x - top);
-                    want_lse[row] = top + log(sum);
-                    for (int j = 0; j <= i; j++)
-                        for (int c = 0; c < HS; c++) want[o + c] += (p[j] /= c ? 1 : sum) * v.v[(kv + j) * HS + c];
-                    for (int c = 0; c < HS; c++) d += dout.v[o + c] * want[o + c];
-                    for (int j = 0; j <= i; j++) {
-                        double dp = 0;
-                        for (int c = 0; c < HS; c++) dp += dout.v[o + c] * v.v[(kv + j) * HS + c];
-                        const double ds = scale * p[j] * (dp - d);
-                        for (int c = 0; c < HS; c++) {
-                            want_dq[row * HS + c] += ds * k.v[(kv + j) * HS + c];
-                            want_dk[(kv + j) * HS + c] += ds * q.v[row * HS + c];
-                            want_dv[(kv + j) * HS + c] += p[j] * dout.v[o + c];
-                        }
-                    }
-                }
+        const AttentionWant want = attention_reference(h, q.v, k.v, v.v, dout.v);
         std::string what = format(" T %d HS %d NH %d NKV %d%s", h.T, h.HS, h.NH, h.NKV, hopper ? " Hopper" : "");
-        expect_close(out.get(), want, TOL_ATTENTION, "out" + what);
-        expect_close(lse.get(), want_lse, TOL_FLOAT, "lse" + what);
+        expect_close(out.get(), want.out, TOL_ATTENTION, "out" + what);
+        expect_close(lse.get(), want.lse, TOL_FLOAT, "lse" + what);
         attention_backward(dq.p, dk.p, dv.p, scratch.p, dout.p, out.p, q.p, k.p, v.p, lse.p, h, 0);
-        expect_close(dv.get(), want_dv, TOL_ATTENTION, "dv" + what);
-        expect_close(dk.get(), want_dk, TOL_SCORES, "dk" + what, 1.0);
-        expect_close(dq.get(), want_dq, TOL_SCORES, "dq" + what, 1.0);
+        expect_close(dv.get(), want.dv, TOL_ATTENTION, "dv" + what);
+        expect_close(dk.get(), want.dk, TOL_SCORES, "dk" + what, 1.0);
+        expect_close(dq.get(), want.dq, TOL_SCORES, "dq" + what, 1.0);
         DevX dq_again(q_size), dk_again(kv_size), dv_again(kv_size);
         attention_backward(dq_again.p, dk_again.p, dv_again.p, scratch.p, dout.p, out.p, q.p, k.p, v.p, lse.p, h, 0);
         EXPECT(dq_again.get() == dq.get() && dk_again.get() == dk.get() && dv_again.get() == dv.get());
@@ -1637,48 +1646,87 @@ double log_p(const double* row, int V, int target) {
     return row[target] - top - log(sum);
 }
 
-// Scores of choices and the validation loss against the logits of each text alone.
-TEST(evaluation) {
-    const std::string path = temporary("questions.bin"), shard = temporary("shard.bin");
-    const Tokenizer tokenizer = Tokenizer::load(golden_dir + "/../tokenizer_llama.bin");
-    Config c = small_config(Backbone::nanogpt, Variant::preqknorm);
-    const int V = c.V = tokenizer.vocab_size();
-    Model m;
-    open_writer(m, c, 0, 0);
-    Random r{6};
+// Questions at random for a vocabulary of V and T of 24: the last contexts do not fit.
+std::vector<Question> random_questions(int V, Random& r) {
     auto ids = [&](int n) {
         std::vector<int> x(n);
         for (int& id : x) id = r.below(V);
         return x;
     };
     std::vector<Question> questions;
-    std::vector<int32_t> file = {20261125, 1, 5, V, 0};
-    file.resize(256);
-    for (int i = 0; i < 5; i++) {  // the last contexts do not fit: T is 24
+    for (int i = 0; i < 5; i++) {
         Question q{i % 3, ids(i < 3 ? 3 + 4 * i : 15 + 10 * i), {}};
         for (int k = 0; k < (i == 1 ? 4 : 3); k++) q.choices.push_back(ids(i == 4 && k == 2 ? 24 : 1 + 3 * k));
+        questions.push_back(q);
+    }
+    return questions;
+}
+
+// A file of questions is read as it was written; one that is cut anywhere, or wrong in any number of its frame, is
+// refused.
+TEST(questions) {
+    const int V = 100;
+    const std::string path = temporary("questions.bin");
+    Random r{6};
+    const std::vector<Question> questions = random_questions(V, r);
+    std::vector<int32_t> file = {20261125, 1, int(questions.size()), V, 0};
+    file.resize(256);
+    for (const Question& q : questions) {
         file.insert(file.end(), {int(q.choices.size()), q.label, int(q.context.size())});
         for (auto& choice : q.choices) file.push_back(int(choice.size()));
         file.insert(file.end(), q.context.begin(), q.context.end());
         for (auto& choice : q.choices) file.insert(file.end(), choice.begin(), choice.end());
-        questions.push_back(q);
     }
     file[4] = int(file.size()) - 256;
     auto put = [&](const std::vector<int32_t>& x, size_t cut = 0) {
         write_bytes(path, std::string((const char*)x.data(), x.size() * 4 - cut));
     };
     put(file);
-    std::vector<Question> read = read_questions(path, V, 24);
-    EXPECT(read.size() == 5);
+    const std::vector<Question> read = read_questions(path, V, 24);
+    EXPECT(read.size() == questions.size());
     for (size_t i = 0; i < read.size(); i++)
         EXPECT(read[i].label == questions[i].label && read[i].context == questions[i].context &&
                read[i].choices == questions[i].choices);
+    EXPECT(error_of([&] { read_questions(path, V, 23); }).find("question 5 has a choice of 24") != std::string::npos);
 
-    if (quick) read.erase(read.begin(), read.begin() + 3);
-    const std::vector<double> scores = log_likelihoods(m, read);
+    for (size_t bytes = 1; bytes < file.size() * 4; bytes += 53) {
+        put(file, bytes);
+        EXPECT(error_of([&] { read_questions(path, V, 24); }).find(path) == 0);
+    }
+    const int wrong[][2] = {{0, 20240520},  {1, 2},    {2, 4},   {2, 6},    {2, 0},    {2, -1},       {3, V + 1},
+                            {4, 7},         {256, 1},  {256, 2}, {256, -1}, {257, 3},  {257, -1},     {258, 0},
+                            {256, 1 << 30}, {258, -1}, {259, 2}, {262, V},  {262, -1}, {258, INT_MAX}};
+    for (auto [at, value] : wrong) {
+        std::vector<int32_t> bad = file;
+        bad[at] = value;
+        put(bad);
+        const std::string error = error_of([&, &at = at] { read_questions(path, V, 24); });
+        if (error.find(path) != 0) fail(format("number %d as %d: '%s'", at, value, error.c_str()));
+    }
+    unlink(path.c_str());
+}
+
+// The model of the tests of evaluation, whose vocabulary is a tokenizer's.
+Tokenizer open_evaluated(Model& m) {
+    Tokenizer tokenizer = Tokenizer::load(golden_dir + "/../tokenizer_llama.bin");
+    Config c = small_config(Backbone::nanogpt, Variant::preqknorm);
+    c.V = tokenizer.vocab_size();
+    open_writer(m, c, 0, 0);
+    return tokenizer;
+}
+
+// Scores of choices against the logits of each text alone.
+TEST(log_likelihoods) {
+    Model m;
+    open_evaluated(m);
+    const int V = m.c.V;
+    Random r{6};
+    std::vector<Question> questions = random_questions(V, r);
+    if (quick) questions.erase(questions.begin(), questions.begin() + 3);
+    const std::vector<double> scores = log_likelihoods(m, questions);
     Vec want;
     int right = 0, right_per_token = 0;
-    for (const Question& q : read) {
+    for (const Question& q : questions) {
         Vec sums, means;
         for (auto& choice : q.choices) {
             std::vector<int> text = q.context;
@@ -1695,30 +1743,20 @@ TEST(evaluation) {
         right_per_token += std::max_element(means.begin(), means.end()) - means.begin() == q.label;
     }
     expect_close(Vec(scores.begin(), scores.end()), want, TOL_LOSS, "log-likelihoods");
-    const double all = double(read.size());
-    EXPECT(accuracy(read, scores, [](auto&) { return 1.0; }) == right / all);
-    EXPECT(accuracy(read, scores, [](auto& choice) { return double(choice.size()); }) == right_per_token / all);
+    const double all = double(questions.size());
+    EXPECT(accuracy(questions, scores, [](auto&) { return 1.0; }) == right / all);
+    EXPECT(accuracy(questions, scores, [](auto& choice) { return double(choice.size()); }) == right_per_token / all);
+    destroy(m);
+}
 
-    // a file that is cut anywhere, or wrong in any number of its frame
-    for (size_t bytes = 1; bytes < file.size() * 4; bytes += 53) {
-        put(file, bytes);
-        EXPECT(error_of([&] { read_questions(path, V, 24); }).find(path) == 0);
-    }
-    const int wrong[][2] = {{0, 20240520},  {1, 2},    {2, 4},   {2, 6},    {2, 0},    {2, -1},       {3, V + 1},
-                            {4, 7},         {256, 1},  {256, 2}, {256, -1}, {257, 3},  {257, -1},     {258, 0},
-                            {256, 1 << 30}, {258, -1}, {259, 2}, {262, V},  {262, -1}, {258, INT_MAX}};
-    for (auto [at, value] : wrong) {
-        std::vector<int32_t> bad = file;
-        bad[at] = value;
-        put(bad);
-        const std::string error = error_of([&, &at = at] { read_questions(path, V, 24); });
-        if (error.find(path) != 0) fail(format("number %d as %d: '%s'", at, value, error.c_str()));
-    }
-    put(file);
-    EXPECT(error_of([&] { read_questions(path, V, 23); }).find("question 5 has a choice of 24") != std::string::npos);
-
-    // an odd number of windows, two at a time, with a BOS now and then, behind which a piece has no space in front
-    const int windows = quick ? 3 : 5;
+// The validation loss of an odd number of windows, two at a time, against the logits of each window alone; with a BOS
+// now and then, behind which a piece has no space in front.
+TEST(validation) {
+    const std::string shard = temporary("shard.bin");
+    Model m;
+    const Tokenizer tokenizer = open_evaluated(m);
+    const int V = m.c.V, windows = quick ? 3 : 5;
+    Random r{7};
     std::vector<uint16_t> tokens(windows * 25 + 7);
     for (uint16_t& t : tokens) t = uint16_t(r.below(2) ? V / 2 + r.below(V / 2) : tokenizer.bos());
     std::vector<int32_t> header = {20240520, 1, int32_t(tokens.size())};
@@ -1742,7 +1780,7 @@ TEST(evaluation) {
     }
     EXPECT(v.tokens == windows * 24u && v.bytes == bytes && prefixes > 2);
     expect_close({v.nats}, {nats}, TOL_LOSS, "validation");
-    unlink(path.c_str()), unlink(shard.c_str());
+    unlink(shard.c_str());
     destroy(m);
 }
 
@@ -1780,38 +1818,47 @@ TEST(config_of_checkpoint) {
     EXPECT(json_number(NAN) == "null" && json_number(0.5) == "0.5");
 }
 
+double number_of(const Json& j, const char* key, double absent) {
+    const Json* n = j.find(key);
+    return n && n->kind == Json::number ? n->value : absent;
+}
+
+// The model of a golden file; o: its recipe.
+Config golden_config(const Json& config, const Json& o) {
+    Config c;
+    c.backbone = config.find("backbone")->string == "llama" ? Backbone::llama : Backbone::nanogpt;
+    const Json& variant = *config.find("variant");
+    c.variant = Variant(std::find(VARIANTS.begin(), VARIANTS.end(), variant.string) - VARIANTS.begin());
+    c.layernorm = config.find("norm_type")->string == "layernorm";
+    c.C = int(number_of(config, "dim", 0)), c.L = int(number_of(config, "n_layers", 0));
+    c.NH = int(number_of(config, "n_heads", 0)), c.NKV = int(number_of(config, "n_kv_heads", 0));
+    c.V = int(number_of(config, "vocab_size", 0));
+    c.ffn_mult = float(number_of(config, "ffn_dim_multiplier", 1));
+    c.multiple_of = int(number_of(config, "multiple_of", 0));
+    c.rope_theta = float(number_of(config, "rope_theta", 0)), c.norm_eps = float(number_of(config, "norm_eps", 0));
+    c.T = int(number_of(o, "T", 0)), c.max_T = int(number_of(config, "max_seq_len", 0));
+    finish(c);
+    return c;
+}
+
 // One golden file: the recipe from its weights over its tokens (format: dev/reference/golden.py).
 void golden(const std::string& path) {
     Safetensors f(path);
     const std::string name = path.substr(path.rfind('/') + 1);
     const Json config = parse_json(f.metadata.find("config")->string),
                o = parse_json(f.metadata.find("optimizer")->string);
-    auto number = [](const Json& j, const char* key, double absent) {
-        const Json* n = j.find(key);
-        return n && n->kind == Json::number ? n->value : absent;
-    };
     auto raw = [&](const char* key, auto type) {
         std::vector<decltype(type)> v(f.entries.at(key).elements);
         f.read(f.entries.at(key), v.data(), 0, f.entries.at(key).bytes);
         return v;
     };
-    Config c;
-    c.backbone = config.find("backbone")->string == "llama" ? Backbone::llama : Backbone::nanogpt;
-    const Words& names = VARIANTS;
-    c.variant = Variant(std::find(names.begin(), names.end(), config.find("variant")->string) - names.begin());
-    c.layernorm = config.find("norm_type")->string == "layernorm";
-    c.C = int(number(config, "dim", 0)), c.L = int(number(config, "n_layers", 0)),
-    c.NH = int(number(config, "n_heads", 0));
-    c.NKV = int(number(config, "n_kv_heads", 0)), c.V = int(number(config, "vocab_size", 0));
-    c.ffn_mult = float(number(config, "ffn_dim_multiplier", 1)), c.multiple_of = int(number(config, "multiple_of", 0));
-    c.rope_theta = float(number(config, "rope_theta", 0)), c.norm_eps = float(number(config, "norm_eps", 0));
-    c.T = int(number(o, "T", 0)), c.max_T = int(number(config, "max_seq_len", 0));
-    finish(c);
-    const int steps = int(number(o, "steps", 0)), accum = int(number(o, "accum", 1)), B = int(number(o, "B", 0));
+    const Config c = golden_config(config, o);
+    const int steps = int(number_of(o, "steps", 0)), accum = int(number_of(o, "accum", 1)),
+              B = int(number_of(o, "B", 0));
     AdamW adamw;
-    adamw.beta1 = float(number(o, "beta1", 0)), adamw.beta2 = float(number(o, "beta2", 0)),
-    adamw.eps = float(number(o, "eps", 0));
-    adamw.weight_decay = float(number(o, "wd", 0)), adamw.clip = float(number(o, "clip", 0));
+    adamw.beta1 = float(number_of(o, "beta1", 0)), adamw.beta2 = float(number_of(o, "beta2", 0)),
+    adamw.eps = float(number_of(o, "eps", 0));
+    adamw.weight_decay = float(number_of(o, "wd", 0)), adamw.clip = float(number_of(o, "clip", 0));
 
     Model m;
     plan(m, c, B, true);
@@ -1855,8 +1902,8 @@ void golden(const std::string& path) {
             double error = relative(get_floats(m.grads, t.offset, t.size()), "grad/" + t.name);
             if (!(error <= 1e-4)) fail(format("%s: gradient of %s off by %.1e", name.c_str(), t.name.c_str(), error));
         }
-        adamw.lr = float(
-            learning_rate(number(o, "lr", 0), s, int64_t(number(o, "warmup", 0)), int64_t(number(o, "total", 0))));
+        adamw.lr = float(learning_rate(number_of(o, "lr", 0), s, int64_t(number_of(o, "warmup", 0)),
+                                       int64_t(number_of(o, "total", 0))));
         if (!(fabs(adamw.lr - lrs[s]) <= 1e-7 * lrs[s])) fail(format("%s: lr of step %d", name.c_str(), s));
         update(m, adamw, s + 1);
         const double loss = read_float(m, m.loss), norm = read_float(m, m.grad_norm);

@@ -7306,6 +7306,32 @@ void print_use(const Model& m, double before, double sent, int micro) {
                m.storage.zero);
 }
 
+// A step's line on the terminal. rate in tokens/s, left in seconds; val: null if it was not validated.
+void print_step(const Options& o, int64_t step, const Numbers& n, double lr, double rate, double left, const float* val,
+                bool spike) {
+    printf("step %6lld/%lld %5.1f%% | loss %.4f | lr %.2e | norm %.3f | %.0f tokens/s | ETA %s%s%s\n", (long long)step,
+           (long long)o.steps, 100.0 * step / o.steps, n.loss, lr, n.grad_norm, rate, duration(left).c_str(),
+           val ? format(" | val %.4f", *val).c_str() : "",
+           n.skip  ? format(" | skipped, %lld of at most %lld", n.skipped, (long long)o.max_bad_steps).c_str()
+           : spike ? " | spike"
+                   : "");
+}
+
+// The probe with the batches it measures on, of the validation data if there are any. Its tables go on behind `step`;
+// at the beginning of a run it measures at once.
+Probe open_probe(Model& m, const Options& o, int64_t step) {
+    Probe probe = {m, o.out, o.probe_iterations, {}};
+    if (!o.probe) return probe;
+    DataLoader fixed(o.val_data.empty() ? o.train_data : o.val_data, m.B, m.c.T, m.c.V);
+    for (int i = 0; i < o.probe_batches; i++) {
+        const int32_t* windows = fixed.next();
+        probe.batches.emplace_back(windows, windows + size_t(m.B) * (m.c.T + 1));
+    }
+    probe.open(step);
+    if (step == 0) probe.run(0);
+    return probe;
+}
+
 // True: trained to the end; false: asked to stop before it. trouble: "", or why the last checkpoint is missing.
 bool train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const Tokenizer* tokenizer, TrainState state,
            double memory_before, std::string& trouble) {
@@ -7329,16 +7355,7 @@ bool train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
                (step % o.check_every == 0 || step == begun + 1 || step == suspect);
     };
     auto due = [&](int64_t step, int64_t every) { return every > 0 && (step % every == 0 || step == S); };
-    Probe probe = {m, o.out, o.probe_iterations, {}};
-    if (o.probe) {
-        DataLoader fixed(val ? o.val_data : o.train_data, m.B, m.c.T, m.c.V, false, 0, 0, 1);
-        for (int i = 0; i < o.probe_batches; i++) {
-            const int32_t* windows = fixed.next();
-            probe.batches.emplace_back(windows, windows + size_t(m.B) * (m.c.T + 1));
-        }
-        probe.open(begun);
-        if (begun == 0) probe.run(0);
-    }
+    Probe probe = open_probe(m, o, begun);
     // What makes a run stop early is in the numbers of a step, so that all ranks see it there; some have begun the next
     // step by then and some have not, so that one is the last.
     auto stop = [&](int64_t step, const std::string& why) {
@@ -7355,7 +7372,7 @@ bool train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
         state.updates = n.updates, state.skipped = n.skipped;
         if (checked(step)) compare_hashes(r.hashes, step);
         const bool validated = val && !n.skip && due(step, o.val_every);
-        float val_loss = validated ? validate(m, *val, o.val_batches, step) : 0.0f;
+        const float val_loss = validated ? validate(m, *val, o.val_batches, step) : 0.0f;
         const bool spike = log.spikes.add(n.loss);
         if (ranks.rank == 0)
             log.row(step, n.loss, lr, n.grad_norm, tokens / (done - last), validated ? &val_loss : nullptr,
@@ -7364,13 +7381,8 @@ bool train(Model& m, const Options& o, DataLoader& data, DataLoader* val, const 
                             : "");
         if (step % o.log_every == 0 || step == S || step == 1 || n.skip || spike || validated) {
             const double seconds = (done - mark - paused) / double(step - marked);
-            printf("step %6lld/%lld %5.1f%% | loss %.4f | lr %.2e | norm %.3f | %.0f tokens/s | ETA %s%s%s\n",
-                   (long long)step, (long long)S, 100.0 * step / S, n.loss, lr, n.grad_norm, tokens / seconds,
-                   duration(seconds * double(S - step)).c_str(),
-                   validated ? format(" | val %.4f", val_loss).c_str() : "",
-                   n.skip  ? format(" | skipped, %lld of at most %lld", n.skipped, (long long)o.max_bad_steps).c_str()
-                   : spike ? " | spike"
-                           : "");
+            print_step(o, step, n, lr, tokens / seconds, seconds * double(S - step), validated ? &val_loss : nullptr,
+                       spike);
             marked = step, mark = done, paused = 0.0;
         }
         if (n.skip && n.skipped >= o.max_bad_steps)
@@ -7661,6 +7673,46 @@ void lock_folder(const std::string& out) {
     }
 }
 
+// Makes --out the job's own, and tells now what would fail after an hour.
+void claim_folder(const Options& o) {
+    make_dirs(o.out);
+    if (ranks.rank > 0) return;
+    lock_folder(o.out);
+    { OutFile probe(o.out + "/log.csv"); }
+    if (!o.export_to.empty()) OutFile probe(o.export_to);
+    if (!list_checkpoints(o.out).empty() && !o.resume)
+        throw Error(o.out +
+                    ": holds the checkpoints of an earlier run. Add --resume to continue it, or choose another --out.");
+    remove_leftovers(o.out);
+}
+
+// Sets weights, AdamW's state and the place in the data (null: none): of the newest checkpoint with --resume, else
+// those of the beginning.
+TrainState set_state(Model& m, const Options& o, DataLoader* data) {
+    TrainState state;
+    state.seed = o.seed;
+    const int64_t newest = o.resume ? find_checkpoint(o.out) : -1;
+    job.progress("setting the weights", 0);
+    if (newest < 0) {
+        o.init_from.empty() ? initialize(m, o.seed) : import_weights(m, o.init_from);
+    } else {
+        const std::string dir = o.out + "/" + checkpoint_name(newest);
+        state = load_checkpoint(m, dir);
+        if (state.seed != o.seed)
+            throw Error(
+                format("%s: was begun with --seed %llu. Give the same.", dir.c_str(), (unsigned long long)state.seed));
+        if (data) data->seek(state.loader);
+        if (data && state.windows && state.windows != data->windows() && ranks.rank == 0)
+            fprintf(stderr,
+                    "train_gpt: warning: %s: its run had %llu windows of data, --train-data has %llu. Give the "
+                    "same files, or windows are seen twice or never.\n",
+                    dir.c_str(), (unsigned long long)state.windows, (unsigned long long)data->windows());
+        printf("resumed from %s\n", dir.c_str());
+    }
+    if (data) state.windows = data->windows();
+    return state;
+}
+
 void run(Options& o, const World& world) {
     const Config& c = o.config;
     std::unique_ptr<Tokenizer> tokenizer;
@@ -7681,17 +7733,7 @@ void run(Options& o, const World& world) {
     if (o.steps > 0 || o.probe) data.reset(new DataLoader(o.train_data, B, c.T, c.V, o.shuffle, o.seed, ranks.rank, n));
     if (data && !o.val_data.empty()) val.reset(new DataLoader(o.val_data, B, c.T, c.V, false, 0, ranks.rank, n));
     if (val && o.val_every < 0) o.val_every = int(std::max<int64_t>(1, o.steps / 10));
-    make_dirs(o.out);
-    if (ranks.rank == 0) {
-        lock_folder(o.out);
-        { OutFile probe(o.out + "/log.csv"); }  // tells now, not after an hour
-        if (!o.export_to.empty()) OutFile probe(o.export_to);
-        if (!list_checkpoints(o.out).empty() && !o.resume)
-            throw Error(o.out +
-                        ": holds the checkpoints of an earlier run. Add --resume to continue it, or choose another "
-                        "--out.");
-        remove_leftovers(o.out);
-    }
+    claim_folder(o);
 
     Model m;
     plan(m, c, B, true, o.storage);
@@ -7700,33 +7742,11 @@ void run(Options& o, const World& world) {
     job.progress("allocating memory", 0);
     create(m);
     m.use_graphs = o.graph;
-    TrainState state;
-    state.seed = o.seed;
-    const int64_t newest = o.resume ? find_checkpoint(o.out) : -1;
-    job.progress("setting the weights", 0);
-    if (newest >= 0) {
-        const std::string dir = o.out + "/" + checkpoint_name(newest);
-        state = load_checkpoint(m, dir);
-        if (state.seed != o.seed)
-            throw Error(
-                format("%s: was begun with --seed %llu. Give the same.", dir.c_str(), (unsigned long long)state.seed));
-        if (data) data->seek(state.loader);
-        if (data && state.windows && state.windows != data->windows() && ranks.rank == 0)
-            fprintf(stderr,
-                    "train_gpt: warning: %s: its run had %llu windows of data, --train-data has %llu. Give the "
-                    "same files, or windows are seen twice or never.\n",
-                    dir.c_str(), (unsigned long long)state.windows, (unsigned long long)data->windows());
-        printf("resumed from %s\n", dir.c_str());
-    } else if (!o.init_from.empty()) {
-        import_weights(m, o.init_from);
-    } else {
-        initialize(m, o.seed);
-    }
+    const TrainState state = set_state(m, o, data.get());
     const std::string choices = ranks.rank ? format("/matmul_rank%d.txt", ranks.rank) : "/matmul.txt";
     bool finished = true;
     std::string trouble;
     if (data) {
-        state.windows = data->windows();
         settle_matmuls(m, o.out + choices, state.step > 0);
         catch_signals();
         finished = train(m, o, *data, val.get(), tokenizer.get(), state, used_before, trouble);
