@@ -1210,8 +1210,8 @@ TEST(recompute) {
     }
 }
 
-// A gradient is the loss's slope: when a tensor moves along its own, the loss changes by step times length squared. That
-// needs no other model to compare with, as golden files do, so it holds for a variant that has none.
+// A gradient is the loss's slope: when a tensor moves along its own, the loss changes by step times length squared.
+// That needs no other model to compare with, as golden files do, so it holds for a variant that has none.
 TEST(slope) {
     for (Variant variant : variants()) {
         if (BF16 || EXACT) break;  // losses too coarse; too slow
