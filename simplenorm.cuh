@@ -17,7 +17,7 @@
 //
 // Layout of the work (see "Rows" in train_gpt.cu): forward one block a row, which stays in registers between its
 // passes. Backward as many blocks as fit on the device, each walks rows blockIdx.x, + gridDim.x, ... and adds dy xh
-// into its own line of `partial` (gridDim.x, width); gain_grad sums the lines in order: no atomics, same bits.
+// into its own line of `partial` (gridDim.x, width); gain_grad sums the lines in a fixed order: no atomics, same bits.
 //
 // A forward kernel with `known` finds (mean, rstd) in stats, left there by the matmul (linear_forward_stats) or, when
 // the backward replays a block, by the forward.
@@ -30,7 +30,7 @@ struct Norm {
 
 __device__ inline float normalize(float x, float2 stats) { return (x - stats.x) * stats.y; }
 
-// stats[i] = mean and rstd of row i, W[i] elements, by the whole block; known: they are there
+// s[i] = stats[i] = mean and rstd of row i, W[i] elements, by the whole block; known: stats has them already
 template <int PACKS, int ROWS>
 __device__ inline void row_stats(float2 (&s)[ROWS], float2* stats, bool known, const Row<PACKS> (&rows)[ROWS],
                                  const int (&W)[ROWS], Norm norm) {
@@ -195,7 +195,7 @@ void norm_backward(floatX* dx, Flat dgain, float* partial, const floatX* sum_to,
 //   raw (B,T,QKV) floatX, QKV = (NH + 2 NKV) HS: the outputs of the three linears side by side
 //   q (B,NH,T,HS), k, v (B,NKV,T,HS) floatX: the layout of attention
 //   RoPE on adjacent pairs, (a, b) -> (a cos - b sin, a sin + b cos), angle t theta^(-2i/HS) of pair i at position t
-// rope (T,HS/2) float2 of (cos, sin), null for none; stats (B,T,3) float2.
+// rope (T,HS/2) float2 of (cos, sin), null for none; stats (B,T,3) float2, written if there are norms and not known.
 
 struct Heads {
     int B, T, NH, NKV, HS;
@@ -238,8 +238,8 @@ struct HeadRow : Row<PACKS> {
     }
 };
 
-// f(p, e, c, at, i) for each pair of this thread's, the elements e and e + 1 of pack p: columns c and c + 1, in memory
-// that is split into heads the at-th from the row's begin, pair i of its head
+// f(p, e, c, at, i) for each pair of this thread's: elements e and e + 1 of pack p, columns c and c + 1, pair i of
+// their head; at: where the first lies, counted from the row's begin, in memory that is split into heads
 template <int PACKS, typename F>
 __device__ inline void each_pair(int W, Heads h, F f) {
     const size_t next = size_t(h.T) * h.HS;
@@ -382,10 +382,9 @@ void qkv_norm_rope_backward(floatX* draw, Flat dgain, float* partial, const floa
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Feed-forward activation of the normed linears.
-//   gated (SwiGLU): raw (N,2F) = w1 x | w3 x,  out[n,f] = silu(u) v,  u = No(w1 x), v = No(w3 x)
-//   else (GELU):    raw (N,F) = fc x,          out[n,f] = gelu(u),    u = No(fc x), gelu(u) = u/2 (1 + erf(u/sqrt 2))
-// out (N,F) floatX; gain (2F) or (F) floatX or null; stats (N,2) or (N,1) float2, written if gain
-// and not known.
+//   gated (SwiGLU): raw (N,2F) = w1 x | w3 x,  out[n,f] = silu(u) v,  u = N1(w1 x), v = N3(w3 x)
+//   else (GELU):    raw (N,F) = fc x,          out[n,f] = gelu(u),    u = N1(fc x), gelu(u) = u/2 (1 + erf(u/sqrt 2))
+// out (N,F) floatX; gain (2F) or (F) floatX or null; stats (N,2) or (N,1) float2, written if gain and not known.
 
 // one value of the activation and its two derivatives: f(u, v), df/du, df/dv
 struct Activation {
@@ -443,10 +442,11 @@ void ffn_norm_act_forward(floatX* out, float2* stats, const floatX* raw, const f
     CHECK(cudaGetLastError());
 }
 
-// draw like raw, from dout (N,F); partial (blocks, 2F) or (blocks, F) float. The column sums of a wide row leave room
-// for one block on a multiprocessor, so that `staged` the next row is on its way to shared memory while this one is
-// worked on: each thread's packs, (3 or 2, PACKS, threads) of 16 bytes behind the sums. Rows too wide even for
-// registers (10 packs) are read twice, the second time from L2.
+// draw like raw, from dout (N,F): the dy of the formula at the top is dout df/du for w1 or fc, dout df/dv for w3.
+// partial (blocks, 2F) or (blocks, F) float.
+// The column sums of a wide row leave room for one block on a multiprocessor, so with `staged` the next row is on its
+// way to shared memory while this one is worked on: each thread's packs, (3 or 2, PACKS, threads) of 16 bytes behind
+// the sums. Rows too wide even for registers (10 packs) are read twice, the second time from L2.
 template <int PACKS, bool GATED>
 __global__ void __launch_bounds__(ROW_THREADS)
     ffn_norm_act_backward_kernel(floatX* draw, float* partial, const floatX* dout, const floatX* raw,

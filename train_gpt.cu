@@ -66,7 +66,8 @@
 #include "dataloader.h"
 #include "tokenizer.h"
 
-// Precision, chosen at build: weights and activations are floatX; gradients, master weights and moments are float.
+// Precision, chosen at build: weights and activations are floatX; master weights are float, gradients and moments too
+// unless Storage halves them.
 #ifdef PRECISION_BF16
 typedef __nv_bfloat16 floatX;
 constexpr cudaDataType_t CUDA_FLOATX = CUDA_R_16BF;
@@ -280,7 +281,7 @@ struct Storage {
     // ZeRO (Rajbhandari et al. 2020): of `ranks` ranks each keeps 1/ranks of nothing (0), of masters and moments (1),
     // of gradients too (2), of weights too (3).
     int ranks = 1, zero = 0;
-    bool whole_gradients = false;  // even so not gradients: they are summed over micro-batches, then reduced once
+    bool whole_gradients = false;  // gradients stay whole even so: summed over micro-batches, then reduced once
 
     bool cut_state() const { return zero >= 1; }
     bool cut_gradients() const { return zero >= 2 && !whole_gradients; }
@@ -525,7 +526,7 @@ struct Flat {
     const char* dtype() const { return half ? "BF16" : "F32"; }
     const char* name() const { return half ? "bf16" : "fp32"; }
     ncclDataType_t nccl() const { return half ? ncclBfloat16 : ncclFloat32; }
-    Flat at(size_t element) const {  // of a buffer that is not there nothing
+    Flat at(size_t element) const {  // null stays null
         char* there = p ? static_cast<char*>(p) + element * width() : nullptr;
         return half ? Flat(reinterpret_cast<__nv_bfloat16*>(there)) : Flat(reinterpret_cast<float*>(there));
     }
@@ -536,7 +537,7 @@ struct Flat {
     }
 };
 
-constexpr int FOUR = WARP_SIZE == 1 ? 16 : 4;  // neighbours that a thread loads at once: 16 bytes of floats
+constexpr int FOUR = WARP_SIZE == 1 ? 16 : 4;  // neighbours a thread loads at once: 16 bytes of floats (serial: 64)
 template <typename F>
 struct alignas(FOUR * sizeof(F)) Four {
     F v[FOUR];
@@ -1208,7 +1209,7 @@ constexpr int PACK = 16 / int(sizeof(floatX));
 constexpr int ROW_THREADS = 384;  // a block's most: 3 warps a quarter of a multiprocessor, 168 registers a thread
 constexpr int MAX_ROW = 4 * ROW_THREADS * PACK, MAX_FFN_ROW = 10 * ROW_THREADS * PACK;  // widest rows, elements
 
-// f(p, e, c) for each element of this thread's: element e of pack p, column c. Packs in registers need them unrolled.
+// f(p, e, c) for each element of this thread's: element e of pack p, column c. Packs in registers need UNROLLED.
 template <int PACKS, bool UNROLLED = true, typename F>
 __device__ inline void each(int W, F f) {
     if constexpr (SERIAL) {
@@ -1744,8 +1745,7 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 1)
         if (lane() == 0) mbarrier_arrive(empty + before);
 
         // Each warp has 16 rows of a band: it rounds them, sums their squares, and stores 64 columns at a time, through
-        // two boxes in turn. A box's rows are 128 bytes, their 16-byte chunks swizzled: the 8 rows of a matrix fall
-        // into 8 different sets of 4 banks.
+        // two boxes in turn.
         const int2 tile = tile_at(t);
         #pragma unroll
         for (int piece = 0; piece < BANDS * COLS / 64; piece++) {
@@ -1910,8 +1910,8 @@ __device__ inline Place attention_place(int n, int heads, int tiles) {
 
 __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// The steps of the online softmax on a tile of scores, rows are queries. What is beyond the row's last visible column,
-// row + diagonal:
+// The steps of the online softmax on a tile of scores, whose rows are queries. First -infinity wherever the column is
+// beyond the row's last visible one, row + diagonal.
 template <int M, int N>
 __device__ inline void mask_scores(Tile<M, N, BY_COLUMN>& p, int diagonal) {
     #pragma unroll
@@ -1946,7 +1946,7 @@ __device__ inline bool softmax_top(const Tile<M, N, BY_COLUMN>& p, float* top, f
     }
     return grown;
 }
-// p from the scores; their part of the rows' sums, those of this thread's columns
+// p = 2^(scale2 (score - top)) in the scores' place; sum[s] += p over this thread's columns of the row
 template <int M, int N>
 __device__ inline void softmax_exp(Tile<M, N, BY_COLUMN>& p, const float* top, float* sum, float scale2) {
     float most[p.SLOTS];
@@ -3283,7 +3283,7 @@ struct Model {
     Staging staging[2];
     int next_staging = 0;
     bool use_graphs = false;
-    Graph graphs[2];  // of a step's first micro-batch and of the others
+    Graph graphs[2];  // 1: of a step's first micro-batch, 0: of the others
     Report reports[2];
 
     size_t N() const { return size_t(B) * c.T; }
@@ -3311,12 +3311,13 @@ inline int chunks(size_t elements) { return int((elements + CHUNK - 1) / CHUNK);
 
 inline size_t batch_ints(size_t N) { return 4 * N + 1; }  // a batch: tokens, targets, places, begin
 
-// Bytes of the logits' place, where between steps units pass by on their way to the host: some of each rank's piece.
+// Bytes of the logits' place. Between steps units pass through it on their way to the host (get_unit), with room for
+// 256 bytes of each rank's piece at the least.
 size_t logits_bytes(const Model& m) {
     return std::max(m.logit_rows * size_t(m.c.Vp()) * sizeof(floatX), 256 * size_t(m.storage.ranks));
 }
 
-// The walk over everything on the device, in three parts, which plan goes to add up and create to hand out.
+// The walk over everything on the device, in three parts. plan walks it to add up, create to hand out.
 //
 // What belongs to the parameters: weights, gradients, masters, moments, and the slots where cut ones pass by.
 void lay_out_state(Model& m) {
@@ -3541,8 +3542,8 @@ void plan(Model& m, const Config& config, int B, bool training, Storage storage 
     lay_out(m);
 }
 
-// The mildest change of options with which the plan fits into `room` bytes: cut more over the ranks, recompute more,
-// else fewer sequences, else less precise moments and weights. "" if none does.
+// The mildest change of options with which the plan fits into `room` bytes, as a sentence: cut more over the ranks,
+// recompute more, else fewer sequences, else less precise moments, gradients and weights.
 std::string advice(const Model& m, size_t room) {
     const Storage& had = m.storage;
     std::vector<Storage> cuts;
@@ -3829,7 +3830,7 @@ QkvGains qkv_gains(const Model& m, const LayerOffsets& at) {
     return {q, k, m.c.simple() ? v : nullptr};
 }
 
-// next = block l of its input a.x. N.. are norms, those of the variant that do not exist pass through:
+// next = block l of its input a.x. N.. are norms; one that the variant lacks lets its input through:
 //   simplegpt  h = x + No Wo A(Nq Wq x, Nk Wk x, Nv Wv x)         y = h + N2 W2( silu(N1 W1 h) * (N3 W3 h) )
 //   prenorm    h = x + Wo A(Wq n, Wk n, Wv n),  n = N(x)          y = h + W2( silu(W1 n) * (W3 n) ),  n = N'(h)
 //   preqknorm  prenorm with Nq, Nk as in simplegpt
@@ -3842,6 +3843,7 @@ void block_forward(Model& m, int l, floatX* next, int B, int T) {
     const int N = B * T, C = m.c.C, F = m.c.F();
     const Heads h = heads(m, B, T);
 
+    // In the forward everything is missing.
     auto missing = [&](Recompute level) { return next || m.storage.recompute >= level; };
     const bool replay_norm = missing(Recompute::norm), replay_ffn = missing(Recompute::ffn),
                replay_block = missing(Recompute::block);
@@ -3900,7 +3902,7 @@ void block_backward(Model& m, int l, int B, int T, float beta) {
     if (m.storage.recompute > Recompute::none && l + 1 < m.c.L)  // the last layer's are still there
         block_forward(m, l, nullptr, B, T);
 
-    // The two ends of a half, y = x + No(branch(N(x))): the gradient goes through the branch and around it.
+    // The two ends of a half, y = x + Nout(branch(Nin(x))): the gradient goes through the branch and around it.
     auto into_branch = [&](size_t gain, const floatX* raw, const float2* stats) -> const floatX* {
         if (gain == NONE) return m.dres;
         norm_backward(m.dbranch, m.g(gain), m.partial, nullptr, m.dres, raw, m.w(gain), stats, N, C, norm, stream);
@@ -3994,7 +3996,8 @@ void loss_forward(Model& m, int B, int T, float weight, bool backward, float bet
 // Before a step's first micro-batch.
 void begin_step(Model& m) { CHECK(cudaMemsetAsync(m.loss, 0, sizeof(float), m.stream)); }
 
-// The kernels of a micro-batch, and after a step's last (with gradients cut over ranks, after each) their reduction.
+// The kernels of a micro-batch. A unit's gradients are reduced once complete, in a step's last micro-batch, or in each
+// where they are cut over ranks.
 void launch_micro_batch(Model& m, int B, int T, float weight, bool first, bool last) {
     const int L = m.c.L, top = L + 1;
     auto finished = [&](int unit) {
@@ -4099,6 +4102,7 @@ __device__ inline void store_randomly(__nv_bfloat16& to, float x, unsigned r) {
     to = fabsf(x) < INFINITY ? __uint_as_float(up) : x;  // infinities and NaN stay what they are
 }
 
+// sums[block] = sum of grads[i]^2 over the block's CHUNK
 template <typename G>
 __global__ void square_sum_kernel(float* sums, const G* grads, size_t size) {
     size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
