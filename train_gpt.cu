@@ -1408,7 +1408,8 @@ TokenPlaces token_places(const int* tokens, int N) {
     return p;
 }
 
-// dtok[token,c] += sum over its places n of dx[n,c]. One block a token. dtok (Vp,C) G; dx (N,C) floatX.
+// dtok[token,c] += sum over its places n of dx[n,c]. One block a token that occurs; blocks beyond those have no places.
+// dtok (Vp,C) G; dx (N,C) floatX.
 template <typename G>
 __global__ void embedding_backward_kernel(G* dtok, const floatX* dx, const int* tokens, const int* places,
                                           const int* begin, int C) {
@@ -1433,12 +1434,13 @@ __global__ void position_backward_kernel(G* dpos, const floatX* dx, int B, int T
     }
 }
 
-// places (N), begin (unique+1): TokenPlaces on the device
+// tokens (N) int; places (N), begin (blocks+1): TokenPlaces on the device, begin filled up with N. blocks: as many as
+// tokens occur, or more, so that it need not depend on the batch.
 void embedding_backward(Flat dtok, Flat dpos, const floatX* dx, const int* tokens, const int* places, const int* begin,
-                        int unique, int B, int T, int C, cudaStream_t stream) {
+                        int blocks, int B, int T, int C, cudaStream_t stream) {
     dtok.visit([&](auto* d) {
         using G = std::decay_t<decltype(*d)>;
-        embedding_backward_kernel<G><<<unique, row_threads(C), 0, stream>>>(d, dx, tokens, places, begin, C);
+        embedding_backward_kernel<G><<<blocks, row_threads(C), 0, stream>>>(d, dx, tokens, places, begin, C);
     });
     CHECK(cudaGetLastError());
     if (!dpos.p) return;
