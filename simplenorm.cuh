@@ -80,11 +80,12 @@ size_t dynamic_shared(Kernel* kernel, size_t bytes) {
 // A block has 32 columns; its warps sum every 8th line, then the first sums the 8 sums. (In the serial geometry one
 // warp has 256 columns, so that there is a loop to vectorise.)
 
+constexpr int GAIN_COLUMNS = SERIAL ? 256 : 32;
+
 template <typename G>
 __global__ void gain_grad_kernel(G* dgain, const float* partial, int blocks, int W, int stride) {
-    constexpr int COLUMNS = SERIAL ? 256 : 32;
-    __shared__ float sums[8][COLUMNS];
-    const int first = blockIdx.x * COLUMNS, end = min(W, first + COLUMNS);
+    __shared__ float sums[8][GAIN_COLUMNS];
+    const int first = blockIdx.x * GAIN_COLUMNS, end = min(W, first + GAIN_COLUMNS);
     for (int c = first + lane(); c < end; c += WARP_SIZE) {
         float sum = 0.0f;
         for (int b = warp(); b < blocks; b += num_warps()) sum += partial[size_t(b) * stride + c];
@@ -99,10 +100,9 @@ __global__ void gain_grad_kernel(G* dgain, const float* partial, int blocks, int
 }
 
 void gain_grad(Flat dgain, const float* partial, int blocks, int W, int stride, cudaStream_t stream) {
-    const int columns = SERIAL ? 256 : 32;
     dgain.visit([&](auto* d) {
         using G = std::decay_t<decltype(*d)>;
-        gain_grad_kernel<G><<<(W + columns - 1) / columns, 256, 0, stream>>>(d, partial, blocks, W, stride);
+        gain_grad_kernel<G><<<(W + GAIN_COLUMNS - 1) / GAIN_COLUMNS, 256, 0, stream>>>(d, partial, blocks, W, stride);
     });
     CHECK(cudaGetLastError());
 }

@@ -2264,18 +2264,18 @@ constexpr int DELTA_LANES = SERIAL            ? 1
 
 template <int HS>
 __global__ void attention_delta_kernel(float* delta, int* turns, const floatX* dout, const floatX* out, int T, int NH) {
-    constexpr int LANES = DELTA_LANES<HS>, VEC = 16 / sizeof(floatX);
+    constexpr int LANES = DELTA_LANES<HS>;
     const size_t n = blockIdx.x, b = n / T, t = n % T;
     for (int head0 = 0; head0 < NH; head0 += blockDim.x / LANES) {
         const int head = head0 + threadIdx.x / LANES;
         const size_t at = (n * NH + head) * HS;
         float sum = 0.0f;
         if (head < NH)
-            for (int i = threadIdx.x % LANES * VEC; i < HS; i += LANES * VEC) {
-                alignas(16) floatX x[VEC], y[VEC];
+            for (int i = threadIdx.x % LANES * PACK; i < HS; i += LANES * PACK) {
+                alignas(16) floatX x[PACK], y[PACK];
                 *reinterpret_cast<uint4*>(x) = *reinterpret_cast<const uint4*>(dout + at + i);
                 *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(out + at + i);
-                for (int e = 0; e < VEC; e++) sum += float(x[e]) * float(y[e]);
+                for (int e = 0; e < PACK; e++) sum += float(x[e]) * float(y[e]);
             }
         for (int m = LANES / 2; m > 0; m /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, m);
         if (head >= NH || threadIdx.x % LANES) continue;
@@ -3448,10 +3448,7 @@ void lay_out_scratch(Model& m) {
     a.take(m.numbers, 1);
     if (a.base) m.loss = &m.numbers->loss, m.grad_norm = &m.numbers->grad_norm;
     a.take(m.tokens, batch_ints(N));
-    if (!c.gated())
-        m.rope = nullptr;
-    else
-        a.take(m.rope, size_t(c.T) * c.HS() / 2);
+    if (c.gated()) a.take(m.rope, size_t(c.T) * c.HS() / 2);
     char* workspace = nullptr;
     a.take(workspace, MATMUL_WORKSPACE);
     matmul.workspace = workspace;
@@ -3669,7 +3666,7 @@ void set_parameters(Model& m, size_t begin, const std::vector<float>& values) {
 // `count` elements from `offset` on of a flat buffer, as float.
 std::vector<float> get_floats(const Flat& f, size_t offset, size_t count) {
     std::vector<float> values(count);
-    const char* from = static_cast<const char*>(f.p) + offset * f.width();
+    const void* from = f.at(offset).p;
     if (f.half) {
         std::vector<__nv_bfloat16> raw(count);
         CHECK(cudaMemcpy(raw.data(), from, count * f.width(), cudaMemcpyDeviceToHost));
@@ -3970,7 +3967,7 @@ void forward(Model& m, int B, int T, const std::function<void(int)>& after_block
         block_forward(m, l, l + 1 < L ? m.acts[l + 1].x : m.out, B, T);
         if (after_block) after_block(l);
     }
-    need_weights(m, L + 1, m.table.unit_of(m.table.head));
+    need_weights(m, L + 1, -1);
     norm_residual_forward(m.normed, m.norm_stats, m.out, nullptr, m.w(m.table.norm), N, C, m.norm(), m.stream);
 }
 
