@@ -3992,7 +3992,7 @@ void loss_forward(Model& m, int B, int T, float weight, bool backward, float bet
     CHECK(cudaGetLastError());
 }
 
-// Before a step's first micro-batch.
+// Before a step's first micro-batch, and before an evaluation: the loss begins at 0.
 void begin_step(Model& m) { CHECK(cudaMemsetAsync(m.loss, 0, sizeof(float), m.stream)); }
 
 // The kernels of a micro-batch. A unit's gradients are reduced once complete, in a step's last micro-batch, or in each
@@ -4061,7 +4061,7 @@ float read_float(const Model& m, const float* p) {
 
 // Mean loss of one batch, no gradients.
 float evaluate(Model& m, const int32_t* windows, int B, int T) {
-    CHECK(cudaMemsetAsync(m.loss, 0, sizeof(float), m.stream));
+    begin_step(m);
     set_batch(m, windows, B, T, false);
     forward(m, B, T);
     loss_forward(m, B, T, 1.0f, false);
