@@ -47,7 +47,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <ctime>
 #include <functional>
 #include <map>
 #include <memory>
@@ -2257,10 +2256,10 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
 // delta[b,h,t] = sum_d dout[b,t,h,d] out[b,t,h,d]: the softmax backward's row sum. One block a token; DELTA_LANES lanes
 // a head, 16 bytes at a time. Zeroes the turns of attention_backward_kernel.
 template <int HS>
-constexpr int DELTA_LANES = SERIAL            ? 1
-                            : HS / VEC16 >= 8 ? 8
-                            : HS / VEC16 >= 4 ? 4
-                                              : 2;
+constexpr int DELTA_LANES = SERIAL           ? 1
+                            : HS / PACK >= 8 ? 8
+                            : HS / PACK >= 4 ? 4
+                                             : 2;
 
 template <int HS>
 __global__ void attention_delta_kernel(float* delta, int* turns, const floatX* dout, const floatX* out, int T, int NH) {
@@ -3272,7 +3271,7 @@ struct Model {
     int *tokens = nullptr, *targets = nullptr, *places = nullptr, *begin = nullptr;  // (N) (N) (N) (N+1), neighbours
 
     // gradients of activations, shared by all layers
-    floatX *dres = nullptr, *dbranch = nullptr, *dmid = nullptr, *dnormed = nullptr;  // (N,C)
+    floatX *dres = nullptr, *dbranch = nullptr, *datt = nullptr, *dnormed = nullptr;  // (N,C)
     floatX *dqkv_raw = nullptr, *dq = nullptr, *dk = nullptr, *dv = nullptr;          // (N,QKV), attention's layouts
     floatX *dw13_raw = nullptr, *dact = nullptr;                                      // (N,FF) (N,F)
     float* attention_scratch = nullptr;  // the backward's, see attention_scratch()
@@ -3464,7 +3463,7 @@ void lay_out_scratch(Model& m) {
             partial = std::max(partial, row_blocks(int(N), W) * size_t(lines));
         a.take(m.partial, partial);
         a.section("gradients of activations");
-        for (floatX** p : {&m.dres, &m.dbranch, &m.dmid, &m.dnormed}) a.take(*p, N * C);
+        for (floatX** p : {&m.dres, &m.dbranch, &m.datt, &m.dnormed}) a.take(*p, N * C);
         a.take(m.dqkv_raw, N * QKV);
         a.take(m.dq, N * C);
         a.take(m.dk, N * kv);
@@ -3917,16 +3916,16 @@ void block_backward(Model& m, int l, int B, int T, float beta) {
     };
 
     // y = h + N2 W2 act
-    const floatX* dw2 = into_branch(at.w2_gain, a.w2_raw, a.w2_stats);
-    linear_backward(m.dact, false, m.g(at.w2), beta, dw2, a.act, m.w(at.w2), N, F, C, stream);
+    const floatX* dw2_raw = into_branch(at.w2_gain, a.w2_raw, a.w2_stats);
+    linear_backward(m.dact, false, m.g(at.w2), beta, dw2_raw, a.act, m.w(at.w2), N, F, C, stream);
     ffn_norm_act_backward(m.dw13_raw, m.g(at.w13_gain), m.partial, m.dact, a.w13_raw, m.w(at.w13_gain), a.w13_stats, N,
                           F, m.c.gated(), norm, stream);
     out_of_branch(at.norm2, a.h, a.n2_stats, m.dw13_raw, a.n2, at.w13, FF);
 
     // h = x + No Wo att
-    const floatX* dwo = into_branch(at.o_gain, a.o_raw, a.o_stats);
-    linear_backward(m.dmid, false, m.g(at.o), beta, dwo, a.att, m.w(at.o), N, C, C, stream);
-    attention_backward(m.dq, m.dk, m.dv, m.attention_scratch, m.dmid, a.att, a.q, a.k, a.v, a.lse, h, stream);
+    const floatX* do_raw = into_branch(at.o_gain, a.o_raw, a.o_stats);
+    linear_backward(m.datt, false, m.g(at.o), beta, do_raw, a.att, m.w(at.o), N, C, C, stream);
+    attention_backward(m.dq, m.dk, m.dv, m.attention_scratch, m.datt, a.att, a.q, a.k, a.v, a.lse, h, stream);
     qkv_norm_rope_backward(m.dqkv_raw, m.g(at.qkv_gain), m.partial, m.dq, m.dk, m.dv, a.qkv_raw, qkv_gains(m, at),
                            a.qkv_stats, m.rope, h, norm, stream);
     out_of_branch(at.norm1, a.x, a.n1_stats, m.dqkv_raw, a.n1, at.qkv, m.c.QKV());
