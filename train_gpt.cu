@@ -7163,12 +7163,16 @@ bool parse_options(Options& o, int argc, char** argv) {
         for (int found; (found = getopt_long(argc, argv, ":", longs.data(), nullptr)) != -1;) {
             if (found == ':') throw Error(format("%s: needs a value. See %s.", argv[optind - 1], help.c_str()));
             if (found == '?') {
-                for (const Flag& f : all)
-                    if (f.name && std::string(argv[optind - 1]).substr(0, strcspn(argv[optind - 1], "=")) ==
-                                      std::string("--") + f.name)
-                        throw Error(
-                            format("--%s: is no option of %s. See %s.", f.name, COMMANDS.at(o.command), help.c_str()));
-                throw Error(format("%s: unknown option. See %s.", argv[optind - 1], help.c_str()));
+                if (optopt && optopt < 256) throw Error(format("-%c: unknown option. See %s.", optopt, help.c_str()));
+                const std::string word = argv[optind - 1], name = word.substr(0, word.find('='));
+                for (const Flag& f : all) {
+                    if (!f.name || name != std::string("--") + f.name) continue;
+                    if (f.commands & o.command)
+                        throw Error(format("--%s: takes no value. See %s.", f.name, help.c_str()));
+                    throw Error(
+                        format("--%s: is no option of %s. See %s.", f.name, COMMANDS.at(o.command), help.c_str()));
+                }
+                throw Error(format("%s: unknown option. See %s.", word.c_str(), help.c_str()));
             }
             const Flag& f = all[found - 256];
             if (!strcmp(f.name, "help")) return print_help(all, o.command), false;
