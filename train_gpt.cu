@@ -7117,18 +7117,17 @@ void print_help(const std::vector<Flag>& all, Command command) {
             "choices: the right one has the highest log-likelihood: as it is, divided by its tokens, or by its bytes\n"
             "  without a leading space; errors are standard errors, sqrt(a (1 - a) / (questions - 1))\n"
             "One line of JSON on stdout, the same for people on stderr.\n");
-    if (command != TRAIN)
-        return void(printf("\nDefaults in parentheses. Errors: one line on stderr, exit status 1.\n"));
-    printf(
-        "\nSeveral GPUs, on one node or many:\n"
-        "  mpirun -n 8 ./train_gpt ...                                  Open MPI, MPICH\n"
-        "  srun --ntasks-per-node=8 --gpus-per-node=8 ./train_gpt ...   Slurm\n"
-        "  torchrun --no-python --nproc-per-node=8 ./train_gpt ...      PyTorch's, as any other starter that sets "
-        "RANK,\n"
-        "                                                               WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, "
-        "MASTER_PORT\n"
-        "SIGTERM, SIGINT and SIGUSR1 save a checkpoint and stop after the step; go on with --resume.\n"
-        "\nDefaults in parentheses. Errors: one line on stderr, exit status 1.\n");
+    if (command == TRAIN)
+        printf(
+            "\nSeveral GPUs, on one node or many:\n"
+            "  mpirun -n 8 ./train_gpt ...                                  Open MPI, MPICH\n"
+            "  srun --ntasks-per-node=8 --gpus-per-node=8 ./train_gpt ...   Slurm\n"
+            "  torchrun --no-python --nproc-per-node=8 ./train_gpt ...      PyTorch's, as any other starter that sets "
+            "RANK,\n"
+            "                                                               WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, "
+            "MASTER_PORT\n"
+            "SIGTERM, SIGINT and SIGUSR1 save a checkpoint and stop after the step; go on with --resume.\n");
+    printf("\nDefaults in parentheses. Errors: one line on stderr, exit status 1.\n");
 }
 
 void print_flavours() {
