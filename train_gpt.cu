@@ -57,6 +57,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <tuple>
 #include <utility>
@@ -105,8 +106,12 @@ std::string one_line(std::string text) {
 
 // What an exception tells people.
 std::string reason(const std::exception& e) {
-    if (!dynamic_cast<const std::bad_alloc*>(&e)) return one_line(e.what());
-    return "memory: the host has no more. Lower --batch-size or --seq-len, use fewer threads, or raise its limit.";
+    if (dynamic_cast<const std::bad_alloc*>(&e))
+        return "memory: the host has no more. Lower --batch-size or --seq-len, use fewer threads, or raise its limit.";
+    auto* system = dynamic_cast<const std::system_error*>(&e);
+    if (system && system->code() == std::errc::resource_unavailable_try_again)
+        return "threads: no more can be started. Raise the limit of processes (ulimit -u) or of memory.";
+    return one_line(e.what());
 }
 
 // Pieces of long work done on the host, weights set, bytes written: the watch over the ranks (Channel) sees it move.
@@ -4407,8 +4412,8 @@ struct Channel {
         sigset_t all, before;  // signals are for the main thread
         sigfillset(&all);
         pthread_sigmask(SIG_BLOCK, &all, &before);
-        running = true;
         thread = std::thread(&Channel::watch, this);
+        running = true;  // from here on the thread ends the process
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
 

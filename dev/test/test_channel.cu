@@ -8,6 +8,7 @@
 
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
@@ -737,6 +738,20 @@ TEST(fails_while_rank_0_is_stopped) {
     shared->count = 1;
     job.wait(4.2, 0);
     job.expect_line({"train_gpt: rank 1: disk full.\n"});
+}
+void no_thread(int k) {  // a limit of processes, which holds all but root
+    Job job;
+    job.start(2, [&](const World& w) {
+        const rlimit one = {1, 1};
+        if (w.rank == k && (getuid() || setuid(65534) == 0)) setrlimit(RLIMIT_NPROC, &one);
+        job.open(w);
+        nap(100);
+    });
+    job.wait(job.limit);
+    job.expect_line({"train_gpt: Resource temporarily unavailable\n"});
+}
+TEST(no_thread) {
+    for (int k : {0, 1}) no_thread(k);
 }
 TEST(hook) {
     Job job;
