@@ -4408,7 +4408,8 @@ struct Channel {
         }
         me.rank == 0 ? gather(listener, where, cookie, id) : join(hosts, port, where, cookie, id);
         for (Peer& p : peers) p.heard = p.moved = now();
-        if (pipe2(wake, O_CLOEXEC | O_NONBLOCK)) throw Error(format("rendezvous: no pipe: %s.", strerror(errno)));
+        if (pipe2(wake, O_CLOEXEC | O_NONBLOCK))
+            throw Error(format("rendezvous: no pipe: %s. Raise the limit of open files (ulimit -n).", strerror(errno)));
         sigset_t all, before;  // signals are for the main thread
         sigfillset(&all);
         pthread_sigmask(SIG_BLOCK, &all, &before);
@@ -5210,8 +5211,8 @@ std::string read_file(const std::string& path, bool any = false) {
         s.append(buffer, n);
     const int error = ferror(f) ? errno : 0;
     fclose(f);
-    if (error) throw Error(path + ": cannot be read to its end: " + strerror(error) + ".");
-    if (large) throw Error(path + ": is larger than 1 GiB, as no file of its kind is.");
+    if (error) throw Error(path + ": cannot be read to its end: " + strerror(error) + ". Check the path and the disk.");
+    if (large) throw Error(path + ": is larger than 1 GiB, as no file of its kind is. Check the path.");
     return s;
 }
 
@@ -5358,7 +5359,7 @@ struct Safetensors {
 
     void read(const Entry& e, void* data, size_t offset, size_t bytes) {
         if (fseeko(f, e.begin + offset, SEEK_SET) || fread(data, 1, bytes, f) != bytes)
-            throw Error(path + ": cannot be read to its end: it was cut short.");
+            throw Error(path + ": cannot be read to its end: it was cut short, or the disk fails. Write it again.");
     }
     // `count` elements from `first` on, as float, of a tensor that is F32, BF16 or F16
     std::vector<float> floats(const std::string& name, size_t first, size_t count) {
@@ -5826,7 +5827,7 @@ private:
         }
     }
 
-    // What all ranks have written; throws what one of them could not, but when none writes any more.
+    // What all ranks have written; throws what one of them could not, once none writes any more.
     std::vector<FileRecord> gather_reports() {
         std::vector<FileRecord> records;
         std::string error;
@@ -5983,7 +5984,14 @@ void verify_checkpoint(const std::string& dir, bool weights_only = false) {
 
 // The checkpoint that a path means, itself or of a run's folder the newest, whose weights are as they were written.
 std::string find_weights(const std::string& path) {
-    if (access((path + "/state.json").c_str(), F_OK) == 0) return verify_checkpoint(path, true), path;
+    if (access((path + "/state.json").c_str(), F_OK) == 0) {
+        try {
+            verify_checkpoint(path, true);
+        } catch (const Error& e) {
+            throw Error(std::string(e.what()) + " Give another checkpoint.");
+        }
+        return path;
+    }
     std::vector<int64_t> steps = list_checkpoints(path);
     if (steps.empty())
         throw Error(path + ": is no checkpoint and holds none. Give a folder that --save-every wrote, or --out's.");
@@ -5998,7 +6006,7 @@ std::string find_weights(const std::string& path) {
             if (trouble.empty()) trouble = e.what();
         }
     }
-    throw Error(trouble + " No other checkpoint in " + path + " is sound.");
+    throw Error(trouble + " No other checkpoint in " + path + " is sound. Give another folder.");
 }
 
 // The configuration that a checkpoint was written with; its precision may be another than this build's.
@@ -6006,7 +6014,7 @@ Config config_of(const Manifest& manifest, const std::string& dir) {
     const Json* config = manifest.json.find("config");
     auto text = [&](const char* key) {
         const Json* there = config ? config->find(key) : nullptr;
-        if (!there) throw Error(std::string("lacks ") + key);
+        if (!there) throw Error(std::string("lacks ") + key + ". Take another checkpoint.");
         return there->string;
     };
     auto integer = [&](const char* key) {
@@ -6015,7 +6023,7 @@ Config config_of(const Manifest& manifest, const std::string& dir) {
     auto choice = [&](const char* key, const Words& words) {
         for (size_t i = 0; i < words.size(); i++)
             if (text(key) == words[i]) return int(i);
-        throw Error(std::string("has an unknown ") + key + ", " + text(key));
+        throw Error(std::string("has an unknown ") + key + ", " + text(key) + ". Take the build that wrote it.");
     };
     Config c;
     try {
@@ -7047,7 +7055,7 @@ std::vector<Flag> flags(Options& o) {
 
     heading("Weights", GENERATE | EVAL);
     text("checkpoint", "DIR", "a checkpoint, or a run's folder: the newest sound one in it", &o.checkpoint);
-    text("init-from", "FILE", "instead: safetensors with the paper's names; the model's options say its shape",
+    text("init-from", "FILE|DIR", "instead: safetensors with the paper's names; the model's options say its shape",
          &o.init_from);
     text("tokenizer", "bytes|FILE", "the data's tokenizer (what the checkpoint names)", &o.tokenizer);
     integer("seq-len", &o.seq_len, 1, 1 << 24,
