@@ -511,8 +511,8 @@ MUTATIONS = [
      "        else if (false)\n",
      "ranks", "^f rendezvous: wrong"),
     ("ranks: every rank complains", MAIN,
-     "        if (world.rank == 0) fprintf(stderr, \"train_gpt: %s\\n\", e.what());",
-     "        fprintf(stderr, \"train_gpt: %s\\n\", e.what());",
+     "        if (world.rank == 0) fprintf(stderr, \"train_gpt: %s\\n\", reason(e).c_str());",
+     "        fprintf(stderr, \"train_gpt: %s\\n\", reason(e).c_str());",
      "ranks", "^f bad"),
     ("ranks: gradients at the end", MAIN,
      "        block_backward(m, l, B, T, begin_gradients(m, l + 1, first));\n"
@@ -546,8 +546,8 @@ MUTATIONS = [
      "return out + \"/\" + checkpoint_name(step);",
      "disk", "^step"),
     ("ranks: failed save ends the run", MAIN,
-     "            failure = e.what();\n",
-     "            failure = e.what();\n"
+     "            failure = reason(e);\n",
+     "            failure = reason(e);\n"
      "            throw;\n",
      "disk", "^step"),
     ("ranks: last failure unsaid", MAIN,
@@ -555,8 +555,8 @@ MUTATIONS = [
      "    if (false)\n",
      "disk", "^step"),
     ("ranks: killed: log not cut", MAIN,
-     "strtoll(old.c_str() + at, nullptr, 10) <= step) {",
-     "strtoll(old.c_str() + at, nullptr, 10) <= 1 << 30) {",
+     "strtoll(old.c_str() + at, nullptr, 10) > step) break;",
+     "strtoll(old.c_str() + at, nullptr, 10) > 1 << 30) break;",
      "kill", ""),
     ("ranks: killed: removed before", MAIN,
      "        fsync_dir(dir);\n"
@@ -581,7 +581,7 @@ MUTATIONS = [
      "            reports.clear();\n",
      "disk", "slow disk, check"),
     ("ranks: no lock", MAIN,
-     "        lock_folder(o.out);\n",
+     "    lock_folder(o.out);\n",
      "",
      "ranks", "two jobs"),
     ("ranks: last rows lost", MAIN, "    log.finish();\n", "", "disk", "^log"),
