@@ -4,8 +4,8 @@
 usage: dev/test/test_docs.py TRAIN_GPT
 
 Names, files and options that the texts put in backticks exist; commands in their code blocks take the options given;
-each diff of dev/tour.md applies to the tree as it is, one after another; each mutation of mutate.py too; each option has a
-test.
+each diff of dev/tour.md applies to the tree as it is, one after another; each mutation of mutate.py too; each option
+has a test.
 """
 import functools
 import re
