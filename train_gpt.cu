@@ -5680,17 +5680,10 @@ struct Saver {
         Files files = own_files(m);
         const std::string head = manifest_head(m, state) + tokenizer;
         const std::vector<std::string> index = weight_index(m);
-        if (background && copy_all(files)) {
-            writer = std::thread([this, files = std::move(files), head, index] {
-                write_own(files);
-                written = true;
-                if (ranks.rank == 0) complete_all(head, index);
-            });
-        } else {
-            write_own(files);
-            job.progress(WAITING, step);
-            if (ranks.rank == 0) complete_all(head, index);
-        }
+        if (background && copy_all(files) && start_writer(files, head, index)) return;
+        write_own(files);
+        job.progress(WAITING, step);
+        if (ranks.rank == 0) complete_all(head, index);
     }
 
 private:
@@ -5771,6 +5764,21 @@ private:
                 t.read = [from = at](char* to, size_t offset, size_t count) { memcpy(to, from + offset, count); };
                 at += t.bytes;
             }
+        return true;
+    }
+
+    // False: no thread can be started.
+    bool start_writer(const Files& files, const std::string& head, const std::vector<std::string>& index) {
+        try {
+            writer = std::thread([this, files, head, index] {
+                write_own(files);
+                written = true;
+                if (ranks.rank == 0) complete_all(head, index);
+            });
+        } catch (const std::system_error& e) {
+            fprintf(stderr, "train_gpt: warning: --save-async: %s; saving in the foreground.\n", e.what());
+            return false;
+        }
         return true;
     }
 

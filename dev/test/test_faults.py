@@ -181,6 +181,15 @@ class FaultTests(Tests):
         """A limit of processes that leaves none to a thread: the loader's is the first."""
         line = self.refused_as_nobody(self.flags("never"), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NPROC, (1, 1)))
         expect(line.startswith("train_gpt: threads: no more can be started"), line)
+        if os.geteuid():
+            return  # who has other processes already
+        # two loaders' fit beside main's, the writer's does not: it saves in the foreground
+        os.mkdir(self.path("crowded"))
+        os.chmod(self.path("crowded"), 0o777)
+        done = self.as_nobody(self.flags("crowded/run", "--save-async"), user=64999,
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NPROC, (3, 3)))
+        expect(done.returncode == 0 and checkpoints(self.path("crowded/run")) == [1, 2, 3, 4], done.stderr)
+        expect(done.stderr.count("saving in the foreground") == 4 == done.stderr.count("\n"), done.stderr)
 
     def device_memory(self):
         line = refuse(self.exe, self.flags("large", "--dim", 8192, "--layers", 2000, "--heads", 64))
@@ -226,18 +235,22 @@ class FaultTests(Tests):
         expect(os.path.basename(path) in line, line)
         expect(not os.path.exists(self.path("never/log.csv")), "the run has begun")
 
-    def refused_as_nobody(self, flags, **more):
-        """The one line of a run without root's rights."""
+    def as_nobody(self, flags, user=65534, **more):
+        """A run without root's rights."""
         exe = self.exe
         if os.geteuid() == 0:
             exe = self.path("as_nobody")
-            more.update(user=65534, group=65534, extra_groups=[])
+            more.update(user=user, group=65534, extra_groups=[])
             if not os.path.exists(exe):
                 shutil.copy(self.exe, exe)
                 os.chmod(exe, 0o755)
                 os.chmod(self.dir, 0o755)
-        done = subprocess.run([exe, *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        return subprocess.run([exe, *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                               env={**os.environ, **MPI_ENV, "OPENBLAS_NUM_THREADS": "1"}, **more)
+
+    def refused_as_nobody(self, flags, **more):
+        """Its one line."""
+        done = self.as_nobody(flags, **more)
         lines = done.stderr.splitlines()
         expect(done.returncode == 1 and len(lines) == 1, f"exit {done.returncode}: {done.stderr}")
         return lines[0]
