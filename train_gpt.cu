@@ -4714,6 +4714,10 @@ private:
                     guests.emplace_back();
                     guests.back().fd = fd;
                     put(guests.back(), GREETING);
+                } else if ((errno == EMFILE || errno == ENFILE) && trouble.empty()) {
+                    trouble =
+                        format("rank 0 can take no more connections: %s. Raise the limit of open files (ulimit -n).",
+                               strerror(errno));
                 }
             }
             uint32_t kind;

@@ -368,6 +368,19 @@ TEST(strangers) {  // garbage, silence, a hasty one, a frame that promises too m
     job.expect_clean();
     for (int fd : fds) ::close(fd);
 }
+TEST(no_more_files) {  // rank 0 has room for its listener alone; rank 1, which it does not hear, gives up later
+    Job job;
+    job.start(2, [&](const World& w) {
+        const int next = dup(0);
+        ::close(next);
+        const rlimit few = {rlim_t(next) + 1, rlim_t(next) + 1};
+        if (w.rank == 0) setrlimit(RLIMIT_NOFILE, &few), job.limit = 100;
+        job.open(w);
+    });
+    job.wait(2.5);
+    EXPECT(job.status[0] == 1 && job.status[1] == 1);
+    EXPECT(job.lines.size() == 2 && job.lines[0].find("no more connections: Too many open files.") < 100);
+}
 TEST(port_in_use) {
     Job job;
     const int port = atoi(job.address.c_str() + 10), fd = listener(port);
