@@ -3536,7 +3536,8 @@ void plan(Model& m, const Config& config, int B, bool training, Storage storage 
     m.training = training;
     m.table = build_table(m.c, storage.ranks);
     if (double(B) * m.c.T > double(1 << 30))
-        throw Error(format("--batch-size: %d sequences of %d tokens are too many. Use --grad-accum.", B, m.c.T));
+        throw Error(format("--batch-size: %d sequences of %d tokens are too many. %s", B, m.c.T,
+                           training ? "Use --grad-accum." : "Give less."));
     if (!SERIAL && (m.c.C > MAX_ROW || m.c.F() > MAX_FFN_ROW))
         throw Error(
             format("--dim: width %d and hidden width %d are more than a block of threads holds, %d and %d. "
@@ -3546,8 +3547,9 @@ void plan(Model& m, const Config& config, int B, bool training, Storage storage 
 }
 
 // The mildest change of options with which the plan fits into `room` bytes: cut more over the ranks, recompute more,
-// else fewer sequences, else less precise moments and weights. "" if none does.
+// else fewer sequences, else less precise moments and weights. Of generation, what its cache grows with.
 std::string advice(const Model& m, size_t room) {
+    if (m.cache.sequences) return "Choose fewer --num-samples or --max-tokens, or a smaller model.";
     const Storage& had = m.storage;
     std::vector<Storage> cuts;
     for (int zero = had.zero; zero <= (had.ranks > 1 ? 3 : had.zero); zero++)
@@ -3564,7 +3566,6 @@ std::string advice(const Model& m, size_t room) {
                     s.half_gradients |= precision > 1;
                     s.no_master |= precision > 2;
                     Model other;
-                    other.cache.sequences = m.cache.sequences, other.cache.room = m.cache.room;
                     plan(other, m.c, B, m.training, s);
                     if (other.arena.used > room) continue;
                     std::string text = "Give";
@@ -4704,7 +4705,7 @@ private:
         for (double end = now() + limit; !missing().empty() && now() < end;) {
             const bool calm = trouble.empty();
             if (now() >= notice && calm)
-                fprintf(stderr, "train_gpt: warning: waiting at %s for %s of %d, until --timeout %g\n", where.c_str(),
+                fprintf(stderr, "train_gpt: warning: waiting at %s for %s of %d, until --timeout %g.\n", where.c_str(),
                         list(missing()).c_str(), me.size, limit);
             if (now() >= notice) notice = end;
             if (exchange(guests, listener, std::min(end, notice) - now())) {
