@@ -117,6 +117,9 @@ std::string reason(const std::exception& e) {
 // Pieces of long work done on the host, weights set, bytes written: the watch over the ranks (Channel) sees it move.
 std::atomic<long long> ticks{0};
 
+// seconds, of a clock that only goes forward
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
 // Asserts that a CUDA call went well; names the call, the file and the line.
 inline void check_cuda(cudaError_t status, const char* call, const char* file, int line) {
     if (status != cudaSuccess) throw Error(format("%s:%d: %s: %s", file, line, call, cudaGetErrorString(status)));
@@ -4523,10 +4526,6 @@ private:
     Place place;
     std::function<std::string()> check;
 
-    static double now() {
-        return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-    }
-
     static std::string list(const std::vector<int>& ranks) {  // "rank 3", "ranks 1, 2, 3, 4 and 59 more"
         std::string s = ranks.size() == 1 ? "rank " : "ranks ";
         for (size_t i = 0; i < ranks.size() && i < 4; i++) s += (i ? ", " : "") + std::to_string(ranks[i]);
@@ -7210,8 +7209,6 @@ bool parse_options(Options& o, int argc, char** argv) {
 
 // =====================================================================================================================
 // main: options, data, model, the loop.
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Mean loss over the first `batches` batches of all ranks, always the same ones.
 float validate(Model& m, DataLoader& data, int batches, int64_t step) {
