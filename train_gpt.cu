@@ -6690,6 +6690,7 @@ struct Device {
     double flops, peak, copy;  // FLOP/s of large matmuls, the datasheet's, bytes/s read plus written
     double memory;             // bytes
     double link, network;      // bytes/s that a rank can send in a ring within a node of eight, and over several
+    double ring(int ranks) const { return ranks > 8 ? network : link; }
 };
 const Device DEVICES[] = {
     // matmul and copy measured with PyTorch 2.11. Links by their datasheets: NVLink, and between nodes an adapter a GPU
@@ -6812,7 +6813,7 @@ double model_flops(const Model& m) {
 double least_seconds(const Model& m, int micro, const Device& device) {
     double seconds = 0;
     for (const Work& w : step_work(m, micro, device)) seconds += w.seconds;
-    const double link = m.storage.ranks > 8 ? device.network : device.link;
+    const double link = device.ring(m.storage.ranks);
     return std::max(seconds, link > 0 ? step_sent(m, micro) / link : 0);
 }
 
@@ -6833,7 +6834,7 @@ std::string speed_of_light(const Model& m, int micro, const Device& device) {
     for (const Work& w : work) line(w);
     line(all);
     if (n > 1) {
-        const double sent = step_sent(m, micro), link = n > 8 ? device.network : device.link;
+        const double sent = step_sent(m, micro), link = device.ring(n);
         s += format("  %-32s %10s %10.4g", format("sent by a rank, ZeRO %d", m.storage.zero).c_str(), "", sent / 1e9);
         s += link > 0 ? format(" %10.4g %6.1f%%  at %.4g GB/s, beside the rest\n", sent / link * 1e3,
                                100 * sent / link / all.seconds, link / 1e9)
