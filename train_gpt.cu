@@ -6658,11 +6658,12 @@ struct Probe {
     void append(const char* name, const std::string& rows) const {
         const std::string path = out + "/" + name;
         FILE* f = fopen(path.c_str(), "a");
-        const long before = f && fseek(f, 0, SEEK_END) == 0 ? ftell(f) : -1;
+        struct stat before;
+        const bool known = f && fstat(fileno(f), &before) == 0;
         const bool written = f && fwrite(rows.data(), 1, rows.size(), f) == rows.size();
         if ((f && fclose(f)) || !written) {
             const int error = errno;
-            const bool whole = before < 0 || truncate(path.c_str(), before) == 0;  // no half of a row stays
+            const bool whole = !f || (known && truncate(path.c_str(), before.st_size) == 0);  // no half of a row stays
             fprintf(stderr, "train_gpt: warning: %s: cannot be written: %s.%s Make room; training goes on.\n",
                     path.c_str(), strerror(error), whole ? "" : " It may end in half of a row.");
         }
