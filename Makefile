@@ -22,7 +22,7 @@ OPTIMIZE ?= -O3
 # Loops with a choice in them are split into one loop a way, so that each vectorises; gcc's limit is too low for some.
 CXXFLAGS  = -std=c++17 $(OPTIMIZE) -march=native -mprefer-vector-width=512 --param max-unswitch-insns=200 \
             -fopenmp -pthread -fno-strict-aliasing -fno-math-errno -fno-trapping-math -fassociative-math \
-            -fno-signed-zeros -Wall -Wextra -Wno-unknown-pragmas -Idev/cpu/include -I.
+            -fno-signed-zeros -Wall -Wextra -Wno-unknown-pragmas -Werror=format -Idev/cpu/include -I.
 bf16      = -DPRECISION_BF16
 
 # Several ranks on the CPU go over MPI, if there is one; test builds under the sanitizers do without. On GPUs MPI only

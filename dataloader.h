@@ -160,12 +160,12 @@ private:
         if (errno != ENOENT && errno != ENOTDIR)
             fail(pattern, std::string("cannot be reached: ") + strerror(errno) + ". Check the path.");
         glob_t found;
-        int rc = glob(pattern.c_str(), GLOB_ERR | GLOB_NOSORT, nullptr, &found);
+        const int rc = glob(pattern.c_str(), GLOB_ERR | GLOB_NOSORT, nullptr, &found), error = errno;
         std::vector<std::string> paths;
         if (rc == 0) paths.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
         globfree(&found);
         if (rc == GLOB_NOMATCH) fail(pattern, "no such file. Prepare the data first (dev/data/prepare.py).");
-        if (rc != 0) fail(pattern, std::string("cannot be searched: ") + strerror(errno) + ". Check its folders.");
+        if (rc != 0) fail(pattern, std::string("cannot be searched: ") + strerror(error) + ". Check its folders.");
         std::sort(paths.begin(), paths.end());  // by byte, in every locale
         return paths;
     }

@@ -1345,6 +1345,10 @@ TEST(memory_advice) {
     says(bytes(64, {Recompute::block, false, false, false}) - 1, "--batch-size 32, which");
     says(bytes(1, {Recompute::block, false, false, false}) - 1, "--moments bf16");
     says(1000, "smaller model");
+    Model cached;
+    cached.cache.sequences = 64, cached.cache.room = c.T;
+    plan(cached, c, 2, false);
+    EXPECT(advice(cached, 1000).find("--num-samples") != std::string::npos);  // not the batch or the model
     Options o;
     o.config = c;
     for (int B : {1, 2, 7, 8, 100}) {

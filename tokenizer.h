@@ -469,13 +469,16 @@ private:
     }
 
     // ---- others: normal form, and parts of it that merge on their own
+
+    // of a unit of the trie: bits 10.., times 256 if bit 9
+    static uint32_t offset(uint32_t unit) { return (unit >> 10) << ((unit & 512) >> 6); }
+
     // how the text starts after normalisation, and the bytes of text that this stands for
     std::pair<std::string_view, size_t> normalize_prefix(std::string_view text) const {
         if ((unsigned char)text[0] < 0x80 && plain_[(unsigned char)text[0]]) return {text.substr(0, 1), 1};
         if (size_t n = user_defined_length(text)) return {text.substr(0, n), n};
         // Longest match in the double array. A unit holds a label (bits 0..7, and 31 for a leaf), whether a leaf
-        // hangs below (bit 8) and an offset (bits 10.., times 256 if bit 9); a leaf holds its value in bits 0..30.
-        auto offset = [](uint32_t unit) { return (unit >> 10) << ((unit & 512) >> 6); };
+        // hangs below (bit 8) and an offset (see offset()); a leaf holds its value in bits 0..30.
         size_t length = 0, value = 0;
         size_t node = trie_.empty() ? 0 : offset(trie_[0]);
         for (size_t i = 0; i < text.size(); i++) {
@@ -520,7 +523,9 @@ private:
             }
             if (!s.empty()) after_space = remove && s.back() == ' ';
             text.remove_prefix(n);
-            if (out.size() > INT_MAX / 2) throw std::runtime_error("tokenizer: the text's normal form is over 1 GiB.");
+            if (out.size() > INT_MAX / 2)
+                throw std::runtime_error(
+                    "tokenizer: the normal form of one text is over 1 GiB. Split it into documents.");
         }
         while (remove && ends(out, space)) out.resize(out.size() - space.size());
         if (flags_ & DUMMY_PREFIX && flags_ & SPACE_AS_SUFFIX) out += space;
@@ -845,7 +850,7 @@ private:
             if (byte_level() && first_id_[c] < 0) in.fail("some byte has no piece");
         }
         for (unsigned c = 0; c < 128; c++) {  // no user-defined piece and no way from the trie's root begins with it
-            size_t node = trie_.empty() ? 0 : (trie_[0] >> 10 << ((trie_[0] & 512) >> 6)) ^ c;
+            size_t node = trie_.empty() ? 0 : offset(trie_[0]) ^ c;
             plain_[c] = !user_first_[c] && (trie_.empty() || node >= trie_.size() || (trie_[node] & 0x800000ffu) != c);
         }
         if (!byte_level() && !unused_) joined_.resize(256);

@@ -57,6 +57,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <tuple>
 #include <utility>
@@ -106,12 +107,19 @@ std::string one_line(std::string text) {
 
 // What an exception tells people.
 std::string reason(const std::exception& e) {
-    if (!dynamic_cast<const std::bad_alloc*>(&e)) return one_line(e.what());
-    return "memory: the host has no more. Lower --batch-size or --seq-len, use fewer threads, or raise its limit.";
+    if (dynamic_cast<const std::bad_alloc*>(&e))
+        return "memory: the host has no more. Lower --batch-size or --seq-len, use fewer threads, or raise its limit.";
+    auto* system = dynamic_cast<const std::system_error*>(&e);
+    if (system && system->code() == std::errc::resource_unavailable_try_again)
+        return "threads: no more can be started. Raise the limit of processes (ulimit -u) or of memory.";
+    return one_line(e.what());
 }
 
 // Pieces of long work done on the host, weights set, bytes written: the watch over the ranks (Channel) sees it move.
 std::atomic<long long> ticks{0};
+
+// seconds, of a clock that only goes forward
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Asserts that a CUDA call went well; names the call, the file and the line.
 inline void check_cuda(cudaError_t status, const char* call, const char* file, int line) {
@@ -3531,7 +3539,8 @@ void plan(Model& m, const Config& config, int B, bool training, Storage storage 
     m.training = training;
     m.table = build_table(m.c, storage.ranks);
     if (double(B) * m.c.T > double(1 << 30))
-        throw Error(format("--batch-size: %d sequences of %d tokens are too many. Use --grad-accum.", B, m.c.T));
+        throw Error(format("--batch-size: %d sequences of %d tokens are too many. %s", B, m.c.T,
+                           training ? "Use --grad-accum." : "Give less."));
     if (!SERIAL && (m.c.C > MAX_ROW || m.c.F() > MAX_FFN_ROW))
         throw Error(
             format("--dim: width %d and hidden width %d are more than a block of threads holds, %d and %d. "
@@ -3541,8 +3550,10 @@ void plan(Model& m, const Config& config, int B, bool training, Storage storage 
 }
 
 // The mildest change of options with which the plan fits into `room` bytes, as a sentence: cut more over the ranks,
-// recompute more, else fewer sequences, else less precise moments, gradients and weights.
+// recompute more, else fewer sequences, else less precise moments, gradients and weights. Of generation, what its cache
+// grows with.
 std::string advice(const Model& m, size_t room) {
+    if (m.cache.sequences) return "Choose fewer --num-samples or --max-tokens, or a smaller model.";
     const Storage& had = m.storage;
     std::vector<Storage> cuts;
     for (int zero = had.zero; zero <= (had.ranks > 1 ? 3 : had.zero); zero++)
@@ -3559,7 +3570,6 @@ std::string advice(const Model& m, size_t room) {
                     s.half_gradients |= precision > 1;
                     s.no_master |= precision > 2;
                     Model other;
-                    other.cache.sequences = m.cache.sequences, other.cache.room = m.cache.room;
                     plan(other, m.c, B, m.training, s);
                     if (other.arena.used > room) continue;
                     std::string text = "Give";
@@ -4406,12 +4416,13 @@ struct Channel {
         }
         me.rank == 0 ? gather(listener, where, cookie, id) : join(hosts, port, where, cookie, id);
         for (Peer& p : peers) p.heard = p.moved = now();
-        if (pipe2(wake, O_CLOEXEC | O_NONBLOCK)) throw Error(format("rendezvous: no pipe: %s.", strerror(errno)));
+        if (pipe2(wake, O_CLOEXEC | O_NONBLOCK))
+            throw Error(format("rendezvous: no pipe: %s. Raise the limit of open files (ulimit -n).", strerror(errno)));
         sigset_t all, before;  // signals are for the main thread
         sigfillset(&all);
         pthread_sigmask(SIG_BLOCK, &all, &before);
-        running = true;
         thread = std::thread(&Channel::watch, this);
+        running = true;  // from here on the thread ends the process
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
 
@@ -4518,10 +4529,6 @@ private:
     std::mutex place_mutex, check_mutex;
     Place place;
     std::function<std::string()> check;
-
-    static double now() {
-        return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-    }
 
     static std::string list(const std::vector<int>& ranks) {  // "rank 3", "ranks 1, 2, 3, 4 and 59 more"
         std::string s = ranks.size() == 1 ? "rank " : "ranks ";
@@ -4701,7 +4708,7 @@ private:
         for (double end = now() + limit; !missing().empty() && now() < end;) {
             const bool calm = trouble.empty();
             if (now() >= notice && calm)
-                fprintf(stderr, "train_gpt: warning: waiting at %s for %s of %d, until --timeout %g\n", where.c_str(),
+                fprintf(stderr, "train_gpt: warning: waiting at %s for %s of %d, until --timeout %g.\n", where.c_str(),
                         list(missing()).c_str(), me.size, limit);
             if (now() >= notice) notice = end;
             if (exchange(guests, listener, std::min(end, notice) - now())) {
@@ -4711,6 +4718,10 @@ private:
                     guests.emplace_back();
                     guests.back().fd = fd;
                     put(guests.back(), GREETING);
+                } else if ((errno == EMFILE || errno == ENFILE) && trouble.empty()) {
+                    trouble =
+                        format("rank 0 can take no more connections: %s. Raise the limit of open files (ulimit -n).",
+                               strerror(errno));
                 }
             }
             uint32_t kind;
@@ -5208,8 +5219,8 @@ std::string read_file(const std::string& path, bool any = false) {
         s.append(buffer, n);
     const int error = ferror(f) ? errno : 0;
     fclose(f);
-    if (error) throw Error(path + ": cannot be read to its end: " + strerror(error) + ".");
-    if (large) throw Error(path + ": is larger than 1 GiB, as no file of its kind is.");
+    if (error) throw Error(path + ": cannot be read to its end: " + strerror(error) + ". Check the path and the disk.");
+    if (large) throw Error(path + ": is larger than 1 GiB, as no file of its kind is. Check the path.");
     return s;
 }
 
@@ -5356,15 +5367,15 @@ struct Safetensors {
 
     void read(const Entry& e, void* data, size_t offset, size_t bytes) {
         if (fseeko(f, e.begin + offset, SEEK_SET) || fread(data, 1, bytes, f) != bytes)
-            throw Error(path + ": cannot be read to its end: it was cut short.");
+            throw Error(path + ": cannot be read to its end: it was cut short, or the disk fails. Write it again.");
     }
-    // `count` elements from `first` on, F32, BF16 or F16, as float
+    // `count` elements from `first` on, as float, of a tensor that is F32, BF16 or F16
     std::vector<float> floats(const std::string& name, size_t first, size_t count) {
         const Entry& e = entries.at(name);
         std::vector<float> values(count);
         if (e.dtype == "F32") {
             read(e, values.data(), first * 4, count * 4);
-        } else if (e.dtype == "BF16" || e.dtype == "F16") {
+        } else {
             std::vector<uint16_t> raw(count);
             read(e, raw.data(), first * 2, count * 2);
             for (size_t i = 0; i < raw.size(); i++) {
@@ -5374,8 +5385,6 @@ struct Safetensors {
                 else
                     values[i] = half_value(raw[i]);
             }
-        } else {
-            throw Error(path + ": " + name + " is " + e.dtype + ". Only F32, BF16 and F16 weights can be read.");
         }
         return values;
     }
@@ -5478,9 +5487,9 @@ void import_weights(Model& m, const std::string& path) {
     }
     if (where.count("model.embed_tokens.weight") || where.count("transformer.wte.weight"))
         throw Error(path + ": has Hugging Face's names of tensors. Convert it first: dev/hf/import.py.");
-    std::map<std::string, bool> known;
+    std::set<std::string> known;
     for (const Tensor& t : m.table.tensors) {
-        known[t.name] = true;
+        known.insert(t.name);
         if (!where.count(t.name))
             throw Error(path + ": lacks the tensor " + t.name + ". Check --backbone, --variant and --layers.");
         const Safetensors& file = *where[t.name];
@@ -5679,17 +5688,10 @@ struct Saver {
         Files files = own_files(m);
         const std::string head = manifest_head(m, state) + tokenizer;
         const std::vector<std::string> index = weight_index(m);
-        if (background && copy_all(files)) {
-            writer = std::thread([this, files = std::move(files), head, index] {
-                write_own(files);
-                written = true;
-                if (ranks.rank == 0) complete_all(head, index);
-            });
-        } else {
-            write_own(files);
-            job.progress(WAITING, step);
-            if (ranks.rank == 0) complete_all(head, index);
-        }
+        if (background && copy_all(files) && start_writer(files, head, index)) return;
+        write_own(files);
+        job.progress(WAITING, step);
+        if (ranks.rank == 0) complete_all(head, index);
     }
 
 private:
@@ -5773,6 +5775,21 @@ private:
         return true;
     }
 
+    // False: no thread can be started.
+    bool start_writer(const Files& files, const std::string& head, const std::vector<std::string>& index) {
+        try {
+            writer = std::thread([this, files, head, index] {
+                write_own(files);
+                written = true;
+                if (ranks.rank == 0) complete_all(head, index);
+            });
+        } catch (const std::system_error& e) {
+            fprintf(stderr, "train_gpt: warning: --save-async: %s; saving in the foreground.\n", e.what());
+            return false;
+        }
+        return true;
+    }
+
     static std::string manifest_head(const Model& m, const TrainState& s) {
         std::string json =
             format("{\n  \"step\": %lld,\n  \"seed\": %llu,\n  \"updates\": %lld,\n  \"skipped\": %lld,\n",
@@ -5826,7 +5843,7 @@ private:
         }
     }
 
-    // What all ranks have written; throws what one of them could not, but when none writes any more.
+    // What all ranks have written; throws what one of them could not, once none writes any more.
     std::vector<FileRecord> gather_reports() {
         std::vector<FileRecord> records;
         std::string error;
@@ -5869,12 +5886,12 @@ private:
             records.push_back({"model.safetensors.index.json", file.hash.total, file.hash.text()});
         }
         std::string json = head + "  \"files\": {";
-        std::map<std::string, bool> ours = {{"state.json", true}};
+        std::set<std::string> ours = {"state.json"};
         for (const FileRecord& r : records) {
             json += json.back() == '{' ? "\n" : ",\n";
             json += format("    \"%s\": {\"bytes\": %llu, \"xxh64\": \"%s\"}", r.name.c_str(),
                            (unsigned long long)r.bytes, r.hash.c_str());
-            ours[r.name] = true;
+            ours.insert(r.name);
         }
         json += "},\n";
         Hash hash;
@@ -5983,7 +6000,14 @@ void verify_checkpoint(const std::string& dir, bool weights_only = false) {
 
 // The checkpoint that a path means, itself or of a run's folder the newest, whose weights are as they were written.
 std::string find_weights(const std::string& path) {
-    if (access((path + "/state.json").c_str(), F_OK) == 0) return verify_checkpoint(path, true), path;
+    if (access((path + "/state.json").c_str(), F_OK) == 0) {
+        try {
+            verify_checkpoint(path, true);
+        } catch (const Error& e) {
+            throw Error(std::string(e.what()) + " Give another checkpoint.");
+        }
+        return path;
+    }
     std::vector<int64_t> steps = list_checkpoints(path);
     if (steps.empty())
         throw Error(path + ": is no checkpoint and holds none. Give a folder that --save-every wrote, or --out's.");
@@ -5998,7 +6022,7 @@ std::string find_weights(const std::string& path) {
             if (trouble.empty()) trouble = e.what();
         }
     }
-    throw Error(trouble + " No other checkpoint in " + path + " is sound.");
+    throw Error(trouble + " No other checkpoint in " + path + " is sound. Give another folder.");
 }
 
 // The configuration that a checkpoint was written with; its precision may be another than this build's.
@@ -6006,7 +6030,7 @@ Config config_of(const Manifest& manifest, const std::string& dir) {
     const Json* config = manifest.json.find("config");
     auto text = [&](const char* key) {
         const Json* there = config ? config->find(key) : nullptr;
-        if (!there) throw Error(std::string("lacks ") + key);
+        if (!there) throw Error(std::string("lacks ") + key + ". Take another checkpoint.");
         return there->string;
     };
     auto integer = [&](const char* key) {
@@ -6015,7 +6039,7 @@ Config config_of(const Manifest& manifest, const std::string& dir) {
     auto choice = [&](const char* key, const Words& words) {
         for (size_t i = 0; i < words.size(); i++)
             if (text(key) == words[i]) return int(i);
-        throw Error(std::string("has an unknown ") + key + ", " + text(key));
+        throw Error(std::string("has an unknown ") + key + ", " + text(key) + ". Take the build that wrote it.");
     };
     Config c;
     try {
@@ -6638,11 +6662,12 @@ struct Probe {
     void append(const char* name, const std::string& rows) const {
         const std::string path = out + "/" + name;
         FILE* f = fopen(path.c_str(), "a");
-        const long before = f && fseek(f, 0, SEEK_END) == 0 ? ftell(f) : -1;
+        struct stat before;
+        const bool known = f && fstat(fileno(f), &before) == 0;
         const bool written = f && fwrite(rows.data(), 1, rows.size(), f) == rows.size();
         if ((f && fclose(f)) || !written) {
             const int error = errno;
-            const bool whole = before < 0 || truncate(path.c_str(), before) == 0;  // no half of a row stays
+            const bool whole = !f || (known && truncate(path.c_str(), before.st_size) == 0);  // no half of a row stays
             fprintf(stderr, "train_gpt: warning: %s: cannot be written: %s.%s Make room; training goes on.\n",
                     path.c_str(), strerror(error), whole ? "" : " It may end in half of a row.");
         }
@@ -6670,6 +6695,7 @@ struct Device {
     double flops, peak, copy;  // FLOP/s of large matmuls, the datasheet's, bytes/s read plus written
     double memory;             // bytes
     double link, network;      // bytes/s that a rank can send in a ring within a node of eight, and over several
+    double ring(int ranks) const { return ranks > 8 ? network : link; }
 };
 const Device DEVICES[] = {
     // matmul and copy measured with PyTorch 2.11. Links by their datasheets: NVLink, and between nodes an adapter a GPU
@@ -6792,7 +6818,7 @@ double model_flops(const Model& m) {
 double least_seconds(const Model& m, int micro, const Device& device) {
     double seconds = 0;
     for (const Work& w : step_work(m, micro, device)) seconds += w.seconds;
-    const double link = m.storage.ranks > 8 ? device.network : device.link;
+    const double link = device.ring(m.storage.ranks);
     return std::max(seconds, link > 0 ? step_sent(m, micro) / link : 0);
 }
 
@@ -6813,7 +6839,7 @@ std::string speed_of_light(const Model& m, int micro, const Device& device) {
     for (const Work& w : work) line(w);
     line(all);
     if (n > 1) {
-        const double sent = step_sent(m, micro), link = n > 8 ? device.network : device.link;
+        const double sent = step_sent(m, micro), link = device.ring(n);
         s += format("  %-32s %10s %10.4g", format("sent by a rank, ZeRO %d", m.storage.zero).c_str(), "", sent / 1e9);
         s += link > 0 ? format(" %10.4g %6.1f%%  at %.4g GB/s, beside the rest\n", sent / link * 1e3,
                                100 * sent / link / all.seconds, link / 1e9)
@@ -7047,7 +7073,7 @@ std::vector<Flag> flags(Options& o) {
 
     heading("Weights", GENERATE | EVAL);
     text("checkpoint", "DIR", "a checkpoint, or a run's folder: the newest sound one in it", &o.checkpoint);
-    text("init-from", "FILE", "instead: safetensors with the paper's names; the model's options say its shape",
+    text("init-from", "FILE|DIR", "instead: safetensors with the paper's names; the model's options say its shape",
          &o.init_from);
     text("tokenizer", "bytes|FILE", "the data's tokenizer (what the checkpoint names)", &o.tokenizer);
     integer("seq-len", &o.seq_len, 1, 1 << 24,
@@ -7119,18 +7145,17 @@ void print_help(const std::vector<Flag>& all, Command command) {
             "choices: the right one has the highest log-likelihood: as it is, divided by its tokens, or by its bytes\n"
             "  without a leading space; errors are standard errors, sqrt(a (1 - a) / (questions - 1))\n"
             "One line of JSON on stdout, the same for people on stderr.\n");
-    if (command != TRAIN)
-        return void(printf("\nDefaults in parentheses. Errors: one line on stderr, exit status 1.\n"));
-    printf(
-        "\nSeveral GPUs, on one node or many:\n"
-        "  mpirun -n 8 ./train_gpt ...                                  Open MPI, MPICH\n"
-        "  srun --ntasks-per-node=8 --gpus-per-node=8 ./train_gpt ...   Slurm\n"
-        "  torchrun --no-python --nproc-per-node=8 ./train_gpt ...      PyTorch's, as any other starter that sets "
-        "RANK,\n"
-        "                                                               WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, "
-        "MASTER_PORT\n"
-        "SIGTERM, SIGINT and SIGUSR1 save a checkpoint and stop after the step; go on with --resume.\n"
-        "\nDefaults in parentheses. Errors: one line on stderr, exit status 1.\n");
+    if (command == TRAIN)
+        printf(
+            "\nSeveral GPUs, on one node or many:\n"
+            "  mpirun -n 8 ./train_gpt ...                                  Open MPI, MPICH\n"
+            "  srun --ntasks-per-node=8 --gpus-per-node=8 ./train_gpt ...   Slurm\n"
+            "  torchrun --no-python --nproc-per-node=8 ./train_gpt ...      PyTorch's, as any other starter that sets "
+            "RANK,\n"
+            "                                                               WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, "
+            "MASTER_PORT\n"
+            "SIGTERM, SIGINT and SIGUSR1 save a checkpoint and stop after the step; go on with --resume.\n");
+    printf("\nDefaults in parentheses. Errors: one line on stderr, exit status 1.\n");
 }
 
 void print_flavours() {
@@ -7165,12 +7190,16 @@ bool parse_options(Options& o, int argc, char** argv) {
         for (int found; (found = getopt_long(argc, argv, ":", longs.data(), nullptr)) != -1;) {
             if (found == ':') throw Error(format("%s: needs a value. See %s.", argv[optind - 1], help.c_str()));
             if (found == '?') {
-                for (const Flag& f : all)
-                    if (f.name && std::string(argv[optind - 1]).substr(0, strcspn(argv[optind - 1], "=")) ==
-                                      std::string("--") + f.name)
-                        throw Error(
-                            format("--%s: is no option of %s. See %s.", f.name, COMMANDS.at(o.command), help.c_str()));
-                throw Error(format("%s: unknown option. See %s.", argv[optind - 1], help.c_str()));
+                if (optopt && optopt < 256) throw Error(format("-%c: unknown option. See %s.", optopt, help.c_str()));
+                const std::string word = argv[optind - 1], name = word.substr(0, word.find('='));
+                for (const Flag& f : all) {
+                    if (!f.name || name != std::string("--") + f.name) continue;
+                    if (f.commands & o.command)
+                        throw Error(format("--%s: takes no value. See %s.", f.name, help.c_str()));
+                    throw Error(
+                        format("--%s: is no option of %s. See %s.", f.name, COMMANDS.at(o.command), help.c_str()));
+                }
+                throw Error(format("%s: unknown option. See %s.", word.c_str(), help.c_str()));
             }
             const Flag& f = all[found - 256];
             if (!strcmp(f.name, "help")) return print_help(all, o.command), false;
@@ -7186,8 +7215,6 @@ bool parse_options(Options& o, int argc, char** argv) {
 
 // =====================================================================================================================
 // main: options, data, model, the loop.
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Mean loss over the first `batches` batches of all ranks, always the same ones.
 float validate(Model& m, DataLoader& data, int batches, int64_t step) {
@@ -7494,9 +7521,8 @@ void settle_matmuls(Model& m, const std::string& path, bool resumed) {
                path.c_str());
     const double begin = now();
     time_matmuls(m);
-    const std::string text = matmul.choices();
     OutFile file(path);
-    file.write(text.data(), text.size());
+    file.write(matmul.choices());
     file.commit();
     printf("timed %zu matmuls in %.1f s\n", matmul.chosen.size(), now() - begin);
 }
@@ -7541,7 +7567,7 @@ void print_plan(Options& o) {
 void settle_model(Options& o, std::unique_ptr<Tokenizer>& tokenizer) {
     Config& c = o.config;
     if (!o.tokenizer.empty()) {
-        tokenizer.reset(new Tokenizer(o.tokenizer == "bytes" ? Tokenizer::bytes() : Tokenizer::load(o.tokenizer)));
+        tokenizer.reset(new Tokenizer(Tokenizer::load(o.tokenizer)));
         if (!o.vocab_given) c.V = tokenizer->vocab_size();
         if (tokenizer->vocab_size() > c.V)
             throw Error(

@@ -20,7 +20,7 @@ check() {  # check NAME COMMAND...: prints what it found
     echo "$name"
     if ! "$@" >build/log/lint.txt 2>build/log/lint_errors.txt || [ -s build/log/lint.txt ]; then
         cat build/log/lint.txt
-        grep -E 'error|rror:' build/log/lint_errors.txt >&2
+        grep -E 'rror|: (warning|performance|portability):' build/log/lint_errors.txt >&2  # cppcheck finds to stderr
         failed=1
     fi
 }

@@ -11,6 +11,7 @@
 #define TESTING  // no main of the trainer's
 #include "../../train_gpt.cu"
 
+#include <ctime>
 #include <omp.h>
 
 #include <ctime>

@@ -1057,7 +1057,7 @@ struct Setup {
             : c.variant == Variant::prenorm ? "prenorm"
                                             : "preqknorm",
             c.layernorm ? "layernorm" : "rmsnorm", c.C, c.L, c.NH, c.NKV, c.F(), c.V, c.T, c.max_T, c.norm_eps,
-            c.rope_theta, B, accum, logit_rows, RECOMPUTE[int(storage.recompute)],
+            c.rope_theta, B, accum, logit_rows, RECOMPUTE[int(storage.recompute)].c_str(),
             storage.half_gradients ? "bf16" : "fp32", storage.half_moments ? "bf16" : "fp32", !storage.no_master,
             graphs, use_hopper, adamw.lr, adamw.beta1, adamw.beta2, adamw.eps, adamw.weight_decay, adamw.decay_1d,
             adamw.clip);
@@ -1226,7 +1226,7 @@ void model_case(Random& r) {
             float second_loss;
             std::vector<float> g2 = gradients(m2, other, turned, &second_loss);
             if (bits && (g2 != g || second_loss != got_loss))
-                fail(format("recompute %s, graph %d: other bits", RECOMPUTE[int(other.storage.recompute)],
+                fail(format("recompute %s, graph %d: other bits", RECOMPUTE[int(other.storage.recompute)].c_str(),
                             other.graphs));
             if (!bits) {
                 const std::string what = format("with micro-batches of %d, gradient", other.B);

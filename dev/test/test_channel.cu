@@ -8,6 +8,7 @@
 
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
@@ -16,7 +17,6 @@ constexpr double SLACK = 2;  // seconds that a loaded, instrumented machine may 
 constexpr double SLACK = 1;
 #endif
 
-double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 void nap(double s) { std::this_thread::sleep_for(std::chrono::duration<double>(s)); }
 
 // What the processes of a job share: places to meet in, and a place to leave word.
@@ -54,7 +54,7 @@ Channel channel;  // outlives main's try block, as in the trainer
 
 struct Job {
     std::string address = format("127.0.0.1:%d", free_port());
-    double limit = 2, begun = seconds(), took = 0;
+    double limit = 2, begun = now(), took = 0;
     std::map<int, pid_t> pids;       // by a number of the test's choice, mostly the rank
     std::map<int, int> status;       // exit status, or -signal
     std::vector<std::string> lines;  // on stderr of all
@@ -104,8 +104,8 @@ struct Job {
         for (int s = 1; s <= n; s++) step(w, s);
     }
     bool all_open(int n) {
-        for (double end = seconds() + 10; shared->opened < n; nap(0.005))
-            if (seconds() > end) return fail("the ranks do not meet"), false;
+        for (double end = now() + 10; shared->opened < n; nap(0.005))
+            if (now() > end) return fail("the ranks do not meet"), false;
         return true;
     }
     // Waits for all processes but `stopped`, which is woken only then.
@@ -113,7 +113,7 @@ struct Job {
         auto reap = [&](int number, double until) {
             int s = 0;
             pid_t got;
-            while ((got = waitpid(pids[number], &s, WNOHANG)) == 0 && seconds() < until) nap(0.002);
+            while ((got = waitpid(pids[number], &s, WNOHANG)) == 0 && now() < until) nap(0.002);
             if (got == 0) {
                 fail(format("process %d did not end", number));
                 kill(pids[number], SIGKILL);
@@ -122,13 +122,13 @@ struct Job {
             }
             status[number] = WIFEXITED(s) ? WEXITSTATUS(s) : -WTERMSIG(s);
         };
-        begun = seconds();
+        begun = now();
         for (auto& [number, pid] : pids)
             if (number != stopped) reap(number, begun + most + SLACK);
-        took = seconds() - begun;
+        took = now() - begun;
         if (stopped >= 0) {
             kill(pids[stopped], SIGCONT);
-            reap(stopped, seconds() + 1 + SLACK);
+            reap(stopped, now() + 1 + SLACK);
         }
         FILE* f = fopen(path, "r");
         char line[4096];
@@ -366,6 +366,19 @@ TEST(strangers) {  // garbage, silence, a hasty one, a frame that promises too m
     job.wait(3);
     job.expect_clean();
     for (int fd : fds) ::close(fd);
+}
+TEST(no_more_files) {  // rank 0 has room for its listener alone; rank 1, which it does not hear, gives up later
+    Job job;
+    job.start(2, [&](const World& w) {
+        const int next = dup(0);
+        ::close(next);
+        const rlimit few = {rlim_t(next) + 1, rlim_t(next) + 1};
+        if (w.rank == 0) setrlimit(RLIMIT_NOFILE, &few), job.limit = 100;
+        job.open(w);
+    });
+    job.wait(2.5);
+    EXPECT(job.status[0] == 1 && job.status[1] == 1);
+    EXPECT(job.lines.size() == 2 && job.lines[0].find("no more connections: Too many open files.") < 100);
 }
 TEST(port_in_use) {
     Job job;
@@ -738,6 +751,20 @@ TEST(fails_while_rank_0_is_stopped) {
     job.wait(4.2, 0);
     job.expect_line({"train_gpt: rank 1: disk full.\n"});
 }
+void no_thread(int k) {  // a limit of processes, which holds all but root
+    Job job;
+    job.start(2, [&](const World& w) {
+        const rlimit one = {1, 1};
+        if (w.rank == k && (getuid() || setuid(65534) == 0)) setrlimit(RLIMIT_NPROC, &one);
+        job.open(w);
+        nap(100);
+    });
+    job.wait(job.limit);
+    job.expect_line({"train_gpt: Resource temporarily unavailable\n"});
+}
+TEST(no_thread) {
+    for (int k : {0, 1}) no_thread(k);
+}
 TEST(hook) {
     Job job;
     job.start(3, [&](const World& w) {
@@ -779,9 +806,9 @@ TEST(reports) {
                         throw Error("wrong report");
                     next[from]++, all++;
                 }
-            const double t = seconds();
-            if (!channel.take_reports(0.2).empty() || seconds() - t < 0.19) throw Error("one too many");
-            if (!channel.take_reports(0).empty() || seconds() - t > 1) throw Error("waited");
+            const double t = now();
+            if (!channel.take_reports(0.2).empty() || now() - t < 0.19) throw Error("one too many");
+            if (!channel.take_reports(0).empty() || now() - t > 1) throw Error("waited");
         }
         if (w.rank == 3) nap(1), channel.report("last words");
         channel.close();
@@ -822,10 +849,10 @@ void ends_apart(int late) {
         job.open(w);
         for (int i = 0; i < 15 && w.rank == late; i++) channel.progress("export", i), nap(0.1);
         channel.close();
-        shared->times[w.rank] = seconds();
+        shared->times[w.rank] = now();
     });
     job.all_open(4);
-    const double t = seconds();
+    const double t = now();
     job.wait(4);
     job.expect_clean();
     for (int r = 0; r < 4; r++) EXPECT(shared->times[r] > t + 1.4);
@@ -853,11 +880,11 @@ int main(int argc, char** argv) {
     for (const Test& t : tests()) {
         if (argc > 1 && !strstr(t.name, argv[1])) continue;
         why.clear();
-        const double begun = seconds();
+        const double begun = now();
         t.body();
         why.empty() ? passed++ : failed++;
         if (!why.empty() || getenv("SHOW"))
-            printf("%s %s (%.1f s)%s%s\n", why.empty() ? "ok  " : "FAIL", t.name, seconds() - begun,
+            printf("%s %s (%.1f s)%s%s\n", why.empty() ? "ok  " : "FAIL", t.name, now() - begun,
                    why.empty() ? "" : ": ", why.c_str());
     }
     printf("test_channel: %d passed, %d failed\n", passed, failed);

@@ -471,6 +471,8 @@ class Tests:
         header = lambda *h: struct.pack("<256i", *h, *[0] * (256 - len(h)))
         for name, flags, words in (
             ("unknown option", ["--nonsense"], ["--nonsense"]),
+            ("unknown letter", small("bad", "-seed", 3), ["-s: unknown option"]),
+            ("value of a switch", small("bad", "--shuffle=yes"), ["--shuffle: takes no value"]),
             ("missing value", ["--lr"], ["--lr"]),
             ("not a number", small("bad", "--lr", "fast"), ["--lr", "fast"]),
             ("stray argument", small("bad", "stray"), ["stray"]),

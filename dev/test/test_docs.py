@@ -4,7 +4,8 @@
 usage: dev/test/test_docs.py TRAIN_GPT
 
 Names, files and options that the texts put in backticks exist; commands in their code blocks take the options given;
-each diff of dev/tour.md applies to the tree as it is, one after another; each option has a test.
+each diff of dev/tour.md applies to the tree as it is, one after another; each mutation of mutate.py too; each option
+has a test.
 """
 import functools
 import re
@@ -14,6 +15,7 @@ import unittest
 from pathlib import Path
 
 from lines import run_all
+from mutate import MUTATIONS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRAINER = str(Path(sys.argv[1] if len(sys.argv) > 1 else "build/train_gpt_cpu_fp32").resolve())
@@ -202,6 +204,11 @@ class Docs(unittest.TestCase):
             for option in tool_options(path) - {"--help"}:
                 with self.subTest(path, option=option):
                     self.assertTrue(mentions(tests(), option), "no test in dev/test gives it")
+
+    def test_mutations_fit_the_sources(self):
+        for name, path, old, *_ in MUTATIONS:
+            with self.subTest(name):
+                self.assertEqual(files()[path].count(old), 1, f"in {path}")
 
     def test_make_help_and_the_readme_name_the_same(self):
         makefile, readme = files()["Makefile"], (ROOT / "README.md").read_text()

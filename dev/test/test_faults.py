@@ -173,9 +173,23 @@ class FaultTests(Tests):
             expect("bad_alloc" not in done.stderr, f"{mib} MiB: {done.stderr[-300:]}")
             mine = [line for line in mine if not line.startswith(WARNING)]  # of checkpoints, as on a full disk
             expect(done.returncode == 1 and len(mine) == 1, f"{mib} MiB: exit {done.returncode}: {done.stderr[-300:]}")
-            expect(re.search("memory|ALLOC_FAILED|Resource temporarily", mine[0]), f"{mib} MiB: {mine[0]}")
+            expect(re.search("memory|ALLOC_FAILED|threads: no more", mine[0]), f"{mib} MiB: {mine[0]}")
             refused += 1
         expect(refused > 0, "memory never ran out")
+
+    def no_thread(self):
+        """A limit of processes that leaves none to a thread: the loader's is the first."""
+        line = self.refused_as_nobody(self.flags("never"), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NPROC, (1, 1)))
+        expect(line.startswith("train_gpt: threads: no more can be started"), line)
+        if os.geteuid():
+            return  # who has other processes already
+        # two loaders' fit beside main's, the writer's does not: it saves in the foreground
+        os.mkdir(self.path("crowded"))
+        os.chmod(self.path("crowded"), 0o777)
+        done = self.as_nobody(self.flags("crowded/run", "--save-async"), user=64999,
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NPROC, (3, 3)))
+        expect(done.returncode == 0 and checkpoints(self.path("crowded/run")) == [1, 2, 3, 4], done.stderr)
+        expect(done.stderr.count("saving in the foreground") == 4 == done.stderr.count("\n"), done.stderr)
 
     def device_memory(self):
         line = refuse(self.exe, self.flags("large", "--dim", 8192, "--layers", 2000, "--heads", 64))
@@ -221,17 +235,22 @@ class FaultTests(Tests):
         expect(os.path.basename(path) in line, line)
         expect(not os.path.exists(self.path("never/log.csv")), "the run has begun")
 
-    def refused_as_nobody(self, flags):
-        """The one line of a run without root's rights."""
-        if os.geteuid() != 0:
-            return refuse(self.exe, flags)
-        exe = self.path("as_nobody")
-        if not os.path.exists(exe):
-            shutil.copy(self.exe, exe)
-            os.chmod(exe, 0o755)
-            os.chmod(self.dir, 0o755)
-        done = subprocess.run([exe, *map(str, flags)], user=65534, group=65534, extra_groups=[], stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE, text=True)
+    def as_nobody(self, flags, user=65534, **more):
+        """A run without root's rights."""
+        exe = self.exe
+        if os.geteuid() == 0:
+            exe = self.path("as_nobody")
+            more.update(user=user, group=65534, extra_groups=[])
+            if not os.path.exists(exe):
+                shutil.copy(self.exe, exe)
+                os.chmod(exe, 0o755)
+                os.chmod(self.dir, 0o755)
+        return subprocess.run([exe, *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, **MPI_ENV, "OPENBLAS_NUM_THREADS": "1"}, **more)
+
+    def refused_as_nobody(self, flags, **more):
+        """Its one line."""
+        done = self.as_nobody(flags, **more)
         lines = done.stderr.splitlines()
         expect(done.returncode == 1 and len(lines) == 1, f"exit {done.returncode}: {done.stderr}")
         return lines[0]
@@ -510,6 +529,7 @@ class FaultTests(Tests):
         self.test("ranks_calls", self.ranks_calls, 7 if self.full else 280)
         self.test("generating_calls", self.generating_calls, 1 if self.full else 17)
         self.test("host_memory", self.host_memory, 1 if self.full else 24)
+        self.test("no_thread", self.no_thread)
         self.test("device_memory", self.device_memory)
         generate = ["generate", "--checkpoint"]
         flags = [("--train-data", []), ("--val-data", []), ("--tokenizer", []), ("--init-from", []),

@@ -146,9 +146,9 @@ class Tests(test_cli.Tests):
             f.write(b"\x55")
         out, err = self.outputs(*ask)
         expect(out == before and err.count("warning") == 1 and path in err, f"not the one before: {err}")
-        self.bad(["generate", "--checkpoint", run + "/step_00000020"], path, "damaged")
+        self.bad(["generate", "--checkpoint", run + "/step_00000020"], path, "damaged", "Give another")
         os.remove(run + "/step_00000010/state.json")
-        self.bad(ask, path, "No other checkpoint")
+        self.bad(ask, path, "No other checkpoint", "Give another")
 
     def tokenizer(self):
         """A checkpoint names its tokenizer's file and knows its contents."""
@@ -231,6 +231,7 @@ class Tests(test_cli.Tests):
             self.bad(["eval", "--checkpoint", run, "--choices", path], path, *words)
         write_questions(path, [(0, context, [right, list(range(49))])], 258)
         self.bad(["eval", "--checkpoint", run, "--choices", path], "49 tokens", "48")
+        self.bad(["eval", "--checkpoint", run, "--val-data", run + ".bin", "--batch-size", 2**30], "--batch-size", "Give less")
 
     def one_rank(self):
         env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}

@@ -89,7 +89,8 @@ template <class F> void cuda_run_blocks(const char*, dim3 grid, dim3, size_t sha
         run(0);
         return;
     }
-    int64_t chunk = std::max<int64_t>(1, blocks / (64 * omp_get_max_threads()));  // small: causal rows differ in work
+    // small, as causal rows differ in work; builds for ThreadSanitizer know no OpenMP and do not use it
+    [[maybe_unused]] const int64_t chunk = std::max<int64_t>(1, blocks / (64 * omp_get_max_threads()));
     #pragma omp parallel
     {
         enter();
