@@ -104,6 +104,8 @@ std::string one_line(std::string text) {
     return text;
 }
 
+void warn(const std::string& text) { fprintf(stderr, "train_gpt: warning: %s\n", one_line(text).c_str()); }
+
 // What an exception tells people.
 std::string reason(const std::exception& e) {
     if (!dynamic_cast<const std::bad_alloc*>(&e)) return one_line(e.what());
@@ -5184,7 +5186,13 @@ struct OutFile {
 // A file for reading that is no pipe, on which one could wait for ever, and no directory.
 FILE* open_regular(const std::string& path) {
     const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) throw Error(path + ": cannot be read: " + strerror(errno) + ". Check the path and its permissions.");
+    if (fd < 0) {
+        const int error = errno;
+        const Error what(path + ": cannot be read: " + strerror(error) + ". Check the path and its permissions.");
+        // no Error where the process, not the file, is at fault: a checkpoint is not put aside for that
+        if (error == EMFILE || error == ENFILE || error == ENOMEM || error == EACCES) throw std::runtime_error(what);
+        throw what;
+    }
     struct stat info;
     if (fstat(fd, &info) || !S_ISREG(info.st_mode)) {
         ::close(fd);
@@ -5458,7 +5466,7 @@ void check_metadata(const Safetensors& file, const Config& c) {
         if (number ? strtof(other.c_str(), nullptr) == strtof(value.c_str(), nullptr) : other == value) continue;
         const std::string message = file.path + ": its model has " + key + " " + other + ", this one " + value + ".";
         if (!number) throw Error(message + " Give --" + key + " " + other + ".");
-        if (ranks.rank == 0) fprintf(stderr, "train_gpt: warning: %s\n", message.c_str());
+        if (ranks.rank == 0) warn(message);
     }
 }
 
@@ -5498,8 +5506,7 @@ void import_weights(Model& m, const std::string& path) {
         values = where[t.name]->floats(t.name, first, there);
         const auto finite = [](float x) { return std::isfinite(x); };
         if (ranks.rank == 0 && !told && !std::all_of(values.begin(), values.end(), finite)) {
-            fprintf(stderr, "train_gpt: warning: %s: %s holds values that are not finite. Take other weights.\n",
-                    where[t.name]->path.c_str(), t.name.c_str());
+            warn(where[t.name]->path + ": " + t.name + " holds values that are not finite. Take other weights.");
             told = true;
         }
         values.resize(count, 0.0f);
@@ -5961,7 +5968,8 @@ Manifest read_manifest(const std::string& dir) {
 }
 
 // Reads this rank's share of a checkpoint's files, or of those with weights, to see that they are as they were written.
-void verify_checkpoint(const std::string& dir, bool weights_only = false) {
+// Returns its step.
+int64_t verify_checkpoint(const std::string& dir, bool weights_only = false) {
     const Manifest m = read_manifest(dir);
     std::vector<char> data(HOST_CHUNK);
     for (size_t i = ranks.rank; i < m.files.size(); i += ranks.size) {
@@ -5977,6 +5985,7 @@ void verify_checkpoint(const std::string& dir, bool weights_only = false) {
         if (ferror(f.get())) throw Error(path + ": cannot be read to its end: " + strerror(errno) + ".");
         if (hash.text() != m.files[i].hash) throw Error(path + ": its checksum is wrong, it was damaged.");
     }
+    return m.state.step;
 }
 
 // The checkpoint that a path means, itself or of a run's folder the newest, whose weights are as they were written.
@@ -5990,7 +5999,7 @@ std::string find_weights(const std::string& path) {
         std::string dir = path + "/" + checkpoint_name(steps.back());
         try {
             verify_checkpoint(dir, true);
-            if (!trouble.empty()) fprintf(stderr, "train_gpt: warning: %s Taking %s.\n", trouble.c_str(), dir.c_str());
+            if (!trouble.empty()) warn(trouble + " Taking " + dir + ".");
             return dir;
         } catch (const Error& e) {
             if (trouble.empty()) trouble = e.what();
@@ -6369,13 +6378,13 @@ struct Spikes {
 // step's row, as later ones will be made again. Returns the rows that stay.
 std::string begin_rows(const std::string& path, const std::string& header, int64_t step) {
     std::string kept;
-    if (step > 0 && access(path.c_str(), F_OK) == 0) {
+    if (access(path.c_str(), F_OK) == 0) {
         const std::string old = read_file(path);
-        if (old.compare(0, header.size() + 1, header + "\n"))
+        if ((step > 0 || !old.empty()) && old.compare(0, header.size() + 1, header + "\n"))
             throw Error(path + ": is no table of this version. Move it away: a new one begins.");
         size_t end = header.size();
         for (size_t at; (at = end + 1, end = old.find('\n', at)) != std::string::npos;) {
-            if (strtoll(old.c_str() + at, nullptr, 10) > step) break;
+            if (step == 0 || strtoll(old.c_str() + at, nullptr, 10) > step) break;
             kept.append(old, at, end + 1 - at);
         }
     }
@@ -6408,14 +6417,12 @@ struct Log {
         waiting += std::string(",") + note + "\n";
         put();
         if (!waiting.empty() && !waited)  // a full disk does not end a training: the rows are kept and tried again
-            fprintf(stderr, "train_gpt: warning: %s: cannot be written: %s. Make room; training goes on.\n",
-                    path.c_str(), strerror(errno));
+            warn(path + ": cannot be written: " + strerror(errno) + ". Make room; training goes on.");
     }
     void finish() {  // after the last row
         put();
         if (!waiting.empty())
-            fprintf(stderr, "train_gpt: warning: %s: ends too early, the disk does not take its last rows: %s.\n",
-                    path.c_str(), strerror(errno));
+            warn(path + ": ends too early, the disk does not take its last rows: " + strerror(errno) + ".");
     }
     void put() {
         for (ssize_t done; !waiting.empty() && (done = ::write(fd, waiting.data(), waiting.size())) > 0;)
@@ -6427,10 +6434,10 @@ struct Log {
 };
 
 std::string duration(double seconds) {
-    const int s = int(lround(seconds));
-    return s >= 3600 ? format("%dh%02dm", s / 3600, s / 60 % 60)
-           : s >= 60 ? format("%dm%02ds", s / 60, s % 60)
-                     : format("%ds", s);
+    const int64_t s = llround(std::min(seconds, 1e18));
+    return s >= 3600 ? format("%lldh%02dm", (long long)s / 3600, int(s / 60 % 60))
+           : s >= 60 ? format("%dm%02ds", int(s / 60), int(s % 60))
+                     : format("%ds", int(s));
 }
 
 // =====================================================================================================================
@@ -6641,8 +6648,8 @@ struct Probe {
         if ((f && fclose(f)) || !written) {
             const int error = errno;
             const bool whole = before < 0 || truncate(path.c_str(), before) == 0;  // no half of a row stays
-            fprintf(stderr, "train_gpt: warning: %s: cannot be written: %s.%s Make room; training goes on.\n",
-                    path.c_str(), strerror(error), whole ? "" : " It may end in half of a row.");
+            warn(path + ": cannot be written: " + strerror(error) + "." +
+                 (whole ? "" : " It may end in half of a row.") + " Make room; training goes on.");
         }
     }
     void run(int64_t step) {
@@ -6973,7 +6980,7 @@ std::vector<Flag> flags(Options& o) {
     toggle("no-decay-1d", "spare gains from the decay", &o.adamw.decay_1d, false);
     number("beta1", &o.adamw.beta1, 0, 0.999999, "AdamW's first moment (0.9)");
     number("beta2", &o.adamw.beta2, 0, 0.999999, "AdamW's second moment (0.95)");
-    number("adam-eps", &o.adamw.eps, 0, 1, "AdamW's epsilon (1e-8)");
+    number("adam-eps", &o.adamw.eps, 1e-30, 1, "AdamW's epsilon (1e-8)");
     number("clip", &o.adamw.clip, 0, 1e30, "largest gradient norm, 0 for no clipping (1)");
     integer("seed", &o.seed, 0, INT64_MAX, "of weights, shuffling and samples (1)");
 
@@ -7160,9 +7167,11 @@ bool parse_options(Options& o, int argc, char** argv) {
     for (int walk = 0; walk < 2; walk++) {
         optind = 0;
         opterr = 0;
-        for (int found; (found = getopt_long(argc, argv, ":", longs.data(), nullptr)) != -1;) {
+        for (int found; (found = getopt_long_only(argc, argv, ":", longs.data(), nullptr)) != -1;) {
             if (found == ':') throw Error(format("%s: needs a value. See %s.", argv[optind - 1], help.c_str()));
             if (found == '?') {
+                if (optopt >= 256)
+                    throw Error(format("--%s: takes no value. See %s.", all[optopt - 256].name, help.c_str()));
                 for (const Flag& f : all)
                     if (f.name && std::string(argv[optind - 1]).substr(0, strcspn(argv[optind - 1], "=")) ==
                                       std::string("--") + f.name)
@@ -7323,6 +7332,9 @@ Probe open_probe(Model& m, const Options& o, int64_t step) {
     Probe probe = {m, o.out, o.probe_iterations, {}};
     if (!o.probe) return probe;
     DataLoader fixed(o.val_data.empty() ? o.train_data : o.val_data, m.B, m.c.T, m.c.V);
+    if (uint64_t(o.probe_batches) > fixed.windows() / m.B)
+        throw Error(format("--probe-batches: %d are more than the %llu of its data. Give fewer.", o.probe_batches,
+                           (unsigned long long)(fixed.windows() / m.B)));
     for (int i = 0; i < o.probe_batches; i++) {
         const int32_t* windows = fixed.next();
         probe.batches.emplace_back(windows, windows + size_t(m.B) * (m.c.T + 1));
@@ -7641,7 +7653,8 @@ int64_t find_checkpoint(const std::string& out) {
         std::string trouble;
         try {
             job.progress("verifying a checkpoint", 0);
-            verify_checkpoint(dir);
+            const int64_t held = verify_checkpoint(dir);
+            if (held != step) throw Error(format("%s: holds step %lld, not its name's.", dir.c_str(), (long long)held));
         } catch (const Error& e) {
             trouble = e.what();
         }
@@ -7649,8 +7662,7 @@ int64_t find_checkpoint(const std::string& out) {
         // a trouble that all have, as with state.json, is told by the first
         const bool common = ranks.exchange(!trouble.empty())[0];
         if (!trouble.empty() && (ranks.rank == 0 || !common))
-            fprintf(stderr, "train_gpt: warning: %s Trying the checkpoint before it; this one is put aside as %s.\n",
-                    trouble.c_str(), aside.c_str());
+            warn(trouble + " Trying the checkpoint before it; this one is put aside as " + aside + ".");
         any = true;
         if (ranks.rank == 0) {
             remove_dir(aside);
@@ -7675,6 +7687,7 @@ void lock_folder(const std::string& out) {
 
 // Makes --out the job's own, and tells now what would fail after an hour.
 void claim_folder(const Options& o) {
+    if (o.out.empty()) throw Error("--out: is empty. Give a folder.");
     make_dirs(o.out);
     if (ranks.rank > 0) return;
     lock_folder(o.out);
@@ -7703,10 +7716,9 @@ TrainState set_state(Model& m, const Options& o, DataLoader* data) {
                 format("%s: was begun with --seed %llu. Give the same.", dir.c_str(), (unsigned long long)state.seed));
         if (data) data->seek(state.loader);
         if (data && state.windows && state.windows != data->windows() && ranks.rank == 0)
-            fprintf(stderr,
-                    "train_gpt: warning: %s: its run had %llu windows of data, --train-data has %llu. Give the "
-                    "same files, or windows are seen twice or never.\n",
-                    dir.c_str(), (unsigned long long)state.windows, (unsigned long long)data->windows());
+            warn(format("%s: its run had %llu windows of data, --train-data has %llu. Give the same files, or windows "
+                        "are seen twice or never.",
+                        dir.c_str(), (unsigned long long)state.windows, (unsigned long long)data->windows()));
         printf("resumed from %s\n", dir.c_str());
     }
     if (data) state.windows = data->windows();
@@ -7782,8 +7794,7 @@ std::unique_ptr<Tokenizer> open_tokenizer(const Options& o, const Manifest& mani
     if (trouble.empty()) return tokenizer;
     if (given ? !tokenizer : o.command == GENERATE)  // one that is given is taken, if it can be
         throw Error(trouble + " Give the data's tokenizer with --tokenizer.");
-    fprintf(stderr, "train_gpt: warning: %s%s\n", trouble.c_str(),
-            given ? "" : " Without bits per byte; give the data's tokenizer with --tokenizer.");
+    warn(trouble + (given ? "" : " Without bits per byte; give the data's tokenizer with --tokenizer."));
     if (!given) tokenizer.reset();
     return tokenizer;
 }
