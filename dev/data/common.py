@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while a program loads its modules; then run() tells it
 BLOCK = 1 << 20  # bytes read at a time
 
 
@@ -23,7 +24,8 @@ def run(name, main):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
         return main()
     except Refused as e:

@@ -19,10 +19,13 @@ import json
 import math
 import os
 import re
+import signal
 import struct
 import sys
 import zlib
 from pathlib import Path
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces
 # flags of the file

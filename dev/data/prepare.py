@@ -37,6 +37,8 @@ import time
 import zlib
 from pathlib import Path
 
+from common import Parser, Refused, run
+
 try:
     import numpy as np
 except ImportError:
@@ -44,7 +46,6 @@ except ImportError:
 
 import corpora
 import encoders
-from common import Parser, Refused, run
 from reading import FORMATS, Reader, Rules, bare, find, stdlib
 from shards import Output, bigram_loss, verify
 
