@@ -4364,6 +4364,17 @@ std::string default_address() {
     return format("%s:%lld", first.c_str(), (long long)port(20000 + (job + 499 * step) % 12768));
 }
 
+std::pair<std::string, int> host_and_port(const std::string& where) {
+    const size_t colon = where.rfind(':');
+    int port = 0, end = 0;
+    if (colon == std::string::npos || !isdigit((unsigned char)where[colon + 1]) || where.size() - colon > 6 ||
+        sscanf(&where[colon + 1], "%d%n", &port, &end) != 1 || where[colon + 1 + end] || port < 1 || port > 65535 ||
+        colon == 0)
+        throw Error("rendezvous: " + where + ": is not HOST:PORT. Give rank 0's host and a free port there.");
+    const bool bracketed = where[0] == '[' && where[colon - 1] == ']';  // IPv6
+    return {bracketed ? where.substr(1, colon - 2) : where.substr(0, colon), port};
+}
+
 // TCP connections of all ranks to rank 0. They carry the rendezvous and its payload (the NCCL id), heartbeats, errors,
 // short reports and the goodbye. One thread a process owns the sockets; other threads leave it notes under `mutex`.
 // Whatever ends the job, one process says why in one line on stderr, and all end with status 1:
@@ -4382,14 +4393,8 @@ struct Channel {
         std::vector<std::string> hosts;
         int port = 0, listener = -1;
         if (!broadcast) {
-            const size_t colon = where.rfind(':');
-            int end = 0;
-            if (colon == std::string::npos || !isdigit((unsigned char)where[colon + 1]) || where.size() - colon > 6 ||
-                sscanf(&where[colon + 1], "%d%n", &port, &end) != 1 || where[colon + 1 + end] || port < 1 ||
-                port > 65535 || colon == 0)
-                throw Error("rendezvous: " + where + ": is not HOST:PORT. Give rank 0's host and a free port there.");
-            const bool bracketed = where[0] == '[' && where[colon - 1] == ']';  // IPv6
-            hosts = {bracketed ? where.substr(1, colon - 2) : where.substr(0, colon)};
+            hosts.resize(1);
+            std::tie(hosts[0], port) = host_and_port(where);
         }
         if (me.rank == 0) listener = listen_at(port);
         if (broadcast) {
@@ -7716,9 +7721,10 @@ TrainState set_state(Model& m, const Options& o, DataLoader* data) {
                 format("%s: was begun with --seed %llu. Give the same.", dir.c_str(), (unsigned long long)state.seed));
         if (data) data->seek(state.loader);
         if (data && state.windows && state.windows != data->windows() && ranks.rank == 0)
-            warn(format("%s: its run had %llu windows of data, --train-data has %llu. Give the same files, or windows "
-                        "are seen twice or never.",
-                        dir.c_str(), (unsigned long long)state.windows, (unsigned long long)data->windows()));
+            warn(
+                format("%s: its run had %llu windows of data, --train-data has %llu. Give the same files, or windows "
+                       "are seen twice or never.",
+                       dir.c_str(), (unsigned long long)state.windows, (unsigned long long)data->windows()));
         printf("resumed from %s\n", dir.c_str());
     }
     if (data) state.windows = data->windows();
@@ -7983,6 +7989,7 @@ int main(int argc, char** argv) {
             print_plan(o), put_text("");
             return 0;
         }
+        if (world.size > 1 && !o.rendezvous.empty()) host_and_port(o.rendezvous);
         if (world.size > 1 && strstr(world.launcher, "MPI") && strcmp(world.launcher, BUILT_WITH) &&
             o.rendezvous.empty() && !getenv("MASTER_ADDR") && !getenv("SLURM_JOB_ID"))
             throw Error(

@@ -27,10 +27,15 @@ def run(name, main):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     try:
-        return main()
+        status = main()
+        if sys.stdout:  # not closed
+            sys.stdout.flush()
+        return status
     except Refused as e:
         sys.exit(f"{name}: {e}")
     except OSError as e:
+        if sys.stdout and not e.filename:  # the end of the program is not to try it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(f"{name}: {e.filename or 'the output'}: {e.strerror or e}. "
                  "Check the path, its rights and the disk's room.")
     except KeyboardInterrupt:
@@ -80,6 +85,8 @@ def sync_directory(path):
 
 def write_whole(path, parts):
     """path appears with all of the parts (bytes) or stays as it was"""
+    if not path.name:
+        raise Refused(f"{path}: is a folder. Give a file.")
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as f:
