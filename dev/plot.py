@@ -370,6 +370,8 @@ def parse(arguments):
 def save(figure, out, dpi):
     """The picture appears whole or not at all."""
     part = out + ".part"
+    if os.path.exists(out) and not os.path.isfile(out):
+        raise runlog.LogError(f"{out}: is a folder, a pipe or a device. Give a file.")
     try:
         figure.savefig(part, dpi=dpi, format=os.path.splitext(out)[1][1:])
         os.replace(part, out)

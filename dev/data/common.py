@@ -85,8 +85,8 @@ def sync_directory(path):
 
 def write_whole(path, parts):
     """path appears with all of the parts (bytes) or stays as it was"""
-    if not path.name:
-        raise Refused(f"{path}: is a folder. Give a file.")
+    if path.exists() and not path.is_file():  # /dev/null would be replaced for everybody
+        raise Refused(f"{path}: is a folder, a pipe or a device. Give a file.")
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as f:

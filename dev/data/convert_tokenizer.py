@@ -456,6 +456,8 @@ def main():
         with open(args.model, "rb") as f:
             data = convert(f.read(), args.preset, args.bos, args.eos)
         where = args.out
+        if os.path.exists(where) and not os.path.isfile(where):
+            raise Refused("is a folder, a pipe or a device, no file")
         temporary = Path(args.out + ".tmp")
         try:
             temporary.write_bytes(data)

@@ -334,6 +334,8 @@ class PlotTest(Case):
         figure.savefig = half
         self.refused(runlog.LogError, "a.png: cannot be written: No space left", plot.save, figure, str(out), 9)
         self.assertEqual((out.read_text(), os.listdir(self.dir)), ("mine", ["a.png"]))
+        os.mkfifo(self.dir / "b.png")
+        self.refused(runlog.LogError, "b.png: is a folder, a pipe", plot.save, figure, str(self.dir / "b.png"), 9)
 
     def test_refusals(self):
         for arguments, words in ((["a", "--baseline", "x"], "'x' is not NAME=VALUE"),

@@ -940,7 +940,10 @@ class Choices(Case):
         self.refused("hellaswag", self.file("a.jsonl", "\n"), "--out", self.dir / "h.bin", words="no example is in it")
         self.refused("hellaswag", self.dir / "none", "--out", self.dir / "h.bin", words="none: there is no such file")
         self.refused("hellaswag", self.dir / "a.jsonl", "--out", self.dir / "h.bin", "--limit", "0", words="--limit")
-        self.refused("hellaswag", self.file("a.jsonl", good), "--out", "", words=".: is a folder. Give a file.")
+        os.mkfifo(self.dir / "pipe")
+        for out in ("", self.dir / "pipe"):
+            self.refused("hellaswag", self.file("a.jsonl", good), "--out", out, words="is a folder, a pipe or a device")
+        self.assertTrue((self.dir / "pipe").is_fifo())
 
 
 if __name__ == "__main__":
