@@ -809,6 +809,7 @@ private:
     // how words are split, and the classes of code points: ranges that begin at range >> 3
     void read_classes(Reader& in) {
         split_ = in.number<uint32_t>();
+        if (split_ && class_.empty()) in.fail("it splits words by classes, and has none");
         uint32_t at = 0, kind = OTHER;
         for (uint32_t n = in.number<uint32_t>(); n > 0; n--) {
             uint32_t range = in.number<uint32_t>(), next = range >> 3;

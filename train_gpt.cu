@@ -105,6 +105,8 @@ std::string one_line(std::string text) {
     return text;
 }
 
+void warn(const std::string& text) { fprintf(stderr, "train_gpt: warning: %s\n", one_line(text).c_str()); }
+
 // What an exception tells people.
 std::string reason(const std::exception& e) {
     if (dynamic_cast<const std::bad_alloc*>(&e))
@@ -235,7 +237,8 @@ void finish(Config& c) {
     positive("--vocab-size", c.V);
     positive("--seq-len", c.T, 1 << 24);
     positive("--multiple-of", c.multiple_of, 1 << 24);
-    if (!(c.ffn_mult > 0 && c.ffn_mult < 1000)) throw Error("--ffn-mult: must be above 0. 1 keeps the width 8/3 dim.");
+    if (!(c.ffn_mult > 0 && c.ffn_mult < 1000))
+        throw Error("--ffn-mult: must be above 0 and below 1000. 1 keeps the width 8/3 dim.");
     if (c.hidden) positive("hidden", c.hidden);
     positive("--ffn-mult: the feed-forward width", c.wide_F());
     if (c.NKV == 0) c.NKV = c.NH;
@@ -3591,7 +3594,8 @@ void create(Model& m) {
     CHECK(cudaMemGetInfo(&free, &total));
     if (m.arena.used > free || cudaMalloc(&m.memory, m.arena.used) != cudaSuccess) {
         throw Error(format("memory: the plan needs %.1f GiB, the device has %.1f GiB free. %s",
-                           m.arena.used / 1073741824.0, free / 1073741824.0, advice(m, free).c_str()));
+                           m.arena.used / 1073741824.0, free / 1073741824.0,
+                           advice(m, std::min(free, m.arena.used - 1)).c_str()));  // what is free may lie in pieces
     }
     m.arena.base = static_cast<char*>(m.memory);
     lay_out(m);
@@ -4374,6 +4378,17 @@ std::string default_address() {
     return format("%s:%lld", first.c_str(), (long long)port(20000 + (job + 499 * step) % 12768));
 }
 
+std::pair<std::string, int> host_and_port(const std::string& where) {
+    const size_t colon = where.rfind(':');
+    int port = 0, end = 0;
+    if (colon == std::string::npos || !isdigit((unsigned char)where[colon + 1]) || where.size() - colon > 6 ||
+        sscanf(&where[colon + 1], "%d%n", &port, &end) != 1 || where[colon + 1 + end] || port < 1 || port > 65535 ||
+        colon == 0)
+        throw Error("rendezvous: " + where + ": is not HOST:PORT. Give rank 0's host and a free port there.");
+    const bool bracketed = where[0] == '[' && where[colon - 1] == ']';  // IPv6
+    return {bracketed ? where.substr(1, colon - 2) : where.substr(0, colon), port};
+}
+
 // TCP connections of all ranks to rank 0. They carry the rendezvous and its payload (the NCCL id), heartbeats, errors,
 // short reports and the goodbye. One thread a process owns the sockets; other threads leave it notes under `mutex`.
 // Whatever ends the job, one process says why in one line on stderr, and all end with status 1:
@@ -4392,14 +4407,8 @@ struct Channel {
         std::vector<std::string> hosts;
         int port = 0, listener = -1;
         if (!broadcast) {
-            const size_t colon = where.rfind(':');
-            int end = 0;
-            if (colon == std::string::npos || !isdigit((unsigned char)where[colon + 1]) || where.size() - colon > 6 ||
-                sscanf(&where[colon + 1], "%d%n", &port, &end) != 1 || where[colon + 1 + end] || port < 1 ||
-                port > 65535 || colon == 0)
-                throw Error("rendezvous: " + where + ": is not HOST:PORT. Give rank 0's host and a free port there.");
-            const bool bracketed = where[0] == '[' && where[colon - 1] == ']';  // IPv6
-            hosts = {bracketed ? where.substr(1, colon - 2) : where.substr(0, colon)};
+            hosts.resize(1);
+            std::tie(hosts[0], port) = host_and_port(where);
         }
         if (me.rank == 0) listener = listen_at(port);
         if (broadcast) {
@@ -4708,8 +4717,8 @@ private:
         for (double end = now() + limit; !missing().empty() && now() < end;) {
             const bool calm = trouble.empty();
             if (now() >= notice && calm)
-                fprintf(stderr, "train_gpt: warning: waiting at %s for %s of %d, until --timeout %g.\n", where.c_str(),
-                        list(missing()).c_str(), me.size, limit);
+                warn(format("waiting at %s for %s of %d, until --timeout %g.", where.c_str(), list(missing()).c_str(),
+                            me.size, limit));
             if (now() >= notice) notice = end;
             if (exchange(guests, listener, std::min(end, notice) - now())) {
                 const int fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK), on = 1;
@@ -5197,7 +5206,13 @@ struct OutFile {
 // A file for reading that is no pipe, on which one could wait for ever, and no directory.
 FILE* open_regular(const std::string& path) {
     const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) throw Error(path + ": cannot be read: " + strerror(errno) + ". Check the path and its permissions.");
+    if (fd < 0) {
+        const int error = errno;
+        const Error what(path + ": cannot be read: " + strerror(error) + ". Check the path and its permissions.");
+        // no Error where the process, not the file, is at fault: a checkpoint is not put aside for that
+        if (error == EMFILE || error == ENFILE || error == ENOMEM || error == EACCES) throw std::runtime_error(what);
+        throw what;
+    }
     struct stat info;
     if (fstat(fd, &info) || !S_ISREG(info.st_mode)) {
         ::close(fd);
@@ -5469,7 +5484,7 @@ void check_metadata(const Safetensors& file, const Config& c) {
         if (number ? strtof(other.c_str(), nullptr) == strtof(value.c_str(), nullptr) : other == value) continue;
         const std::string message = file.path + ": its model has " + key + " " + other + ", this one " + value + ".";
         if (!number) throw Error(message + " Give --" + key + " " + other + ".");
-        if (ranks.rank == 0) fprintf(stderr, "train_gpt: warning: %s\n", message.c_str());
+        if (ranks.rank == 0) warn(message);
     }
 }
 
@@ -5509,8 +5524,7 @@ void import_weights(Model& m, const std::string& path) {
         values = where[t.name]->floats(t.name, first, there);
         const auto finite = [](float x) { return std::isfinite(x); };
         if (ranks.rank == 0 && !told && !std::all_of(values.begin(), values.end(), finite)) {
-            fprintf(stderr, "train_gpt: warning: %s: %s holds values that are not finite. Take other weights.\n",
-                    where[t.name]->path.c_str(), t.name.c_str());
+            warn(where[t.name]->path + ": " + t.name + " holds values that are not finite. Take other weights.");
             told = true;
         }
         values.resize(count, 0.0f);
@@ -5752,10 +5766,8 @@ private:
             copy = nullptr, copy_bytes = 0;
             if (cudaMallocHost(&copy, bytes) != cudaSuccess) {
                 cudaGetLastError();
-                fprintf(stderr,
-                        "train_gpt: warning: --save-async: no %.1f GiB of host memory for a copy; saving in the "
-                        "foreground.\n",
-                        bytes / 1073741824.0);
+                warn(format("--save-async: no %.1f GiB of host memory for a copy; saving in the foreground.",
+                            bytes / 1073741824.0));
                 return background = false;
             }
             copy_bytes = bytes;
@@ -5784,7 +5796,7 @@ private:
                 if (ranks.rank == 0) complete_all(head, index);
             });
         } catch (const std::system_error& e) {
-            fprintf(stderr, "train_gpt: warning: --save-async: %s; saving in the foreground.\n", e.what());
+            warn(std::string("--save-async: ") + e.what() + "; saving in the foreground.");
             return false;
         }
         return true;
@@ -5839,7 +5851,7 @@ private:
         } catch (const std::exception& e) {
             remove_dir(unfinished());
             failure = reason(e);
-            fprintf(stderr, "train_gpt: warning: no checkpoint of step %lld: %s\n", (long long)step, failure.c_str());
+            warn(format("no checkpoint of step %lld: %s", (long long)step, failure.c_str()));
         }
     }
 
@@ -5980,7 +5992,8 @@ Manifest read_manifest(const std::string& dir) {
 }
 
 // Reads this rank's share of a checkpoint's files, or of those with weights, to see that they are as they were written.
-void verify_checkpoint(const std::string& dir, bool weights_only = false) {
+// Returns its step.
+int64_t verify_checkpoint(const std::string& dir, bool weights_only = false) {
     const Manifest m = read_manifest(dir);
     std::vector<char> data(HOST_CHUNK);
     for (size_t i = ranks.rank; i < m.files.size(); i += ranks.size) {
@@ -5996,6 +6009,7 @@ void verify_checkpoint(const std::string& dir, bool weights_only = false) {
         if (ferror(f.get())) throw Error(path + ": cannot be read to its end: " + strerror(errno) + ".");
         if (hash.text() != m.files[i].hash) throw Error(path + ": its checksum is wrong, it was damaged.");
     }
+    return m.state.step;
 }
 
 // The checkpoint that a path means, itself or of a run's folder the newest, whose weights are as they were written.
@@ -6016,7 +6030,7 @@ std::string find_weights(const std::string& path) {
         std::string dir = path + "/" + checkpoint_name(steps.back());
         try {
             verify_checkpoint(dir, true);
-            if (!trouble.empty()) fprintf(stderr, "train_gpt: warning: %s Taking %s.\n", trouble.c_str(), dir.c_str());
+            if (!trouble.empty()) warn(trouble + " Taking " + dir + ".");
             return dir;
         } catch (const Error& e) {
             if (trouble.empty()) trouble = e.what();
@@ -6395,13 +6409,13 @@ struct Spikes {
 // step's row, as later ones will be made again. Returns the rows that stay.
 std::string begin_rows(const std::string& path, const std::string& header, int64_t step) {
     std::string kept;
-    if (step > 0 && access(path.c_str(), F_OK) == 0) {
+    if (access(path.c_str(), F_OK) == 0) {
         const std::string old = read_file(path);
-        if (old.compare(0, header.size() + 1, header + "\n"))
+        if ((step > 0 || !old.empty()) && old.compare(0, header.size() + 1, header + "\n"))
             throw Error(path + ": is no table of this version. Move it away: a new one begins.");
         size_t end = header.size();
         for (size_t at; (at = end + 1, end = old.find('\n', at)) != std::string::npos;) {
-            if (strtoll(old.c_str() + at, nullptr, 10) > step) break;
+            if (step == 0 || strtoll(old.c_str() + at, nullptr, 10) > step) break;
             kept.append(old, at, end + 1 - at);
         }
     }
@@ -6434,14 +6448,12 @@ struct Log {
         waiting += std::string(",") + note + "\n";
         put();
         if (!waiting.empty() && !waited)  // a full disk does not end a training: the rows are kept and tried again
-            fprintf(stderr, "train_gpt: warning: %s: cannot be written: %s. Make room; training goes on.\n",
-                    path.c_str(), strerror(errno));
+            warn(path + ": cannot be written: " + strerror(errno) + ". Make room; training goes on.");
     }
     void finish() {  // after the last row
         put();
         if (!waiting.empty())
-            fprintf(stderr, "train_gpt: warning: %s: ends too early, the disk does not take its last rows: %s.\n",
-                    path.c_str(), strerror(errno));
+            warn(path + ": ends too early, the disk does not take its last rows: " + strerror(errno) + ".");
     }
     void put() {
         for (ssize_t done; !waiting.empty() && (done = ::write(fd, waiting.data(), waiting.size())) > 0;)
@@ -6453,10 +6465,10 @@ struct Log {
 };
 
 std::string duration(double seconds) {
-    const int s = int(lround(seconds));
-    return s >= 3600 ? format("%dh%02dm", s / 3600, s / 60 % 60)
-           : s >= 60 ? format("%dm%02ds", s / 60, s % 60)
-                     : format("%ds", s);
+    const int64_t s = llround(std::min(seconds, 1e18));
+    return s >= 3600 ? format("%lldh%02dm", (long long)s / 3600, int(s / 60 % 60))
+           : s >= 60 ? format("%dm%02ds", int(s / 60), int(s % 60))
+                     : format("%ds", int(s));
 }
 
 // =====================================================================================================================
@@ -6668,8 +6680,8 @@ struct Probe {
         if ((f && fclose(f)) || !written) {
             const int error = errno;
             const bool whole = !f || (known && truncate(path.c_str(), before.st_size) == 0);  // no half of a row stays
-            fprintf(stderr, "train_gpt: warning: %s: cannot be written: %s.%s Make room; training goes on.\n",
-                    path.c_str(), strerror(error), whole ? "" : " It may end in half of a row.");
+            warn(path + ": cannot be written: " + strerror(error) + "." +
+                 (whole ? "" : " It may end in half of a row.") + " Make room; training goes on.");
         }
     }
     void run(int64_t step) {
@@ -7001,7 +7013,7 @@ std::vector<Flag> flags(Options& o) {
     toggle("no-decay-1d", "spare gains from the decay", &o.adamw.decay_1d, false);
     number("beta1", &o.adamw.beta1, 0, 0.999999, "AdamW's first moment (0.9)");
     number("beta2", &o.adamw.beta2, 0, 0.999999, "AdamW's second moment (0.95)");
-    number("adam-eps", &o.adamw.eps, 0, 1, "AdamW's epsilon (1e-8)");
+    number("adam-eps", &o.adamw.eps, 1e-30, 1, "AdamW's epsilon (1e-8)");
     number("clip", &o.adamw.clip, 0, 1e30, "largest gradient norm, 0 for no clipping (1)");
     integer("seed", &o.seed, 0, INT64_MAX, "of weights, shuffling and samples (1)");
 
@@ -7187,10 +7199,9 @@ bool parse_options(Options& o, int argc, char** argv) {
     for (int walk = 0; walk < 2; walk++) {
         optind = 0;
         opterr = 0;
-        for (int found; (found = getopt_long(argc, argv, ":", longs.data(), nullptr)) != -1;) {
+        for (int found; (found = getopt_long_only(argc, argv, ":", longs.data(), nullptr)) != -1;) {
             if (found == ':') throw Error(format("%s: needs a value. See %s.", argv[optind - 1], help.c_str()));
             if (found == '?') {
-                if (optopt && optopt < 256) throw Error(format("-%c: unknown option. See %s.", optopt, help.c_str()));
                 const std::string word = argv[optind - 1], name = word.substr(0, word.find('='));
                 for (const Flag& f : all) {
                     if (!f.name || name != std::string("--") + f.name) continue;
@@ -7352,6 +7363,9 @@ Probe open_probe(Model& m, const Options& o, int64_t step) {
     Probe probe = {m, o.out, o.probe_iterations, {}};
     if (!o.probe) return probe;
     DataLoader fixed(o.val_data.empty() ? o.train_data : o.val_data, m.B, m.c.T, m.c.V);
+    if (uint64_t(o.probe_batches) > fixed.windows() / m.B)
+        throw Error(format("--probe-batches: %d are more than the %llu of its data. Give fewer.", o.probe_batches,
+                           (unsigned long long)(fixed.windows() / m.B)));
     for (int i = 0; i < o.probe_batches; i++) {
         const int32_t* windows = fixed.next();
         probe.batches.emplace_back(windows, windows + size_t(m.B) * (m.c.T + 1));
@@ -7669,7 +7683,8 @@ int64_t find_checkpoint(const std::string& out) {
         std::string trouble;
         try {
             job.progress("verifying a checkpoint", 0);
-            verify_checkpoint(dir);
+            const int64_t held = verify_checkpoint(dir);
+            if (held != step) throw Error(format("%s: holds step %lld, not its name's.", dir.c_str(), (long long)held));
         } catch (const Error& e) {
             trouble = e.what();
         }
@@ -7677,8 +7692,7 @@ int64_t find_checkpoint(const std::string& out) {
         // a trouble that all have, as with state.json, is told by the first
         const bool common = ranks.exchange(!trouble.empty())[0];
         if (!trouble.empty() && (ranks.rank == 0 || !common))
-            fprintf(stderr, "train_gpt: warning: %s Trying the checkpoint before it; this one is put aside as %s.\n",
-                    trouble.c_str(), aside.c_str());
+            warn(trouble + " Trying the checkpoint before it; this one is put aside as " + aside + ".");
         any = true;
         if (ranks.rank == 0) {
             remove_dir(aside);
@@ -7703,6 +7717,7 @@ void lock_folder(const std::string& out) {
 
 // Makes --out the job's own, and tells now what would fail after an hour.
 void claim_folder(const Options& o) {
+    if (o.out.empty()) throw Error("--out: is empty. Give a folder.");
     make_dirs(o.out);
     if (ranks.rank > 0) return;
     lock_folder(o.out);
@@ -7731,11 +7746,13 @@ TrainState set_state(Model& m, const Options& o, DataLoader* data) {
                 format("%s: was begun with --seed %llu. Give the same.", dir.c_str(), (unsigned long long)state.seed));
         if (data) data->seek(state.loader);
         if (data && state.windows && state.windows != data->windows() && ranks.rank == 0)
-            fprintf(stderr,
-                    "train_gpt: warning: %s: its run had %llu windows of data, --train-data has %llu. Give the "
-                    "same files, or windows are seen twice or never.\n",
-                    dir.c_str(), (unsigned long long)state.windows, (unsigned long long)data->windows());
+            warn(
+                format("%s: its run had %llu windows of data, --train-data has %llu. Give the same files, or windows "
+                       "are seen twice or never.",
+                       dir.c_str(), (unsigned long long)state.windows, (unsigned long long)data->windows()));
         printf("resumed from %s\n", dir.c_str());
+        if (o.steps > 0 && state.step >= o.steps)
+            printf("--steps %lld: are done; nothing is left to train, a larger number goes on\n", (long long)o.steps);
     }
     if (data) state.windows = data->windows();
     return state;
@@ -7810,8 +7827,7 @@ std::unique_ptr<Tokenizer> open_tokenizer(const Options& o, const Manifest& mani
     if (trouble.empty()) return tokenizer;
     if (given ? !tokenizer : o.command == GENERATE)  // one that is given is taken, if it can be
         throw Error(trouble + " Give the data's tokenizer with --tokenizer.");
-    fprintf(stderr, "train_gpt: warning: %s%s\n", trouble.c_str(),
-            given ? "" : " Without bits per byte; give the data's tokenizer with --tokenizer.");
+    warn(trouble + (given ? "" : " Without bits per byte; give the data's tokenizer with --tokenizer."));
     if (!given) tokenizer.reset();
     return tokenizer;
 }
@@ -7961,7 +7977,7 @@ void run_eval(Options& o) {
         auto report = [&](const std::string& key, const char* name, auto length) {
             const double a = accuracy(questions, scores, length), error = sqrt(a * (1 - a) / (n - 1));
             put(key.c_str(), a), put((key + "_stderr").c_str(), error);
-            fprintf(stderr, "; %s %.4f +- %.4f", name, a, error);
+            fprintf(stderr, "; %s %.4f%s", name, a, n > 1 ? format(" +- %.4f", error).c_str() : "");
         };
         using Ids = std::vector<int>;
         report("acc", "accuracy", [](const Ids&) { return 1.0; });
@@ -8000,6 +8016,7 @@ int main(int argc, char** argv) {
             print_plan(o), put_text("");
             return 0;
         }
+        if (world.size > 1 && !o.rendezvous.empty()) host_and_port(o.rendezvous);
         if (world.size > 1 && strstr(world.launcher, "MPI") && strcmp(world.launcher, BUILT_WITH) &&
             o.rendezvous.empty() && !getenv("MASTER_ADDR") && !getenv("SLURM_JOB_ID"))
             throw Error(

@@ -91,18 +91,25 @@ def main():
     options = parser.parse_args()
     if not options.tensorboard and not options.wandb:
         parser.error("neither --tensorboard nor --wandb is given")
+    runs = [(name, folder, runlog.read(folder)) for name, folder in runlog.named(options.runs)]
+    places = [name.strip("./") for name, _, _ in runs]  # below DIR
+    for place in places:
+        if not place or places.count(place) > 1 or ".." in place.split("/"):
+            fail(f"{place or '.'}: is no name of one run's folder. Name the runs: A=FOLDER B=FOLDER.")
+    written = []
     try:
-        runs = [(name, folder, runlog.read(folder)) for name, folder in runlog.named(options.runs)]
-        for name, folder, log in runs:
+        for place, (name, folder, log) in zip(places, runs):
             if options.tensorboard:
-                print(to_tensorboard(name.strip("./"), folder, log, options.tensorboard))
+                written.append(to_tensorboard(place, folder, log, options.tensorboard))
             if options.wandb:
-                print(to_wandb(name, folder, log, options.wandb, options.project))
-    except runlog.LogError as e:
-        fail(e)
+                written.append(to_wandb(name, folder, log, options.wandb, options.project))
+    except UnicodeError:
+        fail(f"{folder}: its name is no UTF-8. Name the run: A=FOLDER.")
     except OSError as e:
-        fail(f"{e.filename}: cannot be written: {e.strerror}. Choose another folder.")
+        where = e.filename or options.tensorboard or options.wandb
+        fail(f"{where}: cannot be written: {e.strerror}. Choose another folder.")
+    print("\n".join(written))
 
 
 if __name__ == "__main__":
-    main()
+    runlog.run("export_log.py", main)

@@ -16,10 +16,10 @@ import textwrap
 
 import runlog
 
+os.environ["MPLBACKEND"] = "Agg"
 try:
     import matplotlib
     import numpy as np
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -328,6 +328,12 @@ def limits(text):
     raise argparse.ArgumentTypeError(f"'{text}' is not LOW:HIGH. Give two losses, as 2.2:3")
 
 
+def picture(text):
+    if os.path.splitext(text)[1] in (".png", ".svg", ".pdf"):
+        return text
+    raise argparse.ArgumentTypeError(f"'{text}' is no .png, .svg or .pdf. Give it such a name")
+
+
 def panels(text):
     names = text.split(",")
     if len(set(names)) == len(names) and set(names) <= set(PANELS):
@@ -338,7 +344,8 @@ def panels(text):
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run (it holds log.csv), or NAME=FOLDER")
-    parser.add_argument("--out", metavar="FILE", help="a .png, .svg or .pdf (loss.png in the first run's folder)")
+    parser.add_argument("--out", metavar="FILE", type=picture,
+                        help="a .png, .svg or .pdf (loss.png in the first run's folder)")
     parser.add_argument("--title", metavar="TEXT", default="", help="a heading (none)")
     parser.add_argument("--x", choices=["step", "tokens", "time"], default="step",
                         help="the x axis; tokens and time need a checkpoint of the run (step)")
@@ -355,30 +362,32 @@ def parse(arguments):
     options = parser.parse_args(arguments)
     if "loss" not in options.panels and (options.paper or options.baseline or options.ylim):
         fail("--paper, --baseline and --ylim are about the loss. Add it to --panels.")
-    if options.out and not options.out.endswith((".png", ".svg", ".pdf")):
-        fail(f"--out: {options.out} is no .png, .svg or .pdf. Give it such a name.")
     if options.paper and options.x != "step":
         fail("--paper: its points are at numbers of steps. Leave --x away.")
     return options
 
 
-def main():
-    options = parse(None)
-    try:
-        runs = [Run(name, folder, options.x) for name, folder in runlog.named(options.runs)]
-    except runlog.LogError as e:
-        fail(e)
-    out = options.out or os.path.join(runlog.named(options.runs)[0][1], "loss.png")
+def save(figure, out, dpi):
+    """The picture appears whole or not at all."""
     part = out + ".part"
+    if os.path.exists(out) and not os.path.isfile(out):
+        raise runlog.LogError(f"{out}: is a folder, a pipe or a device. Give a file.")
     try:
-        draw(runs, options).savefig(part, dpi=150, format=os.path.splitext(out)[1][1:])
+        figure.savefig(part, dpi=dpi, format=os.path.splitext(out)[1][1:])
         os.replace(part, out)
     except OSError as e:
+        raise runlog.LogError(f"{out}: cannot be written: {e.strerror}. Choose another --out.") from None
+    finally:
         if os.path.exists(part):
             os.remove(part)
-        fail(f"{out}: cannot be written: {e.strerror}. Choose another --out.")
     print(out)
 
 
+def main():
+    options = parse(None)
+    runs = [Run(name, folder, options.x) for name, folder in runlog.named(options.runs)]
+    save(draw(runs, options), options.out or os.path.join(runlog.named(options.runs)[0][1], "loss.png"), 150)
+
+
 if __name__ == "__main__":
-    main()
+    runlog.run("plot.py", main)

@@ -9,11 +9,13 @@ folder.
 """
 import argparse
 import csv
+import io
+import math
 import sys
 from pathlib import Path
 
 import runlog
-from plot import COLORS, MARKERS, VARIANTS, plt
+from plot import COLORS, MARKERS, VARIANTS, picture, plt, save
 
 PANELS = (("residual", "residual stream, RMS"), ("attention_branch", "what attention adds, RMS"),
           ("ffn_branch", "what the feed-forward adds, RMS"), ("activation", "activation of the feed-forward, RMS"))
@@ -28,7 +30,8 @@ def read(path, names):
     try:
         runlog.refuse_pipe(path)
         with open(path, newline="") as f:
-            rows = list(csv.DictReader(f))
+            text = f.read()
+        rows = list(csv.DictReader(io.StringIO(text[:text.rfind("\n") + 1])))  # the last may be half-written
     except FileNotFoundError:
         fail(f"{path}: is missing. Train with --probe N.")
     except (OSError, UnicodeDecodeError, csv.Error) as e:
@@ -44,13 +47,11 @@ def read(path, names):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=picture)
     parser.add_argument("--step", type=int)
+    parser.error = lambda message: fail(f"{message}. See plot_probe.py --help.")
     args = parser.parse_args()
-    try:
-        runs = runlog.named(args.runs)
-    except runlog.LogError as e:
-        fail(e)
+    runs = runlog.named(args.runs)
     fig, axes = plt.subplots(1, 1 + len(PANELS), figsize=(17, 3.6))
     fig.subplots_adjust(left=0.04, right=0.99, bottom=0.27, top=0.9, wspace=0.2)
     colors = COLORS[False]
@@ -61,8 +62,10 @@ def main():
         look = {"color": color, "marker": MARKERS[i % len(MARKERS)], "markersize": 4, "linewidth": 1.2}
         if (folder / "curvature.csv").exists():  # a bf16 build writes none
             rows = read(folder / "curvature.csv", ("step", "eigenvalue", "error"))
-            axes[0].errorbar([r["step"] for r in rows], [r["eigenvalue"] for r in rows], [r["error"] for r in rows],
-                             label=name, capsize=2, **look)
+            rows = [r for r in rows if r["eigenvalue"] > 0 <= r["error"] < math.inf]  # a log scale has no others
+            if rows:  # none of a run that came apart
+                axes[0].errorbar([r["step"] for r in rows], [r["eigenvalue"] for r in rows],
+                                 [r["error"] for r in rows], label=name, capsize=2, **look)
         rows = read(folder / "activations.csv", ("step", "layer", "tensor", "rms", "max"))
         steps = {r["step"] for r in rows}
         step = max(steps) if args.step is None else args.step
@@ -80,13 +83,8 @@ def main():
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[1].get_legend_handles_labels()
     fig.legend(handles, labels, loc="lower center", ncols=min(4, len(runs)), frameon=False)
-    out = args.out or str(Path(runs[0][1]) / "probe.png")
-    try:
-        fig.savefig(out, dpi=90)
-    except OSError as e:
-        fail(f"{out}: cannot be written: {e.strerror}. Choose another --out.")
-    print(out)
+    save(fig, args.out or str(Path(runs[0][1]) / "probe.png"), 90)
 
 
 if __name__ == "__main__":
-    main()
+    runlog.run("plot_probe.py", main)

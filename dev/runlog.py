@@ -1,6 +1,6 @@
 """Reads what a run leaves in its folder: log.csv, a row a step, and the state.json of its checkpoints.
 
-Standard library only. plot.py, export_log.py and watch.py stand on it.
+Standard library only. plot.py, plot_probe.py, export_log.py, sweep.py and watch.py stand on it.
 """
 import bisect
 import errno
@@ -8,7 +8,11 @@ import json
 import math
 import os
 import re
+import signal
 import stat
+import sys
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while a tool loads its modules; then run() tells it
 
 COLUMNS = ["step", "loss", "lr", "grad_norm", "tokens_per_s", "val_loss"]  # a log has these, and mostly note
 
@@ -21,10 +25,38 @@ class NoRows(LogError):
     """There is no log, or none with a row: both may still come."""
 
 
+def run(name, main):
+    """main(), whose result is the exit status; what a user can cause is told in one line, status 1."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may be of any bytes
+    try:
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
+    except LogError as e:
+        sys.exit(f"{name}: {e}")
+    except OSError as e:
+        if not e.filename:  # the end of the program is not to try it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"{name}: {e.filename or 'stdout'}: {e.strerror or e}. "
+                 "Check the path, its rights and the disk's room.")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted. Run it again.")
+
+
 def refuse_pipe(path):
     """One would wait for it without end."""
     if stat.S_ISFIFO(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "it is a pipe")
+
+
+def value_of(text):
+    """A field's value, NaN of an empty one. A run's are float32 and what is made of them: others would overflow."""
+    value = float(text or "nan")
+    if 1e200 < abs(value) < math.inf or 0 < abs(value) < 1e-200:
+        raise ValueError
+    return value
 
 
 class Log:
@@ -88,8 +120,10 @@ class Log:
             try:
                 fields = dict(zip(header, line.decode().split(","), strict=True))
                 note = fields.pop("note", "")
-                row = {name: float(value) if value else math.nan for name, value in fields.items()}
-                rows.append({**row, "step": int(fields["step"]), "note": note})
+                step = int(fields.pop("step"))
+                if not 0 <= step <= 1 << 50:
+                    raise ValueError
+                rows.append({**{name: value_of(text) for name, text in fields.items()}, "step": step, "note": note})
             except ValueError:
                 raise LogError(f"{self.path}: line {number} is not {len(header)} fields of a step. Delete that line, "
                                "or give another run.") from None
@@ -126,6 +160,15 @@ def named(arguments):
     return [(name if given or names.count(name) == 1 else folder, folder) for name, folder, given in runs]
 
 
+def of_a_run(state):
+    """Whether a state.json has what is read here, each of its kind."""
+    if not isinstance(state, dict):
+        return False
+    loader, config = state.get("loader", {}), state.get("config", {})
+    return (isinstance(state.get("step"), int) and isinstance(loader, dict) and isinstance(config, dict) and
+            all(isinstance(n, int) for n in loader.values()) and all(isinstance(w, str) for w in config.values()))
+
+
 def states(run):
     """The state.json of a run's checkpoints, the newest last; what cannot be read is left out."""
     found = []
@@ -135,11 +178,13 @@ def states(run):
         return found
     for folder in folders:
         try:
-            with open(os.path.join(run, folder, "state.json"), encoding="utf-8") as f:
+            path = os.path.join(run, folder, "state.json")
+            refuse_pipe(path)
+            with open(path, encoding="utf-8") as f:
                 found.append(json.load(f))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             pass
-    return sorted((s for s in found if isinstance(s, dict) and isinstance(s.get("step"), int)), key=lambda s: s["step"])
+    return sorted(filter(of_a_run, found), key=lambda s: s["step"])
 
 
 def config(run):
@@ -161,7 +206,7 @@ def tokens_per_step(run):
         points.append((state["step"], loader.get("epoch"), loader.get("window")))
     length = config(run).get("seq_len")
     for (s0, e0, w0), (s1, e1, w1) in reversed(list(zip(points, points[1:]))):
-        if e0 == e1 is not None and s1 > s0 and w1 > w0 and (w1 - w0) % (s1 - s0) == 0 and length:
+        if e0 == e1 is not None and s1 > s0 and w1 > w0 and (w1 - w0) % (s1 - s0) == 0 and isinstance(length, int):
             return (w1 - w0) // (s1 - s0) * length
     return None
 

@@ -36,7 +36,7 @@ VARIANTS = {"simplegpt": "SimpleGPT", "prenorm": "pre-norm", "preqknorm": "pre-n
 OURS = ("--variant", "--lr", "--seed", "--out", "--resume")  # the sweep's own
 
 
-class Refused(Exception):
+class Refused(runlog.LogError):
     pass
 
 
@@ -82,8 +82,10 @@ def listed(kind):
 def parse_options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 usage="%(prog)s OUT [options] -- TRAINER'S OPTIONS")
+    p.error = lambda message: sys.exit(f"sweep: {message}. See sweep.py --help.")
     p.add_argument("out", type=Path, help="the sweep's folder")
-    p.add_argument("--lrs", type=listed(float), default=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
+    # as many digits as the folders' names have
+    p.add_argument("--lrs", type=listed(lambda word: float(f"{float(word):g}")), default=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
                    help="peak learning rates (1e-3,3e-3,1e-2,3e-2,1e-1)")
     p.add_argument("--seeds", type=listed(int), default=[1, 2, 3], help="of weights and order of the data (1,2,3)")
     p.add_argument("--variants", default=",".join(VARIANTS), help="(all three)")
@@ -117,6 +119,7 @@ def remember(o):
     if path.exists():
         try:
             known = json.loads(path.read_text() if path.is_file() else "")["trainer_options"]
+            shlex.join([] + known)  # a list of words
         except (ValueError, KeyError, TypeError, RecursionError):
             raise Refused(f"{path}: this is not a sweep's file. Sweep into another folder.")
         if o.args and o.args != known:
@@ -168,7 +171,7 @@ class Pool:
             name = f"{run.variant} lr {run.lr:g} seed {run.seed}"
             if status:
                 self.failed.append(run)
-                said = (run.dir / "log.txt").read_text().strip().splitlines()
+                said = (run.dir / "log.txt").read_text(errors="replace").strip().splitlines()
                 print(f"[{self.finished}/{self.total}] {name}: failed ({status}): {said[-1] if said else ''}",
                       flush=True)
             else:
@@ -200,9 +203,12 @@ class Summary:
         self.losses, self.skipped, self.runs = {}, {}, []
         for v in VARIANTS:
             for path in sorted((o.out / v).glob("lr*_seed*")):
-                lr, seed = path.name[2:].split("_seed")
-                run = Run(o.out, v, float(lr), int(seed))
-                if run.done():
+                try:
+                    lr, seed = path.name[2:].split("_seed")
+                    run = Run(o.out, v, float(lr), int(seed))
+                except ValueError:  # somebody's own
+                    continue
+                if run.dir == path and run.done():
                     loss, skipped = run.result()
                     self.losses.setdefault((v, run.lr), {})[run.seed] = loss
                     self.skipped[v, run.lr] = self.skipped.get((v, run.lr), 0) + skipped
@@ -268,12 +274,12 @@ def report(o):
 
 
 def draw(o, s):
+    os.environ["MPLBACKEND"] = "Agg"
     try:
         import matplotlib
     except ImportError:
         print("sweep: no picture, as the package matplotlib is missing. pip install matplotlib.", file=sys.stderr)
         return
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
 
@@ -339,13 +345,14 @@ def main():
     return 1 if pool.failed else 0
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+def stoppable():
     try:
-        sys.exit(main())
-    except Refused as e:
-        print(f"sweep: {e}", file=sys.stderr)
-        sys.exit(1)
+        return main()
     except KeyboardInterrupt:
         print("sweep: stopped. The same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+        return 130
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    runlog.run("sweep", stoppable)

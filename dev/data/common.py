@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while a program loads its modules; then run() tells it
 BLOCK = 1 << 20  # bytes read at a time
 
 
@@ -23,12 +24,18 @@ def run(name, main):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
-        return main()
+        status = main()
+        if sys.stdout:  # not closed
+            sys.stdout.flush()
+        return status
     except Refused as e:
         sys.exit(f"{name}: {e}")
     except OSError as e:
+        if sys.stdout and not e.filename:  # the end of the program is not to try it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(f"{name}: {e.filename or 'the output'}: {e.strerror or e}. "
                  "Check the path, its rights and the disk's room.")
     except KeyboardInterrupt:
@@ -78,6 +85,8 @@ def sync_directory(path):
 
 def write_whole(path, parts):
     """path appears with all of the parts (bytes) or stays as it was"""
+    if path.exists() and not path.is_file():  # /dev/null would be replaced for everybody
+        raise Refused(f"{path}: is a folder, a pipe or a device. Give a file.")
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as f:

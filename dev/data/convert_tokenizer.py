@@ -19,10 +19,13 @@ import json
 import math
 import os
 import re
+import signal
 import struct
 import sys
 import zlib
 from pathlib import Path
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces
 # flags of the file
@@ -453,6 +456,8 @@ def main():
         with open(args.model, "rb") as f:
             data = convert(f.read(), args.preset, args.bos, args.eos)
         where = args.out
+        if os.path.exists(where) and not os.path.isfile(where):
+            raise Refused("is a folder, a pipe or a device, no file")
         temporary = Path(args.out + ".tmp")
         try:
             temporary.write_bytes(data)

@@ -17,13 +17,14 @@ import itertools
 import sys
 from pathlib import Path
 
+from common import Parser, Refused, run, write_whole
+
 try:
     import numpy as np
 except ImportError:
     sys.exit("hellaswag: the package numpy is missing. apt-get install python3-numpy, or pip install numpy.")
 
 import encoders
-from common import Parser, Refused, run, write_whole
 from corpora import Downloads, Web
 from reading import Reader, Rules, Source, local
 

@@ -37,6 +37,8 @@ import time
 import zlib
 from pathlib import Path
 
+from common import Parser, Refused, run
+
 try:
     import numpy as np
 except ImportError:
@@ -44,7 +46,6 @@ except ImportError:
 
 import corpora
 import encoders
-from common import Parser, Refused, run
 from reading import FORMATS, Reader, Rules, bare, find, stdlib
 from shards import Output, bigram_loss, verify
 
@@ -241,7 +242,7 @@ def prepare(args, out, prefix):
     corpus = corpora.CORPORA.get(args.corpus)
     rules = dataclasses.replace(corpus.rules) if corpus else Rules()
     rules.format, rules.field = args.format or rules.format, args.field or rules.field
-    rules.separator = args.separator.encode() if args.separator else rules.separator
+    rules.separator = os.fsencode(args.separator) if args.separator else rules.separator
     if corpus and rules.format == "text" and not args.format:
         rules.format = None  # tinystories: its files are text or parquet
     fraction = args.val_fraction if args.val_fraction is not None else corpus.fraction if corpus else 0.1
@@ -261,7 +262,7 @@ def prepare(args, out, prefix):
                 "tokenizer_sha256": tokenizer.checksum, "vocab_size": tokenizer.V, "bos": tokenizer.bos,
                 "eos": tokenizer.eos, "shard_tokens": args.shard_tokens, "val_fraction": fraction,
                 "limit_tokens": args.limit_tokens, "format": rules.format, "field": rules.field,
-                "separator": rules.separator and rules.separator.decode()}
+                "separator": rules.separator and rules.separator.decode(errors="backslashreplace")}
     output = Output(out, prefix, tokenizer.V, args.shard_tokens, identity, args.restart)
     train, val = output.splits["train"], output.splits["val"]
     downloads, progress, whole = None, None, False
@@ -381,6 +382,7 @@ def main():
     if (args.files or args.subset) and not args.corpus:
         raise Refused("--from, --subset: go with --corpus. --help has examples.")
     in_range("--val-fraction", args.val_fraction, 0, 0.5)
+    in_range("--val-fraction", args.val_fraction or None, 1e-9, 0.5)
     in_range("--shard-tokens", args.shard_tokens, 1, 2**31 - 1)
     in_range("--limit-tokens", args.limit_tokens, 1, 2**62)
     in_range("--processes", args.processes, 1, 1024)

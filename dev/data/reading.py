@@ -71,6 +71,8 @@ def find(inputs, pattern):
     for name in inputs:
         path = Path(name)
         if name == "-":
+            if not sys.stdin or "-" in [source.name for source in sources]:
+                raise Refused("-: the standard input is closed, or stands there twice. Give it once.")
             sources.append(Source("-", 0, path))
         elif path.is_dir():
             found = sorted(walk(path, [pattern]))

@@ -223,7 +223,7 @@ def verify(path):
         magic, version, dtype = kind(manifest["vocab_size"])
         entries = [(path.with_name(s["name"]), int(s["tokens"]), s["sha256"])
                    for _, _, shards in splits for s in shards]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return [f"{path}: not a manifest of prepare.py. Prepare the data again."], 0
     wrong = []
     for shard, tokens, sha256 in entries:

@@ -193,7 +193,7 @@ def description(words, where, hint):
         # the trainer's are float32: the shortest decimal that means the same, 1e-05 and not 9.99999975e-06
         c.update({key: float(str(np.float32(words[key]))) for key in ("rope_theta", "norm_eps")})
         known = all(c[key] in WORDS[key] for key in WORDS)
-        if not known or min(c[key] for key in NUMBERS) < 1 or c["dim"] % c["heads"]:
+        if not known or min(c[key] for key in NUMBERS) < 1 or c["layers"] > 1 << 16 or c["dim"] % c["heads"]:
             raise ValueError
     except (KeyError, ValueError, TypeError):
         raise Refused(f"{where}: its description of the model is incomplete or broken. {hint}") from None

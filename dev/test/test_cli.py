@@ -409,6 +409,8 @@ class Tests:
                       "recomputed", "tokens/s"):
             expect(words in text, f"--plan lacks '{words}'")
         expect("does not fit" in self.run("--plan", "--model", "70B"), "70B is said to fit")
+        hours = self.run("--plan", "--model", "7B", "--steps", 2**50).rpartition("take at least ")[2].partition("h")[0]
+        expect(int(hours) > 2**31 / 3600, f"2^50 steps take {hours} hours")
         many = self.run("--plan", "--model", "1B", "--ranks", 8, "--zero", 3)
         expect("on 8 ranks, ZeRO 3" in many and "sent by a rank, ZeRO 3" in many, "--plan --ranks 8 says nothing of ranks")
 
@@ -471,8 +473,6 @@ class Tests:
         header = lambda *h: struct.pack("<256i", *h, *[0] * (256 - len(h)))
         for name, flags, words in (
             ("unknown option", ["--nonsense"], ["--nonsense"]),
-            ("unknown letter", small("bad", "-seed", 3), ["-s: unknown option"]),
-            ("value of a switch", small("bad", "--shuffle=yes"), ["--shuffle: takes no value"]),
             ("missing value", ["--lr"], ["--lr"]),
             ("not a number", small("bad", "--lr", "fast"), ["--lr", "fast"]),
             ("stray argument", small("bad", "stray"), ["stray"]),
@@ -482,6 +482,12 @@ class Tests:
             ("head size", small("bad", "--dim", 48), ["head size 24"]),
             ("kv heads", small("bad", "--dim", 96, "--heads", 6, "--kv-heads", 4), ["6", "4"]),
             ("warmup", small("bad", "--warmup", 100), ["--warmup"]),
+            ("one dash", small("bad", "-nonsense"), ["-nonsense: unknown option"]),
+            ("value of a switch", small("bad", "--shuffle=1"), ["--shuffle: takes no value"]),
+            ("epsilon of 0", small("bad", "--adam-eps", 0), ["--adam-eps"]),  # 0/0 where a token was not seen yet
+            ("more batches than data", small("bad", "--probe", 1, "--probe-batches", 10**9),
+             ["--probe-batches", "196 of"]),
+            ("out is empty", small("bad", "--out", ""), ["--out: is empty"]),
             ("no data", ["--out", self.path("bad")], ["--train-data"]),
             ("missing shard", small("bad", data="nowhere*.bin"), ["nowhere"]),
             ("vocabulary", small("bad", "--vocab-size", 20), ["tokens.bin", "20"]),

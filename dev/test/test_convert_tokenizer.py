@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import os
 import struct
 import sys
 
@@ -105,7 +106,10 @@ class SentencePiece(Convert):
                 self.refuses(model, words)
         self.refused("convert_tokenizer", self.dir / "none.model", self.dir / "m.bin", words="none.model: No such file")
         (self.dir / "folder").mkdir()
-        self.refused("convert_tokenizer", self.file("m.model", self.model()), self.dir / "folder", words="directory")
+        self.refused("convert_tokenizer", self.file("m.model", self.model()), self.dir / "folder", words="is a folder")
+        os.mkfifo(self.dir / "pipe")
+        self.refused("convert_tokenizer", self.file("m.model", self.model()), self.dir / "pipe", words="a pipe")
+        self.assertTrue((self.dir / "pipe").is_fifo())
         self.refused("convert_tokenizer", words="required")
 
 

@@ -137,6 +137,28 @@ class Sweep(Case):
         self.refused(*sweep, "--variants", "postnorm", "--", "--dim", 3, words=["postnorm"])
         self.refused(*sweep, "--", "--lr", 3, words=["--lr"])
         self.refused(*sweep, "--trainer", self.dir / "none", "--", "--dim", 3, words=["none", "make"])
+        self.refused(*sweep, "--jobs", "many", words=["--jobs", "--help"])
+        (self.dir / "file").write_text("mine")
+        self.refused(sys.executable, ROOT / "dev/sweep.py", "file", "--trainer", self.trainer, "--", "--dim", 3,
+                     words=["sweep: file: File exists"])
+        (self.dir / "file").chmod(0o755)
+        self.refused(*sweep, "--trainer", self.dir / "file", "--lrs", 1, "--", "--dim", 3,
+                     words=["file: Exec format error"])
+        (self.out / "sweep.json").write_text('{"trainer_options": [1]}')
+        self.refused(*sweep, "--trainer", self.trainer, words=["sweep.json: this is not a sweep's file"])
+
+    def test_strange(self):
+        """A trainer whose words are no UTF-8, folders beside the runs' own, rates that one folder's name means."""
+        self.trainer.write_text(STAND_IN.replace("sys.exit(", "sys.stderr.buffer.write(b'\\xff'); sys.exit("))
+        command = [*self.command("--seeds", 1, "--variants", "prenorm"), "--x", "y"]
+        command[command.index("--lrs") + 1] = "1e-3,1.00000001e-3,1e-2"
+        r = self.run_tool(*command, status=1, STARTED=self.started, FAIL="prenorm 0.01")
+        self.assertIn("prenorm lr 0.01 seed 1: failed (1): \ufffdtrain_gpt: it broke", r.stdout)
+        self.assertEqual(len(self.started.read_text().splitlines()), 2)
+        for name in ("lrfast_seed1", "lr0.001_seed1 (copy)", "lr1_seed1_seed2", "lr0.0010_seed1"):
+            shutil.copytree(self.out / "prenorm/lr0.001_seed1", self.out / "prenorm" / name)
+        self.run_tool(sys.executable, ROOT / "dev/sweep.py", self.out, "--report")
+        self.assertEqual(len((self.out / "sweep.csv").read_text().splitlines()), 2)
 
     def test_real_trainer(self):
         self.run_tool(sys.executable, ROOT / "dev/data/prepare.py", ROOT / "tokenizer.h", "--out", self.dir / "data",
@@ -170,6 +192,12 @@ class ProbePicture(Case):
         tool = ROOT / "dev/plot_probe.py"
         self.run_tool(sys.executable, tool, a, f"B={b}", "--out", "probe.png")
         self.assertGreater((self.dir / "probe.png").stat().st_size, 10000)
+        with open(b / "curvature.csv", "w") as f:  # of a run that came apart
+            f.write("step,loss,eigenvalue,error,iterations\n0,nan,nan,nan,2\n")
+        with open(b / "activations.csv", "a") as f:  # and goes on
+            f.write("75,0,resi")
+        self.run_tool(sys.executable, tool, b)
+        self.refused(sys.executable, tool, b, "--out", "probe.gif", words=["probe.gif"])
         (b / "curvature.csv").unlink()  # as of a bf16 build
         self.run_tool(sys.executable, tool, b, "--step", 0)
         self.refused(sys.executable, tool, a, "--step", 7, words=["step 7", "0, 50"])

@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -100,6 +101,7 @@ class FaultTests(Tests):
         else:
             expect(job.status == 1 or ranks, f"{what}exit {job.status}: {job.text()}")
             expect(len(job.lines()) == 1 and is_fault(job.lines()[0]), f"{what}not one line that names it: {job.text()}")
+            expect("Give," not in job.lines()[0], f"{what}advice without an option: {job.text()}")
             if rank:
                 expect(f"rank {rank}" in job.lines()[0], f"{what}the rank is not named: {job.text()}")
         for s, files in old.items():
@@ -353,6 +355,46 @@ class FaultTests(Tests):
         job = run(self.exe, flags)
         expect(len(job.warnings()) == 1 and "3529 windows of data, --train-data has 176" in job.warnings()[0], job.text())
 
+    def not_readable(self):
+        """A checkpoint that this user may not read is not damaged: the run ends, and it keeps its name."""
+        out = copy(self.begun()[0], self.path("not_readable"))
+        for path in (out, os.path.join(out, "log.csv"), checkpoint(out, 1), checkpoint(out, 2)):
+            os.chmod(path, 0o777)
+        os.chmod(os.path.join(checkpoint(out, 2), "model.safetensors"), 0)
+        line = self.refused_as_nobody(self.flags("not_readable", "--resume"))
+        expect("step_00000002/model.safetensors: cannot be read: Permission denied" in line, line)
+        expect(checkpoints(out) == [1, 2], f"checkpoints {checkpoints(out)}")
+
+    def other_step(self):
+        """A checkpoint under another step's name would outlive all that are saved after it: it is put aside."""
+        out = copy(self.begun()[0], self.path("other_step"))
+        os.rename(checkpoint(out, 2), checkpoint(out, 9))
+        flags = self.flags("other_step", "--resume")
+        flags[flags.index("--keep") + 1] = 1
+        job = run(self.exe, flags)
+        expect(len(job.warnings()) == 1 and "step_00000009: holds step 2" in job.warnings()[0], job.text())
+        expect(checkpoints(out) == [4] and self.weights(out) == self.begun()[2], f"{checkpoints(out)} are left")
+
+    def two_lines(self):
+        """A folder whose name has a line break does not make two lines of a warning."""
+        out = copy(self.begun()[0], self.path("two\nlines"))
+        os.truncate(os.path.join(checkpoint(out, 2), "model.safetensors"), 9)
+        job = run(self.exe, self.flags("two\nlines", "--resume"))
+        expect(job.err.count("\n") == 1 and job.err.startswith(WARNING), job.err)
+
+    def own_table(self):
+        """A log.csv that is somebody's own is not written over by a new run."""
+        os.mkdir(self.path("own"))
+        with open(self.path("own/log.csv"), "w") as f:
+            f.write("my,table\n1,2\n")
+        line = refuse(self.exe, self.flags("own"))
+        expect("own/log.csv: is no table of this version" in line, line)
+        expect(contents(self.path("own/log.csv")) == b"my,table\n1,2\n", "it was written over")
+
+    def threads(self):
+        ask = ["generate", "--checkpoint", self.begun()[0], "--max-tokens", 1]
+        run(self.exe, ask, env={"OMP_NUM_THREADS": "100000"})
+
     def weights_not_finite(self, value):
         good = os.path.join(checkpoint(self.begun()[0], 2), "model.safetensors")
         tensors, metadata = read_safetensors(good)
@@ -502,6 +544,32 @@ class FaultTests(Tests):
         expect(done.returncode == 1 and len(lines) == 1, f"exit {done.returncode}: {done.stderr}")
         expect(folder in lines[0], lines[0])
 
+    def interrupted(self, program, module):
+        """Ctrl-C while a tool waits, for a module that loads or for a file: it ends at once, without a traceback."""
+        folder = self.path("interrupted_" + program.replace("/", "_"))
+        os.mkdir(folder)
+        pipe = os.path.join(folder, "pipe")
+        os.mkfifo(pipe)
+        if module:
+            with open(os.path.join(folder, module + ".py"), "w") as f:
+                f.write(f"open({pipe!r}).read()\n")
+        ask = [sys.executable, os.path.join(ROOT, "dev", program), pipe, os.path.join(folder, "out")]
+        process = subprocess.Popen(ask, env={**os.environ, "PYTHONPATH": folder}, stderr=subprocess.PIPE, text=True)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            try:
+                fd = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # once it reads
+                break
+            except OSError:
+                time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        try:
+            error = process.communicate(timeout=20)[1]
+        finally:
+            process.kill()
+            os.close(fd)
+        expect(process.returncode == -signal.SIGINT and not error, f"{process.returncode}: {error}")
+
     def out_without_rights(self):
         os.makedirs(self.path("locked"), exist_ok=True)
         os.chmod(self.path("locked"), 0o555)
@@ -545,8 +613,12 @@ class FaultTests(Tests):
             self.test(f"table_file {kind} log.csv", self.table_file, kind, "log.csv")
         for body in (self.names, self.linked_checkpoint, self.linked_leftover, self.linked_files, self.damaged_twice,
                      self.other_data, self.full_table, self.prompt_file, self.reader_gone, self.out_without_rights,
-                     self.table):
+                     self.not_readable, self.other_step, self.two_lines, self.own_table, self.threads, self.table):
             self.test(body.__name__, body)
+        for program, module in (("plot.py", "matplotlib"), ("plot_probe.py", "matplotlib"), ("hf/export.py", "numpy"),
+                                ("hf/import.py", "numpy"), ("data/prepare.py", "numpy"), ("data/hellaswag.py", "numpy"),
+                                ("data/convert_tokenizer.py", None)):
+            self.test(f"interrupted {program}", self.interrupted, program, module)
         for value in (math.nan, math.inf):
             self.test(f"weights_not_finite {value}", self.weights_not_finite, value)
         for kind in ("pipe", "directory", "device"):

@@ -331,7 +331,7 @@ class Refusals(Case):
             ("model_type is opt", {"model_type": "opt"}),
             ("lacks hidden_size", {"hidden_size": None}),
             ("layers.1", {"num_hidden_layers": 2}),
-            ("description", {"num_hidden_layers": "x"}),
+            ("description", {"num_hidden_layers": "x"}), ("description", {"num_hidden_layers": 10**30}),
             ("description", {"num_attention_heads": 0}),
             ("description", {"rope_parameters": [1]}),
             ("embed_tokens", {"vocab_size": 34}),

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import pty
 import select
 import signal
@@ -118,6 +119,28 @@ class ReadTest(Case):
         self.assertTrue(log.update())
         self.assertEqual(log["step"], [5])
 
+    def test_strange_states(self):
+        """A state.json that is none of ours is left out, whatever it is."""
+        good = {"step": 7, "loader": {"epoch": 0, "window": 28}, "config": {"variant": "prenorm", "seq_len": "32"}}
+        for change in ({"config": []}, {"config": None}, {"config": {"seq_len": 32}}, {"config": {"seq_len": {}}},
+                       {"loader": None}, {"loader": [1]}, {"loader": {"epoch": "a", "window": "b"}}, {"step": None},
+                       [], None, "[" * 100000, b"\xff", "pipe"):
+            with self.subTest(str(change)[:40]):
+                shutil.rmtree(self.dir / "a", ignore_errors=True)
+                folder = self.run_folder("a", rows(8), steps=(4,))
+                path = Path(folder) / "step_00000008" / "state.json"
+                path.parent.mkdir()
+                if change == "pipe":
+                    os.mkfifo(path)
+                elif isinstance(change, (str, bytes)):
+                    path.write_bytes(change if isinstance(change, bytes) else change.encode())
+                else:
+                    path.write_text(json.dumps({**good, **change} if isinstance(change, dict) else change))
+                self.assertEqual([s["step"] for s in runlog.states(folder)], [4])
+                self.assertEqual((runlog.config(folder)["variant"], runlog.tokens_per_step(folder)), ("simplegpt", 128))
+        folder = self.run_folder("b", rows(8), {"seq_len": "long"}, steps=(4,))
+        self.assertIsNone(runlog.tokens_per_step(folder))
+
     def test_made_again(self):
         text = "".join(row(s, 3.0) for s in range(1, 8)) + "".join(row(s, 2.0) for s in range(5, 7))
         log = runlog.read(self.run_folder("a", text))
@@ -130,7 +153,9 @@ class ReadTest(Case):
             (good + "2,3.1,0.1\n" + row(3), "log.csv: line 3 is not 7 fields of a step"),
             (good + row(2).replace("1000", "fast"), "line 3"), (good + "\n", "line 3"),
             (good + "\0" * 30 + "\n", "line 3"),
-            (good + row(2).replace("2", "2.5", 1), "line 3"), (good * 2 + row(2)[3:], "line 4"),
+            (good + row(2).replace("2", "2.5", 1), "line 3"), (good + row(2, 1e308), "line 3"),
+            (good + row(2, 1e-320), "line 3"), (good + row(-2), "line 3"),
+            (good + row(10**400, total=10**400), "line 3"), (good * 2 + row(2)[3:], "line 4"),
             ("", "has no rows yet"), (row(1)[:-1], "has no rows yet"),
         ):
             with self.subTest(words):
@@ -298,13 +323,28 @@ class PlotTest(Case):
         self.assertTrue(width > 1000 and height > 700)
         self.assertEqual(sorted(os.listdir(self.dir)), ["a", "picture.png"])
 
+    def test_whole(self):
+        """A picture that cannot be written leaves the old one as it was, and nothing beside it."""
+        figure, out = mock.Mock(), self.dir / "a.png"
+        out.write_text("mine")
+
+        def half(path, **_):
+            Path(path).write_text("half")
+            raise OSError(28, "No space left on device")
+        figure.savefig = half
+        self.refused(runlog.LogError, "a.png: cannot be written: No space left", plot.save, figure, str(out), 9)
+        self.assertEqual((out.read_text(), os.listdir(self.dir)), ("mine", ["a.png"]))
+        os.mkfifo(self.dir / "b.png")
+        self.refused(runlog.LogError, "b.png: is a folder, a pipe", plot.save, figure, str(self.dir / "b.png"), 9)
+
     def test_refusals(self):
         for arguments, words in ((["a", "--baseline", "x"], "'x' is not NAME=VALUE"),
                                  (["a", "--ylim", "3:2"], "'3:2' is not LOW:HIGH"),
                                  (["a", "--panels", "lr,lr"], "'lr,lr' is not a list of loss"),
                                  (["a", "--panels", "lr", "--paper", "7B"], "about the loss"),
                                  (["a", "--x", "time", "--paper", "7B"], "numbers of steps"),
-                                 (["a", "--out", "x.gif"], "x.gif is no .png"), ([], "RUN")):
+                                 (["a", "--out", "x.gif"], "'x.gif' is no .png"),
+                                 (["a", "--out", ".png"], "'.png' is no .png"), ([], "RUN")):
             with self.subTest(arguments):
                 self.refused(SystemExit, words, plot.parse, arguments)
         self.refused(SystemExit, "without a checkpoint", plot.Run, "a", self.run_folder("a", rows(3)), "tokens")
@@ -331,6 +371,21 @@ class WatchTest(Case):
         os.utime(Path(folder) / "log.csv", (0, 0))
         self.assertIn("silent for", self.once(folder)[3])
         self.assertEqual(self.once(self.run_folder("b", rows(5)), "--steps", "5")[0], "b   step 5/5 100%   done")
+
+    def test_stdout(self):
+        """Full, without a reader or closed: one line, or none; a name of any bytes can be printed."""
+        folder = self.run_folder("a\udcff", rows(9))
+        read, gone = os.pipe()
+        os.close(read)
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        ask = [sys.executable, DEV / "watch.py", "--once", folder]
+        for out, close, words in ((os.open("/dev/full", os.O_WRONLY), (), "No space left"), (gone, (), "Broken pipe"),
+                                  (os.open("/dev/null", os.O_WRONLY), (1,), "")):
+            done = subprocess.run(ask, stdout=out, stderr=subprocess.PIPE, text=True, env=env,
+                                  preexec_fn=lambda: [os.close(fd) for fd in close])
+            os.close(out)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (bool(words), bool(words)), done.stderr)
+            self.assertIn(f"watch.py: stdout: {words}" if words else "", done.stderr)
 
     def test_curve(self):
         self.assertEqual(watch.curve([8, 7, 6, 5, 4, 3, 2, 1], 20), "█▇▆▅▄▃▂▁")
@@ -491,7 +546,10 @@ class ExportTest(Case):
                 self.refused(SystemExit, f"pip install {package}", self.export, folder, f"--{package}", out)
         self.assertFalse(out.exists())
         self.refused(SystemExit, "neither --tensorboard nor --wandb", self.export, folder)
-        self.refused(SystemExit, "none/log.csv: is not there", self.export, self.dir / "none", "--wandb", out)
+        self.refused(runlog.NoRows, "none/log.csv: is not there", self.export, self.dir / "none", "--wandb", out)
+        for names in (["a", "./a"], ["..=a"]):  # one would replace the other, or lie outside of DIR
+            with contextlib.chdir(self.dir):
+                self.refused(SystemExit, "is no name of one run's folder", self.export, *names, "--tensorboard", out)
 
 
 if __name__ == "__main__":

@@ -258,6 +258,8 @@ class Prepare(Case):
         refused(self.file("one.txt", "x"), words="too little text")
         refused(good, "--val-fraction", "0.6", words="--val-fraction")
         refused(good, "--val-fraction", "nan", words="--val-fraction")
+        refused(good, "--val-fraction", "1e-300", words="--val-fraction")
+        refused("-", "-", words="-: the standard input is closed, or stands there twice")
         refused(good, "--shard-tokens", "0", words="--shard-tokens")
         refused(good, "--prefix", "a/b", words="--prefix")
         refused(good, "--tokenizer", model, words="package sentencepiece is missing", missing=["sentencepiece"])
@@ -427,8 +429,10 @@ class Inputs(Case):
         self.same("-", "--format", "jsonl", stdin=jsonl(self.texts))
         self.prepare("-", stdin=b"0123456789")
         self.assertEqual(self.stream("train") + self.stream("val"), packed(b"012345678", b"9"))
-        self.prepare("-", "--separator", "|", "--val-fraction", "0.5", stdin=b"a|b| c\n|d")
-        self.assertEqual(self.stream("train") + self.stream("val"), packed(b"a", b"c", b"b", b"d"))
+        for separator in ("|", os.fsdecode(b"\xff")):  # which need not be text
+            self.prepare("-", "--separator", separator, "--val-fraction", "0.5",
+                         stdin=b"a|b| c\n|d".replace(b"|", os.fsencode(separator)))
+            self.assertEqual(self.stream("train") + self.stream("val"), packed(b"a", b"c", b"b", b"d"))
 
     def test_damage(self):
         lines = jsonl(self.texts)
@@ -659,9 +663,24 @@ class Restart(Case):
         (self.out / "x_val_000100.bin").write_bytes(whole)
         error = self.run_program("prepare", "--verify", "--out", self.out, status=1)
         self.assertIn("x_val_000100.bin: is not in the manifest", error)
-        self.file("out/x_manifest.json", "[]")
-        self.assertIn("not a manifest", self.run_program("prepare", "--verify", "--out", self.out, status=1))
+        for text in ("[]", json.dumps({"vocab_size": 258, **{split: {"tokens": 1, "shards": [
+                {"name": "a", "tokens": math.inf, "sha256": ""}]} for split in ("train", "val")}})):
+            self.file("out/x_manifest.json", text)
+            self.assertIn("not a manifest", self.run_program("prepare", "--verify", "--out", self.out, status=1))
         self.assertIn("no manifest", self.run_program("prepare", "--verify", "--out", self.dir, status=1))
+
+
+class Streams(Case):
+    def test_streams(self):
+        """stdin that is closed, stdout that takes nothing: one line"""
+        good = str(self.file("good.txt", "text " * 100))
+        for source, fd, words in (("-", 0, "-: the standard input is closed"), (good, 1, "No space left")):
+            with open("/dev/full", "w") as full:
+                done = subprocess.run([sys.executable, prepare.__file__, source, "--out", str(self.out)], stdout=full,
+                                      stderr=subprocess.PIPE, text=True, preexec_fn=lambda: fd or os.close(fd),
+                                      env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"})
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+            self.assertIn(words, done.stderr)
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -921,6 +940,10 @@ class Choices(Case):
         self.refused("hellaswag", self.file("a.jsonl", "\n"), "--out", self.dir / "h.bin", words="no example is in it")
         self.refused("hellaswag", self.dir / "none", "--out", self.dir / "h.bin", words="none: there is no such file")
         self.refused("hellaswag", self.dir / "a.jsonl", "--out", self.dir / "h.bin", "--limit", "0", words="--limit")
+        os.mkfifo(self.dir / "pipe")
+        for out in ("", self.dir / "pipe"):
+            self.refused("hellaswag", self.file("a.jsonl", good), "--out", out, words="is a folder, a pipe or a device")
+        self.assertTrue((self.dir / "pipe").is_fifo())
 
 
 if __name__ == "__main__":

@@ -677,6 +677,7 @@ class RankTests(Tests):
         for name, flags, words in (("unknown", ["--nonsense"], ["--nonsense"]),
                                    ("batch", self.flags("odd", ranks=2) + ["--total-batch", 7], ["7", "2 ranks"]),
                                    ("graph", self.flags("odd", "--graph", ranks=2), ["--graph"]),
+                                   ("address", self.flags("odd", "--rendezvous", "x", ranks=2), ["not HOST:PORT"]),
                                    ("data", self.flags("odd", "--train-data", self.path("no"), ranks=2), ["no such"])):
             test(f"f bad option on 2 ranks: {name}", self.bad_option, flags, words)
 

@@ -702,6 +702,7 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaSetDevice(int device) {
     const long share = sysconf(_SC_NPROCESSORS_ONLN) / long(cuda_local_ranks());
     if (!getenv("OMP_NUM_THREADS") && omp_get_max_threads() > share) omp_set_num_threads(std::max(1, int(share)));
+    if (omp_get_max_threads() > 1024) omp_set_num_threads(1024);  // libgomp's stack does not take 100000
     return device == 0 ? cudaSuccess : cuda_fail(cudaErrorInvalidDevice);
 }
 
