@@ -254,6 +254,8 @@ class Tests:
         expect("--resume" in error, error)
         error = self.run(*self.small("keep", "--resume", "--dim", 64), ok=False)
         expect("dim 32" in error and "64" in error, error)
+        out = self.run(*self.small("keep", "--resume"))
+        expect("--steps 12: are done; nothing is left to train" in out, out)
 
     def import_export(self):
         self.run(*self.small("seed", "--export", self.path("seed.st"), steps=0))
