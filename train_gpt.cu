@@ -6414,8 +6414,8 @@ std::string begin_rows(const std::string& path, const std::string& header, int64
         if ((step > 0 || !old.empty()) && old.compare(0, header.size() + 1, header + "\n"))
             throw Error(path + ": is no table of this version. Move it away: a new one begins.");
         size_t end = header.size();
-        for (size_t at; (at = end + 1, end = old.find('\n', at)) != std::string::npos;) {
-            if (step == 0 || strtoll(old.c_str() + at, nullptr, 10) > step) break;
+        for (size_t at; step > 0 && (at = end + 1, end = old.find('\n', at)) != std::string::npos;) {
+            if (strtoll(old.c_str() + at, nullptr, 10) > step) break;
             kept.append(old, at, end + 1 - at);
         }
     }
