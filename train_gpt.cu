@@ -5208,10 +5208,11 @@ FILE* open_regular(const std::string& path) {
     const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) {
         const int error = errno;
-        const Error what(path + ": cannot be read: " + strerror(error) + ". Check the path and its permissions.");
+        const std::string what =
+            path + ": cannot be read: " + strerror(error) + ". Check the path and its permissions.";
         // no Error where the process, not the file, is at fault: a checkpoint is not put aside for that
         if (error == EMFILE || error == ENFILE || error == ENOMEM || error == EACCES) throw std::runtime_error(what);
-        throw what;
+        throw Error(what);
     }
     struct stat info;
     if (fstat(fd, &info) || !S_ISREG(info.st_mode)) {

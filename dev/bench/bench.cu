@@ -11,7 +11,6 @@
 #define TESTING  // no main of the trainer's
 #include "../../train_gpt.cu"
 
-#include <ctime>
 #include <omp.h>
 
 #include <ctime>
