@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -29,13 +30,13 @@ JOBS = {
     "serial_bf16": (["build/test_serial_bf16"], ["build/test_serial_bf16"], [1]),
     "cli_fp32": (["build/train_gpt_cpu_fp32"], [*CLI, "build/train_gpt_cpu_fp32", GOLDEN], [1]),
     "cli_bf16": (["build/train_gpt_cpu_bf16"], [*CLI, "build/train_gpt_cpu_bf16", GOLDEN, "--bf16"], [1]),
-    "generate_fp32": (["build/train_gpt_cpu_fp32"], [*GENERATE, "build/train_gpt_cpu_fp32"], [1]),
-    "generate_bf16": (["build/train_gpt_cpu_bf16"], [*GENERATE, "build/train_gpt_cpu_bf16", "--bf16"], [1]),
     "channel": (["build/test_channel"], ["build/test_channel"], [1]),
     "ranks_fp32": (["build/train_gpt_cpu_fp32"], [*RANKS, "build/train_gpt_cpu_fp32"], [1]),
     # damage, signals and cut wires (d, e, f) are the same in both precisions
     "ranks_bf16": (["build/train_gpt_cpu_bf16"],
                    [*RANKS, "build/train_gpt_cpu_bf16", "--bf16", "--filter", "^[abcg] "], [1]),
+    "generate_fp32": (["build/train_gpt_cpu_fp32"], [*GENERATE, "build/train_gpt_cpu_fp32"], [1]),
+    "generate_bf16": (["build/train_gpt_cpu_bf16"], [*GENERATE, "build/train_gpt_cpu_bf16", "--bf16"], [1]),
     "disk": (["build/train_gpt_cpu_fp32"], [sys.executable, "dev/test/test_disk.py", "build/train_gpt_cpu_fp32"], [1]),
     "kill": (["build/train_gpt_cpu_fp32"], [*KILL, "build/train_gpt_cpu_fp32", "--kills", "6"], [1]),
     "fuzz": ([], [sys.executable, "dev/fuzz/run.py", "--seconds", "60"], [1]),
@@ -63,6 +64,9 @@ JOBS = {
     "convert_tokenizer": ([], [sys.executable, "dev/test/test_convert_tokenizer.py"], [1]),
 }
 
+# of each target: two makes at once would write the same file, one while the other's job runs it
+BUILDING = {targets[0]: threading.Lock() for targets, _, _ in JOBS.values() if targets}
+
 
 def job(name):
     """Builds, runs, returns (name, passed, failed, seconds, what failed)."""
@@ -71,9 +75,11 @@ def job(name):
     log = os.path.join("build", "log", name + ".txt")
     passed, bad = 0, []
     with open(log, "w") as f:
-        make = subprocess.run(["make", "--no-print-directory", *targets], stdout=f, stderr=f) if targets else None
-        if make and make.returncode:
-            return name, 0, 1, time.time() - begin, [f"FAIL {name} did not build"]
+        if targets:
+            with BUILDING[targets[0]]:
+                make = subprocess.run(["make", "--no-print-directory", *targets], stdout=f, stderr=f)
+            if make.returncode:
+                return name, 0, 1, time.time() - begin, [f"FAIL {name} did not build"]
         for seed in seeds:
             # two jobs at a time have a core each; mpirun asks to be told that root may run it
             env = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
