@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 
+from launch import MPI_ENV
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 GOLDEN = "dev/test/golden"
 CLI = [sys.executable, "dev/test/test_cli.py"]
@@ -81,9 +83,7 @@ def job(name):
             if make.returncode:
                 return name, 0, 1, time.time() - begin, [f"FAIL {name} did not build"]
         for seed in seeds:
-            # two jobs at a time have a core each; mpirun asks to be told that root may run it
-            env = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-                   **os.environ, "CUDA_CPU_SEED": str(seed)}
+            env = {**MPI_ENV, **os.environ, "CUDA_CPU_SEED": str(seed)}
             run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, errors="replace")
             f.write(run.stdout)
             total = re.findall(r"^\S+: (\d+) passed, (\d+) failed$", run.stdout, re.M)
