@@ -16,9 +16,9 @@ import time
 from test_cli import Failure, expect, read_log, read_safetensors, values, write_safetensors, write_shard  # noqa: F401
 
 MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none"]
-# root may run it; ranks share the cores, so that one that waits must let the others work
-# One thread a rank, and a job of make test, two of which run at a time; mpirun asks to be told that root may run it.
-# -gl: Open MPI else looks for X displays, and waits for the name server where /etc/hosts has no localhost
+# mpirun asks to be told that root may run it; ranks share the cores, so that one that waits must let the others work. One
+# thread a rank, and a job of `make test`, of which two run at a time. -gl: Open MPI else looks for X displays, and waits
+# for the name server where /etc/hosts has no localhost
 MPI_ENV = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1",
            "OMPI_MCA_mpi_yield_when_idle": "1", "HWLOC_COMPONENTS": "-gl"}
 WARNING = "train_gpt: warning: "
