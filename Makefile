@@ -7,7 +7,7 @@ CUDA     ?= /usr/local/cuda
 NVCC     ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA)/bin/nvcc))
 PYTHON   ?= /usr/bin/python3
 GPU_ARCH ?= -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a
-SOURCES   = train_gpt.cu simplenorm.cuh dataloader.h tokenizer.h
+SOURCES   = train_gpt.cu simplenorm.cuh dataloader.h tokenizer.h $(wildcard dev/device/*.cuh dev/run/*.h dev/use/*.h)
 STANDIN   = $(wildcard dev/cpu/include/*.h)
 
 NVCCFLAGS = -std=c++17 -O3 -Xcompiler -fopenmp,-pthread,-Wall $(GPU_ARCH)
@@ -110,7 +110,7 @@ $(MPI_STAMP): FORCE
 	@mkdir -p $(@D)
 	@echo '$(MPI) $(MPI_LIB)' | cmp -s - $@ || echo '$(MPI) $(MPI_LIB)' > $@
 
-CPU_SOURCES = build/src/train_gpt.cu build/src/simplenorm.cuh dataloader.h tokenizer.h $(STANDIN)
+CPU_SOURCES = $(SOURCES:%=build/src/%) $(STANDIN)
 
 build/train_gpt_cpu_%: $(CPU_SOURCES) $(MPI_STAMP)
 	g++ $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/train_gpt.cu -lopenblas $(MPI_LIB) -o $@

@@ -15,13 +15,12 @@
 // Only the raw linear outputs and (mean, rstd) of each row are kept for the backward; xh and y are computed again.
 // A gain that is null means: no such norm in this variant (y = x), so all variants of the model share these kernels.
 //
-// Layout of the work (see "Rows" in train_gpt.cu): forward one block a row, which stays in registers between its
-// passes. Backward as many blocks as fit on the device, each walks rows blockIdx.x, + gridDim.x, ... and adds dy xh
-// into its own line of `partial` (gridDim.x, width); gain_grad sums the lines in a fixed order: no atomics, same bits.
-//
-// A forward kernel with `known` finds (mean, rstd) in stats, left there by the matmul (linear_forward_stats) or, when
-// the backward replays a block, by the forward.
+// Layout of the work (dev/device/rows.cuh): forward one block a row, which stays in registers between its passes.
+// Backward as many blocks as fit on the device, each walks rows blockIdx.x, + gridDim.x, ... and adds dy xh into its own
+// line of `partial` (gridDim.x, width); gain_grad sums the lines in a fixed order: no atomics, same bits.
 #pragma once
+#include "dev/device/heads.cuh"
+#include "dev/device/rows.cuh"
 
 struct Norm {
     float eps;
@@ -30,22 +29,17 @@ struct Norm {
 
 __device__ inline float normalize(float x, float2 stats) { return (x - stats.x) * stats.y; }
 
-// s[i] = stats[i] = mean and rstd of row i, W[i] elements, by the whole block; known: stats has them already
+// s[i] = stats[i] = mean and rstd of row i, W[i] elements, by the whole block
 template <int PACKS, int ROWS>
-__device__ inline void row_stats(float2 (&s)[ROWS], float2* stats, bool known, const Row<PACKS> (&rows)[ROWS],
-                                 const int (&W)[ROWS], Norm norm) {
+__device__ inline void row_stats(float2 (&s)[ROWS], float2* stats, const Row<PACKS> (&rows)[ROWS], const int (&W)[ROWS],
+                                 Norm norm) {
     float mean[ROWS] = {}, square[ROWS] = {};
-    if (known) {
-        #pragma unroll
-        for (int i = 0; i < ROWS; i++) s[i] = stats[i];
-        return;
-    }
     if (norm.center) {
-        #pragma unroll
+#pragma unroll
         for (int i = 0; i < ROWS; i++) each<PACKS>(W[i], [&](int p, int e, int) { mean[i] += rows[i](p, e); });
         block_sums(mean);
     }
-    #pragma unroll
+#pragma unroll
     for (int i = 0; i < ROWS; i++) {
         const float m = mean[i] = mean[i] / W[i];
         float sum = 0.0f;
@@ -56,7 +50,7 @@ __device__ inline void row_stats(float2 (&s)[ROWS], float2* stats, bool known, c
         square[i] = sum;
     }
     block_sums(square);
-    #pragma unroll
+#pragma unroll
     for (int i = 0; i < ROWS; i++) {
         s[i] = make_float2(mean[i], rsqrtf(square[i] / W[i] + norm.eps));
         if (threadIdx.x == 0) stats[i] = s[i];
@@ -65,12 +59,12 @@ __device__ inline void row_stats(float2 (&s)[ROWS], float2* stats, bool known, c
 
 // Lets a kernel have so many bytes of dynamic shared memory; returns them.
 template <typename Kernel>
-size_t dynamic_shared(Kernel* kernel, size_t bytes) {
-    if (bytes > device_shared)
-        throw Error(
-            format("--dim: the sums of a row's columns need %zu bytes of shared memory, of which a block has "
-                   "%zu here. Choose a narrower model.",
-                   bytes, device_shared));
+size_t dynamic_shared(Kernel* kernel, size_t bytes, const Gpu& gpu) {
+    if (bytes > gpu.shared)
+        throw Error(format(
+            "norm backward: the sums of a row's columns need %zu bytes of shared memory, of which a block has %zu "
+            "here. Choose a narrower model.",
+            bytes, gpu.shared));
     CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
     return bytes;
 }
@@ -99,30 +93,30 @@ __global__ void gain_grad_kernel(G* dgain, const float* partial, int blocks, int
     }
 }
 
-void gain_grad(Flat dgain, const float* partial, int blocks, int W, int stride, cudaStream_t stream) {
+void gain_grad(Flat dgain, const float* partial, int blocks, int W, int stride, const Gpu& gpu) {
     dgain.visit([&](auto* d) {
         using G = std::decay_t<decltype(*d)>;
-        gain_grad_kernel<G><<<(W + GAIN_COLUMNS - 1) / GAIN_COLUMNS, 256, 0, stream>>>(d, partial, blocks, W, stride);
+        gain_grad_kernel<G>
+            <<<(W + GAIN_COLUMNS - 1) / GAIN_COLUMNS, 256, 0, gpu.stream>>>(d, partial, blocks, W, stride);
     });
     CHECK(cudaGetLastError());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Norm of a row, then the residual: out[n,c] = res[n,c] + y[n,c]. The o and w2 linears; with res null the plain norm
-// (pre-norms, final norm). out, x, res (N,C) floatX; gain (C) floatX or null; stats (N) float2, written if gain and not
-// known.
+// Norm of a row, then the residual: out[n,c] = res[n,c] + y[n,c]. The o and w2 linears. With res null the plain norm
+// (pre-norms, final norm). out, x, res (N,C) floatX; gain (C) floatX or null; stats (N) float2, written if gain.
 
 template <int PACKS>
 __global__ void __launch_bounds__(ROW_THREADS)
     norm_residual_forward_kernel(floatX* out, float2* stats, const floatX* x, const floatX* res, const floatX* gain,
-                                 int C, Norm norm, bool known) {
+                                 int C, Norm norm) {
     const size_t n = blockIdx.x;
     Row<PACKS> row[1], add, g;
     row[0].load(x + n * C, C);
     if (res) add.load(res + n * C, C);
     if (gain) g.load(gain, C);
     float2 s[1] = {make_float2(0.0f, 1.0f)};
-    if (gain) row_stats<PACKS, 1>(s, stats + n, known, row, {C}, norm);
+    if (gain) row_stats<PACKS, 1>(s, stats + n, row, {C}, norm);
     out += n * C;
     PackWriter write;
     each<PACKS>(C, [&](int p, int e, int c) {
@@ -132,12 +126,18 @@ __global__ void __launch_bounds__(ROW_THREADS)
 }
 
 void norm_residual_forward(floatX* out, float2* stats, const floatX* x, const floatX* res, const floatX* gain, int N,
-                           int C, Norm norm, cudaStream_t stream, bool known = false) {
+                           int C, Norm norm, const Gpu& gpu) {
     row_shape(C, [&](auto packs, int threads) {
         constexpr int P = packs.value;
-        norm_residual_forward_kernel<P><<<N, threads, 0, stream>>>(out, stats, x, res, gain, C, norm, known);
+        norm_residual_forward_kernel<P><<<N, threads, 0, gpu.stream>>>(out, stats, x, res, gain, C, norm);
     });
     CHECK(cudaGetLastError());
+}
+
+// The plain norm, out[n,c] = y[n,c]. A norm that the variant lacks has out == x and costs nothing.
+void norm_forward(floatX* out, float2* stats, const floatX* x, const floatX* gain, int N, int C, Norm norm,
+                  const Gpu& gpu) {
+    if (gain) norm_residual_forward(out, stats, x, nullptr, gain, N, C, norm, gpu);
 }
 
 // Norm backward: dx[n,c] = sum_to[n,c] + (dx of the formula at the top). dx, dy, x, sum_to (N,C) floatX, sum_to null
@@ -178,31 +178,25 @@ __global__ void __launch_bounds__(ROW_THREADS)
 }
 
 void norm_backward(floatX* dx, Flat dgain, float* partial, const floatX* sum_to, const floatX* dy, const floatX* x,
-                   const floatX* gain, const float2* stats, int N, int C, Norm norm, cudaStream_t stream) {
-    const int blocks = row_blocks(N, C);
+                   const floatX* gain, const float2* stats, int N, int C, Norm norm, const Gpu& gpu) {
+    const int blocks = row_blocks(N, C, gpu);
     row_shape(C, [&](auto packs, int threads) {
         constexpr int P = packs.value;
-        const size_t shared = dynamic_shared(norm_backward_kernel<P>, ColumnSums::bytes(C));
+        const size_t shared = dynamic_shared(norm_backward_kernel<P>, ColumnSums::bytes(C), gpu);
         norm_backward_kernel<P>
-            <<<blocks, threads, shared, stream>>>(dx, partial, sum_to, dy, x, gain, stats, N, C, norm);
+            <<<blocks, threads, shared, gpu.stream>>>(dx, partial, sum_to, dy, x, gain, stats, N, C, norm);
     });
     CHECK(cudaGetLastError());
-    gain_grad(dgain, partial, blocks, C, C, stream);
+    gain_grad(dgain, partial, blocks, C, C, gpu);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // q, k, v: norm of each over its full width (all heads together), RoPE on q and k, split into heads.
 //   raw (B,T,QKV) floatX, QKV = (NH + 2 NKV) HS: the outputs of the three linears side by side
-//   q (B,NH,T,HS), k, v (B,NKV,T,HS) floatX: the layout of attention
+//   q (B,NH,T,HS), k, v (B,NKV,room,HS) floatX: the layout of attention (dev/device/heads.cuh); new rows of k and v go
+//   behind the `past` ones that are there
 //   RoPE on adjacent pairs, (a, b) -> (a cos - b sin, a sin + b cos), angle t theta^(-2i/HS) of pair i at position t
-// rope (T,HS/2) float2 of (cos, sin), null for none; stats (B,T,3) float2, written if there are norms and not known.
-
-struct Heads {
-    int B, T, NH, NKV, HS;
-    __host__ __device__ int width(int part) const { return (part == 0 ? NH : NKV) * HS; }  // part 0: q, 1: k, 2: v
-    __host__ __device__ int begin(int part) const { return part == 0 ? 0 : part == 1 ? NH * HS : (NH + NKV) * HS; }
-    __host__ __device__ int qkv() const { return (NH + 2 * NKV) * HS; }
-};
+// rope (past + T,HS/2) float2 of (cos, sin), null for none; stats (B,T,3) float2, written if there are norms.
 
 struct QkvGains {
     const floatX *q, *k, *v;  // (NH HS), (NKV HS), (NKV HS), each null if the variant has no such norm
@@ -213,19 +207,13 @@ __device__ inline float2 rotate(float2 y, float2 angle) {
     return make_float2(y.x * angle.x - y.y * angle.y, y.x * angle.y + y.y * angle.x);
 }
 
-// Where row (b, t) of the heads of a part begins in (B,H,T,HS); the next head is T HS further.
-__device__ inline size_t head_row(int part, size_t n, Heads h) {
-    const size_t H = part == 0 ? h.NH : h.NKV, b = n / h.T, t = n % h.T;
-    return (b * H * h.T + t) * h.HS;
-}
-
 // A row (W) that is split into heads: as a Row, but columns of the next head lie h.T rows further.
 template <int PACKS>
 struct HeadRow : Row<PACKS> {
     __device__ void load(const floatX* from, int W, Heads h) {
         this->x = from;
         if constexpr (!SERIAL) {
-            #pragma unroll
+#pragma unroll
             for (int p = 0; p < PACKS; p++) {
                 const int c = (p * blockDim.x + threadIdx.x) * PACK;
                 if (c < W) load_pack(this->v[p], from + size_t(c / h.HS) * h.T * h.HS + c % h.HS, PACK);
@@ -238,25 +226,26 @@ struct HeadRow : Row<PACKS> {
     }
 };
 
-// f(p, e, c, at, i) for each pair of this thread's: elements e and e + 1 of pack p, columns c and c + 1, pair i of
-// their head; at: where the first lies, counted from the row's begin, in memory that is split into heads
+// f(p, e, c, at, i) for each pair of this thread's in a part's row: elements e and e + 1 of pack p, columns c and c + 1,
+// pair i of their head; at: where the first lies, counted from the row's begin, in memory that is split into heads
 template <int PACKS, typename F>
-__device__ inline void each_pair(int W, Heads h, F f) {
-    const size_t next = size_t(h.T) * h.HS;
+__device__ inline void each_pair(int part, Heads h, F f) {
+    const int W = h.width(part);
+    const size_t next = size_t(h.rows(part)) * h.HS;
     if constexpr (SERIAL) {
         for (int head = 0; head < W / h.HS; head++) {
-            #pragma GCC ivdep
+#pragma GCC ivdep
             for (int i = 0; i < h.HS / 2; i++) {
                 const int c = head * h.HS + 2 * i;
                 f(0, c, c, head * next + 2 * i, i);
             }
         }
     } else {
-        #pragma unroll
+#pragma unroll
         for (int p = 0; p < PACKS; p++) {
             const int c = (p * blockDim.x + threadIdx.x) * PACK, head = c / h.HS, first = c % h.HS;
             if (c >= W) break;
-            #pragma unroll
+#pragma unroll
             for (int e = 0; e < PACK; e += 2) f(p, e, c + e, head * next + first + e, first / 2 + e / 2);
         }
     }
@@ -265,22 +254,22 @@ __device__ inline void each_pair(int W, Heads h, F f) {
 template <int PACKS>
 __global__ void __launch_bounds__(ROW_THREADS)
     qkv_norm_rope_forward_kernel(floatX* q, floatX* k, floatX* v, float2* stats, const floatX* raw, QkvGains gains,
-                                 const float2* rope, Heads h, Norm norm, bool known) {
+                                 const float2* rope, Heads h, Norm norm) {
     const size_t n = blockIdx.x;
     const int W[3] = {h.width(0), h.width(1), h.width(2)};
     Row<PACKS> x[3];
-    #pragma unroll
+#pragma unroll
     for (int part = 0; part < 3; part++) x[part].load(raw + n * h.qkv() + h.begin(part), W[part]);
     float2 s[3];
-    if (gains.q) row_stats<PACKS, 3>(s, stats + 3 * n, known, x, W, norm);
-    #pragma unroll
+    if (gains.q) row_stats<PACKS, 3>(s, stats + 3 * n, x, W, norm);
+#pragma unroll
     for (int part = 0; part < 3; part++) {
         const floatX* gain = gains.of(part);
-        const float2* angle = rope && part < 2 ? rope + n % h.T * (h.HS / 2) : nullptr;
-        floatX* out = (part == 0 ? q : part == 1 ? k : v) + head_row(part, n, h);
+        const float2* angle = rope && part < 2 ? rope + (h.past + n % h.T) * (h.HS / 2) : nullptr;
+        floatX* out = (part == 0 ? q : part == 1 ? k : v) + h.at(part, n);
         PackReader g;
         PackWriter write;
-        each_pair<PACKS>(W[part], h, [&](int p, int e, int c, size_t at, int i) {
+        each_pair<PACKS>(part, h, [&](int p, int e, int c, size_t at, int i) {
             float2 y = make_float2(x[part](p, e), x[part](p, e + 1));
             if (gain) {
                 y.x = g(gain + c, e) * normalize(y.x, s[part]);
@@ -294,16 +283,16 @@ __global__ void __launch_bounds__(ROW_THREADS)
 }
 
 void qkv_norm_rope_forward(floatX* q, floatX* k, floatX* v, float2* stats, const floatX* raw, QkvGains gains,
-                           const float2* rope, Heads h, Norm norm, cudaStream_t stream, bool known = false) {
+                           const float2* rope, Heads h, Norm norm, const Gpu& gpu) {
     row_shape(h.width(0), [&](auto packs, int threads) {
         constexpr int P = packs.value;
         qkv_norm_rope_forward_kernel<P>
-            <<<h.B * h.T, threads, 0, stream>>>(q, k, v, stats, raw, gains, rope, h, norm, known);
+            <<<h.B * h.T, threads, 0, gpu.stream>>>(q, k, v, stats, raw, gains, rope, h, norm);
     });
     CHECK(cudaGetLastError());
 }
 
-// draw (B,T,QKV) floatX from dq (B,NH,T,HS), dk, dv (B,NKV,T,HS); partial (blocks, QKV) float.
+// draw (B,T,QKV) floatX from dq (B,NH,T,HS), dk, dv (B,NKV,T,HS), room = T; partial (blocks, QKV) float.
 template <int PACKS>
 __global__ void __launch_bounds__(ROW_THREADS)
     qkv_norm_rope_backward_kernel(floatX* draw, float* partial, const floatX* dq, const floatX* dk, const floatX* dv,
@@ -324,7 +313,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
             Row<PACKS> x;
             HeadRow<PACKS> dy;
             x.load(raw + n * QKV + h.begin(part), W);
-            dy.load((part == 0 ? dq : part == 1 ? dk : dv) + head_row(part, n, h), W, h);
+            dy.load((part == 0 ? dq : part == 1 ? dk : dv) + h.at(part, n), W, h);
             // the gradient of a pair before the rotation: turned back by the same angle
             auto gradient = [&](int p, int e, size_t at, int i) {
                 const float2 d = make_float2(dy(p, e, at), dy(p, e + 1, at + 1));
@@ -334,7 +323,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
             float c1 = 0.0f, c2 = 0.0f;
             if (gain) {
                 float sum_gd = 0.0f, sum_gdx = 0.0f;
-                each_pair<PACKS>(W, h, [&](int p, int e, int c, size_t at, int i) {
+                each_pair<PACKS>(part, h, [&](int p, int e, int c, size_t at, int i) {
                     const float2 d = gradient(p, e, at, i);
                     const float2 xh = make_float2(normalize(x(p, e), s), normalize(x(p, e + 1), s));
                     const float gd0 = g(gain + c, e) * d.x, gd1 = g(gain + c + 1, e + 1) * d.y;
@@ -349,7 +338,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
             }
             floatX* out = draw + n * QKV + h.begin(part);
             PackWriter write;
-            each_pair<PACKS>(W, h, [&](int p, int e, int c, size_t at, int i) {
+            each_pair<PACKS>(part, h, [&](int p, int e, int c, size_t at, int i) {
                 float2 d = gradient(p, e, at, i);
                 if (gain) {
                     d.x = s.y * (g(gain + c, e) * d.x - c1 - normalize(x(p, e), s) * c2);
@@ -366,25 +355,25 @@ __global__ void __launch_bounds__(ROW_THREADS)
 // partial (row_blocks(B T, NH HS), QKV) float scratch.
 void qkv_norm_rope_backward(floatX* draw, Flat dgain, float* partial, const floatX* dq, const floatX* dk,
                             const floatX* dv, const floatX* raw, QkvGains gains, const float2* stats,
-                            const float2* rope, Heads h, Norm norm, cudaStream_t stream) {
-    const int blocks = row_blocks(h.B * h.T, h.width(0));
+                            const float2* rope, Heads h, Norm norm, const Gpu& gpu) {
+    const int blocks = row_blocks(h.B * h.T, h.width(0), gpu);
     row_shape(h.width(0), [&](auto packs, int threads) {
         constexpr int P = packs.value;
-        const size_t shared = dynamic_shared(qkv_norm_rope_backward_kernel<P>, ColumnSums::bytes(h.qkv()));
+        const size_t shared = dynamic_shared(qkv_norm_rope_backward_kernel<P>, ColumnSums::bytes(h.qkv()), gpu);
         qkv_norm_rope_backward_kernel<P>
-            <<<blocks, threads, shared, stream>>>(draw, partial, dq, dk, dv, raw, gains, stats, rope, h, norm);
+            <<<blocks, threads, shared, gpu.stream>>>(draw, partial, dq, dk, dv, raw, gains, stats, rope, h, norm);
     });
     CHECK(cudaGetLastError());
     if (!dgain.p) return;
     int W = h.width(0) + h.width(1) + (gains.v ? h.width(2) : 0);
-    gain_grad(dgain, partial, blocks, W, h.qkv(), stream);
+    gain_grad(dgain, partial, blocks, W, h.qkv(), gpu);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Feed-forward activation of the normed linears.
 //   gated (SwiGLU): raw (N,2F) = w1 x | w3 x,  out[n,f] = silu(u) v,  u = N1(w1 x), v = N3(w3 x)
 //   else (GELU):    raw (N,F) = fc x,          out[n,f] = gelu(u),    u = N1(fc x), gelu(u) = u/2 (1 + erf(u/sqrt 2))
-// out (N,F) floatX; gain (2F) or (F) floatX or null; stats (N,2) or (N,1) float2, written if gain and not known.
+// out (N,F) floatX; gain (2F) or (F) floatX or null; stats (N,2) or (N,1) float2, written if gain.
 
 // one value of the activation and its two derivatives: f(u, v), df/du, df/dv
 struct Activation {
@@ -403,25 +392,24 @@ __device__ inline Activation gelu(float u) {
 
 template <int PACKS, bool GATED>
 __global__ void __launch_bounds__(ROW_THREADS)
-    ffn_norm_act_forward_kernel(floatX* out, float2* stats, const floatX* raw, const floatX* gain, int F, Norm norm,
-                                bool known) {
+    ffn_norm_act_forward_kernel(floatX* out, float2* stats, const floatX* raw, const floatX* gain, int F, Norm norm) {
     constexpr int PARTS = GATED ? 2 : 1;
     const size_t n = blockIdx.x;
     Row<PACKS> x[PARTS];
     int W[PARTS];
     float2 s[PARTS];
-    #pragma unroll
+#pragma unroll
     for (int i = 0; i < PARTS; i++) {
         x[i].load(raw + (n * PARTS + i) * F, F);
         W[i] = F, s[i] = make_float2(0.0f, 1.0f);
     }
-    if (gain) row_stats<PACKS, PARTS>(s, stats + PARTS * n, known, x, W, norm);
+    if (gain) row_stats<PACKS, PARTS>(s, stats + PARTS * n, x, W, norm);
     out += n * F;
     PackReader g[PARTS];
     PackWriter write;
     each<PACKS>(F, [&](int p, int e, int f) {
         float u[PARTS];
-        #pragma unroll
+#pragma unroll
         for (int i = 0; i < PARTS; i++) {
             u[i] = normalize(x[i](p, e), s[i]);
             if (gain) u[i] *= g[i](gain + i * F + f, e);
@@ -431,13 +419,13 @@ __global__ void __launch_bounds__(ROW_THREADS)
 }
 
 void ffn_norm_act_forward(floatX* out, float2* stats, const floatX* raw, const floatX* gain, int N, int F, bool gated,
-                          Norm norm, cudaStream_t stream, bool known = false) {
+                          Norm norm, const Gpu& gpu) {
     row_shape<true>(F, [&](auto packs, int threads) {
         constexpr int P = packs.value;
         if (gated)
-            ffn_norm_act_forward_kernel<P, true><<<N, threads, 0, stream>>>(out, stats, raw, gain, F, norm, known);
+            ffn_norm_act_forward_kernel<P, true><<<N, threads, 0, gpu.stream>>>(out, stats, raw, gain, F, norm);
         else
-            ffn_norm_act_forward_kernel<P, false><<<N, threads, 0, stream>>>(out, stats, raw, gain, F, norm, known);
+            ffn_norm_act_forward_kernel<P, false><<<N, threads, 0, gpu.stream>>>(out, stats, raw, gain, F, norm);
     });
     CHECK(cudaGetLastError());
 }
@@ -456,7 +444,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
     extern __shared__ __align__(16) float column_sums[];
     partial += size_t(blockIdx.x) * PARTS * F;
     ColumnSums dg[PARTS];
-    #pragma unroll
+#pragma unroll
     for (int i = 0; i < PARTS; i++) dg[i] = ColumnSums((SERIAL ? partial : column_sums) + i * F);
     if (gain) dg[0].zero(PARTS * F);
     auto source = [&](int i, size_t n) { return i < PARTS ? raw + (n * PARTS + i) * F : dout + n * F; };
@@ -475,11 +463,11 @@ __global__ void __launch_bounds__(ROW_THREADS)
     for (size_t n = blockIdx.x; n < size_t(N); n += gridDim.x) {
         Row<PACKS> row[PARTS + 1];  // x of each part, dy
         if (staged) copy_wait<0>();
-        #pragma unroll
+#pragma unroll
         for (int i = 0; i <= PARTS && HELD; i++)
             staged ? row[i].take(stage + i * PACKS * blockDim.x, F) : row[i].load(source(i, n), F);
         float2 s[PARTS];
-        #pragma unroll
+#pragma unroll
         for (int i = 0; i < PARTS; i++) s[i] = gain ? stats[PARTS * n + i] : make_float2(0.0f, 1.0f);
         PackReader again[PARTS + 1];
         auto value = [&](int i, int p, int e, int f) { return HELD ? row[i](p, e) : again[i](source(i, n) + f, e); };
@@ -491,7 +479,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
         auto point = [&](int p, int e, int f) {
             Point a;
             float y[PARTS];
-            #pragma unroll
+#pragma unroll
             for (int i = 0; i < PARTS; i++) {
                 a.xh[i] = normalize(value(i, p, e, f), s[i]);
                 a.g[i] = gain ? reader[i](gain + i * F + f, e) : 1.0f;
@@ -499,7 +487,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
             }
             const float d = value(PARTS, p, e, f);
             const Activation act = GATED ? swiglu(y[0], y[PARTS - 1]) : gelu(y[0]);
-            #pragma unroll
+#pragma unroll
             for (int i = 0; i < PARTS; i++) a.d[i] = d * (i == 0 ? act.du : act.dv);
             return a;
         };
@@ -508,55 +496,57 @@ __global__ void __launch_bounds__(ROW_THREADS)
             float gd[PARTS] = {}, gdx[PARTS] = {};
             each<PACKS, HELD>(F, [&](int p, int e, int f) {
                 const Point a = point(p, e, f);
-                #pragma unroll
+#pragma unroll
                 for (int i = 0; i < PARTS; i++) {
                     gd[i] += a.g[i] * a.d[i];
                     gdx[i] += a.g[i] * a.d[i] * a.xh[i];
                     dg[i].add(f, e, a.d[i] * a.xh[i]);
                 }
             });
-            #pragma unroll
+#pragma unroll
             for (int i = 0; i < PARTS; i++) means[2 * i] = gd[i], means[2 * i + 1] = gdx[i];
             block_sums(means);
         }
         if (gain) fetch(n + gridDim.x);  // this row's packs have been used, not only asked for
         float c1[PARTS], c2[PARTS];
-        #pragma unroll
+#pragma unroll
         for (int i = 0; i < PARTS; i++) c1[i] = norm.center ? means[2 * i] / F : 0.0f, c2[i] = means[2 * i + 1] / F;
         PackWriter write[PARTS];
         floatX* out = draw + n * PARTS * F;
         each<PACKS, HELD>(F, [&](int p, int e, int f) {
             const Point a = point(p, e, f);
-            #pragma unroll
+#pragma unroll
             for (int i = 0; i < PARTS; i++)
                 write[i](out + i * F + f, e, s[i].y * (a.g[i] * a.d[i] - c1[i] - a.xh[i] * c2[i]));
         });
         if (!gain) fetch(n + gridDim.x);
     }
     if (gain)
-        #pragma unroll
+#pragma unroll
         for (int i = 0; i < PARTS; i++) dg[i].write(partial + i * F, F);
 }
 
 // dgain (2F) or (F), added to, null with gain null; partial (row_blocks(N, F), 2F) or (.., F) float scratch.
 void ffn_norm_act_backward(floatX* draw, Flat dgain, float* partial, const floatX* dout, const floatX* raw,
                            const floatX* gain, const float2* stats, int N, int F, bool gated, Norm norm,
-                           cudaStream_t stream) {
-    const int blocks = row_blocks(N, F), W = gated ? 2 * F : F;
+                           const Gpu& gpu) {
+    const int blocks = row_blocks(N, F, gpu), W = gated ? 2 * F : F;
     row_shape<true>(F, [&](auto packs, int threads) {
         constexpr int P = packs.value;
         const size_t stage = BF16 && !SERIAL && P <= 5 ? size_t(gated ? 3 : 2) * P * threads * 16 : 0;
-        const bool staged = stage > 0 && ColumnSums::bytes(W) + stage <= device_shared;
-        auto shared = [&](auto* kernel) { return dynamic_shared(kernel, ColumnSums::bytes(W) + (staged ? stage : 0)); };
+        const bool staged = stage > 0 && ColumnSums::bytes(W) + stage <= gpu.shared;
+        auto shared = [&](auto* kernel) {
+            return dynamic_shared(kernel, ColumnSums::bytes(W) + (staged ? stage : 0), gpu);
+        };
         if (gated)
             ffn_norm_act_backward_kernel<P, true>
-                <<<blocks, threads, shared(ffn_norm_act_backward_kernel<P, true>), stream>>>(
+                <<<blocks, threads, shared(ffn_norm_act_backward_kernel<P, true>), gpu.stream>>>(
                     draw, partial, dout, raw, gain, stats, N, F, norm, staged);
         else
             ffn_norm_act_backward_kernel<P, false>
-                <<<blocks, threads, shared(ffn_norm_act_backward_kernel<P, false>), stream>>>(
+                <<<blocks, threads, shared(ffn_norm_act_backward_kernel<P, false>), gpu.stream>>>(
                     draw, partial, dout, raw, gain, stats, N, F, norm, staged);
     });
     CHECK(cudaGetLastError());
-    if (gain) gain_grad(dgain, partial, blocks, W, W, stream);
+    if (gain) gain_grad(dgain, partial, blocks, W, W, gpu);
 }

@@ -1,0 +1,361 @@
+// A run's beginning and end: the options settled, the ranks and the device opened, the folder claimed, the state set.
+#pragma once
+#include <sys/file.h>
+#ifdef USE_MPI
+#define OMPI_SKIP_MPICXX 1
+#define MPICH_SKIP_MPICXX 1
+#include <mpi.h>
+#endif
+
+#include "../../tokenizer.h"
+#include "checkpoint.h"
+#include "options.h"
+
+// The launcher whose ranks MPI can bring together; to another MPI's it starts alone.
+#if !defined(USE_MPI)
+constexpr const char* BUILT_WITH = "no MPI";
+#elif defined(OPEN_MPI)
+constexpr const char* BUILT_WITH = "Open MPI";
+#else
+constexpr const char* BUILT_WITH = "MPICH";  // and what descends from it
+#endif
+
+// Settles the model's shape, also by the tokenizer and the files that the options name.
+void settle_model(Options& o, std::unique_ptr<Tokenizer>& tokenizer) {
+    Config& c = o.config;
+    if (!o.tokenizer.empty()) {
+        tokenizer.reset(new Tokenizer(Tokenizer::load(o.tokenizer)));
+        if (!o.vocab_given) c.V = tokenizer->vocab_size();
+        if (tokenizer->vocab_size() > c.V)
+            throw Error(
+                format("--tokenizer: has %d tokens, --vocab-size is %d. Raise it.", tokenizer->vocab_size(), c.V));
+    }
+    if (c.backbone == Backbone::nanogpt && !o.init_from.empty() && !o.positions_given) {
+        for (const std::string& path : weight_files(o.init_from)) {
+            Safetensors file(path);
+            auto found = file.entries.find("wpe.weight");
+            if (found != file.entries.end() && found->second.shape.size() == 2) c.max_T = int(found->second.shape[0]);
+        }
+    }
+    if (o.seq_len) c.T = o.seq_len;
+    as_options([&] { finish(c); });
+}
+
+// Settles what else training needs.
+void settle_options(Options& o, const World& world, std::unique_ptr<Tokenizer>& tokenizer) {
+    settle_model(o, tokenizer);
+    if (o.sample_every && !tokenizer)
+        throw Error("--sample-every: needs a tokenizer. Add --tokenizer bytes or the file of the data's tokenizer.");
+    if ((o.steps > 0 || o.probe) && o.train_data.empty() && !o.plan)
+        throw Error("--train-data: is missing. Give token shards, made by dev/data/prepare.py (README, Data).");
+    if (o.warmup > o.steps) throw Error("--warmup: is longer than --steps. Shorten it.");
+    if (o.warmup < 0) o.warmup = o.steps / 100;
+    if (o.storage.no_master && !BF16) throw Error("--no-master: the fp32 build has none. Leave it out.");
+    if (o.storage.half_gradients && !BF16)
+        throw Error("--gradients: the fp32 build's are fp32. Leave it out, or make PRECISION=bf16.");
+    if (o.val_every > 0 && o.val_data.empty())
+        throw Error("--val-every: needs --val-data. Give it, or leave both out.");
+    if (o.probe && world.size > 1)
+        throw Error("--probe: is for one rank. Probe a checkpoint: --init-from DIR --steps 0 --probe 1.");
+    o.storage.probe = o.probe > 0;
+    if (o.graph && world.size > 1) throw Error("--graph: is for one rank. Leave it out.");
+    if (o.val_batches == 0) throw Error("--val-batches: all is for eval. Give a number.");
+    if (o.val_batches < 0) o.val_batches = 20;
+    o.storage.rank = world.rank, o.storage.ranks = o.plan && o.ranks ? o.ranks : world.size;
+    o.adamw.seed = o.seed;
+}
+
+// What is kept where, with micro-batches of B sequences.
+Storage storage_of(const Options& o, int B) {
+    Storage s = o.storage;
+    s.zero = s.ranks > 1 ? o.zero : 0;
+    const int64_t micro = o.total_batch ? o.total_batch / (int64_t(B) * s.ranks) : o.grad_accum;
+    s.whole_gradients = micro > 1 && !o.reduce_each;
+    return s;
+}
+
+// Plans a training run with micro-batches of B sequences, and room for the keys and values of one sample.
+void plan_training(Model& m, const Gpu& gpu, const Options& o, int B) {
+    if (o.sample_every) m.cache.sequences = 1, m.cache.room = o.config.T;
+    as_options([&] { plan(m, gpu, o.config, B, true, storage_of(o, B)); });
+}
+
+// The largest micro-batch, a divisor of a rank's share of --total-batch unless that is 0, whose plan fits into `room`
+// bytes; 0 if none.
+int largest_batch(const Options& o, const Gpu& gpu, size_t room) {
+    int64_t fits = 0, fails = 1;
+    auto needs = [&](int64_t B) {
+        Model m;
+        plan_training(m, gpu, o, int(B));
+        return m.arena.used;
+    };
+    const int64_t share = o.total_batch / o.storage.ranks;
+    const int64_t most = std::min<int64_t>(share ? share : 1 << 20, (1 << 30) / o.config.T);
+    if (share && needs(most) <= room) return int(most);  // one micro-batch may need less than two
+    while (fails <= most && needs(fails) <= room) fits = fails, fails *= 2;
+    fails = std::min(fails, most + 1);
+    while (fails - fits > 1) {
+        const int64_t middle = (fits + fails) / 2;
+        (needs(middle) <= room ? fits : fails) = middle;
+    }
+    while (share && fits > 0 && share % fits) fits--;
+    return int(fits);
+}
+
+// Settles --batch-size auto, --total-batch and what follows from them; room: the device's free bytes.
+void choose_batch(Options& o, const Gpu& gpu, size_t room) {
+    const int n = o.storage.ranks;
+    if (o.total_batch % n)
+        throw Error(
+            format("--total-batch: %d sequences cannot be shared by %d ranks. Choose a multiple.", o.total_batch, n));
+    if (o.batch_size == 0)
+        o.batch_size = std::max(1, largest_batch(o, gpu, room));  // if not even 1 fits, create() says so
+    if (o.total_batch % (int64_t(o.batch_size) * n))
+        throw Error(
+            format("--total-batch: %d sequences are no multiple of --batch-size %d%s. Choose a divisor, or auto.",
+                   o.total_batch, o.batch_size, n > 1 ? format(" on %d ranks", n).c_str() : ""));
+    o.storage = storage_of(o, o.batch_size);
+    if (o.total_batch) o.grad_accum = o.total_batch / (o.batch_size * n);
+}
+
+// Brings the ranks together and opens the device; one rank is alone.
+Gpu open_job(const Options& o, const World& world) {
+    std::function<void(void*, size_t)> broadcast;
+#ifdef USE_MPI
+    if (world.size > 1 && strcmp(world.launcher, BUILT_WITH) == 0 && o.rendezvous.empty()) {
+        int level = 0, size = 0;
+        MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &level);
+        MPI_Comm_size(MPI_COMM_WORLD, &size);
+        if (size == world.size)
+            broadcast = [](void* p, size_t bytes) { MPI_Bcast(p, int(bytes), MPI_BYTE, 0, MPI_COMM_WORLD); };
+    }
+#endif
+    std::string id(sizeof(ncclUniqueId), 0);
+    ncclUniqueId nccl = {};
+    if (world.size > 1 && world.rank == 0) {
+        CHECK_NCCL(ncclGetUniqueId(&nccl));
+        memcpy(&id[0], &nccl, sizeof(nccl));
+    }
+    channel.open(world, o.rendezvous, o.timeout, broadcast, id);
+    memcpy(&nccl, id.data(), sizeof(nccl));
+    channel.progress("opening the device", 0);
+    const Gpu gpu = open_device(world.local);
+    if (world.size == 1) return gpu;
+    channel.progress("opening NCCL", 0);
+    ranks.open(nccl, world.rank, world.size);
+    channel.set_check([] {
+        ncclResult_t status = ncclSuccess;
+        ncclCommGetAsyncError(ranks.comm, &status);
+        return status == ncclSuccess || status == ncclInProgress
+                   ? std::string()
+                   : format("NCCL: %s: %s", ncclGetErrorString(status), ncclGetLastError(ranks.comm));
+    });
+    return gpu;
+}
+
+void close_job() {
+    channel.set_check(nullptr);
+    ranks.close();
+    channel.close();
+#ifdef USE_MPI
+    int begun = 0, done = 0;
+    MPI_Initialized(&begun);
+    MPI_Finalized(&done);
+    if (begun && !done) MPI_Finalize();
+#endif
+}
+
+// The newest checkpoint whose files are as they were written; -1 if there is none at all. The ranks read a part each.
+int64_t find_checkpoint(const std::string& out) {
+    std::vector<int64_t> steps = list_checkpoints(out);
+    bool any = false;
+    if (DIR* d = opendir(out.c_str())) {
+        while (dirent* e = readdir(d)) any |= strncmp(e->d_name, "damaged_step_", 13) == 0;
+        closedir(d);
+    }
+    while (true) {
+        const int64_t step = int64_t(ranks.exchange(steps.empty() ? any ? -2.0 : -1.0 : double(steps.back()))[0]);
+        if (step == -2)
+            throw Error(out +
+                        ": none of its checkpoints is sound. Give another --out to begin anew, or repair the disk.");
+        if (step == -1) return -1;
+        const std::string dir = out + "/" + checkpoint_name(step), aside = out + "/damaged_" + checkpoint_name(step);
+        std::string trouble;
+        try {
+            channel.progress("verifying a checkpoint", 0);
+            const int64_t held = verify_checkpoint(dir);
+            if (held != step) throw Error(format("%s: holds step %lld, not its name's.", dir.c_str(), (long long)held));
+        } catch (const Error& e) {
+            trouble = e.what();
+        }
+        if (ranks.least(trouble.empty())) return step;
+        // a trouble that all have, as with state.json, is told by the first
+        const bool common = ranks.exchange(!trouble.empty())[0];
+        if (!trouble.empty() && (ranks.rank == 0 || !common))
+            warn(trouble + " Trying the checkpoint before it; this one is put aside as " + aside + ".");
+        any = true;
+        if (ranks.rank == 0) {
+            remove_dir(aside);
+            if (rename(dir.c_str(), aside.c_str()))
+                throw Error(dir + ": cannot be put aside as " + aside + ": " + strerror(errno) + ". Move it away.");
+        }
+        while (!steps.empty() && steps.back() >= step) steps.pop_back();
+    }
+}
+
+// One job at a time writes to a folder: two would take each other's unfinished checkpoints for leftovers. The lock is
+// the kernel's and goes with the process.
+void lock_folder(const std::string& out) {
+    const int fd = open(out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) throw Error(out + ": cannot be opened: " + strerror(errno) + ". Check --out.");
+    for (int tries = 0; flock(fd, LOCK_EX | LOCK_NB); tries++, ticks++) {  // one that is being ended gets ten seconds
+        if (errno != EWOULDBLOCK && errno != EINTR) return;                // a file system without locks
+        if (tries == 100) throw Error(out + ": another job is writing there. End it, or choose another --out.");
+        usleep(100000);
+    }
+}
+
+// Makes --out the job's own, and tells now what would fail after an hour.
+void claim_folder(const Options& o) {
+    if (o.out.empty()) throw Error("--out: is empty. Give a folder.");
+    make_dirs(o.out);
+    if (ranks.rank > 0) return;
+    lock_folder(o.out);
+    { OutFile probe(o.out + "/log.csv"); }
+    if (!o.export_to.empty()) OutFile probe(o.export_to);
+    if (!list_checkpoints(o.out).empty() && !o.resume)
+        throw Error(o.out +
+                    ": holds the checkpoints of an earlier run. Add --resume to continue it, or choose another --out.");
+    remove_leftovers(o.out);
+}
+
+// Sets weights, AdamW's state and the place in the data (null: none): of the newest checkpoint with --resume, else
+// those of the beginning.
+TrainState set_state(Model& m, const Options& o, DataLoader* data) {
+    TrainState state;
+    state.seed = o.seed;
+    const int64_t newest = o.resume ? find_checkpoint(o.out) : -1;
+    channel.progress("setting the weights", 0);
+    if (newest < 0) {
+        o.init_from.empty() ? initialize(m, o.seed) : import_weights(m, o.init_from);
+    } else {
+        const std::string dir = o.out + "/" + checkpoint_name(newest);
+        state = load_checkpoint(m, dir);
+        if (state.seed != o.seed)
+            throw Error(
+                format("%s: was begun with --seed %llu. Give the same.", dir.c_str(), (unsigned long long)state.seed));
+        if (data) data->seek(state.loader);
+        if (data && state.windows && state.windows != data->windows() && ranks.rank == 0)
+            warn(
+                format("%s: its run had %llu windows of data, --train-data has %llu. Give the same files, or windows "
+                       "are seen twice or never.",
+                       dir.c_str(), (unsigned long long)state.windows, (unsigned long long)data->windows()));
+        printf("resumed from %s\n", dir.c_str());
+        if (o.steps > 0 && state.step >= o.steps)
+            printf("--steps %lld: are done; nothing is left to train, a larger number goes on\n", (long long)o.steps);
+    }
+    if (data) state.windows = data->windows();
+    return state;
+}
+
+// The matmuls' choices as text, a line each: shape, then the algorithm, which cuBLASLt lets be stored and loaded again
+// by the same version of itself; the first line names it.
+std::string matmul_choices() {
+    std::string text = format("cublasLt %zu\n", cublasLtGetVersion());
+    for (auto& [s, algo] : matmul.chosen) {
+        text += format("algorithm %d %d %d %d %d %d", s.transA, s.transB, s.m, s.n, s.k, s.type);
+        for (uint64_t word : algo.data) text += format(" %llx", (unsigned long long)word);
+        text += "\n";
+    }
+    return text;
+}
+// False, and nothing taken, if the text is another version's or none of ours.
+bool take_matmul_choices(const std::string& text) {
+    size_t version = 0, at = text.find('\n');
+    if (sscanf(text.c_str(), "cublasLt %zu", &version) != 1 || version != cublasLtGetVersion()) return false;
+    std::map<Matmul::Shape, cublasLtMatmulAlgo_t> algorithms;
+    while (at != std::string::npos && ++at < text.size()) {
+        Matmul::Shape s;
+        cublasLtMatmulAlgo_t algo;
+        int used = 0;
+        const char* p = text.c_str() + at;
+        at = text.find('\n', at);
+        if (sscanf(p, "algorithm %d %d %d %d %d %d%n", &s.transA, &s.transB, &s.m, &s.n, &s.k, &s.type, &used) != 6)
+            return false;
+        for (uint64_t& word : algo.data) {
+            unsigned long long bits;
+            p += used;
+            if (sscanf(p, "%llx%n", &bits, &used) != 1) return false;
+            word = bits;
+        }
+        algorithms[s] = algo;
+    }
+    matmul.chosen = algorithms;
+    return true;
+}
+
+// Has the matmuls' algorithms chosen, unless there is only one. A rank's choices lie in a file beside the log; a run
+// takes them from there, resumed or not, if every rank can.
+void settle_matmuls(Model& m, const std::string& path, bool resumed) {
+    const Config& c = m.c;
+    const Matmul::Shape one = {false, true, int(m.N()), c.QKV(), c.C, CUDA_FLOATX};
+    if (ranks.most(double(matmul.plan(one).algos.size())) < 2) return;
+    const bool there =
+        access(path.c_str(), R_OK) == 0 && take_matmul_choices(read_file(path)) && matmul.chosen.count(one);
+    if (ranks.least(there)) return matmul.forget_plans();
+    matmul.chosen.clear();
+    if (resumed)
+        printf("%s: is missing, or of another cuBLASLt or batch; matmuls are timed again, sums may round differently\n",
+               path.c_str());
+    const double begin = now();
+    time_matmuls(m);
+    OutFile file(path);
+    file.write(matmul_choices());
+    file.commit();
+    printf("timed %zu matmuls in %.1f s\n", matmul.chosen.size(), now() - begin);
+}
+
+// Bytes of a checkpoint that are a rank's.
+double saved_bytes(const Model& m) {
+    const double width = sizeof(floatX) + 2 * m.m.width() + (BF16 && !m.storage.no_master ? sizeof(float) : 0);
+    return width * double(m.table.shard_size());
+}
+
+void print_run(const Model& m, const Options& o) {
+    const Config& c = m.c;
+    const auto fields = config_fields(c, o.storage);
+    printf("%s %s, %s: dim %d, %d layers, %d heads of %d (%d key/value), hidden %d, vocabulary %d, T %d; %s\n",
+           fields[0].second.c_str(), fields[1].second.c_str(), fields[2].second.c_str(), c.C, c.L, c.NH, c.HS(), c.NKV,
+           c.F(), c.V, c.T, PRECISION);
+    const std::string many =
+        o.storage.ranks > 1 ? format(" on %d ranks, ZeRO %d", o.storage.ranks, o.storage.zero) : "";
+    printf("%zu parameters; %lld steps of %d x %d sequences%s\n%s", m.table.parameters, (long long)o.steps,
+           o.grad_accum, o.batch_size, many.c_str(), memory_plan(m).c_str());
+    if (o.save_async) printf("  and on the host, for --save-async %10.1f MiB\n", saved_bytes(m) / 1048576.0);
+}
+
+// Bytes in use: of the device; on a CPU, whose memory processes share, this one's.
+double memory_used() {
+    if (SERIAL) {
+        long pages = 0;
+        if (FILE* f = fopen("/proc/self/statm", "r")) {
+            if (fscanf(f, "%*d %ld", &pages) != 1) pages = 0;
+            fclose(f);
+        }
+        return double(pages) * double(sysconf(_SC_PAGESIZE));
+    }
+    size_t free = 0, total = 0;
+    CHECK(cudaMemGetInfo(&free, &total));
+    return double(total - free);
+}
+
+// Whether the ranks can come together as they were started.
+void check_start(const Options& o, const World& world) {
+    if (world.size > 1 && !o.rendezvous.empty()) host_and_port(o.rendezvous);
+    if (world.size > 1 && strstr(world.launcher, "MPI") && strcmp(world.launcher, BUILT_WITH) && o.rendezvous.empty() &&
+        !getenv("MASTER_ADDR") && !getenv("SLURM_JOB_ID"))
+        throw Error(
+            format("MPI: started by %s, but built with %s. Take mpicxx and mpirun of one MPI; GPU builds can do with "
+                   "--rendezvous HOST:PORT.",
+                   world.launcher, BUILT_WITH));
+}

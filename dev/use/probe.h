@@ -1,0 +1,229 @@
+// Probe: what the paper's argument rests on, measured between steps on batches that stay the same. How large
+// activations are, and how curved the loss is: the largest eigenvalue of its Hessian H over all parameters, beyond
+// whose inverse (up to a factor that is the optimizer's) a learning rate is too large. Each iteration takes one product
+// with H by central differences of the gradient g; v_1 is random, v_0 = 0:
+//   H v = (g(w + e v) - g(w - e v)) / 2e,   b_k v_k+1 = H v_k - a_k v_k - b_k-1 v_k-1,   a_k = v_k.H v_k
+// The v span what the power iteration's H^k v_1 span, and the largest eigenvalue of the tridiagonal matrix of a and b
+// is the best estimate in there (Lanczos 1950), also where both ends of the spectrum are of one size, between which the
+// plain iteration wavers. The weights come back bit by bit; gradients are what a step's begin overwrites.
+#pragma once
+#include <numeric>
+
+#include "../../train_gpt.cu"
+#include "../run/channel.h"
+#include "../run/log.h"
+
+const char ACTIVATIONS_HEADER[] = "step,layer,tensor,rms,max";
+const char CURVATURE_HEADER[] = "step,loss,eigenvalue,error,iterations";
+
+// Of x - minus (null: x), per CHUNK elements: sums[block] of squares, sums[blocks + block] the largest magnitude.
+__global__ void scale_kernel(double* sums, const floatX* x, const floatX* minus, size_t size) {
+    const size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
+    double sum = 0.0;
+    float most = 0.0f;
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+        const float value = float(x[i]) - (minus ? float(minus[i]) : 0.0f);
+        sum += double(value) * value;
+        most = fmaxf(most, fabsf(value));
+    }
+    sum = block_sum(sum);
+    most = block_max(most);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum, sums[gridDim.x + blockIdx.x] = most;
+}
+
+// Per CHUNK elements: sums[block] of a b.
+__global__ void dot_kernel(double* sums, const float* a, const float* b, size_t size) {
+    const size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
+    double sum = 0.0;
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) sum += double(a[i]) * double(b[i]);
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+// out[i] = s x[i] + t y[i], CHUNK elements a block; out may be x or y
+__global__ void combine_kernel(float* out, float s, const float* x, float t, const float* y, size_t size) {
+    const size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) out[i] = s * x[i] + t * y[i];
+}
+
+// previous[i] = s g[i] - a v[i] - b previous[i], CHUNK elements a block
+__global__ void lanczos_kernel(float* previous, const float* v, const float* g, float s, float a, float b,
+                               size_t size) {
+    const size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) previous[i] = s * g[i] - a * v[i] - b * previous[i];
+}
+
+// uniform in [-1,1)
+__global__ void random_direction_kernel(float* v, size_t size, unsigned key) {
+    const size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x)
+        v[i] = float(rounding_bits(i, key)) * 0x1p-31f - 1.0f;
+}
+
+// The symmetric tridiagonal matrix with diagonal a (n) and b (n) beside it, b[n-1] being the next step's: eigenvalue
+// number `index` in ascending order, by bisection over Sturm's count of those below.
+double tridiagonal_eigenvalue(const std::vector<double>& a, const std::vector<double>& b, size_t index) {
+    double bound = 0.0;
+    for (size_t i = 0; i < a.size(); i++) bound = std::max(bound, fabs(a[i]) + b[i] + (i ? b[i - 1] : 0.0));
+    double low = -bound, high = bound;
+    for (int halving = 0; halving < 60; halving++) {
+        const double middle = 0.5 * (low + high);
+        size_t below = 0;
+        double d = 1.0;
+        for (size_t i = 0; i < a.size(); i++) {
+            d = a[i] - middle - (i ? b[i - 1] * b[i - 1] / d : 0.0);
+            if (d == 0.0) d = 1e-300;
+            below += d < 0.0;
+        }
+        (below > index ? high : low) = middle;
+    }
+    return 0.5 * (low + high);
+}
+
+// How far eigenvalue x of that matrix may be from one of H: b[n-1] times the last component of its eigenvector.
+double tridiagonal_error(const std::vector<double>& a, const std::vector<double>& b, double x) {
+    double before = 0.0, here = 1.0, sum = 1.0;
+    for (size_t i = 0; i + 1 < a.size(); i++) {
+        const double next = ((x - a[i]) * here - (i ? b[i - 1] : 0.0) * before) / b[i];
+        before = here, here = next, sum += next * next;
+        if (sum > 1e200) before *= 1e-100, here *= 1e-100, sum *= 1e-200;
+    }
+    return b.back() * fabs(here) / sqrt(sum);
+}
+
+struct Probe {
+    Model& m;
+    std::string out;
+    int iterations;
+    std::vector<std::vector<int32_t>> batches;
+
+    std::vector<double> fetch(int count) {
+        std::vector<double> values(count);
+        CHECK(cudaGetLastError());
+        CHECK(cudaStreamSynchronize(m.gpu.stream));
+        CHECK(cudaMemcpy(values.data(), m.probe_sums, count * sizeof(double), cudaMemcpyDeviceToHost));
+        ticks++;
+        return values;
+    }
+    void combine(float* to, double s, const float* x, double t, const float* y) {
+        combine_kernel<<<chunks(m.table.size), 256, 0, m.gpu.stream>>>(to, float(s), x, float(t), y, m.table.size);
+        CHECK(cudaGetLastError());
+    }
+    double dot(const float* a, const float* b) {
+        const int n = chunks(m.table.size);
+        dot_kernel<<<n, 256, 0, m.gpu.stream>>>(m.probe_sums, a, b, m.table.size);
+        const std::vector<double> parts = fetch(n);
+        return std::accumulate(parts.begin(), parts.end(), 0.0);
+    }
+
+    void scale(std::string& rows, int64_t step, int layer, const char* name, const floatX* x, const floatX* minus,
+               size_t size) {
+        const int n = chunks(size);
+        scale_kernel<<<n, 256, 0, m.gpu.stream>>>(m.probe_sums, x, minus, size);
+        const std::vector<double> parts = fetch(2 * n);
+        rows += format("%lld,%d,%s,%.6g,%.6g\n", (long long)step, layer, name,
+                       sqrt(std::accumulate(parts.begin(), parts.begin() + n, 0.0) / double(size)),
+                       *std::max_element(parts.begin() + n, parts.end()));
+    }
+    // Rows of ACTIVATIONS_HEADER, of the first batch. Branches are what a half of the block adds to the residual
+    // stream; layer L is the stream behind the last block.
+    std::string activations(int64_t step) {
+        const Config& c = m.c;
+        const size_t N = m.N(), kv = size_t(c.NKV) * c.HS();
+        std::string rows;
+        set_batch(m, batches[0].data(), m.B, c.T, false);
+        forward(m, m.B, c.T, [&](int l) {
+            const LayerActivations& a = m.acts[l];
+            auto add = [&](const char* name, const floatX* x, size_t width, const floatX* minus = nullptr) {
+                scale(rows, step, l, name, x, minus, N * width);
+            };
+            add("residual", a.x, c.C);
+            add("q", a.q, c.C), add("k", a.k, kv), add("v", a.v, kv);
+            add("attention", a.att, c.C);
+            add("attention_branch", a.h, c.C, a.x);
+            add("w13", a.w13_raw, c.FF());
+            add("activation", a.act, c.F());
+            add("ffn_branch", l + 1 < c.L ? m.acts[l + 1].x : m.out, c.C, a.h);
+        });
+        scale(rows, step, c.L, "residual", m.out, nullptr, N * c.C);
+        return rows;
+    }
+
+    float loss() {
+        double sum = 0.0;
+        for (auto& b : batches) sum += evaluate(m, b.data(), m.B, m.c.T);
+        return float(sum / double(batches.size()));
+    }
+
+    struct Curvature {
+        double largest = 0.0, error = INFINITY;  // eigenvalue; how far it is at most from one of H
+        int iterations = 0;
+    };
+    Curvature curvature(int64_t step) {
+        const size_t P = m.table.size, bytes = P * sizeof(float);
+        float *const w = reinterpret_cast<float*>(m.params), *const g = static_cast<float*>(m.grads.p);
+        float *v = m.direction, *previous = m.previous;
+        CHECK(cudaMemcpyAsync(m.kept, w, bytes, cudaMemcpyDeviceToDevice, m.gpu.stream));
+        CHECK(cudaMemsetAsync(previous, 0, bytes, m.gpu.stream));
+        random_direction_kernel<<<chunks(P), 256, 0, m.gpu.stream>>>(v, P, 1);
+        combine(v, 1.0 / sqrt(dot(v, v)), v, 0.0, v);
+        Curvature found;
+        std::vector<double> a, b;
+        while (found.iterations < iterations) {
+            // the loss changes by 2e-6 at most: higher orders do not show then, rounding does not yet
+            const double most = std::max(fabs(found.largest), 30.0), e = 0.002 / sqrt(most);
+            for (int side : {1, -1}) {  // 2e H v to g: a half of the difference runs with negative weights
+                combine(w, 1.0, m.kept, side * e, v);
+                for (size_t i = 0; i < batches.size(); i++) {
+                    channel.progress("probing", step);
+                    forward_backward(m, batches[i].data(), m.B, m.c.T, float(side) / float(batches.size()),
+                                     side == 1 && i == 0);
+                }
+            }
+            a.push_back(dot(v, g) / (2 * e));
+            lanczos_kernel<<<chunks(P), 256, 0, m.gpu.stream>>>(previous, v, g, float(0.5 / e), float(a.back()),
+                                                                b.empty() ? 0.0f : float(b.back()), P);
+            b.push_back(sqrt(dot(previous, previous)));
+            found.iterations++;
+            if (!std::isfinite(a.back()) || !std::isfinite(b.back())) {
+                found.largest = NAN;
+                break;
+            }
+            found.largest = tridiagonal_eigenvalue(a, b, a.size() - 1);
+            found.error = tridiagonal_error(a, b, found.largest);
+            if (found.error <= 3e-3 * fabs(found.largest) && found.iterations > 2) break;
+            std::swap(v, previous);
+            combine(v, 1.0 / b.back(), v, 0.0, v);
+        }
+        CHECK(cudaMemcpyAsync(w, m.kept, bytes, cudaMemcpyDeviceToDevice, m.gpu.stream));
+        return found;
+    }
+
+    void open(int64_t step) const {
+        begin_rows(out + "/activations.csv", ACTIVATIONS_HEADER, step);
+        if (m.direction) begin_rows(out + "/curvature.csv", CURVATURE_HEADER, step);
+    }
+    void append(const char* name, const std::string& rows) const {
+        const std::string path = out + "/" + name;
+        FILE* f = fopen(path.c_str(), "a");
+        struct stat before;
+        const bool known = f && fstat(fileno(f), &before) == 0;
+        const bool written = f && fwrite(rows.data(), 1, rows.size(), f) == rows.size();
+        if ((f && fclose(f)) || !written) {
+            const int error = errno;
+            const bool whole = !f || (known && truncate(path.c_str(), before.st_size) == 0);  // no half of a row stays
+            warn(path + ": cannot be written: " + strerror(error) + "." +
+                 (whole ? "" : " It may end in half of a row.") + " Make room; training goes on.");
+        }
+    }
+    void run(int64_t step) {
+        append("activations.csv", activations(step));
+        if (!m.direction || iterations == 0) return;
+        const float l = loss();
+        const Curvature k = curvature(step);
+        append("curvature.csv",
+               format("%lld,%.9g,%.6g,%.3g,%d\n", (long long)step, l, k.largest, k.error, k.iterations));
+        printf("probe at step %lld: loss %.4f, largest eigenvalue of the Hessian %.4g +- %.2g (%d iterations)\n",
+               (long long)step, l, k.largest, k.error, k.iterations);
+    }
+};
