@@ -60,7 +60,7 @@ gpu: build/train_gpt_gpu_$(or $(PRECISION),bf16)  ## build ./train_gpt for the G
 run:  ## the quick start: prepare real text, train for about five minutes, draw the loss
 	@dev/ci/setup.sh run
 	@$(MAKE) --no-print-directory all
-	@PYTHON=$(PYTHON) dev/quickstart.sh $(TEXT)
+	@PYTHON=$(PYTHON) dev/recipes/quickstart.sh $(TEXT)
 
 test:  ## all tests that need no GPU
 	@dev/ci/setup.sh test
