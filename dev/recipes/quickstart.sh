@@ -1,6 +1,6 @@
 #!/bin/sh
 # The quick start, after `make`: data, about five minutes of training on 2 cores, a picture. `make run` calls it.
-#   dev/recipes/quickstart.sh [TEXT]    TEXT: a file or folder to train on instead of the sources of Python's standard library
+#   dev/recipes/quickstart.sh [TEXT]    TEXT: a file or folder to train on (the sources of Python's standard library)
 # Environment: PYTHON, STEPS (default 900). Everything lands in data/ and runs/, which git ignores.
 set -eu
 cd "$(dirname "$0")/../.."

@@ -4,7 +4,7 @@
 usage: dev/test/test_docs.py TRAIN_GPT
 
 Names, files and options that the texts put in backticks exist; commands in their code blocks take the options given;
-each diff of dev/tour.md applies to the tree as it is, one after another; each mutation of mutate.py too; each option
+each diff of dev/doc/tour.md applies to the tree as it is, one after another; each mutation of mutate.py too; each option
 has a test.
 """
 import functools
@@ -19,7 +19,7 @@ from mutate import MUTATIONS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRAINER = str(Path(sys.argv[1] if len(sys.argv) > 1 else "build/train_gpt_cpu_fp32").resolve())
-TEXTS = [p for p in ("README.md", "dev/tour.md", "dev/faults.md") if (ROOT / p).exists()]
+TEXTS = [p for p in ("README.md", "dev/doc/tour.md", "dev/doc/faults.md") if (ROOT / p).exists()]
 CODE = {".cu", ".cuh", ".h", ".cpp", ".c", ".py", ".sh", ".sed"}
 
 # Options of srun, sbatch, scancel and torchrun
@@ -184,7 +184,7 @@ class Docs(unittest.TestCase):
 
     def test_diffs_of_the_tour_apply(self):
         tree = dict(files())
-        diffs = blocks((ROOT / "dev/tour.md").read_text(), "diff")
+        diffs = blocks((ROOT / "dev/doc/tour.md").read_text(), "diff")
         self.assertEqual(len(diffs), 4)
         for i, diff in enumerate(diffs):
             with self.subTest(diff=i + 1):
@@ -223,7 +223,7 @@ class Docs(unittest.TestCase):
 
     def test_the_tour_calls_in_the_sources_order(self):
         """What a function calls once and the tour's tables name once stands in the same order in both."""
-        cells = re.findall(r"(?m)^\| \d+ \| (.*?) \|", (ROOT / "dev/tour.md").read_text())
+        cells = re.findall(r"(?m)^\| \d+ \| (.*?) \|", (ROOT / "dev/doc/tour.md").read_text())
         named = re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", " ".join(cells))))
         compared = 0
         for function in ("forward", "loss_forward", "launch_micro_batch", "block_forward", "block_backward", "update"):

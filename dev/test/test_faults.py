@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Tests of faults from outside: CUDA calls that fail, memory that runs out, files that are not what they should be, links
-in the place of checkpoints. dev/faults.md has the table; every test that it names must exist. Standard library only.
+in the place of checkpoints. dev/doc/faults.md has the table; every test that it names must exist. Standard library only.
 
 usage: test_faults.py TRAIN_GPT [--full] [--bf16] [--filter TEXT] [--jobs N]
 """
@@ -577,8 +577,8 @@ class FaultTests(Tests):
         expect("locked/run" in line and "Permission denied" in line, line)
 
     def table(self):
-        """dev/faults.md names tests that are there."""
-        with open(os.path.join(ROOT, "dev", "faults.md")) as f:
+        """dev/doc/faults.md names tests that are there."""
+        with open(os.path.join(ROOT, "dev", "doc", "faults.md")) as f:
             named = re.findall(r"`(\w+\.(?:py|cu|cpp))(?: ([^`]+))?`", f.read())
         expect(len(named) > 30, f"only {len(named)} tests are named")
         for file, test in named:
