@@ -58,19 +58,19 @@ gpu: build/train_gpt_gpu_$(or $(PRECISION),bf16)  ## build ./train_gpt for the G
 	ln -sf $< train_gpt
 
 run:  ## the quick start: prepare real text, train for about five minutes, draw the loss
-	@dev/setup.sh run
+	@dev/ci/setup.sh run
 	@$(MAKE) --no-print-directory all
-	@PYTHON=$(PYTHON) dev/quickstart.sh $(TEXT)
+	@PYTHON=$(PYTHON) dev/recipes/quickstart.sh $(TEXT)
 
 test:  ## all tests that need no GPU
-	@dev/setup.sh test
+	@dev/ci/setup.sh test
 	@$(PYTHON) dev/test/run.py
 
 lint:  ## clang-tidy, cppcheck, shellcheck and pyflakes over everything
-	@dev/lint.sh
+	@dev/ci/lint.sh
 
 gpu-check:  ## on a machine with a GPU: build, tests, compute-sanitizer, short runs, benches
-	@NVCC=$(NVCC) PYTHON=$(PYTHON) dev/gpu_check.sh
+	@NVCC=$(NVCC) PYTHON=$(PYTHON) dev/ci/gpu_check.sh
 
 DEVICE  := $(if $(HAVE_GPU),gpu_bf16,cpu_fp32)
 PART    ?= all

@@ -43,9 +43,10 @@ def fuzz(target, args, seconds):
     seeds = [os.path.join(SEEDS, target)]
     prefix = os.path.join(FINDINGS, target + "-")
     if target == "tokenizer":  # those of the tests are good beginnings, too
-        for name in sorted(os.listdir(os.path.join(ROOT, "dev", "test"))):
-            if name.startswith("tokenizer_") and name.endswith(".bin"):
-                shutil.copy(os.path.join(ROOT, "dev", "test", name), corpus)
+        fixtures = os.path.join(ROOT, "dev", "test", "tokenizer")
+        for name in sorted(os.listdir(fixtures)):
+            if name.endswith(".bin"):
+                shutil.copy(os.path.join(fixtures, name), corpus)
     limit = [f"-runs={args.runs}"] if args.runs else [f"-max_total_time={max(1, round(seconds))}"]
     try:
         env = {**os.environ, "FUZZ_TARGET": target, "OMP_NUM_THREADS": "1"}

@@ -1,6 +1,6 @@
 #!/bin/sh
 # 7B on C4, the paper's main comparison. Its losses after 20K, 40K and 60K steps: prenorm 4.115, 2.345, 2.311; preqknorm
-# 2.393, 2.320, 2.290; simplegpt 2.331, 2.243, 2.208; dev/plot.py --paper 7B draws over them. Numbers: the released
+# 2.393, 2.320, 2.290; simplegpt 2.331, 2.243, 2.208; dev/look/plot.py --paper 7B draws over them. Numbers: the released
 # code's configurations, which train all variants at one rate, though they call 1e-3 unstable for prenorm and recommend
 # 3e-4 with decay 0.1 there: LR=3e-4 DECAY=0.1.
 #   [STEPS=20000|40000|60000] [VARIANT=...] dev/recipes/7b.sh [--plan] [trainer's options]

@@ -787,8 +787,8 @@ def main():
         shutil.copytree(os.path.join(ROOT, "dev", "cpu"), os.path.join(work, "dev", "cpu"))
         shutil.copytree(os.path.join(ROOT, "dev", "test", "golden"), os.path.join(work, "dev", "test", "golden"))
         shutil.copytree(os.path.join(ROOT, "dev", "test", "curvature"), os.path.join(work, "dev", "test", "curvature"))
-        for name in ("frame.h", "properties.cu", "reference.h", "faulty_disk.c", "launch.py", "tokenizer_llama.bin",
-                     "tokenizer_rules.bin", *SCRIPTS.values()):
+        shutil.copytree(os.path.join(ROOT, "dev", "test", "tokenizer"), os.path.join(work, "dev", "test", "tokenizer"))
+        for name in ("frame.h", "properties.cu", "reference.h", "faulty_disk.c", "launch.py", *SCRIPTS.values()):
             shutil.copy(os.path.join(ROOT, "dev", "test", name), os.path.join(work, "dev", "test"))
         chosen = [m for m in MUTATIONS if not words or any(w in m[0] for w in words)]
         for build, test in sorted({m[4:] for m in chosen}):

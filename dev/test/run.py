@@ -54,7 +54,7 @@ JOBS = {
     "dataloader_tsan": (["build/test_dataloader_tsan"], ["build/test_dataloader_tsan"], [1]),
     "clean_run": (["build/train_gpt_asan_fp32"],
                   [sys.executable, "dev/test/clean_run.py", "build/train_gpt_asan_fp32", "--quick"], [1]),
-    "tokenizer": (["build/test_tokenizer"], ["build/test_tokenizer"], [1]),
+    "tokenizer": (["build/test_tokenizer"], ["build/test_tokenizer", "dev/test/tokenizer"], [1]),
     "bench": (["build/test_bench"], [sys.executable, "dev/test/test_bench.py", "build/test_bench"], [1]),
     "docs": (["build/train_gpt_cpu_fp32"], [sys.executable, "dev/test/test_docs.py", "build/train_gpt_cpu_fp32"], [1]),
     "plot": ([], [sys.executable, "dev/test/test_plot.py"], [1]),

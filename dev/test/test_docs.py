@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Tests that README.md, the texts in dev/ and --help say what the sources hold. Standard library only.
+"""Tests that README.md, dev/README.md, dev/doc and --help say what the sources hold. Standard library only.
 
 usage: dev/test/test_docs.py TRAIN_GPT
 
-Names, files and options that the texts put in backticks exist; commands in their code blocks take the options given;
-each diff of dev/tour.md applies to the tree as it is, one after another; each mutation of mutate.py too; each option
+Names, files and options that the texts put in backticks exist, and so does what they link; each page is linked from
+README.md, which is short; commands in their code blocks take the options given;
+each diff of dev/doc/tour.md applies to the tree as it is, one after another; each mutation of mutate.py too; each option
 has a test.
 """
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +21,9 @@ from mutate import MUTATIONS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRAINER = str(Path(sys.argv[1] if len(sys.argv) > 1 else "build/train_gpt_cpu_fp32").resolve())
-TEXTS = [p for p in ("README.md", "dev/tour.md", "dev/faults.md") if (ROOT / p).exists()]
+PAGES = sorted("dev/doc/" + p.name for p in (ROOT / "dev/doc").glob("*.md"))
+TEXTS = ["README.md", "dev/README.md", *PAGES]
+LONGEST = {"README.md": 250, "dev/README.md": 25}  # lines
 CODE = {".cu", ".cuh", ".h", ".cpp", ".c", ".py", ".sh", ".sed"}
 
 # Options of srun, sbatch, scancel and torchrun
@@ -109,6 +113,12 @@ def prose(text):
     return re.sub(r"(?ms)^```.*?^```", "", text)
 
 
+def links(path):
+    """paths below the root of what a text links and shows"""
+    found = re.findall(r"\]\(([^)#\s]+)", prose((ROOT / path).read_text()))
+    return [os.path.normpath(os.path.join(os.path.dirname(path), name)) for name in found if "://" not in name]
+
+
 def blocks(text, kind):
     return re.findall(rf"(?ms)^```{kind}\n(.*?)^```", text)
 
@@ -182,9 +192,28 @@ class Docs(unittest.TestCase):
                             self.assertIn(option, of)
         self.assertGreater(checked, 60)
 
+    def test_links_lead_somewhere(self):
+        self.assertGreater(len(links("README.md")), 10)
+        for path in TEXTS:
+            for name in links(path):
+                with self.subTest(path, link=name):
+                    self.assertTrue((ROOT / name).is_file(), "no such file")
+
+    def test_the_readme_links_every_page(self):
+        self.assertLessEqual(set(PAGES), set(links("README.md")))
+
+    def test_short_texts_are_short(self):
+        for path, most in LONGEST.items():
+            with self.subTest(path):
+                self.assertLessEqual(len((ROOT / path).read_text().splitlines()), most, "lines")
+
+    def test_the_map_of_dev_names_its_rooms(self):
+        rooms = re.findall(r"(?m)^\| `(\w+)/` \|", (ROOT / "dev/README.md").read_text())
+        self.assertEqual(sorted(rooms), sorted({p.split("/")[1] for p in files() if re.match("dev/.*/", p)}))
+
     def test_diffs_of_the_tour_apply(self):
         tree = dict(files())
-        diffs = blocks((ROOT / "dev/tour.md").read_text(), "diff")
+        diffs = blocks((ROOT / "dev/doc/tour.md").read_text(), "diff")
         self.assertEqual(len(diffs), 4)
         for i, diff in enumerate(diffs):
             with self.subTest(diff=i + 1):
@@ -223,7 +252,7 @@ class Docs(unittest.TestCase):
 
     def test_the_tour_calls_in_the_sources_order(self):
         """What a function calls once and the tour's tables name once stands in the same order in both."""
-        cells = re.findall(r"(?m)^\| \d+ \| (.*?) \|", (ROOT / "dev/tour.md").read_text())
+        cells = re.findall(r"(?m)^\| \d+ \| (.*?) \|", (ROOT / "dev/doc/tour.md").read_text())
         named = re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", " ".join(cells))))
         compared = 0
         for function in ("forward", "loss_forward", "launch_micro_batch", "block_forward", "block_backward", "update"):

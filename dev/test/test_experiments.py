@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tests of what stands around the trainer for experiments: dev/sweep.py, dev/plot_probe.py, dev/recipes.
+"""Tests of what stands around the trainer for experiments: dev/look/sweep.py, dev/look/plot_probe.py, dev/recipes.
 
 usage: test_experiments.py TRAIN_GPT
 """
@@ -64,7 +64,7 @@ class Sweep(Case):
         self.out = self.dir / "out"
 
     def command(self, *more, args=("--train-data", "x")):
-        return [sys.executable, ROOT / "dev/sweep.py", self.out, "--trainer", self.trainer, "--jobs", 2, "--lrs",
+        return [sys.executable, ROOT / "dev/look/sweep.py", self.out, "--trainer", self.trainer, "--jobs", 2, "--lrs",
                 "1e-3,3e-3,1e-2,1e-1", *more, *(["--", *args] if args else [])]
 
     def sweep(self, *more, status=0, args=("--train-data", "x"), **env):
@@ -131,7 +131,7 @@ class Sweep(Case):
         self.assertEqual(len(list(self.out.glob("*/*/done"))), 12)
 
     def test_refusals(self):
-        sweep = [sys.executable, ROOT / "dev/sweep.py", self.out]
+        sweep = [sys.executable, ROOT / "dev/look/sweep.py", self.out]
         self.refused(*sweep, "--report", words=["sweep.json", "no sweep"])
         self.refused(*sweep, words=["--train-data"])
         self.refused(*sweep, "--variants", "postnorm", "--", "--dim", 3, words=["postnorm"])
@@ -139,7 +139,7 @@ class Sweep(Case):
         self.refused(*sweep, "--trainer", self.dir / "none", "--", "--dim", 3, words=["none", "make"])
         self.refused(*sweep, "--jobs", "many", words=["--jobs", "--help"])
         (self.dir / "file").write_text("mine")
-        self.refused(sys.executable, ROOT / "dev/sweep.py", "file", "--trainer", self.trainer, "--", "--dim", 3,
+        self.refused(sys.executable, ROOT / "dev/look/sweep.py", "file", "--trainer", self.trainer, "--", "--dim", 3,
                      words=["sweep: file: File exists"])
         (self.dir / "file").chmod(0o755)
         self.refused(*sweep, "--trainer", self.dir / "file", "--lrs", 1, "--", "--dim", 3,
@@ -157,13 +157,13 @@ class Sweep(Case):
         self.assertEqual(len(self.started.read_text().splitlines()), 2)
         for name in ("lrfast_seed1", "lr0.001_seed1 (copy)", "lr1_seed1_seed2", "lr0.0010_seed1"):
             shutil.copytree(self.out / "prenorm/lr0.001_seed1", self.out / "prenorm" / name)
-        self.run_tool(sys.executable, ROOT / "dev/sweep.py", self.out, "--report")
+        self.run_tool(sys.executable, ROOT / "dev/look/sweep.py", self.out, "--report")
         self.assertEqual(len((self.out / "sweep.csv").read_text().splitlines()), 2)
 
     def test_real_trainer(self):
         self.run_tool(sys.executable, ROOT / "dev/data/prepare.py", ROOT / "tokenizer.h", "--out", self.dir / "data",
                       "--prefix", "text")
-        self.run_tool(sys.executable, ROOT / "dev/sweep.py", self.out, "--trainer", TRAINER, "--lrs", "1e-3,1e-2",
+        self.run_tool(sys.executable, ROOT / "dev/look/sweep.py", self.out, "--trainer", TRAINER, "--lrs", "1e-3,1e-2",
                       "--seeds", 1, "--variants", "simplegpt,prenorm", "--", "--dim", 32, "--layers", 2, "--heads", 2,
                       "--tokenizer", "bytes", "--train-data", self.dir / "data/text_train_*.bin", "--seq-len", 32,
                       "--batch-size", 2, "--steps", 20, "--val-every", 0)
@@ -189,7 +189,7 @@ class ProbePicture(Case):
 
     def test_picture(self):
         a, b = self.probed("simplegpt"), self.probed("prenorm")
-        tool = ROOT / "dev/plot_probe.py"
+        tool = ROOT / "dev/look/plot_probe.py"
         self.run_tool(sys.executable, tool, a, f"B={b}", "--out", "probe.png")
         self.assertGreater((self.dir / "probe.png").stat().st_size, 10000)
         with open(b / "curvature.csv", "w") as f:  # of a run that came apart

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Tests of faults from outside: CUDA calls that fail, memory that runs out, files that are not what they should be, links
-in the place of checkpoints. dev/faults.md has the table; every test that it names must exist. Standard library only.
+in the place of checkpoints. dev/doc/faults.md has the table; every test that it names must exist. Standard library only.
 
 usage: test_faults.py TRAIN_GPT [--full] [--bf16] [--filter TEXT] [--jobs N]
 """
@@ -23,10 +23,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 CALL = re.compile(r"(train_gpt\.cu|simplenorm\.cuh):\d+: (cuda|cublas|nccl)\w*.*: ")
 # Python tools: program, the input that is of another kind, arguments ({}: their folder)
 TOOLS = [
-    ("plot.py", "log.csv", "{}", "--out", "{}/loss.png"),
-    ("plot_probe.py", "activations.csv", "{}", "--out", "{}/probe.png"),
-    ("export_log.py", "log.csv", "{}", "--tensorboard", "{}/tb"),
-    ("sweep.py", "sweep.json", "{}", "--report"),
+    ("look/plot.py", "log.csv", "{}", "--out", "{}/loss.png"),
+    ("look/plot_probe.py", "activations.csv", "{}", "--out", "{}/probe.png"),
+    ("look/export_log.py", "log.csv", "{}", "--tensorboard", "{}/tb"),
+    ("look/sweep.py", "sweep.json", "{}", "--report"),
     ("hf/export.py", "weights.st", "{}/weights.st", "{}/hf"),
     ("hf/import.py", "config.json", "{}", "{}/out.st"),
     ("hf/import.py", "model.safetensors.index.json", "{}", "{}/out.st"),
@@ -577,8 +577,8 @@ class FaultTests(Tests):
         expect("locked/run" in line and "Permission denied" in line, line)
 
     def table(self):
-        """dev/faults.md names tests that are there."""
-        with open(os.path.join(ROOT, "dev", "faults.md")) as f:
+        """dev/doc/faults.md names tests that are there."""
+        with open(os.path.join(ROOT, "dev", "doc", "faults.md")) as f:
             named = re.findall(r"`(\w+\.(?:py|cu|cpp))(?: ([^`]+))?`", f.read())
         expect(len(named) > 30, f"only {len(named)} tests are named")
         for file, test in named:
@@ -615,9 +615,9 @@ class FaultTests(Tests):
                      self.other_data, self.full_table, self.prompt_file, self.reader_gone, self.out_without_rights,
                      self.not_readable, self.other_step, self.two_lines, self.own_table, self.threads, self.table):
             self.test(body.__name__, body)
-        for program, module in (("plot.py", "matplotlib"), ("plot_probe.py", "matplotlib"), ("hf/export.py", "numpy"),
-                                ("hf/import.py", "numpy"), ("data/prepare.py", "numpy"), ("data/hellaswag.py", "numpy"),
-                                ("data/convert_tokenizer.py", None)):
+        for program, module in (("look/plot.py", "matplotlib"), ("look/plot_probe.py", "matplotlib"),
+                                ("hf/export.py", "numpy"), ("hf/import.py", "numpy"), ("data/prepare.py", "numpy"),
+                                ("data/hellaswag.py", "numpy"), ("data/convert_tokenizer.py", None)):
             self.test(f"interrupted {program}", self.interrupted, program, module)
         for value in (math.nan, math.inf):
             self.test(f"weights_not_finite {value}", self.weights_not_finite, value)

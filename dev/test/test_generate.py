@@ -18,6 +18,7 @@ import test_cli
 from test_cli import HERE, expect, read_log, write_shard
 
 TEXT = "Ein süßer Käse, 20 € das Stück — „gut“, sagt das 😀. The quick brown fox jumps over the lazy dog.\n"
+TOKENIZERS = os.path.join(HERE, "tokenizer")
 QUESTIONS_MAGIC = 20261125
 
 
@@ -153,7 +154,7 @@ class Tests(test_cli.Tests):
     def tokenizer(self):
         """A checkpoint names its tokenizer's file and knows its contents."""
         mine, moved = self.path("tok.bin"), self.path("moved.bin")
-        shutil.copy(os.path.join(HERE, "tokenizer_llama.bin"), mine)
+        shutil.copy(os.path.join(TOKENIZERS, "tokenizer_llama.bin"), mine)
         run = self.train("bpe", tokenizer=mine)
         ask = ["generate", "--checkpoint", run, "--prompt", "the king", "--max-tokens", 12]
         text = self.outputs(*ask)[0]
@@ -163,7 +164,7 @@ class Tests(test_cli.Tests):
         expect(self.outputs(*ask, "--tokenizer", moved)[0] == text, "the moved tokenizer writes differently")
         report, err = self.eval("--checkpoint", run, "--val-data", run + ".bin")
         expect("bits_per_byte" not in report and "loss" in report and err.count("warning") == 1, f"without one: {err}")
-        shutil.copy(os.path.join(HERE, "tokenizer_rules.bin"), mine)
+        shutil.copy(os.path.join(TOKENIZERS, "tokenizer_rules.bin"), mine)
         self.bad(ask, mine, "not the tokenizer")
         out, err = self.outputs(*ask, "--tokenizer", mine)  # who gives it has the say
         expect(out and err.count("warning") == 1, f"no warning: {err}")
@@ -253,7 +254,7 @@ class Tests(test_cli.Tests):
             ("two weights", [*generate, "--init-from", run + ".st"], ["--init-from"]),
             ("no such folder", ["generate", "--checkpoint", self.path("no")], [self.path("no")]),
             ("no tokenizer", ["generate", "--init-from", run + ".st", *self.shape, "--vocab-size", 258], ["--tokenizer"]),
-            ("tokenizer too large", [*generate, "--tokenizer", os.path.join(HERE, "tokenizer_llama.bin")], ["258"]),
+            ("tokenizer too large", [*generate, "--tokenizer", os.path.join(TOKENIZERS, "tokenizer_llama.bin")], ["258"]),
             ("a shape beside a checkpoint", [*generate, "--dim", 64], ["--dim"]),
             ("training's option", [*generate, "--lr", 1], ["--lr", "generate"]),
             ("generate's option", ["--top-k=3"], ["--top-k", "training"]),

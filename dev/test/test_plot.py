@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Tests of dev/runlog.py, plot.py, export_log.py and watch.py. Needs numpy and matplotlib; what needs tensorboard or
-wandb is skipped without them."""
+"""Tests of dev/look: runlog.py, plot.py, export_log.py and watch.py. Needs numpy and matplotlib; what needs tensorboard
+or wandb is skipped without them."""
 import contextlib
 import io
 import json
@@ -21,8 +21,8 @@ from unittest import mock
 from lines import run_all
 
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-DEV = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(DEV))
+LOOK = Path(__file__).resolve().parent.parent / "look"
+sys.path.insert(0, str(LOOK))
 import export_log  # noqa: E402
 import plot  # noqa: E402
 import runlog  # noqa: E402
@@ -315,7 +315,7 @@ class PlotTest(Case):
     def test_command(self):
         folder = self.run_folder("a", rows(50))
         out = self.dir / "picture.png"
-        command = [sys.executable, DEV / "plot.py", folder, "--out", out, "--baseline", "bigram model=2.4369"]
+        command = [sys.executable, LOOK / "plot.py", folder, "--out", out, "--baseline", "bigram model=2.4369"]
         done = subprocess.run(command, capture_output=True, text=True)
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, f"{out}\n", ""))
         self.assertEqual(out.read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
@@ -352,7 +352,7 @@ class PlotTest(Case):
 
 class WatchTest(Case):
     def once(self, *arguments, columns=90):
-        done = subprocess.run([sys.executable, DEV / "watch.py", "--once", *arguments], capture_output=True, text=True,
+        done = subprocess.run([sys.executable, LOOK / "watch.py", "--once", *arguments], capture_output=True, text=True,
                               env={**os.environ, "COLUMNS": str(columns), "PYTHONIOENCODING": "utf-8"})
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         return done.stdout.splitlines()
@@ -378,7 +378,7 @@ class WatchTest(Case):
         read, gone = os.pipe()
         os.close(read)
         env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-        ask = [sys.executable, DEV / "watch.py", "--once", folder]
+        ask = [sys.executable, LOOK / "watch.py", "--once", folder]
         for out, close, words in ((os.open("/dev/full", os.O_WRONLY), (), "No space left"), (gone, (), "Broken pipe"),
                                   (os.open("/dev/null", os.O_WRONLY), (1,), "")):
             done = subprocess.run(ask, stdout=out, stderr=subprocess.PIPE, text=True, env=env,
@@ -430,7 +430,7 @@ class WatchTest(Case):
     def test_terminal(self):
         folder = self.run_folder("a", rows(50))
         main, side = pty.openpty()
-        command = [sys.executable, DEV / "watch.py", folder, "--every", "60"]
+        command = [sys.executable, LOOK / "watch.py", folder, "--every", "60"]
         process = subprocess.Popen(command, stdin=side, stdout=side, stderr=side)
         os.close(side)
         self.addCleanup(os.close, main)
@@ -510,7 +510,7 @@ class ExportTest(Case):
             self.skipTest("needs wandb")
         folder = self.run_folder("a", rows(60), {"dim": "64"}, steps=(60,))
         # by a process, at whose end wandb's own one has written everything
-        done = subprocess.run([sys.executable, DEV / "export_log.py", f"name={folder}", "--wandb", self.dir / "wb",
+        done = subprocess.run([sys.executable, LOOK / "export_log.py", f"name={folder}", "--wandb", self.dir / "wb",
                                "--project", "paper"],
                               capture_output=True, text=True)
         self.assertEqual(done.returncode, 0, done.stderr)

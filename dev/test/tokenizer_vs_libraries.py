@@ -4,7 +4,7 @@
     pip install sentencepiece tiktoken tokenizers
     g++ -std=c++17 -O2 -o test_tokenizer dev/test/test_tokenizer.cpp
     tokenizer_vs_libraries.py ./test_tokenizer TEXT ... [--tokenizer FILE ...]
-    tokenizer_vs_libraries.py ./test_tokenizer TEXT --fixtures dev/test     (makes tokenizer_*.bin, .expected anew)
+    tokenizer_vs_libraries.py ./test_tokenizer TEXT --fixtures dev/test/tokenizer       (makes the fixtures anew)
     tokenizer_vs_libraries.py --classes                                     (prints convert_tokenizer.py's CLASSES)
 
 TEXT: text files, or directories of them. FILE: a tokenizer that convert_tokenizer.py converts. Without any, small ones

@@ -24,7 +24,7 @@ try:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 except ImportError as e:
-    sys.exit(f"plot.py: {sys.executable}: {e}. Run dev/setup.sh run, or use another Python.")
+    sys.exit(f"plot.py: {sys.executable}: {e}. Run dev/ci/setup.sh run, or use another Python.")
 
 PANELS = {"loss": "loss (nats a token)", "val_loss": "validation loss (nats a token)", "lr": "learning rate",
           "grad_norm": "gradient norm before clipping", "tokens_per_s": "tokens/s"}

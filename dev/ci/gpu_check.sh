@@ -1,12 +1,12 @@
 #!/bin/sh
 # Everything that needs a GPU, in one go; `make gpu-check` calls it.
-#   dev/gpu_check.sh [STAGE ...]     build tests sanitize train ranks bench; each takes under nine minutes, but bench
+#   dev/ci/gpu_check.sh [STAGE ...]     build tests sanitize train ranks bench; each takes under nine minutes, but bench
 # stands for: kernels steps-162M steps-1B steps-7B steps-llama3-8B report, each under nine minutes.
 # Environment: NVCC, PYTHON, RESULTS (default dev/bench/results: where reports land, with date and device in them),
 # MINUTES (8.5: of each steps-MODEL).
 # Exit status 1 if a stage failed; the others run all the same.
 set -u
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 NVCC=${NVCC:-nvcc} PYTHON=${PYTHON:-python3} RESULTS=${RESULTS:-dev/bench/results}
 stages=$(echo " ${*:-build tests sanitize train ranks bench} " |
     sed 's/ bench / kernels steps-162M steps-1B steps-7B steps-llama3-8B report /')
@@ -101,7 +101,7 @@ for stage in $stages; do
         "$PYTHON" dev/bench/report.py --map --results "$RESULTS" > "$RESULTS/costs.md" || failed=1
         ;;
     *)
-        echo "gpu_check: '$stage' is no stage. The head of dev/gpu_check.sh lists them." >&2
+        echo "gpu_check: '$stage' is no stage. The head of dev/ci/gpu_check.sh lists them." >&2
         exit 1
         ;;
     esac

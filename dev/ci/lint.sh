@@ -1,9 +1,9 @@
 #!/bin/sh
 # Static analysis: clang-tidy and cppcheck over all C++, shellcheck and pyflakes over the rest. `make lint` calls it.
-#   dev/lint.sh [tidy] [cppcheck] [shell] [python]      all of them
+#   dev/ci/lint.sh [tidy] [cppcheck] [shell] [python]      all of them
 # Silent but for what it looks at; exit status 1 if anything was found or a tool is missing.
 set -u
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 mkdir -p build/log
 failed=0
 
@@ -64,7 +64,7 @@ for part in ${*:-tidy cppcheck shell python}; do
         tool cppcheck cppcheck || continue
         for flags in "" "-DEXACT_GEOMETRY -DPRECISION_BF16"; do
             check "cppcheck $flags" cppcheck -q --std=c++17 --language=c++ --enable=warning,performance,portability \
-                --suppressions-list=dev/cppcheck.txt --error-exitcode=1 -Idev/cpu/include -I. $flags \
+                --suppressions-list=dev/ci/cppcheck.txt --error-exitcode=1 -Idev/cpu/include -I. $flags \
                 build/src/train_gpt.cu dev/test/test_dataloader.cpp dev/test/test_tokenizer.cpp
         done
         ;;

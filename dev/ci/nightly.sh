@@ -2,13 +2,13 @@
 # The tests that are too long for `make test`: properties at random shapes for hours, fuzzing, kills, every fault.
 # One line a check below: its name and its command. Each prints its own result; one that fails does not stop the rest.
 #
-# usage: dev/nightly.sh [--list] [--only TEXT] [--hours H] [--seed S]
+# usage: dev/ci/nightly.sh [--list] [--only TEXT] [--hours H] [--seed S]
 #   --list       the checks and their commands, and no more
 #   --only TEXT  those whose line holds TEXT
 #   --hours H    how long all that is random may take together (2)
 #   --seed S     of the random shapes (the date: another each night)
 # Logs: build/nightly/NAME.txt. Exit status 1 if any failed.
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 
 list=0 only='' hours=2 seed=$(date +%Y%m%d)
 while [ $# -gt 0 ]; do
@@ -50,7 +50,7 @@ clean_asan         | build/train_gpt_asan_fp32     | $python dev/test/clean_run.
 clean_asan16       | build/train_gpt_asan_bf16     | $python dev/test/clean_run.py build/train_gpt_asan_bf16 --bf16
 clean_tsan         | build/train_gpt_tsan_fp32     | $python dev/test/clean_run.py build/train_gpt_tsan_fp32 --alone
 clean_valgrind     | build/train_gpt_valgrind_fp32 | $python dev/test/clean_run.py build/train_gpt_valgrind_fp32 --alone --valgrind
-lint               |                                | dev/lint.sh
+lint               |                                | dev/ci/lint.sh
 leak               | $trainer | $python dev/test/clean_run.py $trainer --leak 10000
 leak_2_ranks       | $trainer | $python dev/test/clean_run.py $trainer --leak 3000 --ranks 2
 mutations          |                                | $python dev/test/mutate.py

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Learning rates x variants x seeds: the paper's claim, tried at the size that one has the hardware for.
 
-    dev/sweep.py OUT --lrs 1e-3,3e-3,1e-2 --seeds 1,2,3 --jobs 2 -- --model 22M --train-data 'data/*_train_*.bin' ...
+    dev/look/sweep.py OUT --lrs 1e-3,3e-3,1e-2 --seeds 1,2,3 -- --model 22M --train-data 'data/*_train_*.bin' ...
 
 What follows `--` goes to the trainer, whatever its options; the sweep adds --variant, --lr, --seed, --out and --resume.
 Each run has its folder OUT/VARIANT/lrRATE_seedN. The first seed runs at every rate; the others then at each variant's
@@ -94,7 +94,7 @@ def parse_options():
                    help="nats above a variant's best that still count as stable (0.1)")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time on CPUs, which share the cores (1)")
     p.add_argument("--gpus", type=listed(int), help="numbers of the GPUs, one run each at a time, in place of --jobs")
-    p.add_argument("--trainer", default=str(Path(__file__).resolve().parent.parent / "train_gpt"), help="(./train_gpt)")
+    p.add_argument("--trainer", default=str(Path(__file__).resolve().parents[2] / "train_gpt"), help="(./train_gpt)")
     p.add_argument("--report", action="store_true", help="only the table and the picture of what is there")
     own, rest = sys.argv[1:], []
     if "--" in own:

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs what `make run` or `make test` needs and this machine lacks; says nothing if all is there.
-# usage: dev/setup.sh run|test
+# usage: dev/ci/setup.sh run|test
 # On Debian and Ubuntu by apt-get, if root; elsewhere names what is missing and exits with 1.
 set -u
 
