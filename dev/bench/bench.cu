@@ -8,8 +8,7 @@
 // longer; its share is bound over time. Bytes: every tensor read or written once, as in --plan (row statistics left
 // out). FLOPs: of attention the causal half. Times are medians of runs whose data is in no cache: before each run a
 // copy larger than the caches passes through them, under which also the launch's own cost is hidden.
-#define TESTING  // no main of the trainer's
-#include "../../train_gpt.cu"
+#include "../use/plan.h"
 
 #include <omp.h>
 
@@ -21,14 +20,16 @@
 __global__ void copy_kernel(uint4* to, const uint4* from, size_t count) {
     constexpr int SPAN = 1024;  // a block's share: 16 KiB
     const size_t begin = size_t(blockIdx.x) * SPAN, end = min(begin + SPAN, count);
-    #pragma unroll 4
+#pragma unroll 4
     for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) to[i] = from[i];
 }
 
-void copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
+Gpu gpu;  // of the measurements
+
+void copy(void* to, const void* from, size_t bytes) {
     const size_t count = bytes / sizeof(uint4);
-    copy_kernel<<<int((count + 1023) / 1024), 256, 0, stream>>>(static_cast<uint4*>(to),
-                                                                static_cast<const uint4*>(from), count);
+    copy_kernel<<<int((count + 1023) / 1024), 256, 0, gpu.stream>>>(static_cast<uint4*>(to),
+                                                                    static_cast<const uint4*>(from), count);
     CHECK(cudaGetLastError());
 }
 
@@ -85,7 +86,7 @@ struct Tensors {
     }
 };
 
-typedef std::function<void(cudaStream_t)> Launch;
+typedef std::function<void()> Launch;
 
 struct Time {
     double ms = 0, spread = 0;  // median; distance of the quartiles over it
@@ -93,7 +94,6 @@ struct Time {
 
 struct Clock {
     bool quick = false;
-    cudaStream_t stream = nullptr;
     cudaEvent_t begin = nullptr, end = nullptr;
     char* other = nullptr;  // what the caches are filled with
     size_t bytes = 0;       // half of it
@@ -101,7 +101,7 @@ struct Clock {
     void open(bool is_quick) {
         quick = is_quick;
         bytes = quick ? size_t(1) << 20 : SERIAL ? size_t(256) << 20 : size_t(128) << 20;
-        CHECK(cudaStreamCreate(&stream));
+        CHECK(cudaStreamCreate(&gpu.stream));
         CHECK(cudaEventCreate(&begin));
         CHECK(cudaEventCreate(&end));
         CHECK(cudaMalloc(&other, 2 * bytes));
@@ -111,21 +111,21 @@ struct Clock {
         CHECK(cudaFree(other));
         CHECK(cudaEventDestroy(begin));
         CHECK(cudaEventDestroy(end));
-        CHECK(cudaStreamDestroy(stream));
+        CHECK(cudaStreamDestroy(gpu.stream));
     }
 
     // The first run, not counted, loads the kernel and lets a matmul choose its algorithm.
     Time operator()(const Launch& launch) {
-        launch(stream);
-        CHECK(cudaStreamSynchronize(stream));
+        launch();
+        CHECK(cudaStreamSynchronize(gpu.stream));
         std::vector<float> ms;
         const double start = now();
         const size_t least = quick ? 3 : 5, most = quick ? 3 : 100;
         while (ms.size() < least || (ms.size() < most && now() - start < 0.5)) {
-            copy(other, other + bytes, bytes, stream);
-            CHECK(cudaEventRecord(begin, stream));
-            launch(stream);
-            CHECK(cudaEventRecord(end, stream));
+            copy(other, other + bytes, bytes);
+            CHECK(cudaEventRecord(begin, gpu.stream));
+            launch();
+            CHECK(cudaEventRecord(end, gpu.stream));
             CHECK(cudaEventSynchronize(end));
             ms.emplace_back();
             CHECK(cudaEventElapsedTime(&ms.back(), begin, end));
@@ -181,16 +181,16 @@ Ceilings measure_ceilings(Clock& clock, const Config& c, int N, int logit_rows) 
         auto add = [&](const char* what, const Launch& launch) {
             found.copies.push_back({what, clock(launch), 2.0 * bytes});
         };
-        add("a kernel", [=](cudaStream_t s) { copy(to, from, bytes, s); });
+        add("a kernel", [=] { copy(to, from, bytes); });
         // a CPU's cache reads a line before it is written, which is free only if the line was to be read anyway
-        add("a kernel, in place", [=](cudaStream_t s) { copy(from, from, bytes, s); });
-        add("cudaMemcpyAsync", [=](cudaStream_t s) {  // on a CPU each core copies its part
+        add("a kernel, in place", [=] { copy(from, from, bytes); });
+        add("cudaMemcpyAsync", [=] {  // on a CPU each core copies its part
             const int parts = SERIAL ? omp_get_max_threads() : 1;
             const size_t part = bytes / parts / 64 * 64;
-            #pragma omp parallel for num_threads(parts)
+#pragma omp parallel for num_threads(parts)
             for (int i = 0; i < parts; i++)
                 CHECK(cudaMemcpyAsync(to + i * part, from + i * part, i + 1 < parts ? part : bytes - i * part,
-                                      cudaMemcpyDeviceToDevice, s));
+                                      cudaMemcpyDeviceToDevice, gpu.stream));
         });
     }
     const int side = clock.quick ? 128 : SERIAL ? 2048 : 8192;
@@ -199,7 +199,7 @@ Ceilings measure_ceilings(Clock& clock, const Config& c, int N, int logit_rows) 
     for (const Linear& l : all) {
         Tensors t;
         floatX *out = t.x(size_t(l.N) * l.M), *inp = t.x(size_t(l.N) * l.K), *w = t.x(size_t(l.M) * l.K, 0.02f);
-        const Time time = clock([=](cudaStream_t s) { linear_forward(out, inp, w, l.N, l.K, l.M, s); });
+        const Time time = clock([=] { linear_forward(out, inp, w, l.N, l.K, l.M, gpu); });
         found.matmuls.push_back(
             {format("%s %d x %d x %d", l.name, l.N, l.K, l.M), time, 2.0 * l.N * double(l.K) * l.M});
     }
@@ -236,25 +236,24 @@ std::vector<Case> norm_cases(const Config& c, int B) {
     add("norm_residual_forward", rows, forward, 2 * L, X * 3 * C, [=](Tensors& t) -> Launch {
         floatX *out = t.x(NC), *x = t.x(NC), *res = t.x(NC), *gain = t.gain(C);
         float2* stats = t.stats(N);
-        return [=](cudaStream_t s) { norm_residual_forward(out, stats, x, res, gain, N, C, norm, s); };
+        return [=] { norm_residual_forward(out, stats, x, res, gain, N, C, norm, gpu); };
     });
     add("norm_residual_forward, norm only", rows, forward, 1, X * 2 * C, [=](Tensors& t) -> Launch {
         floatX *out = t.x(NC), *x = t.x(NC), *gain = t.gain(C);
         float2* stats = t.stats(N);
-        return [=](cudaStream_t s) { norm_residual_forward(out, stats, x, nullptr, gain, N, C, norm, s); };
+        return [=] { norm_residual_forward(out, stats, x, nullptr, gain, N, C, norm, gpu); };
     });
     add("norm_residual_forward, residual only", rows, "", 0, X * 3 * C, [=](Tensors& t) -> Launch {
         floatX *out = t.x(NC), *x = t.x(NC), *res = t.x(NC);
-        return [=](cudaStream_t s) { norm_residual_forward(out, nullptr, x, res, nullptr, N, C, norm, s); };
+        return [=] { norm_residual_forward(out, nullptr, x, res, nullptr, N, C, norm, gpu); };
     });
     auto norm_back = [=](bool residual) {
         return [=](Tensors& t) -> Launch {
             floatX *dx = t.x(NC), *dy = t.x(NC), *x = t.x(NC), *sum_to = residual ? t.x(NC) : nullptr,
                    *gain = t.gain(C);
             float2* stats = t.stats(N);
-            float *dgain = t.floats(C), *partial = t.floats(size_t(row_blocks(N, C)) * C);
-            return
-                [=](cudaStream_t s) { norm_backward(dx, dgain, partial, sum_to, dy, x, gain, stats, N, C, norm, s); };
+            float *dgain = t.floats(C), *partial = t.floats(size_t(row_blocks(N, C, gpu)) * C);
+            return [=] { norm_backward(dx, dgain, partial, sum_to, dy, x, gain, stats, N, C, norm, gpu); };
         };
     };
     add("norm_backward", rows, backward, 2 * L + 1, X * 3 * C, norm_back(false));
@@ -271,7 +270,7 @@ std::vector<Case> norm_cases(const Config& c, int B) {
             floatX *q = t.x(NC), *k = t.x(kv), *v = t.x(kv), *raw = t.x(size_t(N) * QKV);
             float2 *stats = t.stats(3 * size_t(N)), *rope = rope_of(t);
             const QkvGains gains = qkv_gains(t, normed);
-            return [=](cudaStream_t s) { qkv_norm_rope_forward(q, k, v, stats, raw, gains, rope, h, norm, s); };
+            return [=] { qkv_norm_rope_forward(q, k, v, stats, raw, gains, rope, h, norm, gpu); };
         };
     };
     auto qkv_backward = [=](bool normed) {
@@ -280,10 +279,10 @@ std::vector<Case> norm_cases(const Config& c, int B) {
                    *raw = t.x(size_t(N) * QKV);
             float2 *stats = t.stats(3 * size_t(N)), *rope = rope_of(t);
             const QkvGains gains = qkv_gains(t, normed);
-            float *partial = t.floats(size_t(row_blocks(N, C)) * QKV), *sums = t.floats(QKV);
+            float *partial = t.floats(size_t(row_blocks(N, C, gpu)) * QKV), *sums = t.floats(QKV);
             const Flat dgain = normed ? Flat(sums) : Flat();
-            return [=](cudaStream_t s) {
-                qkv_norm_rope_backward(draw, dgain, partial, dq, dk, dv, raw, gains, stats, rope, h, norm, s);
+            return [=] {
+                qkv_norm_rope_backward(draw, dgain, partial, dq, dk, dv, raw, gains, stats, rope, h, norm, gpu);
             };
         };
     };
@@ -296,7 +295,7 @@ std::vector<Case> norm_cases(const Config& c, int B) {
         return [=](Tensors& t) -> Launch {
             floatX *out = t.x(size_t(N) * F), *raw = t.x(size_t(N) * FF), *gain = normed ? t.gain(FF) : nullptr;
             float2* stats = t.stats(2 * size_t(N));
-            return [=](cudaStream_t s) { ffn_norm_act_forward(out, stats, raw, gain, N, F, gated, norm, s); };
+            return [=] { ffn_norm_act_forward(out, stats, raw, gain, N, F, gated, norm, gpu); };
         };
     };
     auto ffn_backward = [=](bool normed) {
@@ -304,10 +303,8 @@ std::vector<Case> norm_cases(const Config& c, int B) {
             floatX *draw = t.x(size_t(N) * FF), *dout = t.x(size_t(N) * F), *raw = t.x(size_t(N) * FF),
                    *gain = normed ? t.gain(FF) : nullptr;
             float2* stats = t.stats(2 * size_t(N));
-            float *dgain = t.floats(FF), *partial = t.floats(size_t(row_blocks(N, F)) * FF);
-            return [=](cudaStream_t s) {
-                ffn_norm_act_backward(draw, dgain, partial, dout, raw, gain, stats, N, F, gated, norm, s);
-            };
+            float *dgain = t.floats(FF), *partial = t.floats(size_t(row_blocks(N, F, gpu)) * FF);
+            return [=] { ffn_norm_act_backward(draw, dgain, partial, dout, raw, gain, stats, N, F, gated, norm, gpu); };
         };
     };
     add("ffn_norm_act_forward", ffn, forward, L, X * (FF + F), ffn_forward(true));
@@ -315,16 +312,10 @@ std::vector<Case> norm_cases(const Config& c, int B) {
     add("ffn_norm_act_backward", ffn, backward, L, X * (2 * FF + F), ffn_backward(true));
     add("ffn_norm_act_backward, no norm", ffn, "", 0, X * (2 * FF + F), ffn_backward(false));
 
-    const int blocks = row_blocks(N, F);  // part of each backward above
+    const int blocks = row_blocks(N, F, gpu);  // part of each backward above
     add("gain_grad", format("%d x %d", blocks, FF), "", 0, 4.0 * FF * (blocks + 2), [=](Tensors& t) -> Launch {
         float *dgain = t.floats(FF), *partial = t.floats(size_t(blocks) * FF);
-        return [=](cudaStream_t s) { gain_grad(dgain, partial, blocks, FF, FF, s); };
-    });
-    const int tiles = ceil_div(C, SUMS_COLS);
-    add("row_stats_from_partials", rows, "", 0, 4.0 * N * (tiles + 2), [=](Tensors& t) -> Launch {
-        float2* stats = t.stats(N);
-        float* sums = t.squares(size_t(tiles) * N);
-        return [=](cudaStream_t s) { row_stats_from_partials(stats, sums, N, {C}, norm.eps, s); };
+        return [=] { gain_grad(dgain, partial, blocks, FF, FF, gpu); };
     });
     return all;
 }
@@ -343,7 +334,7 @@ std::vector<Case> embedding_and_loss_cases(const Config& c, int B, int logit_row
                        floatX *x = t.x(size_t(N) * C), *tok = t.x(size_t(Vp) * C),
                               *pos = gated ? nullptr : t.x(size_t(T) * C);
                        int* at = t.ints(tokens);
-                       return [=](cudaStream_t s) { embedding_forward(x, at, tok, pos, N, T, C, s); };
+                       return [=] { embedding_forward(x, at, tok, pos, N, T, C, gpu); };
                    }});
     all.push_back({"embedding_backward", format("N %d, C %d", N, C), "embedding, backward", 1, 0,
                    sizeof(floatX) * double(N) * C * (gated ? 1 : 2) + 8.0 * (double(unique) * C + positions),
@@ -351,9 +342,9 @@ std::vector<Case> embedding_and_loss_cases(const Config& c, int B, int logit_row
                        float *dtok = t.floats(size_t(Vp) * C), *dpos = gated ? nullptr : t.floats(size_t(T) * C);
                        floatX* dx = t.x(size_t(N) * C);
                        int *at = t.ints(tokens), *places = t.ints(p.places), *begin = t.ints(p.begin);
-                       return [=](cudaStream_t s) {
+                       return [=] {
                            embedding_backward(dtok, gated ? Flat() : Flat(dpos), dx, at, places, begin, unique, B, T, C,
-                                              s);
+                                              gpu);
                        };
                    }});
     all.push_back({"cross_entropy", format("rows %d, V %d", logit_rows, V), "head and loss", double(N) / logit_rows, 0,
@@ -361,9 +352,7 @@ std::vector<Case> embedding_and_loss_cases(const Config& c, int B, int logit_row
                        floatX* logits = t.x(size_t(logit_rows) * Vp);
                        float* losses = t.floats(logit_rows);
                        int* targets = t.ints(std::vector<int>(tokens.begin(), tokens.begin() + logit_rows));
-                       return [=](cudaStream_t s) {
-                           cross_entropy(losses, logits, targets, logit_rows, V, Vp, 1.0f / N, true, s);
-                       };
+                       return [=] { cross_entropy(losses, logits, targets, logit_rows, V, Vp, 1.0f / N, true, gpu); };
                    }});
     return all;
 }
@@ -377,7 +366,7 @@ void add_attention(std::vector<Case>& all, Heads h, double times) {
                    X * (2.0 * NC + 2.0 * kv), [=](Tensors& t) -> Launch {
                        floatX *out = t.x(NC), *q = t.x(NC), *k = t.x(kv), *v = t.x(kv);
                        float* lse = t.floats(rows);
-                       return [=](cudaStream_t s) { attention_forward(out, lse, q, k, v, h, s); };
+                       return [=] { attention_forward(out, lse, q, k, v, h, gpu); };
                    }});
     all.push_back({"attention_backward", shape, times > 0 ? "attention, backward" : "", times, 10 * pairs,
                    X * (4.0 * NC + 4.0 * kv), [=](Tensors& t) -> Launch {
@@ -385,9 +374,7 @@ void add_attention(std::vector<Case>& all, Heads h, double times) {
                               *dk = t.x(kv), *dv = t.x(kv);
                        float *lse = t.floats(rows), *scratch = t.floats(attention_scratch(h));
                        attention_forward(out, lse, q, k, v, h, nullptr);
-                       return [=](cudaStream_t s) {
-                           attention_backward(dq, dk, dv, scratch, dout, out, q, k, v, lse, h, s);
-                       };
+                       return [=] { attention_backward(dq, dk, dv, scratch, dout, out, q, k, v, lse, h, gpu); };
                    }});
 }
 
@@ -422,29 +409,18 @@ std::vector<Case> matmul_cases(const Config& c, int B, int logit_rows) {
         const float beta = l.residual ? 1.0f : 0.0f;
         all.push_back({"linear_forward", shape, forward, times, flops, X * (NK + NM + MK), [=](Tensors& t) -> Launch {
                            floatX *out = t.x(NM), *inp = t.x(NK), *w = t.x(MK, 0.02f);
-                           return [=](cudaStream_t s) { linear_forward(out, inp, w, N, K, M, s); };
+                           return [=] { linear_forward(out, inp, w, N, K, M, gpu); };
                        }});
-        if (BF16 && hopper && !head && K % 8 == 0 && M % 8 == 0)
-            for (int way : {1, 2})
-                all.push_back(
-                    {format("linear_forward with row sums, tiles of %s", way == 1 ? "128 x 256" : "256 x 192"), shape,
-                     "", 0, flops, X * (NK + NM + MK) + 4.0 * N * ceil_div(M, SUMS_COLS), [=](Tensors& t) -> Launch {
-                         floatX *out = t.x(NM), *inp = t.x(NK), *w = t.x(MK, 0.02f);
-                         float* sums = t.floats(size_t(N) * ceil_div(M, SUMS_COLS));
-                         return [=](cudaStream_t s) { linear_way(way, out, sums, inp, w, N, K, M, s); };
-                     }});
         all.push_back(
             {"linear_backward, inputs", shape, backward, times, flops, X * (NK + NM + MK), [=](Tensors& t) -> Launch {
                  floatX *dinp = t.x(NK), *dout = t.x(NM, 1e-3f), *w = t.x(MK, 0.02f);
-                 return [=](cudaStream_t s) { matmul(dinp, dout, w, false, false, N, K, M, CUDA_FLOATX, beta, s); };
+                 return [=] { matmul(dinp, dout, w, false, false, N, K, M, CUDA_FLOATX, beta, gpu); };
              }});
         all.push_back({"linear_backward, weights", shape, backward, times, flops, X * (NK + NM) + 4.0 * MK,
                        [=](Tensors& t) -> Launch {
                            float* dw = t.floats(MK);
                            floatX *dout = t.x(NM, 1e-3f), *inp = t.x(NK);
-                           return [=](cudaStream_t s) {
-                               matmul(dw, dout, inp, true, false, M, K, N, CUDA_R_32F, 0.0f, s);
-                           };
+                           return [=] { matmul(dw, dout, inp, true, false, M, K, N, CUDA_R_32F, 0.0f, gpu); };
                        }});
     }
     return all;
@@ -457,10 +433,10 @@ Launch prepare_adamw(Tensors& t, size_t size) {
     float *master = BF16 ? t.normal<float>(size, 0.02f) : nullptr, *grads = t.floats(size);
     Numbers* numbers = t.zeros<Numbers>(1);
     S *m = t.normal<S>(size, 1e-3f), *v = t.normal<S>(size, 1e-8f, 1e-6f);
-    return [=](cudaStream_t s) {
-        decide_kernel<<<1, 1, 0, s>>>(numbers, AdamW());
+    return [=] {
+        decide_kernel<<<1, 1, 0, gpu.stream>>>(numbers, AdamW());
         adamw_kernel<float, S>
-            <<<chunks(size), 256, 0, s>>>(params, master, m, v, grads, numbers, size, 0, AdamW(), 1u);
+            <<<chunks(size), 256, 0, gpu.stream>>>(params, master, m, v, grads, numbers, size, 0, AdamW(), 1u);
         CHECK(cudaGetLastError());
     };
 }
@@ -474,9 +450,9 @@ std::vector<Case> optimizer_cases(const Config& c, bool quick) {
              [=](Tensors& t) -> Launch {
                  float *grads = t.floats(size), *sums = t.floats(chunks(size));
                  Numbers* numbers = t.zeros<Numbers>(1);
-                 return [=](cudaStream_t s) {
-                     square_sum_kernel<float><<<chunks(size), 256, 0, s>>>(sums, grads, size);
-                     numbers_kernel<<<1, 512, 0, s>>>(numbers, sums, chunks(size), false);
+                 return [=] {
+                     square_sum_kernel<float><<<chunks(size), 256, 0, gpu.stream>>>(sums, grads, size);
+                     numbers_kernel<<<1, 512, 0, gpu.stream>>>(numbers, sums, chunks(size), false);
                      CHECK(cudaGetLastError());
                  };
              }},
@@ -510,7 +486,7 @@ std::string utc(const char* pattern) {
 double free_cores() {
     const double begin = now();
     const clock_t used = clock();
-    #pragma omp parallel
+#pragma omp parallel
     while (now() - begin < 0.3) {
     }
     return double(clock() - used) / CLOCKS_PER_SEC / (now() - begin);
@@ -520,7 +496,6 @@ struct Result {
     Case test;
     Time time;
     double bound_ms;
-    double of_library;  // cuBLASLt's time over this one's, 0 where there is none to compare with
 };
 
 struct Bench {
@@ -542,15 +517,14 @@ struct Bench {
     }
 
     void print_head() const {
-        printf("%-50s %-42s %9s %7s %9s %9s %7s %9s\n", "kernel", "shape", "ms", "spread", "GB/s", "TFLOP/s", "share",
-               "x cuBLAS");
+        printf("%-50s %-42s %9s %7s %9s %9s %7s\n", "kernel", "shape", "ms", "spread", "GB/s", "TFLOP/s", "share");
     }
     void print(const Result& r) const {
         const Case& c = r.test;
         auto number = [](double x) { return x > 0 ? format("%.4g", x) : std::string(); };
-        printf("%-50s %-42s %9.4g %6.1f%% %9.4g %9s %6.1f%% %9s\n", c.name.c_str(), c.shape.c_str(), r.time.ms,
+        printf("%-50s %-42s %9.4g %6.1f%% %9.4g %9s %6.1f%%\n", c.name.c_str(), c.shape.c_str(), r.time.ms,
                100 * r.time.spread, c.bytes / r.time.ms / 1e6, number(c.flops / r.time.ms / 1e9).c_str(),
-               100 * r.bound_ms / r.time.ms, number(r.of_library).c_str());
+               100 * r.bound_ms / r.time.ms);
         fflush(stdout);
     }
 
@@ -574,10 +548,8 @@ struct Bench {
             const Case& c = rows[i].test;
             s += format("%s\n  {\"name\": %s, \"shape\": %s, \"kind\": %s, \"times\": %.6g, ", i ? "," : "",
                         quoted(c.name).c_str(), quoted(c.shape).c_str(), quoted(c.kind).c_str(), c.times);
-            s += format(
-                "\"flops\": %.6g, \"bytes\": %.6g, \"ms\": %.6g, \"spread\": %.3f, \"bound_ms\": %.6g, "
-                "\"of_library\": %.4g}",
-                c.flops, c.bytes, rows[i].time.ms, rows[i].time.spread, rows[i].bound_ms, rows[i].of_library);
+            s += format("\"flops\": %.6g, \"bytes\": %.6g, \"ms\": %.6g, \"spread\": %.3f, \"bound_ms\": %.6g}",
+                        c.flops, c.bytes, rows[i].time.ms, rows[i].time.spread, rows[i].bound_ms);
         }
         return s + "]\n}\n";
     }
@@ -592,8 +564,7 @@ struct Bench {
     void for_each_case(F f) const {
         for (const std::vector<Case>& cases :
              {norm_cases(config, B), embedding_and_loss_cases(config, B, logit_rows()),
-              attention_cases(config, B, quick), matmul_cases(config, B, logit_rows()),
-              optimizer_cases(config, quick)})
+              attention_cases(config, B, quick), matmul_cases(config, B, logit_rows()), optimizer_cases(config, quick)})
             for (const Case& c : cases)
                 if (c.name.find(filter) != std::string::npos) f(c);
     }
@@ -603,13 +574,13 @@ struct Bench {
         device = on.name, matmul_rate = on.flops, copy_rate = on.copy;
         printf("%-50s %-42s %9s %9s\n", "kernel", "shape", "a step", "least ms");
         for_each_case([&](const Case& c) {
-            rows.push_back({c, Time(), bound_ms(c), 0});
+            rows.push_back({c, Time(), bound_ms(c)});
             printf("%-50s %-42s %9.4g %9.4g\n", c.name.c_str(), c.shape.c_str(), c.times, rows.back().bound_ms);
         });
     }
 
     void measure() {
-        open_device();
+        gpu = open_device();
         cudaDeviceProp properties;
         CHECK(cudaGetDeviceProperties(&properties, 0));
         device = properties.name;
@@ -617,8 +588,6 @@ struct Bench {
         if (SERIAL && cores < 0.9 * omp_get_max_threads())
             fprintf(stderr, "bench: other work leaves %.1f of %d cores: times are too long.\n", cores,
                     omp_get_max_threads());
-        Tensors workspace;
-        matmul.workspace = workspace.take<char>(MATMUL_WORKSPACE);
         matmul.timing = true;
         Clock clock;
         clock.open(quick);
@@ -629,14 +598,11 @@ struct Bench {
         print_ceilings("copy, bytes read and written", ceilings.copies, "GB/s", 1e9);
         print_ceilings("matmul of random normal numbers", ceilings.matmuls, "TFLOP/s", 1e12);
         if (part == "kernels") print_head();
-        double library_ms = 0;  // of cuBLASLt at the shape of the cases that follow it
         for_each_case([&](const Case& c) {
             if (part != "kernels") return;
             Tensors tensors;
             const Time time = clock(c.prepare(tensors));
-            if (c.name == "linear_forward") library_ms = time.ms;
-            const bool own = c.name.find("row sums") != std::string::npos && library_ms > 0;
-            rows.push_back({c, time, bound_ms(c), own ? library_ms / time.ms : 0});
+            rows.push_back({c, time, bound_ms(c)});
             print(rows.back());
         });
         clock.close();

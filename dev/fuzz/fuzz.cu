@@ -2,8 +2,9 @@
 // checkpoints, tables, questions, the command line, the environment, the ranks' messages. dev/fuzz/run.py builds and runs
 // it; the environment variable FUZZ_TARGET names the reader. AddressSanitizer and UndefinedBehaviorSanitizer look at
 // every run, and a reader either takes its input or throws an Error that names the file.
-#define TESTING
-#include "../../train_gpt.cu"
+#include "../run/log.h"
+#include "../use/evaluate.h"
+#include "../use/plan.h"
 
 namespace {
 
@@ -119,7 +120,7 @@ void text(const Bytes& input) {
         std::vector<Tokenizer> loaded;
         loaded.push_back(Tokenizer::bytes());
         for (const char* name : names)
-            loaded.push_back(Tokenizer::load(std::string("dev/test/tokenizer_") + name + ".bin"));
+            loaded.push_back(Tokenizer::load(std::string("dev/test/tokenizer/tokenizer_") + name + ".bin"));
         return loaded;
     }();
     bool valid = true;  // as the reference of UTF-8 has it: RFC 3629
@@ -141,8 +142,7 @@ void text(const Bytes& input) {
 void weights(const Bytes& input) {
     static Model* m = [] {
         auto* made = new Model;
-        open_device();
-        plan(*made, tiny(), 1, false);
+        plan(*made, open_device(), tiny(), 1, false);
         create(*made);
         return made;
     }();
@@ -186,7 +186,7 @@ void manifest(const Bytes& input) {
         const Manifest read = read_manifest(dir);
         for (const FileRecord& f : read.files)
             require(f.name.find('/') == std::string::npos, "a name leads out of its folder");
-        guarded(dir, [&] { plan(*std::make_unique<Model>(), config_of(read, dir), 1, false); });
+        guarded(dir, [&] { plan(*std::make_unique<Model>(), Gpu(), config_of(read, dir), 1, false); });
     });
     guarded(dir, [&] { verify_checkpoint(dir); });
     guarded(folder(), [&] { find_weights(folder()); });
@@ -213,10 +213,10 @@ void log_csv(const Bytes& input) {
 }
 
 void matmul_txt(const Bytes& input) {
-    Matmul m, again;
-    if (!m.take_choices(input)) return;
-    require(again.take_choices(m.choices()), "what was written cannot be read");
-    require(again.choices() == m.choices(), "what was read is not what was written");
+    if (!take_matmul_choices(input)) return;
+    const std::string written = matmul_choices();
+    require(take_matmul_choices(written), "what was written cannot be read");
+    require(matmul_choices() == written, "what was read is not what was written");
 }
 
 void questions(const Bytes& input) {
@@ -246,7 +246,7 @@ void command_line(const Bytes& input) {
         finish(o.config);
         if (o.config.L > 100) return;
         Model m;
-        plan(m, o.config, std::max(1, o.batch_size), o.command == TRAIN, o.storage);
+        plan(m, Gpu(), o.config, std::max(1, o.batch_size), o.command == TRAIN, o.storage);
         speed_of_light(m, 1, DEVICES[0]);
         memory_plan(m);
     });
@@ -270,7 +270,7 @@ void environment(const Bytes& input) {
 }
 
 // Bytes from a rank's socket, as rank 0 takes them: before the rendezvous and after it. (-fno-access-control)
-void channel(const Bytes& input) {
+void frames(const Bytes& input) {
     Channel c;
     c.me.size = 3, c.limit = 1;
     Knobs k{input};
@@ -298,7 +298,7 @@ void channel(const Bytes& input) {
 const std::map<std::string, void (*)(const Bytes&)> TARGETS = {
     {"shards", shards}, {"tokenizer", tokenizer}, {"text", text}, {"weights", weights}, {"index", index},
     {"manifest", manifest}, {"json", json}, {"log", log_csv}, {"matmul", matmul_txt}, {"questions", questions},
-    {"options", command_line}, {"environment", environment}, {"channel", channel}};
+    {"options", command_line}, {"environment", environment}, {"channel", frames}};
 
 }  // namespace
 

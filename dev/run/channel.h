@@ -2,6 +2,7 @@
 // end as one.
 #pragma once
 #include <arpa/inet.h>
+#include <fcntl.h>
 #include <ifaddrs.h>
 #include <net/if.h>
 #include <netdb.h>

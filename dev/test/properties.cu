@@ -11,8 +11,9 @@
 //   weights that are added up over the two are those of one call
 //   the same call again gives the same bits (in the exact geometry the lanes then run in another order)
 //   it writes where it should and nowhere else: outputs are NaN before, every buffer lies between guards, inputs stay
-#define TESTING
-#include "../../train_gpt.cu"
+#include "../run/agree.h"
+#include "../use/generate.h"
+#include "../use/probe.h"
 
 #include "dev/test/frame.h"
 #include "dev/test/reference.h"
@@ -29,6 +30,8 @@ constexpr bool EXACT = true;
 #else
 constexpr bool EXACT = false;
 #endif
+
+Gpu gpu;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The frame
@@ -396,14 +399,14 @@ void try_kernel(const Kernel& k, Random& r) {
 
 // While it lives, a device of few multiprocessors: a block then walks over several rows or tiles.
 struct FewBlocks {
-    const int sms = device_sms;
-    explicit FewBlocks(int n) { device_sms = n; }
-    ~FewBlocks() { device_sms = sms; }
+    const int sms = gpu.sms;
+    explicit FewBlocks(int n) { gpu.sms = n; }
+    ~FewBlocks() { gpu.sms = sms; }
 };
 struct WithHopper {
-    const bool had = hopper;
-    explicit WithHopper(bool use) { hopper = use; }
-    ~WithHopper() { hopper = had; }
+    const bool had = gpu.hopper;
+    explicit WithHopper(bool use) { gpu.hopper = use; }
+    ~WithHopper() { gpu.hopper = had; }
 };
 
 int row_of(int width) { return BF16 ? (width + 7) / 8 * 8 : width; }  // rows in bf16 are multiples of 8
@@ -433,10 +436,9 @@ Kernel norm_kernel(Random& r) {
     const int N = r.ugly(20, 16, 70), C = row_of(r.ugly(70, 128, N < 8 ? 1600 : 300));
     const Norm norm = random_norm(r);
     const bool gain = r.chance(0.85), res = r.chance(0.5), around = r.chance(0.5), in_place = around && r.chance(0.5);
-    const bool known = gain && r.chance(0.3);
     Kernel k;
-    k.what = format("norm N %d C %d eps %g center %d gain %d res %d around %d in_place %d known %d blocks %d", N, C,
-                    norm.eps, norm.center, gain, res, around, in_place, known, device_sms);
+    k.what = format("norm N %d C %d eps %g center %d gain %d res %d around %d in_place %d blocks %d", N, C, norm.eps,
+                    norm.center, gain, res, around, in_place, gpu.sms);
     k.B = N, k.backward = gain;
     k.tolerance = BF16 ? TOL_HALF : 4e-7, k.slopes = BF16 ? TOL_HALF : 8e-7;
     k.in = {{"x", false, size_t(C), X, 2, 0.5}};
@@ -448,18 +450,16 @@ Kernel norm_kernel(Random& r) {
     k.run = [=](Run& r) {
         floatX* g = gain ? r.in[1]->x() : nullptr;
         float2* stats = r.scratch(F32, 2 * r.B).f2();
-        for (bool again : {false, true})
-            if (!again || known)
-                norm_residual_forward(r.out[0]->x(), stats, r.in[0]->x(), res ? r.in.back()->x() : nullptr, g, r.B, C,
-                                      norm, 0, again);
+        norm_residual_forward(r.out[0]->x(), stats, r.in[0]->x(), res ? r.in.back()->x() : nullptr, g, r.B, C, norm,
+                              gpu);
         if (!gain) return;
-        float* partial = r.scratch(F32, size_t(row_blocks(r.B, C)) * C).f();
+        float* partial = r.scratch(F32, size_t(row_blocks(r.B, C, gpu)) * C).f();
         if (in_place) CHECK(cudaMemcpy(r.din[0]->x(), r.dout[1]->x(), r.dout[1]->bytes, cudaMemcpyDeviceToDevice));
         norm_backward(r.din[0]->x(), r.din[1]->flat(), partial,
                       in_place ? r.din[0]->x()
                       : around ? r.dout[1]->x()
                                : nullptr,
-                      r.dout[0]->x(), r.in[0]->x(), g, stats, r.B, C, norm, 0);
+                      r.dout[0]->x(), r.in[0]->x(), g, stats, r.B, C, norm, gpu);
     };
     k.reference = [=](Tape& t, const std::vector<Var>& in) {
         Var x = as(in[0], N, C);
@@ -476,10 +476,10 @@ Kernel qkv_kernel(Random& r) {
     const Heads h = {r.between(1, 4), r.ugly(10, 16, 40), NH, NKV, HS};
     const Norm norm = random_norm(r);
     const int gains = r.pick<int>({0, 2, 3}), QKV = h.qkv();
-    const bool turned = r.chance(0.7), known = gains && r.chance(0.3);
+    const bool turned = r.chance(0.7);
     Kernel k;
-    k.what = format("qkv B %d T %d NH %d NKV %d HS %d eps %g center %d gains %d rope %d known %d blocks %d", h.B, h.T,
-                    NH, NKV, HS, norm.eps, norm.center, gains, turned, known, device_sms);
+    k.what = format("qkv B %d T %d NH %d NKV %d HS %d eps %g center %d gains %d rope %d blocks %d", h.B, h.T, NH, NKV,
+                    HS, norm.eps, norm.center, gains, turned, gpu.sms);
     k.B = h.B;
     k.tolerance = BF16 ? TOL_HALF : 4e-7, k.slopes = BF16 ? TOL_HALF : 8e-7;
     k.in = {{"raw", false, size_t(h.T) * QKV, X, 2, 0.3}};
@@ -501,13 +501,11 @@ Kernel qkv_kernel(Random& r) {
         const QkvGains gain = {g, gains > 1 ? g + h.begin(1) : nullptr, gains > 2 ? g + h.begin(2) : nullptr};
         const float2* rope = turned ? r.constant(F32, turns).f2() : nullptr;
         float2* stats = r.scratch(F32, size_t(r.B) * h.T * 6).f2();
-        float* partial = r.scratch(F32, size_t(row_blocks(r.B * h.T, h.width(0))) * QKV).f();
-        for (bool again : {false, true})
-            if (!again || known)
-                qkv_norm_rope_forward(r.out[0]->x(), r.out[1]->x(), r.out[2]->x(), stats, r.in[0]->x(), gain, rope, now,
-                                      norm, 0, again);
+        float* partial = r.scratch(F32, size_t(row_blocks(r.B * h.T, h.width(0), gpu)) * QKV).f();
+        qkv_norm_rope_forward(r.out[0]->x(), r.out[1]->x(), r.out[2]->x(), stats, r.in[0]->x(), gain, rope, now, norm,
+                              gpu);
         qkv_norm_rope_backward(r.din[0]->x(), gains ? r.din[1]->flat() : Flat(), partial, r.dout[0]->x(),
-                               r.dout[1]->x(), r.dout[2]->x(), r.in[0]->x(), gain, stats, rope, now, norm, 0);
+                               r.dout[1]->x(), r.dout[2]->x(), r.in[0]->x(), gain, stats, rope, now, norm, gpu);
     };
     k.reference = [=](Tape& t, const std::vector<Var>& in) {
         Var raw = as(in[0], h.B * h.T, QKV);
@@ -528,12 +526,12 @@ Kernel qkv_kernel(Random& r) {
 // ffn_norm_act_forward and _backward
 Kernel ffn_kernel(Random& r) {
     const int N = r.ugly(20, 16, 70), F = row_of(r.ugly(70, 128, N < 4 ? 7300 : 300));
-    const bool gated = r.chance(0.6), gain = r.chance(0.7), known = gain && r.chance(0.3);
+    const bool gated = r.chance(0.6), gain = r.chance(0.7);
     const int W = gated ? 2 * F : F;
     const Norm norm = random_norm(r);
     Kernel k;
-    k.what = format("ffn N %d F %d gated %d gain %d eps %g center %d known %d blocks %d", N, F, gated, gain, norm.eps,
-                    norm.center, known, device_sms);
+    k.what = format("ffn N %d F %d gated %d gain %d eps %g center %d blocks %d", N, F, gated, gain, norm.eps,
+                    norm.center, gpu.sms);
     k.B = N;
     k.tolerance = BF16 ? TOL_HALF : 4e-7, k.slopes = BF16 ? TOL_HALF : 8e-7;
     k.in = {{"raw", false, size_t(W), X, 2, 0.3}};
@@ -543,12 +541,10 @@ Kernel ffn_kernel(Random& r) {
     k.run = [=](Run& r) {
         floatX* g = gain ? r.in[1]->x() : nullptr;
         float2* stats = r.scratch(F32, size_t(r.B) * (gated ? 4 : 2)).f2();
-        float* partial = r.scratch(F32, size_t(row_blocks(r.B, F)) * W).f();
-        for (bool again : {false, true})
-            if (!again || known)
-                ffn_norm_act_forward(r.out[0]->x(), stats, r.in[0]->x(), g, r.B, F, gated, norm, 0, again);
+        float* partial = r.scratch(F32, size_t(row_blocks(r.B, F, gpu)) * W).f();
+        ffn_norm_act_forward(r.out[0]->x(), stats, r.in[0]->x(), g, r.B, F, gated, norm, gpu);
         ffn_norm_act_backward(r.din[0]->x(), gain ? r.din[1]->flat() : Flat(), partial, r.dout[0]->x(), r.in[0]->x(), g,
-                              stats, r.B, F, gated, norm, 0);
+                              stats, r.B, F, gated, norm, gpu);
     };
     k.reference = [=](Tape& t, const std::vector<Var>& in) {
         Var raw = as(in[0], N, W), parts[2] = {};
@@ -583,9 +579,9 @@ Kernel embedding_kernel(Random& r) {
         auto ints = [&](const std::vector<int>& x) { return r.constant(I32, Vec(x.begin(), x.end())).i(); };
         const int *ids = ints(mine), *places = ints(p.places), *begin = ints(p.begin);
         const int N = int(mine.size());
-        embedding_forward(r.out[0]->x(), ids, r.in[0]->x(), learned ? r.in[1]->x() : nullptr, N, T, C, 0);
+        embedding_forward(r.out[0]->x(), ids, r.in[0]->x(), learned ? r.in[1]->x() : nullptr, N, T, C, gpu);
         embedding_backward(r.din[0]->flat(), learned ? r.din[1]->flat() : Flat(), r.dout[0]->x(), ids, places, begin,
-                           int(p.begin.size()) - 1, r.B, T, C, 0);
+                           int(p.begin.size()) - 1, r.B, T, C, gpu);
     };
     k.reference = [=](Tape& t, const std::vector<Var>& in) {
         Var x = reference::lookup(t, as(in[0], V, C), tokens);
@@ -610,46 +606,14 @@ Kernel linear_kernel(Random& r) {
     k.out = {{"out", false, size_t(M)}};
     if (around) k.out.push_back({"around", false, size_t(K)}), k.out.back().written = false;
     k.run = [=](Run& r) {
-        linear_forward(r.out[0]->x(), r.in[0]->x(), r.in[1]->x(), r.B, K, M, 0);
+        linear_forward(r.out[0]->x(), r.in[0]->x(), r.in[1]->x(), r.B, K, M, gpu);
         if (around) CHECK(cudaMemcpy(r.din[0]->x(), r.dout[1]->x(), r.dout[1]->bytes, cudaMemcpyDeviceToDevice));
         linear_backward(r.din[0]->x(), around, r.din[1]->flat(), r.add ? 1.0f : 0.0f, r.dout[0]->x(), r.in[0]->x(),
-                        r.in[1]->x(), r.B, K, M, 0);
+                        r.in[1]->x(), r.B, K, M, gpu);
     };
     k.reference = [=](Tape& t, const std::vector<Var>& in) {
         Var x = as(in[0], N, K);
         return std::vector<Var>{reference::linear(t, x, as(in[1], M, K)), x};
-    };
-    return k;
-}
-
-// The matmul of Hopper, with what it leaves of each row, and the norm that reads that.
-Kernel matmul_sums_kernel_case(Random& r) {
-    const int N = r.ugly(20, 64, 300), K = 8 * r.between(1, r.chance(0.7) ? 9 : 40), parts = r.between(1, 3);
-    const int way = r.between(1, 2);
-    std::vector<int> widths;
-    for (int p = 0; p + 1 < parts; p++) widths.push_back(64 * r.between(1, 3));
-    widths.push_back(8 * r.between(1, 40));
-    const int M = std::accumulate(widths.begin(), widths.end(), 0);
-    Kernel k;
-    k.what = format("matmul_sums way %d N %d K %d parts %d M %d blocks %d", way, N, K, parts, M, device_sms);
-    k.B = N, k.backward = false;
-    k.tolerance = TOL_HALF;
-    k.in = {{"x", false, size_t(K)}, {"w", true, size_t(M) * K}};
-    k.out = {{"out", false, size_t(M)}, {"stats", false, size_t(2 * parts), F32}};
-    k.run = [=](Run& r) {
-        float* sums = r.scratch(F32, size_t(ceil_div(M, SUMS_COLS)) * r.B).f();
-        linear_way(way, r.out[0]->x(), sums, r.in[0]->x(), r.in[1]->x(), r.B, K, M, 0);
-        row_stats_from_partials(r.out[1]->f2(), sums, r.B, widths, 1e-5f, 0);
-    };
-    k.reference = [=](Tape& t, const std::vector<Var>& in) {
-        Var out = reference::linear(t, as(in[0], N, K), as(in[1], M, K)), stats = t.put(N, 2 * parts);
-        for (int n = 0; n < N; n++)
-            for (int p = 0, c = 0; p < parts; p++) {
-                double square = 0;
-                for (int end = c + widths[p]; c < end; c++) square += out->v[n * M + c] * out->v[n * M + c] / widths[p];
-                stats->v[(n * parts + p) * 2 + 1] = 1 / sqrt(square + 1e-5);
-            }
-        return std::vector<Var>{out, stats};
     };
     return k;
 }
@@ -664,14 +628,14 @@ constexpr int SAME_BITS = FORWARD_KEYS;
 
 Kernel attention_kernel(Random& r) {
     const int NKV = r.between(1, 3), NH = NKV * r.between(1, 3);
-    const bool use_hopper = BF16 && (EXACT || hopper) && r.chance(0.6);
+    const bool use_hopper = BF16 && (EXACT || gpu.hopper) && r.chance(0.6);
     const int HS = use_hopper ? r.pick<int>({64, 128}) : r.pick<int>({16, 32, 64, 72, 128});
     const Heads h = {r.between(1, 2), r.ugly(20, 32, r.chance(0.2) ? 260 : 70), NH, NKV, HS};
     const double scale = r.pick<double>({1, 1, 4, 10});
     const size_t wide = size_t(h.T) * h.width(0), narrow = size_t(h.T) * h.width(1);
     Kernel k;
     k.what = format("attention B %d T %d NH %d NKV %d HS %d scale %g hopper %d blocks %d", h.B, h.T, NH, NKV, HS, scale,
-                    use_hopper, device_sms);
+                    use_hopper, gpu.sms);
     k.B = h.B;
     // an error of scores is one of their exponentials
     k.tolerance = BF16 ? 6e-3 : 1e-6 + 6e-7 * scale, k.slopes = BF16 ? 1.2e-2 + 1.5e-3 * scale : 2e-6 + 1.6e-6 * scale;
@@ -682,10 +646,10 @@ Kernel attention_kernel(Random& r) {
         WithHopper with(use_hopper);
         Heads now = h;
         now.B = r.B;
-        attention_forward(r.out[0]->x(), r.out[1]->f(), r.in[0]->x(), r.in[1]->x(), r.in[2]->x(), now, 0);
+        attention_forward(r.out[0]->x(), r.out[1]->f(), r.in[0]->x(), r.in[1]->x(), r.in[2]->x(), now, gpu);
         float* scratch = r.scratch(F32, attention_scratch(now)).f();
         attention_backward(r.din[0]->x(), r.din[1]->x(), r.din[2]->x(), scratch, r.dout[0]->x(), r.out[0]->x(),
-                           r.in[0]->x(), r.in[1]->x(), r.in[2]->x(), r.out[1]->f(), now, 0);
+                           r.in[0]->x(), r.in[1]->x(), r.in[2]->x(), r.out[1]->f(), now, gpu);
     };
     k.reference = [=](Tape& t, const std::vector<Var>& in) {
         Var x[3];
@@ -756,58 +720,54 @@ Kernel attention_kernel(Random& r) {
     return k;
 }
 
-// cache_append, then attention_decode: the cache holds NaN where nothing is yet.
-Kernel decode_kernel(Random& r) {
+// attention_forward of T tokens behind others, whose keys and values lie in a cache; behind them it holds NaN.
+Kernel past_kernel(Random& r) {
     const int HS = r.pick<int>({16, 32, 64, 72, 128}), NKV = r.between(1, 3), NH = NKV * r.between(1, 3);
-    const int length = r.ugly(20, 64, r.chance(0.2) ? 600 : 140), room = length + r.between(0, 3);
-    const Heads h = {r.between(1, 3), 1, NH, NKV, HS};
+    const int T = r.chance(0.6) ? 1 : r.ugly(8, 16, 70), length = T + r.ugly(20, 64, r.chance(0.2) ? 600 : 140) - 1;
+    const int past = length - T, room = length + r.between(0, 3);
+    const Heads h = {r.between(1, 3), T, NH, NKV, HS, past, room};
     const double scale = r.pick<double>({1, 1, 5, 15});
     const size_t cached = size_t(NKV) * room * HS;
     Kernel k;
-    k.what = format("decode B %d length %d room %d NH %d NKV %d HS %d scale %g", h.B, length, room, NH, NKV, HS, scale);
+    k.what =
+        format("past B %d T %d past %d room %d NH %d NKV %d HS %d scale %g", h.B, T, past, room, NH, NKV, HS, scale);
     k.B = h.B, k.backward = false;
-    k.tolerance = BF16 ? TOL_HALF : 2.5e-6;
-    k.in = {{"q", false, size_t(h.width(0)), X, scale},
-            {"k", false, size_t(h.width(1))},
-            {"v", false, size_t(h.width(1))},
-            {"keys", false, cached},
-            {"values", false, cached}};
-    for (int i : {3, 4}) {
+    k.tolerance = BF16 ? 6e-3 : 1e-6 + 6e-7 * scale;
+    k.in = {{"q", false, size_t(T) * h.width(0), X, scale}, {"keys", false, cached}, {"values", false, cached}};
+    for (int i : {1, 2}) {
         k.in[i].values = r.normals(h.B * cached);
         for (size_t j = 0; j < h.B * cached; j++)
-            if (int(j / HS % room) >= length - 1) k.in[i].values[j] = NAN;
+            if (int(j / HS % room) >= length) k.in[i].values[j] = NAN;
     }
-    k.out = {{"out", false, size_t(h.width(0))}, {"keys", false, cached}, {"values", false, cached}};
+    k.out = {{"out", false, size_t(T) * h.width(0)}};
     k.run = [=](Run& r) {
         Heads now = h;
         now.B = r.B;
-        for (int i : {1, 2})
-            CHECK(cudaMemcpy(r.out[i]->x(), r.in[2 + i]->x(), r.out[i]->bytes, cudaMemcpyDeviceToDevice));
-        cache_append(r.out[1]->x(), r.out[2]->x(), r.in[1]->x(), r.in[2]->x(), r.B, length - 1, room, now, 0);
-        attention_decode(r.out[0]->x(), r.in[0]->x(), r.out[1]->x(), r.out[2]->x(), length, room, now, 0);
+        float* lse = r.scratch(F32, size_t(r.B) * NH * T).f();
+        attention_forward(r.out[0]->x(), lse, r.in[0]->x(), r.in[1]->x(), r.in[2]->x(), now, gpu);
     };
-    k.reference = [=](Tape& t, const std::vector<Var>& in) {
-        std::vector<Var> out(3);
+    k.reference = [=](Tape& t, const std::vector<Var>& in) {  // of all tokens, with no queries but the last
         Var rows[2], q = t.put(h.B * length, h.width(0));
         for (int i : {0, 1}) {
-            Var all = out[1 + i] = t.put(1, h.B * cached, in[3 + i]->v);
             rows[i] = t.put(h.B * length, h.width(1));
             for (int b = 0; b < h.B; b++)
                 for (int g = 0; g < NKV; g++)
                     for (int j = 0; j < length; j++)
-                        for (int c = 0; c < HS; c++) {
-                            double& x = all->v[((size_t(b) * NKV + g) * room + j) * HS + c];
-                            if (j == length - 1) x = in[1 + i]->v[(size_t(b) * NKV + g) * HS + c];
-                            rows[i]->v[((size_t(b) * length + j) * NKV + g) * HS + c] = x;
-                        }
+                        for (int c = 0; c < HS; c++)
+                            rows[i]->v[((size_t(b) * length + j) * NKV + g) * HS + c] =
+                                in[1 + i]->v[((size_t(b) * NKV + g) * room + j) * HS + c];
         }
         std::vector<int> last;
-        for (int b = 0; b < h.B; b++) {
-            last.push_back((b + 1) * length - 1);
-            std::copy_n(&in[0]->v[b * q->cols], q->cols, &q->v[last.back() * q->cols]);
-        }
-        out[0] = reference::lookup(t, reference::attention(t, q, rows[0], rows[1], length, NH, NKV), last);
-        return out;
+        for (int b = 0; b < h.B; b++)
+            for (int j = 0; j < T; j++) {
+                last.push_back(b * length + past + j);
+                for (int head = 0; head < NH; head++)
+                    for (int c = 0; c < HS; c++)
+                        q->v[size_t(last.back()) * q->cols + head * HS + c] =
+                            in[0]->v[((size_t(b) * NH + head) * T + j) * HS + c];
+            }
+        return std::vector<Var>{
+            reference::lookup(t, reference::attention(t, q, rows[0], rows[1], length, NH, NKV), last)};
     };
     return k;
 }
@@ -832,10 +792,10 @@ Kernel cross_entropy_case(Random& r) {
         for (int n : r.which) mine.push_back(targets[n]);
         const int* ids = r.constant(I32, mine).i();
         float* plain = r.scratch(F32, r.B).f();
-        cross_entropy(plain, r.in[0]->x(), ids, r.B, V, Vp, 1.0f, false, 0);
+        cross_entropy(plain, r.in[0]->x(), ids, r.B, V, Vp, 1.0f, false, gpu);
         CHECK(cudaMemcpy(r.din[0]->x(), r.in[0]->x(), r.in[0]->bytes, cudaMemcpyDeviceToDevice));
         const float weight = float(r.dout[0]->get()[0]);
-        cross_entropy(r.out[0]->f(), r.din[0]->x(), ids, r.B, V, Vp, weight, true, 0);
+        cross_entropy(r.out[0]->f(), r.din[0]->x(), ids, r.B, V, Vp, weight, true, gpu);
         if (!same_bits(r.others.back()->get(), r.out[0]->get())) fail("losses without gradients are others");
     };
     k.reference = [=](Tape& t, const std::vector<Var>& in) {
@@ -851,7 +811,7 @@ Kernel cross_entropy_case(Random& r) {
         for (int i : {0, 1}) {
             Buffer logits(X, x.size()), loss(F32, N), target(I32, N);
             logits.set(i ? y : x), target.set(ids[i], true);
-            cross_entropy(loss.f(), logits.x(), target.i(), N, V, Vp, 1.0f, true, 0);
+            cross_entropy(loss.f(), logits.x(), target.i(), N, V, Vp, 1.0f, true, gpu);
             losses[i] = loss.get(), d[i] = logits.get();
         }
         Vec back = d[0];
@@ -1070,7 +1030,7 @@ Setup random_setup(Random& r) {
     c.backbone = r.chance(0.7) ? Backbone::llama : Backbone::nanogpt;
     c.variant = r.pick<Variant>({Variant::simplegpt, Variant::simplegpt, Variant::prenorm, Variant::preqknorm});
     c.layernorm = r.chance(0.3);
-    s.use_hopper = BF16 && (EXACT || hopper) && r.chance(0.3);
+    s.use_hopper = BF16 && (EXACT || gpu.hopper) && r.chance(0.3);
     const int HS = s.use_hopper ? r.pick<int>({64, 128}) : r.pick<int>({16, 16, 16, 32, 64, 72, 128});
     c.NKV = r.between(1, HS > 32 ? 1 : 3), c.NH = c.NKV * r.between(1, HS > 64 ? 1 : 3), c.C = c.NH * HS;
     if (!c.gated()) c.NKV = c.NH;
@@ -1093,12 +1053,9 @@ Setup random_setup(Random& r) {
 }
 
 void open_model(Model& m, const Setup& s, bool training) {
-    plan(m, s.c, s.B, training, s.storage);
+    plan(m, gpu, s.c, s.B, training, s.storage);
     create(m);
     m.logit_rows = std::min(m.logit_rows, s.logit_rows), m.use_graphs = s.graphs && training;
-    if (!s.use_hopper) return;
-    matmul.forget_plans(), matmul.ways.clear();
-    if (training) time_matmuls(m);
 }
 
 // weights that make the logits depend on everything
@@ -1318,14 +1275,17 @@ void cache_case(Random& r) {
                          format("logits of sequence %d at %d", b, position));
         }
     };
-    m.cache.past = 0;
-    forward_tokens(m, tokens.data(), 1, P);
-    compare(P - 1, get_logits(m, P - 1, 1));
-    for (m.cache.past = P; m.cache.past < c.T; m.cache.past++) {
-        std::vector<int> next;
-        for (int b = 0; b < sequences; b++) next.push_back(tokens[b * c.T + m.cache.past]);
-        forward_tokens(m, next.data(), sequences, 1);
-        compare(m.cache.past, get_logits(m, 0, sequences));
+    {
+        UseCache cache(m);
+        forward_tokens(m, tokens.data(), 1, P);
+        compare(P - 1, get_logits(m, P - 1, 1));
+        cache.share();
+        for (m.past = P; m.past < c.T; m.past++) {
+            std::vector<int> next;
+            for (int b = 0; b < sequences; b++) next.push_back(tokens[b * c.T + m.past]);
+            forward_tokens(m, next.data(), sequences, 1);
+            compare(m.past, get_logits(m, 0, sequences));
+        }
     }
     destroy(m);
 }
@@ -1350,13 +1310,12 @@ std::vector<Family> families() {
                                {"embedding", of_kernel(embedding_kernel)},
                                {"linear", of_kernel(linear_kernel)},
                                {"attention", of_kernel(attention_kernel)},
-                               {"decode", of_kernel(decode_kernel)},
+                               {"past", of_kernel(past_kernel)},
                                {"cross_entropy", of_kernel(cross_entropy_case)},
                                {"adamw", adamw_case},
                                {"flat", flat_case},
                                {"model", model_case},
                                {"cache", cache_case}};
-    if (BF16 && (EXACT || hopper)) all.push_back({"matmul_sums", of_kernel(matmul_sums_kernel_case)});
     return all;
 }
 
@@ -1414,9 +1373,7 @@ int main(int argc, char** argv) {
                       (unsigned long long)seed);
     };
     auto run_cases = [&] {
-        open_device();
-        void* workspace = nullptr;
-        CHECK(cudaMalloc(&workspace, MATMUL_WORKSPACE));
+        gpu = open_device();
         const std::vector<Family> all = families();
         for (; shared->next / int(all.size()) < cases && now() - begin < limit; shared->next++) {
             const int f = shared->family = shared->next % int(all.size());
@@ -1425,7 +1382,6 @@ int main(int argc, char** argv) {
             if (!strstr(all[f].name, filter.c_str())) continue;
             Random r{std::mt19937_64(random_bits(seed, f, number))};
             why.clear(), worst = 0, worst_what.clear(), configuration = all[f].name;
-            matmul.workspace = workspace;
             shared->running[0] = 0;
             const double start = now();
             try {
@@ -1445,7 +1401,6 @@ int main(int argc, char** argv) {
                 printf("ok %s case %d (%.2f s, %.2f of the tolerance: %s): %s\n", all[f].name, number, now() - start,
                        worst, worst_what.c_str(), configuration.c_str());
         }
-        CHECK(cudaFree(workspace));
         matmul.close();
     };
     for (bool over = false; !over;) {

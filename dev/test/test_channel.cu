@@ -1,8 +1,11 @@
 // Tests of find_world, default_address and Channel: every case forks the ranks of a job with torchrun's environment and
 // looks at how all of them ended, at the one line on the job's stderr, and at the time it took.
 //   test_channel [TEXT]      only the tests whose name contains TEXT
-#define TESTING
-#include "../../train_gpt.cu"
+#include <fcntl.h>
+
+#include <map>
+
+#include "../run/channel.h"
 
 #include "dev/test/frame.h"
 
@@ -50,7 +53,6 @@ int listener(int port) {
     return fd;
 }
 
-Channel channel;  // outlives main's try block, as in the trainer
 
 struct Job {
     std::string address = format("127.0.0.1:%d", free_port());
@@ -597,7 +599,7 @@ TEST(hang_before_a_collective) {  // at the same place as the others, which wait
     job.start(3, [&](const World& w) {
         job.open(w);
         channel.progress("computing", 5);
-        ranks.calls = w.rank == 2 ? 47 : 48;
+        collectives = w.rank == 2 ? 47 : 48;
         nap(100);
     });
     job.wait(3);

@@ -1,6 +1,6 @@
 // Tests of tokenizer.h:  g++ -std=c++17 -O2 -o test_tokenizer dev/test/test_tokenizer.cpp && ./test_tokenizer
 //
-//   test_tokenizer [DIR]              the tests; DIR: where the fixtures are (dev/test)
+//   test_tokenizer [DIR]              the tests; DIR: where the fixtures are (dev/test/tokenizer)
 //   test_tokenizer encode FILE        ids of stdin, separated by spaces; FILE: tokenizer file or "bytes"
 //   test_tokenizer decode FILE        text of such ids
 //   test_tokenizer many FILE          stdin: texts, each uint32 size, bytes. stdout for each: uint32 count, int32 ids;
@@ -400,7 +400,7 @@ int main(int argc, char** argv) try {
     } else if (command == "many") {
         many(Tokenizer::load(argv[2]));
     } else {
-        std::string dir = argc > 1 ? argv[1] : "dev/test";
+        std::string dir = argc > 1 ? argv[1] : "dev/test/tokenizer";
         auto test = [](const std::string& name, auto body) {
             std::string why;
             try {

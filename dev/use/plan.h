@@ -4,6 +4,7 @@
 // simplegpt's norms, RoPE and SwiGLU move 8d + 4k + 3f forward and 9d + 6k + 5f backward.
 #pragma once
 #include "../run/job.h"
+#include "../run/log.h"
 
 struct Device {
     std::string name;
