@@ -38,7 +38,7 @@ MPI_STAMP = build/mpi.flags
 
 HAVE_GPU := $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | head -n 1))
 
-.PHONY: FORCE all cpu gpu run test lint gpu-check bench clean help
+.PHONY: FORCE all cpu gpu run test lint gpu-check bench clean help sources nccl
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -104,6 +104,10 @@ help:  ## this list
 build/src/%: % dev/cpu/rewrite.sed
 	@mkdir -p $(@D)
 	@(echo '#line 1 "$<"'; sed -E -f dev/cpu/rewrite.sed $<) > $@
+
+sources: $(SOURCES:%=build/src/%)
+nccl:
+	@echo $(GPU_INC)
 
 # changes when MPI comes or goes, so that what was built without it is built again
 $(MPI_STAMP): FORCE

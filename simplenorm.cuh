@@ -16,8 +16,8 @@
 // A gain that is null means: no such norm in this variant (y = x), so all variants of the model share these kernels.
 //
 // Layout of the work (dev/device/rows.cuh): forward one block a row, which stays in registers between its passes.
-// Backward as many blocks as fit on the device, each walks rows blockIdx.x, + gridDim.x, ... and adds dy xh into its own
-// line of `partial` (gridDim.x, width); gain_grad sums the lines in a fixed order: no atomics, same bits.
+// Backward as many blocks as fit on the device, each walks rows blockIdx.x, + gridDim.x, ... and adds dy xh into its
+// own line of `partial` (gridDim.x, width); gain_grad sums the lines in a fixed order: no atomics, same bits.
 #pragma once
 #include "dev/device/heads.cuh"
 #include "dev/device/rows.cuh"
@@ -226,8 +226,8 @@ struct HeadRow : Row<PACKS> {
     }
 };
 
-// f(p, e, c, at, i) for each pair of this thread's in a part's row: elements e and e + 1 of pack p, columns c and c + 1,
-// pair i of their head; at: where the first lies, counted from the row's begin, in memory that is split into heads
+// f(p, e, c, at, i) for each pair of this thread's in a part's row: elements e and e + 1 of pack p, columns c and c +
+// 1, pair i of their head; at: where the first lies, counted from the row's begin, in memory that is split into heads
 template <int PACKS, typename F>
 __device__ inline void each_pair(int part, Heads h, F f) {
     const int W = h.width(part);

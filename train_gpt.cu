@@ -1,12 +1,13 @@
-// SimpleGPT: the model, its kernels, the optimizer, the training loop. Trains on GPUs (nvcc) or, unchanged, on a CPU through
-// the stand-in in dev/cpu (g++). Read it from top to bottom; every section has a heading of its own:
+// SimpleGPT: the model, its kernels, the optimizer, the training loop. Trains on GPUs (nvcc) or, unchanged, on a CPU
+// through the stand-in in dev/cpu (g++). Read it from top to bottom; every section has a heading of its own:
 //
 //   configuration   tensor table   embedding   matmul      attention       head and loss
 //   the model       memory         weights     ranks       the block       forward and backward
 //   optimizer       training       main
 //
 // SimpleNorm itself is in simplenorm.cuh. What makes kernels fast lies in dev/device/, what a long run needs (files,
-// checkpoints, options, the ranks' meeting) in dev/run/, what one does with a model (text, evaluation, plans) in dev/use/.
+// checkpoints, options, the ranks' meeting) in dev/run/, what one does with a model (text, evaluation, plans) in
+// dev/use/.
 //
 // Shapes: B batch, T sequence length, N = B T tokens, C width, V vocabulary, Vp padded, L layers, NH query heads, NKV
 // key/value heads, HS head size, F feed-forward width. Activations are row-major. `d` before a name is its gradient.
@@ -611,10 +612,10 @@ void linear_backward(floatX* dinp, bool add, Flat dw, float beta, const floatX* 
 // Causal attention, FlashAttention's way (Dao 2023): tiles of the scores live in registers, never in memory.
 //   out_i = sum_{j <= past + i} p_ij v_j,   p_ij = exp(s_ij - lse_i),   s_ij = scale q_i . k_j,   scale = 1 / sqrt(HS)
 //   lse_i = log sum_{j <= past + i} exp(s_ij)
-// q (B,NH,T,HS); k, v (B,NKV,room,HS), query head h reads k/v head h NKV / NH; out (B,T,NH HS); all floatX. lse (B,NH,T)
-// float, kept for the backward. `past` keys are those of tokens before these (a cache, in generation); the backward knows
-// none. Exponentials are powers of 2 of scores times `scale2` = scale log2(e). On Hopper, bf16 and head sizes 64 and 128
-// have kernels of their own (dev/device/attention_hopper.cuh).
+// q (B,NH,T,HS); k, v (B,NKV,room,HS), query head h reads k/v head h NKV / NH; out (B,T,NH HS); all floatX. lse
+// (B,NH,T) float, kept for the backward. `past` keys are those of tokens before these (a cache, in generation); the
+// backward knows none. Exponentials are powers of 2 of scores times `scale2` = scale log2(e). On Hopper, bf16 and head
+// sizes 64 and 128 have kernels of their own (dev/device/attention_hopper.cuh).
 
 // Forward: a warp has QUERY_ROWS queries, a block FORWARD_WARPS warps; keys come in tiles of FORWARD_KEYS. With bf16
 // two rows of fragments a warp, so that a fragment of k or v, read from shared memory, feeds two mma.
@@ -1061,7 +1062,7 @@ struct Arena {
     void take(F*& p, size_t count) {
         size_t bytes = (count * sizeof(F) + 255) / 256 * 256;
         if (std::max({count, bytes, used}) > size_t(1) << 60)
-            throw Error("memory: the plan passes 2^60 bytes. Choose a smaller model, --seq-len or --batch-size.");
+            throw Error("memory: the plan passes 2^60 bytes. Choose a smaller model, shorter or fewer sequences.");
         if (base) p = reinterpret_cast<F*>(base + used);
         used += bytes;
         plan.back().second += bytes;
@@ -1113,8 +1114,8 @@ struct Graph {
     cudaGraphExec_t exec = nullptr;
 };
 
-// Room for keys and values of what `sequences` sequences have seen, for writing on: (L,sequences,NKV,room,HS) each. With
-// sequences 0 there is none.
+// Room for keys and values of what `sequences` sequences have seen, for writing on: (L,sequences,NKV,room,HS) each.
+// With sequences 0 there is none.
 struct Cache {
     int sequences = 0, room = 0;
     floatX *k = nullptr, *v = nullptr;
@@ -1255,8 +1256,8 @@ struct ActivationRow {
           share([=](LayerActivations& l, const LayerActivations& first) { l.*tensor = first.*tensor; }), kept(kept) {}
 };
 
-// What a layer leaves for its backward; without training nothing is kept. The last column is Recompute's table. Without a
-// norm behind a linear (other variants) the backward has no use for its raw output, but replaying what follows has.
+// What a layer leaves for its backward; without training nothing is kept. The last column is Recompute's table. Without
+// a norm behind a linear (other variants) the backward has no use for its raw output, but replaying what follows has.
 void lay_out_activations(Model& m) {
     const Config& c = m.c;
     const size_t N = m.N(), C = c.C, QKV = c.QKV(), F = c.F(), FF = c.FF(), kv = size_t(c.NKV) * c.HS();

@@ -31,8 +31,8 @@ unused() {  # unused FILE...: pyflakes, which knows no noqa
     done
 }
 
-sources="train_gpt.cu simplenorm.cuh test_gpt.cu dev/test/test_channel.cu dev/cpu/test_standin.cu dev/bench/bench.cu"
-make -s $(for f in $sources; do echo "build/src/$f"; done) || exit 1
+sources="test_gpt.cu dev/test/test_channel.cu dev/cpu/test_standin.cu dev/bench/bench.cu"
+make -s sources $(for f in $sources; do echo "build/src/$f"; done) || exit 1
 mpi=$(mpicxx -show 2>/dev/null | tr ' ' '\n' | sed -n 's/^-I/-isystem/p')
 
 tidy() {  # tidy FILE FLAGS...; clang 14 lacks one builtin of gcc's

@@ -1,5 +1,5 @@
-// What both levels of attention share, that of every GPU (train_gpt.cu) and Hopper's (attention_hopper.cuh): the order of
-// the blocks, the turns of the backward, the online softmax.
+// What both levels of attention share, that of every GPU (train_gpt.cu) and Hopper's (attention_hopper.cuh): the order
+// of the blocks, the turns of the backward, the online softmax.
 #pragma once
 #include "tile.cuh"
 

@@ -1,5 +1,5 @@
-// What every kernel stands on: the precision, checked CUDA calls, the device that launches go to, sums over a warp and a
-// block, flat buffers. Kernels are written for any block and warp size: loops stride by blockDim.x or WARP_SIZE,
+// What every kernel stands on: the precision, checked CUDA calls, the device that launches go to, sums over a warp and
+// a block, flat buffers. Kernels are written for any block and warp size: loops stride by blockDim.x or WARP_SIZE,
 // reductions loop over halves. The serial CPU geometry is a block of one thread in a warp of one, and all of this folds
 // away.
 #pragma once

@@ -2,8 +2,8 @@
 #pragma once
 #include "base.cuh"
 
-// B sequences of T tokens; q (B,NH,T,HS), k and v (B,NKV,room,HS), of which the rows past .. past + T are the tokens' own
-// and those before them a cache's. Training has past 0 and room T.
+// B sequences of T tokens; q (B,NH,T,HS), k and v (B,NKV,room,HS), of which the rows past .. past + T are the tokens'
+// own and those before them a cache's. Training has past 0 and room T.
 struct Heads {
     int B, T, NH, NKV, HS;
     int past = 0, room = T;

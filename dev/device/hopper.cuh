@@ -181,8 +181,8 @@ __device__ inline void registers_less() {
 constexpr bool HOPPER_CODE = true;
 #endif
 
-// A wait for wgmma that follows this call stays behind the arithmetic that gives x. (Left alone, ptxas moves the wait up,
-// above arithmetic that is to run under the products.) x is never negative, so the store never happens.
+// A wait for wgmma that follows this call stays behind the arithmetic that gives x. (Left alone, ptxas moves the wait
+// up, above arithmetic that is to run under the products.) x is never negative, so the store never happens.
 __device__ inline void keep_after(float x, volatile float* shared) {
     if (x < 0.0f) *shared = x;
 }

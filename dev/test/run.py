@@ -57,6 +57,7 @@ JOBS = {
     "tokenizer": (["build/test_tokenizer"], ["build/test_tokenizer", "dev/test/tokenizer"], [1]),
     "bench": (["build/test_bench"], [sys.executable, "dev/test/test_bench.py", "build/test_bench"], [1]),
     "docs": (["build/train_gpt_cpu_fp32"], [sys.executable, "dev/test/test_docs.py", "build/train_gpt_cpu_fp32"], [1]),
+    "house": ([], [sys.executable, "dev/test/test_house.py"], [1]),
     "plot": ([], [sys.executable, "dev/test/test_plot.py"], [1]),
     "experiments": (["build/train_gpt_cpu_fp32"],
                     [sys.executable, "dev/test/test_experiments.py", "build/train_gpt_cpu_fp32"], [1]),
@@ -102,7 +103,7 @@ def main():
     os.makedirs("build/log", exist_ok=True)
     names = [n for n in JOBS if not sys.argv[1:] or any(word in n for word in sys.argv[1:])]
     # what several jobs share is made once, before they start
-    shared = ["build/src/train_gpt.cu", "build/src/simplenorm.cuh", "build/src/test_gpt.cu", "build/mpi.flags"]
+    shared = ["sources", "build/src/test_gpt.cu", "build/mpi.flags"]
     shared += ["build/test_nccl"] * any(n.startswith("nccl") for n in names)
     subprocess.run(["make", "--no-print-directory", *shared], check=True, stdout=subprocess.DEVNULL)
     passed = failed = 0

@@ -20,7 +20,7 @@ from launch import (Failure, Job, MPI_ENV, Tests, checkpoint, checkpoints, conte
                     refuse, run, verify, WARNING, write_safetensors, write_shard, xxh64)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-CALL = re.compile(r"(train_gpt\.cu|simplenorm\.cuh):\d+: (cuda|cublas|nccl)\w*.*: ")
+CALL = re.compile(r"((?:train_gpt|simplenorm|dev/(?:device|run|use)/\w+)\.(?:cu|cuh|h)):\d+: (cuda|cublas|nccl)\w*.*: ")
 # Python tools: program, the input that is of another kind, arguments ({}: their folder)
 TOOLS = [
     ("look/plot.py", "log.csv", "{}", "--out", "{}/loss.png"),

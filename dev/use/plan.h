@@ -1,7 +1,8 @@
-// Plans: what fits, and the speed of light: what a step must compute and move at the least, and how long that takes on a device; --plan prints
-// it. A matmul takes its FLOPs at the device's matmul rate or its bytes at copy speed, whichever is longer, the rest
-// its bytes, every tensor moved once; kinds follow one another. d, k, f as in Recompute, in elements a token and layer:
-// simplegpt's norms, RoPE and SwiGLU move 8d + 4k + 3f forward and 9d + 6k + 5f backward.
+// Plans: what fits, and the speed of light: what a step must compute and move at the least, and how long that takes on
+// a device; --plan prints it. A matmul takes its FLOPs at the device's matmul rate or its bytes at copy speed,
+// whichever is longer, the rest its bytes, every tensor moved once; kinds follow one another. d, k, f as in Recompute,
+// in elements a token and layer: simplegpt's norms, RoPE and SwiGLU move 8d + 4k + 3f forward and 9d + 6k + 5f
+// backward.
 #pragma once
 #include "../run/job.h"
 #include "../run/log.h"
