@@ -7,6 +7,7 @@ Names, files and options that the texts put in backticks exist, and so does what
 README.md, which is short; commands in their code blocks take the options given;
 each diff of dev/doc/tour.md applies to the tree as it is, one after another; each option has a test.
 """
+import errno
 import functools
 import os
 import re
@@ -101,6 +102,16 @@ def function_body(name):
     (body,) = re.findall(rf"(?ms)^\w[\w ]*\b{name}\([^;{{]*\) {{\n(.*?)^}}", files()["train_gpt.cu"])
     body = re.sub(r"(?m)^    auto \w+ = \[.*};$", "", re.sub(r"//.*", "", body))
     return re.sub(r"(?ms)^    auto \w+ = \[.*?^    };$", "", body)
+
+
+@functools.lru_cache(None)
+def said():
+    """the string literals of the programs, those side by side joined, and what the system says of errors"""
+    found = [os.strerror(n) for n in errno.errorcode]
+    for path, text in files().items():
+        if not path.startswith("dev/test/") and path != "test_gpt.cu":
+            found += re.findall(r'"((?:[^"\\\n]|\\.)*)"', re.sub(r'"\s*\n\s*f?"', "", text))
+    return "\n".join(found)
 
 
 def mentions(text, option):
@@ -216,6 +227,19 @@ class Docs(unittest.TestCase):
         for i, diff in enumerate(diffs):
             with self.subTest(diff=i + 1):
                 apply(diff, tree)
+
+    def test_the_words_of_the_faults_are_the_programs(self):
+        """of each message in the second column, what stands between names, numbers and punctuation"""
+        checked = 0
+        for line in re.findall(r"(?m)^\| .*", (ROOT / "dev/doc/faults.md").read_text()):
+            for span in re.findall(r"`([^`]*: [^`]*)`", line.split("|")[2]):
+                for clause in re.split(r"[.:;,]+(?:\s|$)|\.\.\.", span):
+                    for words_ in re.split(r"(?:^|\s)\S*[\d/.=\"()]\S*(?=\s|$)", clause):
+                        if " " in words_.strip():
+                            checked += 1
+                            with self.subTest(message=span):
+                                self.assertIn(words_.strip(), said())
+        self.assertGreater(checked, 100)
 
     def test_every_option_has_a_test(self):
         for command in ("", "generate", "eval"):
