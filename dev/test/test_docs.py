@@ -97,11 +97,49 @@ def tests():
     return re.sub(r"""add_argument\(\s*["'].*""", "", text)
 
 
-def function_body(name):
-    """of the one definition in train_gpt.cu, without comments and lambdas"""
-    (body,) = re.findall(rf"(?ms)^\w[\w ]*\b{name}\([^;{{]*\) {{\n(.*?)^}}", files()["train_gpt.cu"])
-    body = re.sub(r"(?m)^    auto \w+ = \[.*};$", "", re.sub(r"//.*", "", body))
-    return re.sub(r"(?ms)^    auto \w+ = \[.*?^    };$", "", body)
+def function_body(name, path):
+    """of the one definition in a file, without comments, strings and lambdas; name may be Struct::function"""
+    text, indent = files()[path], ""
+    for outer in name.split("::")[:-1]:
+        (text,) = re.findall(rf"(?ms)^struct {outer} {{\n(.*?)^}};", text)
+        indent = "    "
+    function = name.split("::")[-1]
+    (body,) = re.findall(rf"(?ms)^{indent}\w[\w ]*\b{function}\([^;{{]*\) {{\n(.*?)^{indent}}}", text)
+    body = re.sub(r"//.*", "", re.sub(r'"(?:[^"\\\n]|\\.)*"', '""', body))
+    body = re.sub(rf"(?m)^{indent}    auto \w+ = \[.*}};$", "", body)
+    return re.sub(rf"(?ms)^{indent}    auto \w+ = \[.*?^{indent}    }};$", "", body)
+
+
+def called(body):
+    """the names of a body's calls and launches, in the order in which they begin to work: what is an argument first"""
+    calls = []
+    for found in re.finditer(r"\b(\w+)(?:<\w+>)?(?:\(|<<<)", body):
+        depth, end = int(body[found.end() - 1] == "("), found.end()
+        while depth > 0:
+            depth += {"(": 1, ")": -1}.get(body[end], 0)
+            end += 1
+        calls.append((end, found.group(1)))
+    return [name for _, name in sorted(calls)]
+
+
+def defines(path, name):
+    """whether a file of C++ defines a function, a struct or a class, perhaps within one: Struct::function"""
+    text = re.sub(r"(?m)^ *//.*$", "", files()[path])
+    for outer in name.split("::")[:-1]:
+        found = re.search(rf"(?ms)^(?:struct|class) {outer} {{\n(.*?)^}};", text)
+        text = found.group(1) if found else ""
+    name = name.split("::")[-1]
+    function = rf"(?m)^[\w:<>,*& ]*(?<![\w:]){name}\((?:[^;{{}}]|{{}})*\)(?: const)? {{"
+    return re.search(rf"{function}|^(?:struct|class) {name} {{", text) is not None
+
+
+def tour_rows():
+    """of the tables of dev/doc/tour.md: number, cell of functions, the names in it that are functions, files"""
+    rows = []
+    for number, cell, where in re.findall(r"(?m)^\| (\d+) \| (.*?) \| (.*?) \|", (ROOT / "dev/doc/tour.md").read_text()):
+        names = [n for n in re.findall(r"`([^`]+)`", cell) if re.fullmatch(r"(?:[A-Z]\w+::)?\w+", n)]
+        rows.append((int(number), names, re.findall(r"`([^`]+)`", where)))
+    return rows
 
 
 @functools.lru_cache(None)
@@ -269,15 +307,37 @@ class Docs(unittest.TestCase):
 
     def test_the_tour_calls_in_the_sources_order(self):
         """What a function calls once and the tour's tables name once stands in the same order in both."""
-        cells = re.findall(r"(?m)^\| \d+ \| (.*?) \|", (ROOT / "dev/doc/tour.md").read_text())
-        named = re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", " ".join(cells))))
-        compared = 0
+        named = [name.split("::")[-1] for _, names, _ in tour_rows() for name in names]
+        for path, function, least in (
+                ("train_gpt.cu", "main", 3), ("train_gpt.cu", "run", 8), ("train_gpt.cu", "Training::run", 2),
+                ("train_gpt.cu", "train_step", 3), ("train_gpt.cu", "forward_backward", 1),
+                ("train_gpt.cu", "launch_micro_batch", 3),
+                ("train_gpt.cu", "forward", 2), ("train_gpt.cu", "block_forward", 3), ("train_gpt.cu", "loss_forward", 3),
+                ("train_gpt.cu", "block_backward", 4), ("train_gpt.cu", "block_replay", 3), ("train_gpt.cu", "update", 4),
+                ("dev/run/checkpoint.h", "Saver::save", 6), ("dev/run/checkpoint.h", "Saver::complete_all", 2)):
+            calls = called(function_body(function, path))
+            once = [n for n in named if named.count(n) == 1 and calls.count(n) == 1 and n != function]
+            with self.subTest(function):
+                self.assertGreaterEqual(len(once), least, f"too few to compare: {once}")
+                self.assertEqual(once, sorted(once, key=calls.index))
+
+    def test_the_tour_names_every_kernel_on_the_way(self):
+        text = (ROOT / "dev/doc/tour.md").read_text()
         for function in ("forward", "loss_forward", "launch_micro_batch", "block_forward", "block_backward", "update"):
-            calls = re.findall(r"\b(\w+)(?:<\w+>)?(?:\(|<<<)", function_body(function))
-            once = [n for n in named if named.count(n) == 1 and calls.count(n) == 1]
-            compared += len(once)
-            self.assertEqual(once, sorted(once, key=calls.index), function)
-        self.assertGreater(compared, 15)
+            for name in called(function_body(function, "train_gpt.cu")):
+                if re.search("_(forward|backward|kernel|replay)$|(begin|reduce)_gradients", name):
+                    with self.subTest(function, call=name):
+                        self.assertIn(f"`{name}`", text)
+
+    def test_the_tour_says_where_its_functions_are(self):
+        rows = tour_rows()
+        self.assertEqual([number for number, _, _ in rows], list(range(1, len(rows) + 1)))
+        for number, names, paths in rows:
+            found = {path: [name for name in names if defines(path, name)] for path in paths}
+            with self.subTest(row=number, names=names, paths=paths):
+                self.assertTrue(names and paths)
+                self.assertEqual(set(names), {name for there in found.values() for name in there})
+                self.assertTrue(all(found.values()), "a file has none of them")
 
 
 if __name__ == "__main__":
