@@ -329,7 +329,7 @@ class Tests:
                     kv_heads="2", hidden="96", vocab_size="65", rope_theta="10000", seq_len="33", max_seq_len="33")
         expect(metadata["format"] == "pt" and {k: config[k] for k in want} == want, f"metadata is {metadata}")
         expect(abs(float(config["norm_eps"]) - 1e-5) < 1e-12, "norm_eps is not 1e-5")
-        for flag, value, words in (("--norm", "layernorm", ["norm rmsnorm", "--norm rmsnorm"]),
+        for flag, value, words in (("--norm", "layernorm", ["norm rmsnorm", "Make it rmsnorm"]),
                                    ("--heads", 1, ["heads 2", "--heads 2"])):
             self.bad(self.small("bad", "--init-from", self.path("seed.st"), flag, value), "seed.st", *words)
         flags = self.small("theta", "--init-from", self.path("seed.st"), "--rope-theta", 5e5, steps=0)
@@ -490,7 +490,7 @@ class Tests:
             ("missing value", ["--lr"], ["--lr"]),
             ("not a number", small("bad", "--lr", "fast"), ["--lr", "fast"]),
             ("stray argument", small("bad", "stray"), ["stray"]),
-            ("unknown flavour", small("bad", "--model", "9B"), ["9B", "--models"]),
+            ("unknown flavour", small("bad", "--model", "9B"), ["9B", "llama3-8B"]),
             ("unknown variant", small("bad", "--variant", "postnorm"), ["postnorm"]),
             ("dim over heads", small("bad", "--dim", 33), ["33", "2 heads"]),
             ("head size", small("bad", "--dim", 48), ["head size 24"]),

@@ -127,7 +127,8 @@ void run_generate(Options& o) {
     m.cache.sequences = B, m.cache.room = P + n - 1;
     Config c = o.config;
     c.T = m.cache.room;  // tables and activations need no more
-    plan(m, open_device(), c, ceil_div(B, c.T), false);
+    const Gpu gpu = open_device();
+    as_options([&] { plan(m, gpu, c, ceil_div(B, c.T), false); });
     open_weights(m, weights);
 
     // the first text as it comes, the others when it is complete
