@@ -330,7 +330,7 @@ class Tests:
         expect(metadata["format"] == "pt" and {k: config[k] for k in want} == want, f"metadata is {metadata}")
         expect(abs(float(config["norm_eps"]) - 1e-5) < 1e-12, "norm_eps is not 1e-5")
         for flag, value, words in (("--norm", "layernorm", ["norm rmsnorm", "Make it rmsnorm"]),
-                                   ("--heads", 1, ["heads 2", "--heads 2"])):
+                                   ("--heads", 1, ["heads 2", "Make it 2"])):
             self.bad(self.small("bad", "--init-from", self.path("seed.st"), flag, value), "seed.st", *words)
         flags = self.small("theta", "--init-from", self.path("seed.st"), "--rope-theta", 5e5, steps=0)
         r = subprocess.run([self.args.train_gpt, *map(str, flags)], capture_output=True, text=True)
