@@ -1266,27 +1266,30 @@ void lay_out_activations(Model& m) {
     const LayerOffsets& at = m.table.layers[0];  // which norms there are
     const bool pre_norms = at.norm1 != NONE;
     using A = LayerActivations;
+    // clang-format off
     const ActivationRow rows[] = {
-        {&A::h, N * C, none},                                      // residual stream between the halves
-        {&A::n1, pre_norms ? N * C : 0, none},                     // pre-norms
-        {&A::n2, pre_norms ? N * C : 0, none},                     //
-        {&A::qkv_raw, N * QKV, none ? at.qkv_gain != NONE : ffn},  // linears
-        {&A::q, N * C, none},                                      // attention's operands
-        {&A::k, N * kv, none},                                     //
-        {&A::v, N * kv, none},                                     //
-        {&A::att, N * C, ffn},                                     // attention's output
-        {&A::lse, N * c.NH, ffn},                                  //
-        {&A::o_raw, N * C, none ? at.o_gain != NONE : ffn},        // linear
-        {&A::w13_raw, N * FF, norm},                               // linears
-        {&A::act, N * F, none},                                    // w2's input
-        {&A::w2_raw, N * C, at.w2_gain != NONE},                   // linear
-        {&A::qkv_stats, 3 * N, true},
-        {&A::o_stats, N, true},  // mean and rstd of each row
-        {&A::w13_stats, 2 * N, true},
-        {&A::w2_stats, N, true},  //
-        {&A::n1_stats, N, true},
-        {&A::n2_stats, N, true},  //
+        // tensor        elements                 kept
+        {&A::h,          N * C,                   none},                                // the stream between the halves
+        {&A::n1,         pre_norms ? N * C : 0,   none},                                // pre-norms
+        {&A::n2,         pre_norms ? N * C : 0,   none},
+        {&A::qkv_raw,    N * QKV,                 none ? at.qkv_gain != NONE : ffn},    // linear
+        {&A::q,          N * C,                   none},                                // attention
+        {&A::k,          N * kv,                  none},
+        {&A::v,          N * kv,                  none},
+        {&A::att,        N * C,                   ffn},
+        {&A::lse,        N * c.NH,                ffn},
+        {&A::o_raw,      N * C,                   none ? at.o_gain != NONE : ffn},      // linear
+        {&A::w13_raw,    N * FF,                  norm},                                // linear
+        {&A::act,        N * F,                   none},                                // w2's input
+        {&A::w2_raw,     N * C,                   at.w2_gain != NONE},                  // linear
+        {&A::qkv_stats,  3 * N,                   true},                                // mean and rstd of rows
+        {&A::o_stats,    N,                       true},
+        {&A::w13_stats,  2 * N,                   true},
+        {&A::w2_stats,   N,                       true},
+        {&A::n1_stats,   N,                       true},
+        {&A::n2_stats,   N,                       true},
     };
+    // clang-format on
     Arena& a = m.arena;
     m.acts.assign(c.L, A());
     a.section(format("activations (recompute %s)", RECOMPUTE[int(level)].c_str()));

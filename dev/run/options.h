@@ -258,7 +258,7 @@ inline std::vector<Flag> flags(Options& o) {
     text("prompt", "TEXT", "what it begins with, behind BOS (BOS alone)", &o.prompt);
     integer("sample-every", &o.sample_every, 0, big, "steps between samples of text; 0 for none (0)");
     only(TRAIN);
-    integer("sample-tokens", &o.sample_tokens, 1, 1 << 20, "tokens of a sample (200)");
+    integer("sample-tokens", &o.sample_tokens, 1, 1 << 20, "tokens of a sample, as far as --seq-len goes (200)");
     only(TRAIN);
     text("prompt-file", "FILE", "the prompt from a file, /dev/stdin too", &o.prompt_file);
     only(GENERATE);

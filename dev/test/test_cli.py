@@ -196,6 +196,7 @@ class Tests:
         more = ("--save-every", 6, "--val-data", self.path("tokens.bin"), "--val-every", 0)
         plain, probed = self.path("unprobed.st"), self.path("probed.st")
         self.run(*self.small("unprobed", *more, "--export", plain))
+        self.same_matmuls("unprobed", "probed")
         said = self.run(*self.small("probed", *more, "--export", probed, "--probe", 4, "--probe-iterations", 3))
         expect(open(plain, "rb").read() == open(probed, "rb").read(), "a probed run ends with other weights")
         steps = [r["step"] for r in read_rows(self.path("probed/activations.csv")) if r["tensor"] == "v"]
@@ -218,10 +219,19 @@ class Tests:
         return ["--dim", 32, "--layers", 2, "--heads", 2, "--vocab-size", 65, "--multiple-of", 16, "--seq-len", 33,
                 "--batch-size", 3, "--steps", steps, "--train-data", self.path(data), "--out", self.path(out), *more]
 
+    def same_matmuls(self, run, *others):
+        """Runs to come take the algorithms that `run` has timed: on a GPU each folder has its own, which round otherwise."""
+        for name in others:
+            os.makedirs(self.path(name), exist_ok=True)
+            if os.path.exists(self.path(run + "/matmul.txt")):
+                shutil.copy(self.path(run + "/matmul.txt"), self.path(name))
+
     def same_twice(self):
         exports = []
         for i in range(2):
             out = self.path(f"twice{i}.st")
+            if i:
+                self.same_matmuls("twice0", "twice1")
             self.run(*self.small(f"twice{i}", "--grad-accum", 2, "--export", out))
             exports.append(open(out, "rb").read())
         expect(exports[0] == exports[1], "two runs of the same command gave different weights")
@@ -235,6 +245,7 @@ class Tests:
     def resume(self):
         """Killed at whatever moment, resumed: the same bits as never stopped."""
         self.run(*self.small("whole", "--shuffle", "--export", self.path("whole.st"), steps=40))
+        self.same_matmuls("whole", "cut")
         flags = self.small("cut", "--shuffle", "--export", self.path("cut.st"), "--save-every", 5, "--resume", steps=40)
         for delay in (0.15, 0.3, 0.5, 0.7):
             p = subprocess.Popen([self.args.train_gpt, *map(str, flags)], stdout=subprocess.DEVNULL)
@@ -318,8 +329,8 @@ class Tests:
                     kv_heads="2", hidden="96", vocab_size="65", rope_theta="10000", seq_len="33", max_seq_len="33")
         expect(metadata["format"] == "pt" and {k: config[k] for k in want} == want, f"metadata is {metadata}")
         expect(abs(float(config["norm_eps"]) - 1e-5) < 1e-12, "norm_eps is not 1e-5")
-        for flag, value, words in (("--norm", "layernorm", ["norm rmsnorm", "--norm rmsnorm"]),
-                                   ("--heads", 1, ["heads 2", "--heads 2"])):
+        for flag, value, words in (("--norm", "layernorm", ["norm rmsnorm", "Make it rmsnorm"]),
+                                   ("--heads", 1, ["heads 2", "Make it 2"])):
             self.bad(self.small("bad", "--init-from", self.path("seed.st"), flag, value), "seed.st", *words)
         flags = self.small("theta", "--init-from", self.path("seed.st"), "--rope-theta", 5e5, steps=0)
         r = subprocess.run([self.args.train_gpt, *map(str, flags)], capture_output=True, text=True)
@@ -410,7 +421,7 @@ class Tests:
         for words in ("6739513344 parameters", "1 x 8 sequences", "memory plan", "AdamW moments (bf16)", "matmuls, forward",
                       "recomputed", "tokens/s"):
             expect(words in text, f"--plan lacks '{words}'")
-        expect("does not fit" in self.run("--plan", "--model", "70B"), "70B is said to fit")
+        expect("does not fit" in self.run("--plan", "--model", "13B"), "13B is said to fit")
         hours = self.run("--plan", "--model", "7B", "--steps", 2**50).rpartition("take at least ")[2].partition("h")[0]
         expect(int(hours) > 2**31 / 3600, f"2^50 steps take {hours} hours")
         many = self.run("--plan", "--model", "1B", "--ranks", 8, "--zero", 3)
@@ -422,6 +433,7 @@ class Tests:
             self.run(*self.small(name, "--export", self.path(name + ".st"), *flags))
             return open(self.path(name + ".st"), "rb").read(), read_log(self.path(name))
         weights, log = export("plain", "--grad-accum", 2)
+        self.same_matmuls("plain", "norm", "ffn", "block", "total")
         for name, flags in (("norm", ["--recompute", "norm"]), ("ffn", ["--recompute", "ffn"]),
                             ("block", ["--recompute", "block", "--graph"])):
             expect(export(name, "--grad-accum", 2, *flags)[0] == weights, f"--recompute {name} changes the weights")
@@ -478,7 +490,7 @@ class Tests:
             ("missing value", ["--lr"], ["--lr"]),
             ("not a number", small("bad", "--lr", "fast"), ["--lr", "fast"]),
             ("stray argument", small("bad", "stray"), ["stray"]),
-            ("unknown flavour", small("bad", "--model", "9B"), ["9B", "--models"]),
+            ("unknown flavour", small("bad", "--model", "9B"), ["9B", "llama3-8B"]),
             ("unknown variant", small("bad", "--variant", "postnorm"), ["postnorm"]),
             ("dim over heads", small("bad", "--dim", 33), ["33", "2 heads"]),
             ("head size", small("bad", "--dim", 48), ["head size 24"]),
@@ -500,7 +512,7 @@ class Tests:
             ("out below a file", small("tokens.bin/x"), ["tokens.bin/x"]),
             ("validation without data", small("bad", "--val-every", 2), ["--val-data"]),
             ("export without parent", small("bad", "--export", self.path("no/file.st")), ["no/file.st"]),
-            ("too little memory", small("bad", "--dim", 8192, "--layers", 2000, "--heads", 64), ["memory", "smaller model"]),
+            ("too little memory", small("bad", "--dim", 4096, "--layers", 8000, "--heads", 32), ["memory", "smaller model"]),
             ("unknown device", ["--plan", "--device", "h300"], ["h300", "h200"]),
             ("total batch", small("bad", "--batch-size", 4, "--total-batch", 6), ["--total-batch", "6", "4"]),
             ("recompute", small("bad", "--recompute", "all"), ["--recompute", "all"]),

@@ -97,7 +97,7 @@ class FaultTests(Tests):
         # a checkpoint that cannot be copied from the device is given up with a warning, as on a full disk
         if job.status == 0:
             expect(how == "once" and not job.lines(), f"{what}exit 0: {job.text()}")
-            expect(all(CALL.search(w) or "--save-async" in w for w in job.warnings()), f"{what}{job.text()}")
+            expect(all(CALL.search(w) or "saving in the foreground" in w for w in job.warnings()), f"{what}{job.text()}")
         else:
             expect(job.status == 1 or ranks, f"{what}exit {job.status}: {job.text()}")
             expect(len(job.lines()) == 1 and is_fault(job.lines()[0]), f"{what}not one line that names it: {job.text()}")

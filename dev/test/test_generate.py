@@ -135,7 +135,7 @@ class Tests(test_cli.Tests):
     def damage(self):
         run = self.path("damaged")
         shutil.copytree(self.train("run"), run)
-        ask = ["generate", "--checkpoint", run, "--temperature", 0, "--prompt", "a", "--max-tokens", 10]
+        ask = ["generate", "--checkpoint", run, "--temperature", 1, "--prompt", "a", "--max-tokens", 30]
         whole = self.outputs(*ask)[0]
         before = self.outputs("generate", "--checkpoint", run + "/step_00000010", *ask[3:])[0]
         expect(whole != before, "both checkpoints write the same: this tests nothing")

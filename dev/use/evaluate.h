@@ -149,7 +149,8 @@ void run_eval(Options& o) {
     std::vector<Question> questions;
     if (!o.choices.empty()) questions = read_questions(o.choices, c.V, c.T);
     Model m;
-    plan(m, open_device(), c, o.batch_size, false);
+    const Gpu gpu = open_device();
+    as_options([&] { plan(m, gpu, c, o.batch_size, false); });
     open_weights(m, weights);
     std::string json = "{\"weights\": " + json_text(weights) + format(", \"seq_len\": %d", c.T);
     auto put = [&](const char* key, double value) { json += format(", \"%s\": ", key) + json_number(value); };

@@ -88,18 +88,18 @@ bool generate(Model& m, const std::vector<int>& prompt, int n, int vocabulary, c
     }
 }
 
-// A sample of a model in training, on the terminal.
+// A sample of a model in training, on the terminal. Every rank runs as many tokens, whatever it draws: with weights that
+// are cut, a forward is a collective.
 void print_sample(Model& m, const Tokenizer& tokenizer, const Options& o, int64_t step) {
-    std::vector<int> tokens = tokenizer.encode(o.prompt);
-    tokens.insert(tokens.begin(), tokenizer.bos());
-    if (int(tokens.size()) > m.c.T) tokens.erase(tokens.begin(), tokens.end() - m.c.T);
-    const std::vector<int> prompt = tokens;
+    std::vector<int> prompt = tokenizer.encode(o.prompt), drawn;
+    prompt.insert(prompt.begin(), tokenizer.bos());
+    if (int(prompt.size()) > m.c.T) prompt.erase(prompt.begin(), prompt.end() - m.c.T);
     const int n = std::min(o.sample_tokens, m.c.T - int(prompt.size()) + 1);
-    generate(m, prompt, n, tokenizer.vocab_size(), Sampling(), o.seed + uint64_t(step), tokenizer.eos(),
-             [&](int, int id) { tokens.push_back(id); });
-    for (int special : {tokenizer.bos(), tokenizer.eos()})
-        tokens.erase(std::remove(tokens.begin(), tokens.end(), special), tokens.end());
-    printf("--- sample at step %lld\n%s\n---\n", (long long)step, tokenizer.decode(tokens).c_str());
+    generate(m, prompt, n, tokenizer.vocab_size(), Sampling(), o.seed + uint64_t(step), -1,
+             [&](int, int id) { drawn.push_back(id); });
+    std::vector<int> text(prompt.begin() + (prompt[0] == tokenizer.bos()), prompt.end());
+    text.insert(text.end(), drawn.begin(), std::find(drawn.begin(), drawn.end(), tokenizer.eos()));
+    printf("--- sample at step %lld\n%s\n---\n", (long long)step, tokenizer.decode(text).c_str());
 }
 
 // `train_gpt generate`: text on stdout, all else on stderr.
@@ -127,7 +127,8 @@ void run_generate(Options& o) {
     m.cache.sequences = B, m.cache.room = P + n - 1;
     Config c = o.config;
     c.T = m.cache.room;  // tables and activations need no more
-    plan(m, open_device(), c, ceil_div(B, c.T), false);
+    const Gpu gpu = open_device();
+    as_options([&] { plan(m, gpu, c, ceil_div(B, c.T), false); });
     open_weights(m, weights);
 
     // the first text as it comes, the others when it is complete
