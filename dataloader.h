@@ -62,7 +62,7 @@ public:
                            std::to_string(B_ * world_) + " windows of T+1 = " + std::to_string(width_) +
                            "). Give more data, a smaller batch or a smaller T.");
         }
-        ahead_.resize(B_ * width_), given_.resize(B_ * width_);
+        ahead_.resize(B_ * width_), current_.resize(B_ * width_);
         thread_ = std::thread(&DataLoader::read_ahead, this);
     }
 
@@ -86,12 +86,12 @@ public:
             std::unique_lock<std::mutex> lock(mutex_);
             changed_.wait(lock, [&] { return ready_; });
             if (!error_.empty()) throw std::runtime_error(error_);
-            std::swap(ahead_, given_);
+            std::swap(ahead_, current_);
             state_ = plus(state_, B_ * world_);
             ready_ = false;
         }
         changed_.notify_all();
-        return given_.data();
+        return current_.data();
     }
 
     // The position after the batches handed out, whatever was read ahead; the same on all ranks.
@@ -138,7 +138,7 @@ private:
     LoaderState state_ = {0, 0};
     bool ready_ = false, stop_ = false;  // ready: ahead_ holds the batch at state_, or error_ says why not
     std::string error_;
-    std::vector<int32_t> ahead_, given_;
+    std::vector<int32_t> ahead_, current_;
 
     // The thread's own: the shard it has open. One at a time, since there may be more shards than a process may open.
     const Shard* open_shard_ = nullptr;

@@ -23,7 +23,6 @@
 //           file, so that a newer Unicode needs no newer program
 //   uint32  number of merges, then for each uint32 left, right: ids of pieces whose concatenation is a piece, in order
 //           of precedence. Not listed: any two pieces whose concatenation is a piece, by its score.
-// A file "SGPTTOK1", also read, ends behind the pieces.
 #pragma once
 #include <algorithm>
 #include <bitset>
@@ -736,11 +735,10 @@ private:
         fclose(f);
         in.rest = {file_.data(), file_.size()};
 
-        const bool old = starts(in.rest, "SGPTTOK1");
-        if (!old && !starts(in.rest, "SGPTTOK2")) in.fail("this is not a tokenizer file");
+        if (!starts(in.rest, "SGPTTOK2")) in.fail("this is not a tokenizer file");
         in.take(8);
         flags_ = in.number<uint32_t>();
-        if (flags_ >= (old ? 32 : 4096)) in.fail("it has flags of a newer version");
+        if (flags_ >= 4096) in.fail("it has flags of a newer version");
         const uint32_t V = in.number<uint32_t>(), bos = in.number<uint32_t>(), eos = in.number<uint32_t>();
         unknown_surface_ = in.take(in.number<uint32_t>());
         std::string_view trie = in.take(in.number<uint32_t>());
@@ -756,8 +754,8 @@ private:
         bos_ = (int)bos;
         eos_ = (int)eos;
         if (byte_level()) class_.assign(0x110000, OTHER);
-        if (!old) read_classes(in);
-        read_merges(in, old ? 0 : in.number<uint32_t>());
+        read_classes(in);
+        read_merges(in, in.number<uint32_t>());
         if (!in.rest.empty()) in.fail("there are bytes behind its end");
         prepare(in);
         bpe_ = true;

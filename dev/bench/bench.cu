@@ -373,7 +373,7 @@ void add_attention(std::vector<Case>& all, Heads h, double times) {
                        floatX *out = t.x(NC), *q = t.x(NC), *k = t.x(kv), *v = t.x(kv), *dout = t.x(NC), *dq = t.x(NC),
                               *dk = t.x(kv), *dv = t.x(kv);
                        float *lse = t.floats(rows), *scratch = t.floats(attention_scratch(h));
-                       attention_forward(out, lse, q, k, v, h, nullptr);
+                       attention_forward(out, lse, q, k, v, h, gpu);
                        return [=] { attention_backward(dq, dk, dv, scratch, dout, out, q, k, v, lse, h, gpu); };
                    }});
 }

@@ -14,7 +14,7 @@ import sys
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while a tool loads its modules; then run() tells it
 
-COLUMNS = ["step", "loss", "lr", "grad_norm", "tokens_per_s", "val_loss"]  # a log has these, and mostly note
+COLUMNS = ["step", "loss", "lr", "grad_norm", "tokens_per_s", "val_loss"]  # the numbers of a log; behind them note
 
 
 class LogError(Exception):
@@ -62,7 +62,7 @@ def value_of(text):
 class Log:
     """The rows of RUN/log.csv by column: log["loss"] is a list with a number a row, steps ascending.
 
-    An empty field is NaN; step is an int; note is text (empty, "spike" or "skipped"), there even if the file has none.
+    An empty field is NaN; step is an int; note is text (empty, "spike" or "skipped").
     """
 
     def __init__(self, run):
@@ -112,14 +112,14 @@ class Log:
         header = self.header
         if not header and lines:
             header = lines.pop(0).decode(errors="replace").split(",")
-            missing = [name for name in COLUMNS if name not in header]
+            missing = [name for name in [*COLUMNS, "note"] if name not in header]
             if missing:
                 raise LogError(f"{self.path}: has no column {', '.join(missing)}. Give the log.csv of a run.")
         rows = []
         for number, line in enumerate(lines, self.lines + (1 if self.header else 2)):
             try:
                 fields = dict(zip(header, line.decode().split(","), strict=True))
-                note = fields.pop("note", "")
+                note = fields.pop("note")
                 step = int(fields.pop("step"))
                 if not 0 <= step <= 1 << 50:
                     raise ValueError
@@ -129,7 +129,7 @@ class Log:
                                "or give another run.") from None
         # all or nothing: what could not be read is met again
         if not self.header and header:
-            self.header, self.columns = header, {name: [] for name in [*header, "note"]}
+            self.header, self.columns = header, {name: [] for name in header}
             self.lines = 1
         for row in rows:
             if len(self) and row["step"] <= self["step"][-1]:  # made again after a resume

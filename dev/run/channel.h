@@ -245,7 +245,7 @@ private:
     int wake[2] = {-1, -1};
     std::thread thread;
     Reason reason;
-    double told = 0;  // the others: when rank 0 was told of a failure
+    double failed_at = 0;  // the others: when they told rank 0 of a failure
     bool said_bye = false;
 
     std::mutex mutex;  // of the flags, failure, outbox, reports
@@ -554,7 +554,7 @@ private:
     // leave before that could take the message back.
     [[noreturn]] void end_job(const std::string& message) {
         const std::string line = "train_gpt: " + one_line(message) + "\n";
-        if (write(2, line.data(), line.size()) < 0) errno = 0;  // nobody is left to be told
+        if (write(2, line.data(), line.size()) < 0) errno = 0;  // nobody is left to hear it
         linger(STOP);
         _exit(1);
     }
@@ -654,14 +654,15 @@ private:
     bool follow(double t, const std::string& failed, bool done) {
         if (peers[0].bye) return true;
         if (done && !said_bye) put(peers[0], BYE), said_bye = true;
-        if (!failed.empty() && !told) put(peers[0], FAIL, failed), told = t;
+        if (!failed.empty() && !failed_at) put(peers[0], FAIL, failed), failed_at = t;
         const std::string why = death(peers[0], t);  // then the others leave quietly
         if (!why.empty() && speaks) end_job(why);
         if (!why.empty()) {
             sleep(1);  // a launcher that sees us end would end the speaker
             _exit(1);
         }
-        if (told && t - told > 3) end_job(format("rank %d: ", me.rank) + failed);  // rank 0 does not take it
+        if (failed_at > 0 && t - failed_at > 3)
+            end_job(format("rank %d: ", me.rank) + failed);  // rank 0 does not take it
         return false;
     }
 

@@ -31,7 +31,7 @@ struct TrainState {
     uint64_t seed = 0;
     LoaderState loader = {0, 0};
     int64_t updates = 0, skipped = 0;  // of the steps
-    uint64_t windows = 0;              // of the data; 0: not known
+    uint64_t windows = 0;              // of the data
 };
 
 std::string checkpoint_name(int64_t step) { return format("step_%08lld", (long long)step); }
@@ -394,7 +394,7 @@ Manifest read_manifest(const std::string& dir) {
         m.state.seed = number(&m.json, "seed");
         const Json* loader = m.json.find("loader");
         m.state.loader = {number(loader, "epoch"), number(loader, "window")};
-        if (loader->find("windows")) m.state.windows = number(loader, "windows");
+        m.state.windows = number(loader, "windows");
         m.state.updates = int64_t(number(&m.json, "updates")), m.state.skipped = int64_t(number(&m.json, "skipped"));
         const uint64_t ranks = number(&m.json, "ranks"), most = uint64_t(1) << 50;
         if (ranks < 1 || ranks > 1 << 20 || !files) throw Error("lacks ranks or files");

@@ -47,7 +47,7 @@ void settle_options(Options& o, const World& world, std::unique_ptr<Tokenizer>& 
     if (o.sample_every && !tokenizer)
         throw Error("--sample-every: needs a tokenizer. Add --tokenizer bytes or the file of the data's tokenizer.");
     if ((o.steps > 0 || o.probe) && o.train_data.empty() && !o.plan)
-        throw Error("--train-data: is missing. Give token shards, made by dev/data/prepare.py (README, Data).");
+        throw Error("--train-data: is missing. Give token shards, made by dev/data/prepare.py (dev/doc/data.md).");
     if (o.warmup > o.steps) throw Error("--warmup: is longer than --steps. Shorten it.");
     if (o.warmup < 0) o.warmup = o.steps / 100;
     if (o.storage.no_master && !BF16) throw Error("--no-master: the fp32 build has none. Leave it out.");
@@ -245,7 +245,7 @@ TrainState set_state(Model& m, const Options& o, DataLoader* data) {
             throw Error(
                 format("%s: was begun with --seed %llu. Give the same.", dir.c_str(), (unsigned long long)state.seed));
         if (data) data->seek(state.loader);
-        if (data && state.windows && state.windows != data->windows() && ranks.rank == 0)
+        if (data && state.windows != data->windows() && ranks.rank == 0)
             warn(
                 format("%s: its run had %llu windows of data, --train-data has %llu. Give the same files, or windows "
                        "are seen twice or never.",

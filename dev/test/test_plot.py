@@ -90,10 +90,10 @@ class ReadTest(Case):
         self.assertEqual(log["note"][28:30] + log["note"][39:], ["", "spike", "skipped"])
         self.assertEqual([s for s, v in zip(log["step"], log["val_loss"]) if not math.isnan(v)], [10, 20, 30, 40])
         self.assertTrue(math.isnan(log["loss"][39]) and math.isnan(log["grad_norm"][39]))
-        old = self.dir / "old"
-        old.mkdir()
-        (old / "log.csv").write_text("val_loss,loss,step,lr,grad_norm,tokens_per_s\n,2.5,7,1,2,3\n")
-        log = runlog.read(str(old))
+        turned = self.dir / "turned"  # columns in another order
+        turned.mkdir()
+        (turned / "log.csv").write_text("val_loss,loss,note,step,lr,grad_norm,tokens_per_s\n,2.5,,7,1,2,3\n")
+        log = runlog.read(str(turned))
         self.assertEqual((log["step"], log["loss"], log["note"]), ([7], [2.5], [""]))
 
     def test_follows(self):
