@@ -5,8 +5,7 @@ usage: dev/test/test_docs.py TRAIN_GPT
 
 Names, files and options that the texts put in backticks exist, and so does what they link; each page is linked from
 README.md, which is short; commands in their code blocks take the options given;
-each diff of dev/doc/tour.md applies to the tree as it is, one after another; each mutation of mutate.py too; each option
-has a test.
+each diff of dev/doc/tour.md applies to the tree as it is, one after another; each option has a test.
 """
 import functools
 import os
@@ -17,7 +16,6 @@ import unittest
 from pathlib import Path
 
 from lines import run_all
-from mutate import MUTATIONS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRAINER = str(Path(sys.argv[1] if len(sys.argv) > 1 else "build/train_gpt_cpu_fp32").resolve())
@@ -92,7 +90,7 @@ def tools():
 @functools.lru_cache(None)
 def tests():
     """what runs as a test, without its own options; not this file, what breaks sources or compares with libraries"""
-    apart = {"test_docs.py", "mutate.py", "tokenizer_vs_libraries.py"}
+    apart = {"test_docs.py", "mutate.py", "test_mutate.py", "tokenizer_vs_libraries.py"}
     text = "\n".join(text for path, text in files().items()
                      if path.startswith("dev/test/") and path.endswith(".py") and Path(path).name not in apart)
     return re.sub(r"""add_argument\(\s*["'].*""", "", text)
@@ -233,11 +231,6 @@ class Docs(unittest.TestCase):
             for option in tool_options(path) - {"--help"}:
                 with self.subTest(path, option=option):
                     self.assertTrue(mentions(tests(), option), "no test in dev/test gives it")
-
-    def test_mutations_fit_the_sources(self):
-        for name, path, old, *_ in MUTATIONS:
-            with self.subTest(name):
-                self.assertEqual(files()[path].count(old), 1, f"in {path}")
 
     def test_make_help_and_the_readme_name_the_same(self):
         makefile, readme = files()["Makefile"], (ROOT / "README.md").read_text()
