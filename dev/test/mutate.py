@@ -20,6 +20,7 @@ import bisect
 import collections
 import concurrent.futures
 import csv
+import fcntl
 import fnmatch
 import glob
 import hashlib
@@ -424,12 +425,21 @@ def build(work, tree, order, count, targets):
                 break
             more = blame(make.stdout, order, chosen)
             if not more:
-                error = re.search(r"(?m)^.*(?:error|\*\*\*).*$", make.stdout)
+                error = re.search(r"(?m)^.*(?: error: |\*\*\*).*$", make.stdout)
                 raise Failure(f"the copy in {work} does not build: {error.group() if error else make.stdout[-200:]}. "
                               "See whether the sources themselves do.")
             bad |= more
             print(f"{len(bad)} places do not compile and are left out", flush=True)
     return chosen, len(bad)
+
+
+RUNNING = set()  # process groups of tests
+
+
+def stop(number, _):
+    for group in list(RUNNING):
+        os.killpg(group, signal.SIGKILL)
+    os._exit(128 + number)
 
 
 class Test:
@@ -454,6 +464,7 @@ class Test:
         p = subprocess.Popen(["sh", "-c", 'ulimit -v "$0"; exec "$@"', memory, *self.command()], cwd=work, env=env,
                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                              start_new_session=True)
+        RUNNING.add(p.pid)
         begin, done = time.monotonic(), None
         while not done and time.monotonic() < begin + limit:
             done = os.waitid(os.P_PID, p.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -462,6 +473,7 @@ class Test:
             os.killpg(p.pid, signal.SIGTERM)  # which mpirun passes on
             time.sleep(1)
         os.killpg(p.pid, signal.SIGKILL)  # before wait(), as long as the number is still its own
+        RUNNING.remove(p.pid)
         p.wait()
         shutil.rmtree(scratch, ignore_errors=True)
         for left in glob.glob(f"/tmp/*_{p.pid}_*"):  # of a crash: test_gpt names its files after itself
@@ -580,7 +592,14 @@ def run(words):
     ours = os.path.join(ROOT, "build", "mutate")
     work = os.path.join(ours, "work")
     os.makedirs(work, exist_ok=True)
+    lock = open(os.path.join(ours, "lock"), "w")  # held until this process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Failure(f"another run works in {ours}. Wait for its end.") from None
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     programs = [p for p in PROGRAMS if any(p in programs_of(path) for path in {x.file for x in places})]
     chosen, dropped = build(work, tree, order, args.count, sorted({PROGRAMS[p][0] for p in programs}))
     print(f"{len(chosen)} mutants; {dropped} other places did not compile", flush=True)
