@@ -598,6 +598,7 @@ def run(words):
     except OSError:
         raise Failure(f"another run works in {ours}. Wait for its end.") from None
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 30, 8 << 30))  # a mutant may write without end
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     programs = [p for p in PROGRAMS if any(p in programs_of(path) for path in {x.file for x in places})]
