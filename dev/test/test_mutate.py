@@ -185,7 +185,9 @@ class Mutate(unittest.TestCase):
             with self.subTest(words):
                 self.assertRaisesRegex(mutate.Failure, error, self.run_tool, *words)
         self.write("main.cpp", MAIN.replace("!= 13", "!= 14"))
-        self.assertRaisesRegex(mutate.Failure, "small total fails without any mutation", self.run_tool, "--count", "2")
+        status, lines = self.run_tool("--count", "2")
+        self.assertEqual(status, 1)
+        self.assertIn("small total fails without any mutation and is left out. Mend that first", lines)
         self.write("main.cpp", "nonsense")
         self.assertRaisesRegex(mutate.Failure, "does not build", self.run_tool, "--count", "2")
 
