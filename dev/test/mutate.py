@@ -1,815 +1,646 @@
 #!/usr/bin/env python3
-"""Breaks the kernels and the model, one place at a time, and looks whether a test notices. Standard library only.
+"""Breaks the sources in many small places and looks whether a test notices each. Standard library only.
 
-usage: dev/test/mutate.py [FILTER ...]     only mutations whose name holds one of the words
+usage: dev/test/mutate.py [--count N] [--seed S] [--files GLOB] [--jobs N] [--least SHARE] [--list]
+  --count N      how many places (200)
+  --seed S       which: the same seed chooses the same places while the sources stay the same (1)
+  --files GLOB   only places in files whose path matches, such as 'dev/run/*'
+  --jobs N       tests at a time (2)
+  --least SHARE  exit status 1 if a smaller share of the mutants is caught, 0 to 1 (0), or if a test fails without any
+  --list         print the chosen places and no more; some of them may not compile and are then left out by a run
 
-Each mutation changes one place of a copy of the sources, builds the test of a geometry and precision, or the trainer, and runs
-the named tests. Prints caught or SURVIVED; exit status 1 if one survived, 2 if a mutation no longer fits the source. The sources as they
-are must pass the same tests first, or every verdict would be worthless.
+A mutant is one change: a sign, a factor, a bound, a condition, an index, a barrier or a statement left out. All go into one
+copy of the sources in build/mutate/work, each behind a switch, mutant(17), that the environment variable MUTANT=17 turns on; so
+each test program is built once. Every test runs without any change first, which says what mutants it reaches; a mutant meets
+only those, the fastest first, until one fails, crashes or takes four times its time and 20 s more. Prints a line a mutant: caught
+by whom, SURVIVED or not reached. Results go to build/mutate/results-S.csv as they come; the same command goes on from there.
 """
+import argparse
+import bisect
+import collections
+import concurrent.futures
+import csv
+import fcntl
+import fnmatch
+import glob
+import hashlib
 import os
+import random
+import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+
+from launch import MPI_ENV
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-NORM, MAIN = "simplenorm.cuh", "train_gpt.cu"
+PYTHON = sys.executable
 
-# name, file, old, new, build, test filter; an old text must stand in the file exactly once
-MUTATIONS = [
-    # Rows
-    ("rows: ragged end", MAIN, "if (BF16 || c + e < W) f(p, e, c + e);", "f(p, e, c + e);", "exact_fp32", "norm_residual"),
-    ("rows: threads rounded down", MAIN,
-     "return (packs + 32 * P - 1) / (32 * P) * 32; };",
-     "return std::max(1, packs / (32 * P)) * 32; };",
-     "exact_bf16", "norm_residual"),
-    ("pack writer: last element", MAIN,
-     "pack[e / 2] = pack_bf16(even, x);",
-     "pack[e / 2] = pack_bf16(even, e == PACK - 1 ? 0.0f : x);",
-     "exact_bf16", "norm_residual"),
-    ("column sums: swizzle on one side", MAIN, "line[c] = sum[at(c)];", "line[c] = sum[c];", "exact_bf16", "norm_backward"),
-    ("column sums: second half not stored", MAIN,
-     "if (e % 4 == 3) *half = make_float4(",
-     "if (e == 3) *half = make_float4(",
-     "exact_bf16", "norm_backward"),
-    ("column sums: last not zeroed", MAIN,
-     "for (int c = threadIdx.x; c < W; c += blockDim.x) sum[c] = 0.0f;",
-     "for (int c = threadIdx.x; c < W - 1; c += blockDim.x) sum[c] = 0.0f;",
-     "exact_fp32", "norm_backward"),
-    # SimpleNorm
-    ("rmsnorm: eps forgotten", NORM, "square[i] / W[i] + norm.eps", "square[i] / W[i]", "exact_fp32", "norm_residual"),
-    ("rmsnorm: last column left out", NORM,
-     "each<PACKS>(W[i], [&](int p, int e, int) {\n            const float d",
-     "each<PACKS>(W[i] - 1, [&](int p, int e, int) {\n            const float d",
-     "exact_fp32", "norm_residual"),
-    ("row stats: read where they are not known", NORM, "    if (known) {", "    if (true) {", "exact_fp32", "norm_residual"),
-    ("row stats: known ones ignored", NORM, "    if (known) {", "    if (false) {", "serial_fp32", "known_stats"),
-    ("row stats: known ones of the first part for all", NORM,
-     "s[i] = stats[i];",
-     "s[i] = stats[0];",
-     "serial_fp32", "known_stats"),
-    ("residual: sign", NORM, "res ? add(p, e) + y : y", "res ? add(p, e) - y : y", "exact_fp32", "norm_residual"),
-    ("norm backward: c2 sign", NORM,
-     "d(p, e) - c1 - normalize(row(p, e), s) * c2);",
-     "d(p, e) - c1 + normalize(row(p, e), s) * c2);",
-     "exact_fp32", "norm_backward"),
-    ("norm backward: c1 forgotten", NORM,
-     "c1 = norm.center ? means[0] / C : 0.0f,",
-     "c1 = 0.0f,",
-     "exact_fp32", "norm_backward"),
-    ("gain gradient: last block left out", NORM,
-     "b < blocks; b += num_warps()",
-     "b < blocks - 1; b += num_warps()",
-     "exact_fp32", "norm_backward"),
-    ("gain gradient: overwrites", NORM,
-     "dgain[c] = float(dgain[c]) + sum;",
-     "dgain[c] = sum;",
-     "exact_fp32", "norm_backward"),
-    ("gain gradient: last warp's sum left out", NORM,
-     "w < num_warps(); w++) sum += sums[w]",
-     "w < num_warps() - 1; w++) sum += sums[w]",
-     "exact_bf16", "norm_backward"),
-    ("gain gradient: missing barrier", NORM,
-     "    __syncthreads();\n    for (int c = first + threadIdx.x",
-     "    for (int c = first + threadIdx.x",
-     "exact_bf16", "norm_backward"),
-    ("rope: sign", NORM,
-     "make_float2(y.x * angle.x - y.y * angle.y,",
-     "make_float2(y.x * angle.x + y.y * angle.y,",
-     "serial_fp32", "qkv"),
-    ("rope: not undone in backward", NORM,
-     "rotate(d, make_float2(angle[i].x, -angle[i].y))",
-     "rotate(d, angle[i])",
-     "serial_fp32", "qkv"),
-    ("qkv: v rotated too", NORM,
-     "rope && part < 2 ? rope + n % h.T * (h.HS / 2) : nullptr;\n        floatX* out",
-     "rope ? rope + n % h.T * (h.HS / 2) : nullptr;\n        floatX* out",
-     "serial_fp32", "qkv"),
-    ("qkv backward: gain forgotten", NORM,
-     "d.x = s.y * (g(gain + c, e) * d.x - c1",
-     "d.x = s.y * (d.x - c1",
-     "serial_fp32", "qkv"),
-    ("qkv backward: next head's row", NORM,
-     "from + size_t(c / h.HS) * h.T * h.HS + c % h.HS",
-     "from + size_t(c / h.HS) * h.HS + c % h.HS",
-     "exact_bf16", "qkv"),
-    ("silu: derivative", NORM,
-     "v * s * (1.0f + u * (1.0f - s))",
-     "v * s * (1.0f - u * (1.0f - s))",
-     "exact_fp32", "ffn"),
-    ("gelu: derivative", NORM, "cdf + u * 0.39894228f", "cdf - u * 0.39894228f", "exact_fp32", "ffn"),
-    ("ffn forward: stats of w1 for w3", NORM,
-     "u[i] = normalize(x[i](p, e), s[i]);",
-     "u[i] = normalize(x[i](p, e), s[0]);",
-     "exact_fp32", "ffn"),
-    ("ffn backward: w3's stats", NORM,
-     "s[i] = gain ? stats[PARTS * n + i] :",
-     "s[i] = gain ? stats[PARTS * n] :",
-     "exact_fp32", "ffn"),
-    ("ffn backward: staged row taken before it is there", NORM,
-     "        if (staged) copy_wait<0>();\n",
-     "",
-     "exact_bf16", "ffn"),
-    ("ffn backward: next row fetched before this one is taken", NORM,
-     "        if (staged) copy_wait<0>();\n",
-     "        if (staged) copy_wait<0>();\n        fetch(n + gridDim.x);\n",
-     "exact_bf16", "ffn"),
-    # reductions
-    ("block sum: missing barrier", MAIN,
-     "        if (lane() == 0) part[warp() * K + k] = v[k];\n    __syncthreads();\n",
-     "        if (lane() == 0) part[warp() * K + k] = v[k];\n",
-     "exact_fp32", "norm_residual"),
-    ("block sum: first barrier missing", MAIN,
-     "    __syncthreads();  // the last call's readers are done\n",
-     "",
-     "exact_fp32", "norm"),
-    ("block max: missing barrier", MAIN,
-     "    if (lane() == 0) part[warp()] = v;\n"
-     "    __syncthreads();\n"
-     "    return warp_max(",
-     "    if (lane() == 0) part[warp()] = v;\n"
-     "    return warp_max(",
-     "exact_bf16", "cross_entropy"),
-    ("warp sum: half of the lanes", MAIN,
-     "for (int m = WARP_SIZE / 2; m > 0; m /= 2) v += __shfl_xor_sync(ALL_LANES, v, m);\n"
-     "    return v;\n"
-     "}\n"
-     "__device__ inline float warp_max",
-     "for (int m = WARP_SIZE / 4; m > 0; m /= 2) v += __shfl_xor_sync(ALL_LANES, v, m);\n"
-     "    return v;\n"
-     "}\n"
-     "__device__ inline float warp_max",
-     "exact_fp32", "norm_residual"),
-    # embedding, loss
-    ("embedding backward: last place left out", MAIN,
-     "for (int i = first; i < last; i++) sum +=",
-     "for (int i = first; i < last - 1; i++) sum +=",
-     "serial_fp32", "embedding"),
-    ("embedding backward: overwrites", MAIN, "float sum = out[c];", "float sum = 0.0f;", "serial_fp32", "embedding"),
-    ("positions: one sequence only", MAIN,
-     "for (int b = 0; b < B; b++) sum += float(dx[",
-     "for (int b = 0; b < 1; b++) sum += float(dx[",
-     "serial_fp32", "embedding"),
-    ("cross-entropy: padding in the sum", MAIN,
-     "if (v + e >= V) logit[e] = -INFINITY;",
-     "if (v + e >= Vp) logit[e] = -INFINITY;",
-     "exact_bf16", "cross_entropy"),
-    ("cross-entropy: sum not rescaled to a new maximum", MAIN,
-     "if (highest > top) sum *= __expf(top - highest), top = highest;",
-     "top = highest;",
-     "exact_bf16", "cross_entropy"),
-    ("cross-entropy: threads' sums not rescaled to the block's maximum", MAIN,
-     "sum *= own > -INFINITY ? __expf(own - top) : 0.0f;",
-     "sum *= own > -INFINITY ? 1.0f : 0.0f;",
-     "exact_bf16", "cross_entropy"),
-    ("cross-entropy: target not subtracted", MAIN, "(v == target ? 1.0f : 0.0f)", "0.0f", "exact_fp32", "cross_entropy"),
-    # attention, one source for all GPUs
-    ("tile: columns of a lane", MAIN,
-     "e / 2 * 8 + lane() % 4 * 2 + e % 2; }",
-     "e / 2 * 8 + lane() % 4 + e % 2 * 4; }",
-     "exact_bf16", "attention"),
-    ("tile: layout by column", MAIN, "layout == BY_ROW ? s * N + e : e * M + s;", "s * N + e;", "serial_fp32", "attention"),
-    ("mma_nt: halves of k swapped", MAIN,
-     "lane() / 16 * 8, lane() / 8 % 2 * 8, k));",
-     "lane() / 16 * 8, 8 - lane() / 8 % 2 * 8, k));",
-     "exact_bf16", "attention"),
-    ("mma_nn: fragments of b swapped", MAIN,
-     "shared_at<W>(16 * k + lane() % 16, lane() / 16 * 8, 16 * j));",
-     "shared_at<W>(16 * k + lane() % 16, 8 - lane() / 16 * 8, 16 * j));",
-     "exact_bf16", "attention"),
-    ("store_tile: swizzle on one side", MAIN,
-     "*reinterpret_cast<const uint4*>(own + shared_at<W>(row, col));",
-     "*reinterpret_cast<const uint4*>(own + row * STRIDE<W> + col);",
-     "exact_bf16", "attention"),
-    ("load_tile: rows beyond T not zero", MAIN,
-     "const bool there = row < valid && col < HS;",
-     "const bool there = col < HS;",
-     "exact_bf16", "attention"),
-    ("attention: mask off by one", MAIN,
-     "p.col(e) <= p.row(s) + diagonal ?",
-     "p.col(e) <= p.row(s) + diagonal + 1 ?",
-     "exact_bf16", "attention"),
-    ("attention: sums not rescaled", MAIN,
-     "sum[s] *= keep[s];\n                    #pragma unroll",
-     "#pragma unroll",
-     "serial_fp32", "attention"),
-    ("attention: out not rescaled", MAIN,
-     "for (int e = 0; e < acc.PER_ROW; e++) acc.at(s, e) *= keep[s];\n                }\n            }\n            softmax_exp",
-     "for (int e = 0; e < acc.PER_ROW; e++) acc.at(s, e) *= 1.0f;\n                }\n            }\n            softmax_exp",
-     "serial_fp32", "attention"),
-    ("attention: barrier before k's tile is overwritten", MAIN,
-     "        __syncthreads();  // this tile is here, and nobody reads the one before it any more\n",
-     "",
-     "exact_bf16", "attention"),
-    ("attention: barrier before v's tile is overwritten", MAIN,
-     "        __syncthreads();\n        fetch(2 * step + 1 + FORWARD_AHEAD);",
-     "        fetch(2 * step + 1 + FORWARD_AHEAD);",
-     "exact_bf16", "attention"),
-    ("attention: v's tile not waited for", MAIN,
-     "        copy_wait<FORWARD_AHEAD / 2>();\n        __syncthreads();\n        fetch(2 * step + 1",
-     "        copy_wait<FORWARD_AHEAD>();\n        __syncthreads();\n        fetch(2 * step + 1",
-     "exact_bf16", "attention"),
-    ("attention: q not waited for", MAIN,
-     "copy_wait<1>();\n        __syncthreads();\n        rows.keep();",
-     "copy_wait<2>();\n        __syncthreads();\n        rows.keep();",
-     "exact_bf16", "attention"),
-    ("attention: wrong k/v head", MAIN,
-     "kv_at = (size_t(b) * NKV + head / (NH / NKV)) * T * HS;",
-     "kv_at = (size_t(b) * NKV + head % NKV) * T * HS;",
-     "serial_fp32", "attention"),
-    ("attention backward: delta forgotten", MAIN,
-     "ds.at(s, e) = p.at(s, e) * (ds.at(s, e) - d.x);",
-     "ds.at(s, e) = p.at(s, e) * ds.at(s, e);",
-     "serial_fp32", "attention"),
-    ("attention backward: queries before the key", MAIN,
-     "p.at(s, e) = p.col(e) >= p.row(s) + diagonal ?",
-     "p.at(s, e) = p.col(e) >= p.row(s) + diagonal - 1 ?",
-     "exact_bf16", "attention"),
-    ("attention backward: one head of the group", MAIN, "steps = group * last_tiles;", "steps = last_tiles;",
-     "serial_fp32", "attention"),
-    ("attention backward: barrier before q's tile is overwritten", MAIN,
-     "            __syncthreads();  // this tile is here; the last step is over: its tiles are read, its dq is written\n",
-     "",
-     "exact_bf16", "attention"),
-    ("attention backward: ds read before it is there", MAIN,
-     "            if (given && threadIdx.x == 0) flag_write(given, block + 1);\n            __syncthreads();\n",
-     "            if (given && threadIdx.x == 0) flag_write(given, block + 1);\n",
-     "exact_bf16", "attention"),
-    ("attention backward: turn not passed on", MAIN,
-     "given = ends ? nullptr : turns + at;",
-     "given = nullptr;",
-     "exact_bf16", "attention"),
-    ("attention backward: turns not zeroed", MAIN,
-     "if (t % BACKWARD_QUERIES == 0) turns[",
-     "if (t == 0) turns[",
-     "exact_bf16", "attention"),
-    # attention on Hopper
-    ("Hopper forward: mask off by one", MAIN,
-     "mask_scores(p, diagonal);\n            const bool grown",
-     "mask_scores(p, diagonal + 1);\n            const bool grown",
-     "exact_bf16", "attention"),
-    ("Hopper forward: wrong k/v head", MAIN,
-     "place.head / NH * NKV + place.head % NH / (NH / NKV);",
-     "place.head / NH * NKV + place.head % NH % NKV;",
-     "exact_bf16", "attention"),
-    ("Hopper forward: k overwritten while it is read", MAIN,
-     "                mbarrier_wait(k_empty + stage, phase ^ 1);\n",
-     "",
-     "exact_bf16", "attention"),
-    ("Hopper forward: wrong phase of v", MAIN,
-     "mbarrier_wait(v_full + before, before_phase);",
-     "mbarrier_wait(v_full + before, phase);",
-     "exact_bf16", "attention"),
-    ("Hopper forward: out not rescaled", MAIN,
-     "release(v_empty + before);\n            if (grown) {",
-     "release(v_empty + before);\n            if (false) {",
-     "exact_bf16", "attention"),
-    ("Hopper forward: out stored without a fence", MAIN,
-     "rounded + 4 * c);\n        fence_async_shared();\n",
-     "rounded + 4 * c);\n",
-     "exact_bf16", "attention"),
-    ("Hopper forward: place of q given back before out is stored", MAIN,
-     "            tma_store_wait<0>();\n            mbarrier_arrive(q_empty + buffer);",
-     "            mbarrier_arrive(q_empty + buffer);",
-     "exact_bf16", "attention"),
-    ("Hopper forward: lse of rows past T", MAIN,
-     "if (lane() % 4 == 0 && t < T) lse[",
-     "if (lane() % 4 == 0) lse[",
-     "exact_bf16", "attention"),
-    ("Hopper forward: counter of tiles does not return to 0", MAIN,
-     "atomicInc(&attention_next_tile, all_tiles - 1)",
-     "atomicInc(&attention_next_tile, all_tiles)",
-     "exact_bf16", "attention"),
-    ("Hopper backward: mask off by one", MAIN,
-     "Scores::col(e) >= Scores::row(s) + diagonal ?",
-     "Scores::col(e) >= Scores::row(s) + diagonal - 1 ?",
-     "exact_bf16", "attention"),
-    ("Hopper backward: heads of a group", MAIN,
-     "const int first_head = place.head * (NH / NKV),",
-     "const int first_head = place.head,",
-     "exact_bf16", "attention"),
-    ("Hopper backward: q overwritten while it is read", MAIN,
-     "size_t(head) * T + t0;\n            mbarrier_wait(empty + stage, phase ^ 1);",
-     "size_t(head) * T + t0;\n            (void)phase;",
-     "exact_bf16", "attention"),
-    ("Hopper backward: ds without a fence", MAIN,
-     "        fence_async_shared();\n        named_barrier_sync(1, 256);  // ds is there",
-     "        named_barrier_sync(1, 256);  // ds is there",
-     "exact_bf16", "attention"),
-    ("Hopper backward: ds read before it is there", MAIN,
-     "        named_barrier_sync(1, 256);  // ds is there, and the last tile's is read\n",
-     "",
-     "exact_bf16", "attention"),
-    ("Hopper backward: dq's sum of the blocks before left out", MAIN,
-     "            if (block > 0) {\n                if (lane() == 0)\n                    while (flag_read(turn_of",
-     "            if (false) {\n                if (lane() == 0)\n                    while (flag_read(turn_of",
-     "exact_bf16", "attention"),
-    ("Hopper backward: turn not passed on", MAIN,
-     "                    flag_write(turn, block + 1);\n",
-     "",
-     "exact_bf16", "attention"),
-    ("Hopper backward: dq of rows past T", MAIN,
-     "if (t < T) store_pair(row + acc.col(e), scale",
-     "store_pair(row + acc.col(e), scale",
-     "exact_bf16", "attention"),
-    # matmul on Hopper
-    ("matmul: slot not waited for", MAIN,
-     "            mbarrier_wait(full + stage, phase);\n            const unsigned char* slot",
-     "            const unsigned char* slot",
-     "exact_bf16", "matmul_sums"),
-    ("matmul: slot filled before it is given back", MAIN,
-     "mbarrier_wait(empty + stage, phase ^ 1);  // at first, the phase before the first counts as completed\n"
-     "                mbarrier_arrive_expect(full + stage, S::SLOT);",
-     "mbarrier_arrive_expect(full + stage, S::SLOT);",
-     "exact_bf16", "matmul_sums"),
-    ("matmul: box written before its last store has left", MAIN,
-     "if (lane() == 0) tma_store_wait<1>();  // the store",
-     "// the store",
-     "exact_bf16", "matmul_sums"),
-    ("matmul: box stored without a fence", MAIN,
-     "            fence_async_shared();\n            __syncwarp();\n            if (lane() == 0) {\n                if (n0 < N",
-     "            __syncwarp();\n            if (lane() == 0) {\n                if (n0 < N",
-     "exact_bf16", "matmul_sums"),
-    ("matmul: sums of the wrong rows", MAIN, "square[i % 2] += low", "square[i / 2] += low", "exact_bf16", "matmul_sums"),
-    ("matmul: sums of rows past N", MAIN,
-     "lane() % 4 == 0 && n < N && m0 < M) sums[",
-     "lane() % 4 == 0 && m0 < M) sums[",
-     "exact_bf16", "matmul_sums"),
-    ("matmul: sums of the wrong columns", MAIN,
-     "p == 1 ? width0 : width0 + width1;",
-     "p == 1 ? width0 : width1;",
-     "exact_bf16", "matmul_sums"),
-    ("matmul: rows of the last group of tiles", MAIN,
-     "rows = min(tile_rows - first, group_rows);",
-     "rows = group_rows;",
-     "exact_bf16", "matmul_sums"),
-    # the model
-    ("linear: stats that are not there", MAIN,
-     "if (way == 0 || !stats) return false;",
-     "if (way == 0 || !stats) return true;",
-     "serial_fp32", "golden"),
-    ("block: residual of the wrong half", MAIN,
-     "norm_residual_forward(next, a.w2_stats, a.w2_raw, a.h,",
-     "norm_residual_forward(next, a.w2_stats, a.w2_raw, a.x,",
-     "serial_fp32", "golden"),
-    ("block backward: gradient around the branch lost", MAIN,
-     "norm_backward(m.dres, m.g(gain), m.partial, m.dres, m.dnormed, x,",
-     "norm_backward(m.dres, m.g(gain), m.partial, nullptr, m.dnormed, x,",
-     "serial_fp32", "golden"),
-    ("block backward: gradient around the branch lost in the matmul", MAIN,
-     "linear_backward(add ? m.dres : m.dnormed, add,",
-     "linear_backward(add ? m.dres : m.dnormed, false,",
-     "serial_fp32", "golden"),
-    ("replay: the block's middle left out", MAIN,
-     "if (replay_norm) norm_residual_forward(a.h,",
-     "if (next) norm_residual_forward(a.h,",
-     "serial_fp32", "recompute"),
-    ("replay: attention left out", MAIN,
-     "else if (replay_block)\n        attention_forward",
-     "else if (next)\n        attention_forward",
-     "serial_fp32", "recompute"),
-    ("replay: w1 and w3 left out", MAIN, "    if (replay_ffn) {", "    if (replay_block) {", "serial_fp32", "recompute"),
-    ("checkpoint: what is not known is ignored", MAIN,
-     "if (std::none_of(known.begin(), known.end(), is_key))",
-     "if (false)",
-     "serial_fp32", "config_of"),
-    ("block backward: another layer's gain behind w2", MAIN,
-     "into_branch(at.w2_gain, a.w2_raw,",
-     "into_branch(m.table.layers[0].w2_gain, a.w2_raw,",
-     "serial_fp32", "slope"),
-    ("loss: later chunks of the head overwrite", MAIN, "row == 0 ? beta : 1.0f", "beta", "serial_fp32", "golden"),
-    ("loss: targets of the first chunk for all", MAIN,
-     "m.logits, m.targets + row, rows",
-     "m.logits, m.targets, rows",
-     "serial_fp32", "golden"),
-    ("step: first micro-batch adds", MAIN, "return 0.0f;\n}\n\n// sum[i]", "return 1.0f;\n}\n\n// sum[i]", "serial_fp32", "anew"),
-    ("step: embedding's gradient not zeroed", MAIN,
-     "t.offset == m.table.pos || (t.offset == m.table.tok && !m.table.tied())) continue;",
-     "t.offset == m.table.pos) continue;",
-     "serial_fp32", "anew"),
-    ("step: what is not finite counts", MAIN, "if (n->skip) return;", "", "serial_fp32", "bad_steps"),
-    ("step: an update that was not counts", MAIN, "n->skip ? n->skipped++ : n->updates++;",
-     "n->skipped += n->skip, n->updates++;", "serial_fp32", "bad_steps"),
-    ("units: of a number of ranks only one", MAIN, "align(64 * size_t(ranks));", "align(64);", "serial_fp32", "units"),
-    ("hash: a lane lost", MAIN, "for (uint64_t lane : lanes) h =", "for (uint64_t lane : {lanes[0], lanes[1], lanes[2]}) h =",
-     "serial_fp32", "hash"),
-    ("graph: of another weight", MAIN, " || g.weight != weight) {", ") {", "serial_fp32", "graph"),
-    # optimizer
-    ("AdamW: correction forgotten", MAIN, "root2 = rsqrtf(n->correction2)", "root2 = 1.0f", "exact_fp32", "adamw"),
-    ("AdamW: last chunk left out", MAIN,
-     "size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, count);\n    for (size_t i = begin + threadIdx.x * FOUR;",
-     "size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, count - 64);\n    for (size_t i = begin + threadIdx.x * FOUR;",
-     "exact_fp32", "adamw"),
-    ("AdamW: rounding always down", MAIN,
-     "up = (bits + (r & 0xffffu)) & 0xffff0000u;",
-     "up = (bits + (r & 0u)) & 0xffff0000u;",
-     "serial_fp32", "random_rounding"),
-    ("clipping: wrong way", MAIN, "fminf(1.0f, o.clip /", "fmaxf(1.0f, o.clip /", "exact_fp32", "adamw"),
-    ("gradient norm: one chunk", MAIN,
-     "for (int i = threadIdx.x; i < count; i += blockDim.x) sum += sums[i];",
-     "for (int i = threadIdx.x; i < 1; i += blockDim.x) sum += sums[i];",
-     "exact_fp32", "adamw"),
-    # many ranks, checkpoints, the watch: through the command line
-    ("ranks: reduce does not wait", MAIN,
-     "    ranks.order(ranks.stream, m.stream);\n"
-     "    if (!m.storage.cut_state()) return",
-     "    if (!m.storage.cut_state()) return",
-     "ranks", "^g streams"),
-    ("ranks: slot not awaited", MAIN,
-     "        CHECK(cudaStreamWaitEvent(m.stream, m.slot(u).reduced, 0));\n",
-     "",
-     "ranks", "^g streams"),
-    ("ranks: theory off", MAIN,
-     "double bytes = 2 * sizeof(Numbers::summed);",
-     "double bytes = 1 * sizeof(Numbers::summed);",
-     "ranks", "^a llama, 2 ranks, zero 1"),
-    ("ranks: gathers again", MAIN,
-     "    if (s.held == u) return;\n",
-     "",
-     "ranks", "^a llama, 2 ranks, zero 3"),
-    ("ranks: weight of a micro-batch", MAIN,
-     "1.0f / (o.grad_accum * float(ranks.size)), i == 0",
-     "1.0f / (o.grad_accum * float(2)), i == 0",
-     "ranks", "^a .*3 ranks"),
-    ("ranks: norm of all at zero 0", MAIN,
-     "const size_t state = s.cut_state() ? at : begin;\n"
-     "        floatX* params = m.params + (s.cut_weights() ? at : begin);",
-     "const size_t state = s.cut_state() ? at : begin;\n"
-     "        if (s.cut_weights()) part.lr *= 1.0001f;\n"
-     "        floatX* params = m.params + (s.cut_weights() ? at : begin);",
-     "ranks", "all levels"),
-    ("ranks: moments not cut", MAIN,
-     "const size_t state = section(\"AdamW moments\", m.m.name(), s.cut_state());",
-     "const size_t state = P; section(\"AdamW moments\", m.m.name(), s.cut_state());",
-     "ranks", "memory"),
-    ("ranks: piece of a resume", MAIN,
-     "const size_t at = theirs.shard + begin - (theirs.whole - old_unit.begin)",
-     "const size_t at = theirs.shard",
-     "ranks", "^b resume"),
-    ("ranks: no seek", MAIN,
-     "        if (data) data->seek(state.loader);\n",
-     "",
-     "ranks", "^b resume"),
-    ("ranks: no copy", MAIN,
-     "                t.read = [from = at](char* to, size_t offset, size_t count) { memcpy(to, from + "
-     "offset, count); };\n",
-     "",
-     "disk", "slow disk, check"),
-    ("ranks: keeps all", MAIN,
-     "for (size_t i = 0; keep > 0 && i + keep",
-     "for (size_t i = 0; keep > 99 && i + keep",
-     "ranks", "^b --keep"),
-    ("ranks: hash not checked", MAIN,
-     "if (hash.text() != m.files[i].hash) throw",
-     "if (false) throw",
-     "ranks", "^c a flipped"),
-    ("ranks: manifest not checked", MAIN,
-     "|| checksum->string != hash.text())",
-     ")",
-     "ranks", "^c .*state"),
-    ("ranks: all ranks warn", MAIN,
-     "if (!trouble.empty() && (ranks.rank == 0 || !common))",
-     "if (ranks.rank == 0 || true)",
-     "ranks", "^c .*2 ranks"),
-    ("ranks: all damaged begins anew", MAIN,
-     "        if (step == -2)\n",
-     "        if (step == -3)\n",
-     "ranks", "^c all"),
-    ("ranks: does not stop", MAIN,
-     "if (n.stop) stop(step, \"\");",
-     "",
-     "ranks", "^d "),
-    ("ranks: stop not saved", MAIN,
-     "|| (stopping && step == end)) {\n"
-     "            check",
-     "|| false) {\n"
-     "            check",
-     "ranks", "^(d SIGUSR1|e --max)"),
-    ("ranks: bad steps update", MAIN,
-     "    if (n->skip) return;\n",
-     "",
-     "ranks", "^e "),
-    ("ranks: bad steps endless", MAIN,
-     "if (n.skip && n.skipped >= o.max_bad_steps)",
-     "if (false)",
-     "ranks", "^e --max"),
-    ("ranks: death unseen", MAIN,
-     "        if (p.bye || p.failed) return \"\";\n",
-     "        return \"\";\n",
-     "ranks", "^f (kill|stop)"),
-    ("ranks: hashes not compared", MAIN,
-     "        if (checked(step)) compare_hashes(r.hashes, step);\n",
-     "",
-     "ranks", "^f flip"),
-    ("ranks: two ranks blamed", MAIN,
-     "majority = 2 * most->second > ranks.size;",
-     "majority = true;",
-     "ranks", "^f flip"),
-    ("ranks: other size", MAIN,
-     "        else if (size != me.size)\n",
-     "        else if (false)\n",
-     "ranks", "^f rendezvous: wrong"),
-    ("ranks: every rank complains", MAIN,
-     "        if (world.rank == 0) fprintf(stderr, \"train_gpt: %s\\n\", reason(e).c_str());",
-     "        fprintf(stderr, \"train_gpt: %s\\n\", reason(e).c_str());",
-     "ranks", "^f bad"),
-    ("ranks: gradients at the end", MAIN,
-     "        block_backward(m, l, B, T, begin_gradients(m, l + 1, first));\n"
-     "        finished(l + 1);\n",
-     "        block_backward(m, l, B, T, begin_gradients(m, l + 1, first));\n"
-     "    }\n"
-     "    for (int l = L - 1; l >= 0; l--) {\n"
-     "        finished(l + 1);\n",
-     "ranks", "^g gradients"),
-    ("ranks: reduction is waited for", MAIN,
-     "    CHECK(cudaEventRecord(m.slot(u).reduced, ranks.stream));\n"
-     "}\n",
-     "    CHECK(cudaEventRecord(m.slot(u).reduced, ranks.stream));\n"
-     "    ranks.order(m.stream, ranks.stream);\n"
-     "}\n",
-     "ranks", "^g gradients"),
-    ("ranks: no gather ahead", MAIN,
-     "    if (m.storage.cut_weights() && next >= 0) gather_weights(m, next);\n",
-     "",
-     "ranks", "^g weights"),
-    ("ranks: write error ignored", MAIN,
-     "            if (done < 0) fail();\n",
-     "            if (done < 0) return;\n",
-     "disk", "^step"),
-    ("ranks: fsync error ignored", MAIN,
-     "        if (fsync(fd)) fail();\n",
-     "        fsync(fd);\n",
-     "disk", "^step"),
-    ("ranks: final name at once", MAIN,
-     "return out + \"/.\" + checkpoint_name(step);",
-     "return out + \"/\" + checkpoint_name(step);",
-     "disk", "^step"),
-    ("ranks: failed save ends the run", MAIN,
-     "            failure = reason(e);\n",
-     "            failure = reason(e);\n"
-     "            throw;\n",
-     "disk", "^step"),
-    ("ranks: last failure unsaid", MAIN,
-     "    if (!saver.failure.empty())\n",
-     "    if (false)\n",
-     "disk", "^step"),
-    ("ranks: killed: log not cut", MAIN,
-     "strtoll(old.c_str() + at, nullptr, 10) > step) break;",
-     "strtoll(old.c_str() + at, nullptr, 10) > 1 << 30) break;",
-     "kill", ""),
-    ("ranks: killed: removed before", MAIN,
-     "        fsync_dir(dir);\n"
-     "        const std::string final_dir",
-     "        for (int64_t s : list_checkpoints(out)) remove_checkpoint(out, s);\n"
-     "        usleep(3000);\n"
-     "        const std::string final_dir",
-     "kill", ""),
-    ("ranks: killed: moments forgotten", MAIN,
-     "                CHECK(cudaMemcpy(flat.at(cut ? own.shard + begin - from : unit.begin + "
-     "begin).p, values.data(),\n"
-     "                                 values.size(), cudaMemcpyHostToDevice));\n",
-     "",
-     "kill", ""),
-    ("ranks: waiting is moving", MAIN,
-     "reports.push_back(r);  // the watch sees who does not come",
-     "reports.push_back(r);\n"
-     "            job.progress(\"saving\", step + missing);",
-     "disk", "hangs"),
-    ("ranks: early lost", MAIN,
-     "            reports = later;\n",
-     "            reports.clear();\n",
-     "disk", "slow disk, check"),
-    ("ranks: no lock", MAIN,
-     "    lock_folder(o.out);\n",
-     "",
-     "ranks", "two jobs"),
-    ("ranks: last rows lost", MAIN, "    log.finish();\n", "", "disk", "^log"),
-    # weights in and out
-    ("weights: bf16 cut off", MAIN,
-     "y = __float2bfloat16_rn(x);",
-     "y = __ushort_as_bfloat16((unsigned short)(__float_as_uint(x) >> 16));",
-     "cli", "export_dtype"),
-    ("weights: fp16's subnormals", MAIN,
-     "ldexpf(float(mantissa), -24)",
-     "ldexpf(float(mantissa), -25)",
-     "cli", "halves"),
-    ("weights: first file only", MAIN,
-     "return {files.begin(), files.end()};",
-     "return {*files.begin()};",
-     "cli", "folders"),
-    ("weights: a tensor twice", MAIN,
-     "if (!where.emplace(name, files.back().get()).second)",
-     "if (where[name] = files.back().get(), false)",
-     "cli", "folders"),
-    ("weights: other heads", MAIN,
-     "if (!number) throw Error(message",
-     "if (false) throw Error(message",
-     "cli", "metadata"),
-    ("weights: whole file behind the parts", MAIN,
-     "if (stat(whole.c_str(), &info) == 0) return {whole};\n",
-     "",
-     "cli", "folders"),
-    # generation and evaluation
-    ("decode: a row too many", MAIN,
-     "there[i] = j < length;",
-     "there[i] = j <= length;",
-     "exact_bf16", "attention_decode"),
-    ("decode: half of a warp's groups", MAIN,
-     "m >= LANES; m /= 2)",
-     "m > LANES; m /= 2)",
-     "exact_bf16", "attention_decode"),
-    ("decode: sum not rescaled", MAIN, "        sum *= keep;\n", "", "serial_fp32", "attention_decode"),
-    ("decode: warps as if of one maximum", MAIN,
-     "const float take = fast_exp2(tops[w] - top);",
-     "const float take = 1.0f;",
-     "exact_bf16", "attention_decode"),
-    ("decode: barrier before the warps' sums", MAIN,
-     "    __syncthreads();\n    for (int w = 0; w < DECODE_WARPS; w++) top",
-     "    for (int w = 0; w < DECODE_WARPS; w++) top",
-     "exact_bf16", "attention_decode"),
-    ("decode: key/value head", MAIN,
-     "h / (NH / NKV)) * room;",
-     "h % NKV) * room;",
-     "serial_fp32", "attention_decode"),
-    ("cache: over what is there", MAIN,
-     "blockIdx.x) * room + past) * h.HS,",
-     "blockIdx.x) * room) * h.HS,",
-     "serial_fp32", "cache_append"),
-    ("cache: one's rows to all", MAIN,
-     "blockIdx.x % (h.B * h.NKV) * size",
-     "blockIdx.x % h.NKV * size",
-     "serial_fp32", "cache_append"),
-    ("cache: position of RoPE", MAIN,
-     "m.rope + size_t(cache.past) * h.HS / 2",
-     "m.rope",
-     "serial_fp32", "cached_logits"),
-    ("cache: learned position", MAIN,
-     "    if (positions) positions += size_t(m.cache.past) * C;\n",
-     "",
-     "serial_fp32", "cached_logits"),
-    ("cache: own token not seen", MAIN,
-     "cache.past + 1, cache.room, h",
-     "cache.past, cache.room, h",
-     "serial_fp32", "cached_logits"),
-    ("cache: layers share one", MAIN,
-     "const size_t layer = size_t(l) *",
-     "const size_t layer = size_t(l) * 0 *",
-     "serial_fp32", "cached_logits"),
-    ("generate: all draw alike", MAIN,
-     "random_uniform(seed, 1 + b, i)",
-     "random_uniform(seed, 1, i)",
-     "serial_fp32", "generate"),
-    ("generate: on behind EOS", MAIN, "            ended[b] = last[b] == eos;\n", "", "serial_fp32", "generate"),
-    ("sampling: without the token that reaches top-p", MAIN,
-     "mass < s.top_p) mass",
-     "mass + all[n].p < s.top_p) mass",
-     "serial_fp32", "candidates"),
-    ("sampling: no temperature", MAIN,
-     "exp((c.logit - top) / s.temperature)",
-     "exp(c.logit - top)",
-     "serial_fp32", "candidates"),
-    ("sampling: not normalised behind top-p", MAIN,
-     "    for (Candidate& c : all) c.p /= mass;\n",
-     "",
-     "serial_fp32", "candidates"),
-    ("sampling: of equals the last", MAIN,
-     "(a.logit == b.logit && a.id < b.id);",
-     "(a.logit == b.logit && a.id > b.id);",
-     "serial_fp32", "candidates"),
-    ("choices: cut from the right", MAIN,
-     "text.q->context.end() - kept, text.q->context.end()",
-     "text.q->context.begin(), text.q->context.begin() + kept",
-     "serial_fp32", "log_likelihoods"),
-    ("choices: first token not counted", MAIN,
-     "size_t t = text.inputs - text.choice->size();",
-     "size_t t = text.inputs - text.choice->size() + 1;",
-     "serial_fp32", "log_likelihoods"),
-    ("choices: label unchecked", MAIN, "take(1, 0, K - 1, ", "take(1, 0, INT_MAX, ", "serial_fp32", "questions"),
-    ("bits per byte: the space in front counts", MAIN,
-     "window[t - 1] == tokenizer->bos()",
-     "false",
-     "serial_fp32", "validation"),
-    ("generate: half characters", "tokenizer.h",
-     "if (!whole && n == s.size() && !all) break;",
-     "",
-     "generate", "whole_characters"),
-    ("generate: damage unseen", MAIN, "            verify_checkpoint(dir, true);\n", "", "generate", "damage"),
-    ("generate: any file is the tokenizer", MAIN,
-     "if (hash && hash->string != tokenizer_hash(path))",
-     "if (false)",
-     "generate", "tokenizer"),
-    ("eval: the last windows left out", MAIN,
-     "for (uint64_t done = 0; done < windows;) {",
-     "for (uint64_t done = 0; done + m.B <= windows;) {",
-     "generate", "validation"),
-    # the probe
-    ("probe: one side twice", MAIN, "float(side) / float(batches.size())", "1.0f / float(batches.size())", "cli", "curvature"),
-    ("probe: weights not moved back", MAIN,
-     "        CHECK(cudaMemcpyAsync(w, m.kept, bytes, cudaMemcpyDeviceToDevice, m.stream));\n        return found;",
-     "        return found;",
-     "cli", "probe"),
-    ("probe: direction before the last", MAIN, " - b * previous[i];", ";", "serial_fp32", "probe_kernels"),
-    ("probe: other end of the spectrum", MAIN,
-     "found.largest = tridiagonal_eigenvalue(a, b, a.size() - 1);",
-     "found.largest = tridiagonal_eigenvalue(a, b, 0);",
-     "cli", "curvature"),
-    ("probe: too far", MAIN, "e = 0.002 / sqrt(most);", "e = 0.2 / sqrt(most);", "cli", "curvature"),
-    ("probe: ends too early", MAIN,
-     "if (found.error <= 3e-3 * fabs(found.largest) && found.iterations > 2) break;",
-     "if (found.iterations > 2) break;",
-     "cli", "curvature"),
-    ("probe: rows of what is made again stay", MAIN,
-     "            if (strtoll(old.c_str() + at, nullptr, 10) > step) break;\n", "", "cli", "probe"),
-    # properties at random shapes
-    ("properties: gains begin anew", NORM,
-     "dgain[c] = float(dgain[c]) + sum;",
-     "dgain[c] = sum;",
-     "properties_fp32", "norm"),
-    ("properties: behind the end", MAIN,
-     "if (BF16 || c + e < W) f(p, e, c + e);",
-     "f(p, e, c + e);",
-     "properties_fp32", "embedding"),
-    ("properties: the loss alone writes gradients", MAIN,
-     "    if (!backward) return;\n    auto gradient",
-     "    auto gradient",
-     "properties_fp32", "cross_entropy"),
-    ("properties: rounding depends on the cut", MAIN,
-     "const unsigned r = sizeof(S) == 2 ? rounding_bits(index + i + j, key) : 0;",
-     "const unsigned r = sizeof(S) == 2 ? rounding_bits(i + j, key) : 0;",
-     "properties_fp32", "adamw"),
-    ("properties: one barrier less", MAIN,
-     "__syncthreads();\n        fetch(2 * step + 1 + FORWARD_AHEAD);",
-     "fetch(2 * step + 1 + FORWARD_AHEAD);",
-     "properties_fp32", "attention"),
-    ("properties: norms are not replayed", MAIN,
-     "if (m.storage.recompute > Recompute::none && l + 1 < m.c.L)",
-     "if (m.storage.recompute > Recompute::norm && l + 1 < m.c.L)",
-     "properties_fp32", "model"),
-    ("properties: micro-batches of cut gradients", MAIN,
-     "a.v[j] = float(a.v[j]) + float(b.v[j]);",
-     "a.v[j] = float(b.v[j]);",
-     "properties_fp32", "flat"),
+# name: target, what lists its tests, command of one test, seed of the lanes' order. A source lists them by TEST(name), a command by
+# "ok NAME", and None says that the program is one test. NAME stands for a test's name, ^NAME$ for a pattern of just it.
+PROGRAMS = {
+    "serial_fp32": ("build/test_serial_fp32", "test_gpt.cu", ["build/test_serial_fp32", "--filter", "NAME"], 1),
+    "exact_fp32": ("build/test_exact_fp32", "test_gpt.cu", ["build/test_exact_fp32", "--quick", "--filter", "NAME"], 2),
+    "exact_bf16": ("build/test_exact_bf16", "test_gpt.cu", ["build/test_exact_bf16", "--quick", "--filter", "NAME"], 3),
+    "cli": ("build/train_gpt_cpu_fp32", [PYTHON, "dev/test/test_cli.py", "build/train_gpt_cpu_fp32", "dev/test/golden"],
+            [PYTHON, "dev/test/test_cli.py", "build/train_gpt_cpu_fp32", "dev/test/golden", "--filter", "NAME"], 1),
+    "generate": ("build/train_gpt_cpu_fp32", [PYTHON, "dev/test/test_generate.py", "build/train_gpt_cpu_fp32"],
+                 [PYTHON, "dev/test/test_generate.py", "build/train_gpt_cpu_fp32", "--filter", "NAME"], 1),
+    "channel": ("build/test_channel", "dev/test/test_channel.cu", ["build/test_channel", "NAME"], 1),
+    "ranks": ("build/train_gpt_cpu_fp32", [PYTHON, "dev/test/test_ranks.py", "build/train_gpt_cpu_fp32"],
+              [PYTHON, "dev/test/test_ranks.py", "build/train_gpt_cpu_fp32", "--jobs", "1", "--filter", "^NAME$"], 1),
+    "dataloader": ("build/test_dataloader", None, ["build/test_dataloader"], 1),
+    "tokenizer": ("build/test_tokenizer", None, ["build/test_tokenizer", "dev/test/tokenizer"], 1),
+}
+KERNELS = ["serial_fp32", "exact_fp32", "exact_bf16"]
+# The programs that must notice a mutant of a file, by the first pattern that matches it.
+TABLE = [
+    ("tokenizer.h", ["tokenizer", "generate"]),
+    ("dataloader.h", ["dataloader", "cli"]),
+    ("simplenorm.cuh", KERNELS),
+    ("dev/device/*", KERNELS),
+    ("dev/use/*", [*KERNELS, "cli", "generate"]),
+    ("dev/run/*", [*KERNELS, "cli", "generate", "channel", "ranks"]),
+    ("*", [*KERNELS, "cli", "generate", "ranks"]),
 ]
+FILES = ["train_gpt.cu", "simplenorm.cuh", "dataloader.h", "tokenizer.h", "dev/device/*", "dev/run/*", "dev/use/*"]
+WAITING = {"channel", "ranks"}  # these watch clocks: what fails there once, perhaps for another job's load, runs again
+SANITIZED = {"channel", "dataloader", "tokenizer"}  # which reserve terabytes of addresses, so no limit holds for them
 
-SCRIPTS = {"cli": "test_cli.py", "ranks": "test_ranks.py", "disk": "test_disk.py", "kill": "kill.py",
-           "generate": "test_generate.py"}
+SWITCH = """// Written by mutate.py: mutant(k) is 1 in the mutant k, else 0, and notes in a file that somebody asked.
+#pragma once
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+inline int mutant_on = getenv("MUTANT") ? atoi(getenv("MUTANT")) : 0;
+inline char mutant_nobody[1 << 16];
+inline char* mutant_asked = [] {  // a mapped file: the note stays whatever the process dies of, and forks share it
+    const char* path = getenv("MUTANT_ASKED");
+    const int file = path ? open(path, O_RDWR) : -1;
+    if (file < 0) return mutant_nobody;
+    void* p = mmap(nullptr, sizeof mutant_nobody, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    close(file);
+    return p == MAP_FAILED ? mutant_nobody : (char*)p;
+}();
+inline int mutant(int k) {
+    __atomic_store_n(mutant_asked + k, char(1), __ATOMIC_RELAXED);
+    return k == mutant_on;
+}
+"""
 
 
-def passes(work, build, test):
-    """Builds a test in `work` and runs it, exact ones with three lane orders. None: it does not build. (Of the serial tests
-    those that sum over long rows need -O3's order of adding for their tolerances: here they run in the exact geometry.)"""
-    quiet = dict(cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    random_shapes = build.startswith("properties")
-    target = "build/" + ("train_gpt_cpu_fp32" if build in SCRIPTS else build if random_shapes else "test_" + build)
-    if subprocess.run(["make", "-s", target, "OPTIMIZE=-O1"], **quiet).returncode:
-        return None
-    command = ["./" + target, "--filter", test, *(["--cases", "12"] if random_shapes else ["--quick"])]
-    if build in SCRIPTS:
-        command = [sys.executable, "dev/test/" + SCRIPTS[build], target]
-        command += ["--kills", "12"] if build == "kill" else ["--filter", test]
-    for seed in ("1", "2", "3") if "exact" in build else ("1",):
-        env = {**os.environ, "CUDA_CPU_SEED": seed, "OMP_NUM_THREADS": "1"}
-        try:
-            if subprocess.run(command, env=env, timeout=300, **quiet).returncode:
-                return False
-        except subprocess.TimeoutExpired:  # who waits for ever has failed
+class Failure(Exception):
+    pass
+
+
+# --- Where a source can be broken. All operators only insert text, so that lines stay and several fit into one file
+
+TOKEN = re.compile(r"""
+    (?P<space>\s+|\\\n|//(?:\\\n|[^\n])*|/\*.*?\*/)
+  | (?P<string>(?:u8|[uUL])?R"(?P<end>[^()\s\\]{0,16})\(.*?\)(?P=end)"|(?:u8|[uUL])?"(?:\\.|[^"\\\n])*")
+  | (?P<number>'(?:\\.|[^'\\\n])+'|\.?\d(?:[eEpP][+-]|'(?=\w)|[\w.])*)
+  | (?P<word>[A-Za-z_]\w*)
+  | (?P<mark><<<|>>>|<<=|>>=|\.\.\.|::|->|\+\+|--|<=|>=|==|!=|&&|\|\||[-+*/%&|^]=|<<|>>|.)""", re.S | re.X)
+Token = collections.namedtuple("Token", "kind text start end")
+Place = collections.namedtuple("Place", "file line column operator edits last before after")
+
+KEYWORDS = {"return", "case", "else", "do", "new", "delete", "throw", "goto", "break", "continue", "sizeof", "if", "for", "while",
+            "switch", "try", "catch", "default", "operator", "public", "private", "protected", "asm", "__asm__", "static_assert"}
+DECLARING = {"const", "auto", "static", "unsigned", "signed", "inline", "extern", "volatile", "typename", "struct", "class",
+             "union", "enum", "using", "typedef", "template", "constexpr", "friend", "virtual", "explicit", "namespace"}
+FIXED = {"constexpr", "static_assert", "template", "using", "typedef", "enum", "asm", "__asm__", "case", "__shared__", "goto"}
+SCOPES = {"struct", "class", "union", "enum", "namespace", "extern"}
+ASSIGNING = {"=", "+=", "-=", "*=", "/=", "%=", "&=", "|=", "^=", "<<=", ">>=", "++", "--"}
+BARRIER = re.compile(r"__sync\w+|\w*fence\w*|mbarrier_\w+|copy_(wait|commit)\w*|wgmma_\w+|named_barrier_\w+")
+
+
+def tokens_of(text):
+    """Of what a CPU build compiles: no comments, no preprocessor lines, nothing that is only for nvcc."""
+    found, at, fresh, branches = [], 0, True, []  # branches: of each open #if, (asks for nvcc, counts)
+    while at < len(text):
+        t = TOKEN.match(text, at)
+        at = t.end()
+        if t.lastgroup == "space":
+            fresh = fresh or "\n" in t.group()
+        elif fresh and t.group() == "#":
+            line = re.compile(r"(?:\\\n|/\*.*?\*/|[^\n])*", re.S).match(text, at)
+            at = line.end()
+            word, _, rest = line.group().strip().partition(" ")
+            if word.startswith("if"):
+                nvcc = bool(re.match(r"(defined\W*)?__CUDA", rest.strip()))
+                branches.append((nvcc, not nvcc or word == "ifndef"))
+            elif word == "else" and branches:  # of any other condition both sides count
+                branches[-1] = (branches[-1][0], not (branches[-1][0] and branches[-1][1]))
+            elif word == "endif" and branches:
+                branches.pop()
+        else:
+            fresh = False
+            if all(counts for _, counts in branches):
+                kind = "string" if t.group("string") else t.lastgroup
+                found.append(Token(kind, t.group(), t.start(), at))
+    return found
+
+
+class Source:
+    """The tokens of a text, their brackets, and of each token where its statement begins and whether a function holds it."""
+
+    def __init__(self, path, text):
+        self.path, self.text = path, text
+        self.t = tokens_of(text) + [Token("end", "", len(text), len(text))] * 4  # so that one can look ahead
+        self.words = [x.text for x in self.t]
+        self.lines = [0] + [m.end() for m in re.finditer("\n", text)]
+        self.pair, self.begin, self.function = {}, [], []
+        stack, start = [], 0  # of open brackets: index, kind, where the statement around began, the function around
+        for i, w in enumerate(self.words):
+            owner = stack[-1][3] if stack else None  # where the head of the function begins
+            self.begin.append(start)
+            self.function.append(owner)
+            if w in ("(", "["):
+                stack.append((i, w, start, owner))
+            elif w == "{":
+                kind = self.brace(i, start, stack)
+                if kind == "scope":
+                    owner = None
+                elif kind == "code" and not self.control(i):
+                    owner = start
+                stack.append((i, kind, start, owner))
+                start = start if kind == "init" else i + 1
+            elif w in (")", "]", "}") and stack:
+                opened, kind, around, _ = stack.pop()
+                self.pair[opened], self.pair[i] = i, opened
+                if w == "}" and kind != "init":  # a lambda in brackets: its statement goes on
+                    start = around if stack and stack[-1][1] in ("(", "[", "init") else i + 1
+                elif w == ")" and self.words[opened - 1] in ("if", "for", "while", "switch", "constexpr"):
+                    start = i + 1
+            elif w in ("else", "do") or w == ";" and (not stack or stack[-1][1] in ("code", "scope")):
+                start = i + 1
+
+    def brace(self, i, start, stack):
+        """What { opens: code, the scope of a type or namespace, or values"""
+        before = self.words[i - 1] if i else ";"
+        if before in (")", "else", "do", "try", "const", "noexcept", "override", "mutable", "]"):
+            return "code"
+        if before in (";", "{", "}", ":"):
+            return "init" if stack and stack[-1][1] == "init" else "code" if stack and stack[-1][1] == "code" else "scope"
+        if SCOPES & set(self.words[start:i]):
+            return "scope"
+        j = i - 1
+        while j > start and (self.t[j].kind == "word" or self.words[j] in ("::", "<", ">", "*", "&", ",")):
+            j -= 1
+        return "code" if self.words[j] == "->" and self.words[j - 1] == ")" else "init"
+
+    def control(self, i):
+        """whether the { belongs to if, for and the like, or stands alone, and so to the function around"""
+        if self.words[i - 1] != ")":
+            return self.words[i - 1] in ("else", "do", "try", ";", "{", "}", ":")
+        return self.words[self.pair[i - 1] - 1] in ("if", "for", "while", "switch", "constexpr", "catch")
+
+    def inside(self, first, last):
+        """indices from first to before last, at this depth: of brackets only the opening one"""
+        i = first
+        while i < last:
+            yield i
+            i = self.pair.get(i, i) + 1 if self.words[i] in ("(", "[", "{") else i + 1
+
+    def declares(self, i):
+        if self.words[i] in DECLARING:
+            return True
+        if self.t[i].kind != "word" or self.words[i] in KEYWORDS:
             return False
-    return True
+        while self.words[i + 1] == "::":
+            i += 2
+        i += 1
+        if self.words[i] == "<":
+            depth = 0
+            for i in self.inside(i, len(self.t)):
+                depth += {"<": 1, ">": -1, ">>": -2}.get(self.words[i], 0)
+                if self.words[i] in (";", "{", ")", "&&", "||", ""):  # less than, no template
+                    return False
+                if depth <= 0:
+                    break
+            i += 1
+        while self.words[i] in ("*", "&", "&&", "const"):
+            i += 1
+        return i < len(self.t) and self.t[i].kind == "word"
+
+    def line(self, offset):
+        return bisect.bisect_right(self.lines, offset)
+
+    def places(self):
+        """Everything that can be broken; @ stands for the mutant's number."""
+        for i, x in enumerate(self.t):
+            start = self.begin[i]
+            if self.function[i] is None or x.kind == "end" or FIXED & set(self.words[start:start + 4]):
+                continue
+            for operator, edits in self.at(i, x):
+                first, last = self.line(edits[0][0]), self.line(edits[-1][0])
+                begin = self.lines[first - 1]
+                end = self.text.find("\n", begin) % (len(self.text) + 1)
+                after = self.text[begin:end]
+                for offset, more in reversed(edits):
+                    if offset <= end:
+                        after = after[:offset - begin] + more + after[offset - begin:]
+                after = after.replace("(1 - 2 * mutant(@)) *", "-1 *").replace("(1 + mutant(@)) *", "2 *")
+                after = after.replace("(1 + mutant(@)) /", "2 /").replace("bool(mutant(@))", "true")
+                after = re.sub(r"\{ if \(!mutant\(@\)\) \{ .* \} \}", "{}", after).replace("mutant(@)", "1")
+                yield Place(self.path, first, edits[0][0] - begin + 1, operator, edits, last,
+                            self.text[begin:end].strip(), after.strip())
+
+    def at(self, i, x):
+        """(operator, edits) of what can be broken at a token; an edit is (offset, text to insert)"""
+        t, words, w = self.t, self.words, x.text
+        before = words[i - 1]
+        value = t[i - 1].kind == "number" or t[i - 1].kind == "word" and before not in KEYWORDS or before in (")", "]")
+        spaced = self.text[x.start - 1].isspace() and self.text[x.end:x.end + 1].isspace() and t[i + 1].kind != "string"
+        if w in ("+", "-") and value and spaced or w in ("+=", "-=") and t[i + 1].kind != "string":
+            yield "arithmetic", [(x.end, " (1 - 2 * mutant(@)) *")]
+        elif w in ("*", "/") and value and spaced:
+            yield "factor", [(x.end, f" (1 + mutant(@)) {w}")]
+        elif w == "-" and not value and before not in ("/", "%", "-") and t[i - 1].kind != "string":
+            yield "sign", [(x.end, "(1 - 2 * mutant(@)) * ")]
+        elif w == "return":
+            yield from self.returned(i)
+        elif w == "for" and words[i + 1] == "(":
+            yield from self.loop(i + 1)
+        elif w in ("if", "while") and words[i + 1] == "(":
+            close = self.pair[i + 1]
+            if not self.declares(i + 2) and ";" not in words[i + 2:close]:
+                yield "comparison", [(t[i + 2].start, "bool("), (t[close].start, ") != bool(mutant(@))")]
+        elif w == "?":
+            j = i - 1
+            while j >= self.begin[i] and words[j] not in {"(", "[", "{", ",", ":", "?", "return", "<<"} | ASSIGNING:
+                j = self.pair[j] - 1 if words[j] in (")", "]", "}") else j - 1
+            if j + 1 < i and not self.declares(j + 1):
+                yield "comparison", [(t[j + 1].start, "bool("), (t[i - 1].end, ") != bool(mutant(@))")]
+        elif w == "[" and value and before not in DECLARING and words[i - 2] != "new":
+            yield from self.indexed(i)
+        if i == self.begin[i]:
+            yield from self.statement(i)
+
+    def returned(self, i):
+        t, words = self.t, self.words
+        end = next((j for j in self.inside(i + 1, len(t)) if words[j] == ";"), i + 1)
+        top = {words[j] for j in self.inside(i + 1, end) if words[j] not in "<>" or self.text[t[j].end] == " "}
+        if end == i + 1 or t[i + 1].kind == "string" or words[i + 1] in ("{", "[", "nullptr") or words[i + 1:end] == ["0"]:
+            return
+        edges = t[i + 1].start, t[end - 1].end
+        head = words[self.function[i]:self.function[i] + 4]
+        if "?" not in top and ("bool" in head or top & {"==", "!=", "<", ">", "<=", ">=", "&&", "||", "!", "true", "false"}):
+            yield "comparison", [(edges[0], "bool("), (edges[1], ") != bool(mutant(@))")]
+        elif "bool" not in head:
+            yield "sign", [(edges[0], "(1 - 2 * mutant(@)) * ("), (edges[1], ")")]
+
+    def loop(self, opened):
+        t, words = self.t, self.words
+        ends = [j for j in self.inside(opened + 1, self.pair[opened]) if words[j] == ";"]
+        if len(ends) != 2:
+            return
+        first = [words[j] for j in self.inside(opened + 1, ends[0])]
+        second = [words[j] for j in self.inside(ends[0] + 1, ends[1])]
+        if "=" in first:
+            yield "bound", [(t[ends[0] - 1].end, " + mutant(@)")]
+        if ("<" in second or "<=" in second) and not {"&&", "||", "?", ","} & set(second):
+            yield "bound", [(t[ends[1] - 1].end, " - mutant(@)")]
+
+    def indexed(self, i):
+        t, words, start, close = self.t, self.words, self.begin[i], self.pair[i]
+        content = list(self.inside(i + 1, close))
+        declared = self.declares(start) and not {"=", "(", "{"} & set(words[start:i])
+        if content and not declared and all(words[j] != "," and t[j].kind != "string" for j in content):
+            yield "index", [(t[i + 1].start, "("), (t[close - 1].end, ") + mutant(@)")]
+
+    def statement(self, i):
+        """a whole one, on one line: an assignment or a call"""
+        t, words = self.t, self.words
+        if words[i] in KEYWORDS or not (t[i].kind == "word" or words[i] in ("*", "++", "--")) or self.declares(i):
+            return
+        top = list(self.inside(i, len(t)))[:200]
+        end = next((j for j in top if words[j] in (";", "}", "{")), None)
+        if end is None or words[end] != ";" or "{" in words[i:end] or self.line(t[i].start) != self.line(t[end].start):
+            return
+        if words[end - 1] == ")" or ASSIGNING & {words[j] for j in top if j < end}:
+            operator = "barrier" if BARRIER.fullmatch(words[i]) else "statement"
+            yield operator, [(t[i].start, "{ if (!mutant(@)) { "), (t[end].end, " } }")]
+
+
+def order_of(places, seed):
+    """The places in the order in which they are taken: the operators take turns, one place a line."""
+    turns, used, order = collections.defaultdict(list), set(), []
+    for place in places:
+        turns[place.operator].append(place)
+    chance = random.Random(seed)
+    for operator in sorted(turns):
+        chance.shuffle(turns[operator])
+    while any(turns.values()):
+        for operator in sorted(turns):
+            while turns[operator]:
+                place = turns[operator].pop()
+                if (place.file, place.line) not in used:
+                    used.add((place.file, place.line))
+                    order.append(place)
+                    break
+    return order
+
+
+def weave(path, text, numbered):
+    """The text with the places (number, place) behind switches; lines keep their numbers."""
+    edits = []
+    for number, place in numbered:
+        for j, (offset, more) in enumerate(place.edits):
+            edits.append((offset, j == 0, more.replace("@", str(number))))  # at one offset what closes comes first
+    for offset, _, more in sorted(edits, reverse=True):
+        text = text[:offset] + more + text[offset:]
+    return f'#include "mutant.h"\n#line 1 "{path}"\n{text}' if edits else text
+
+
+# --- The copy of the sources, and its programs
+
+def tracked():
+    """path: bytes, of the working tree"""
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    if listed.returncode:
+        raise Failure(f"{ROOT} is no git repository. Run it in a clone.")
+    found = {}
+    for path in sorted(set(listed.stdout.decode().split("\0")) - {""}):
+        if os.path.isfile(os.path.join(ROOT, path)):
+            with open(os.path.join(ROOT, path), "rb") as f:
+                found[path] = f.read()
+    return found
+
+
+def write_tree(work, tree):
+    """Only what differs, so that make builds no more than it must."""
+    for folder, _, names in os.walk(work):
+        for name in names:
+            path = os.path.relpath(os.path.join(folder, name), work)
+            if path not in tree and not path.startswith("build/"):
+                os.remove(os.path.join(work, path))
+    for path, data in tree.items():
+        target = os.path.join(work, path)
+        if os.path.isfile(target):
+            with open(target, "rb") as f:
+                if f.read() == data:
+                    continue
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with open(target, "wb") as f:
+            f.write(data)
+        if os.path.isfile(os.path.join(ROOT, path)):
+            shutil.copymode(os.path.join(ROOT, path), target)
+
+
+def blame(output, order, chosen):
+    """The mutants on the lines of the compiler's errors; of errors elsewhere, on the lines it names beside them."""
+    for pattern, near in ((r"(?m)^([^\s:]+):(\d+):(?:\d+:)? (?:fatal )?error:", 0),
+                          (r"(?m)^(?:In file included from|\s+from)?\s*([^\s:]+):(\d+)[:,]", 3)):
+        at = collections.defaultdict(set)
+        for path, line in re.findall(pattern, output):
+            at[re.sub(r"^(\./|build/src/)*", "", path)].add(int(line))
+        found = {k for k in chosen if any(order[k].line - near <= n <= order[k].last + near for n in at[order[k].file])}
+        if found:
+            return found
+    return set()
+
+
+def build(work, tree, order, count, targets):
+    """Weaves and builds, without the places that do not compile; returns the numbers of the mutants, and how many fell out."""
+    bad = set()
+    for flags in ("-fsyntax-only", "-O1"):
+        while True:
+            chosen = [k for k in range(1, len(order)) if k not in bad][:count]
+            woven = dict(tree, **{"mutant.h": SWITCH.encode()})
+            for path in {order[k].file for k in chosen}:
+                text = tree[path].decode()
+                woven[path] = weave(path, text, [(k, order[k]) for k in chosen if order[k].file == path]).encode()
+            write_tree(work, woven)
+            make = subprocess.run(["make", "-k", "--no-print-directory", "OPTIMIZE=" + flags, *targets], cwd=work,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace",
+                                  env={**os.environ, "LC_ALL": "C"})
+            if make.returncode == 0:
+                break
+            more = blame(make.stdout, order, chosen)
+            if not more:
+                error = re.search(r"(?m)^.*(?: error: |\*\*\*).*$", make.stdout)
+                raise Failure(f"the copy in {work} does not build: {error.group() if error else make.stdout[-200:]}. "
+                              "See whether the sources themselves do.")
+            bad |= more
+            print(f"{len(bad)} places do not compile and are left out", flush=True)
+    return chosen, len(bad)
+
+
+RUNNING = set()  # process groups of tests
+
+
+def stop(number, _):
+    for group in list(RUNNING):
+        os.killpg(group, signal.SIGKILL)
+    os._exit(128 + number)
+
+
+class Test:
+    def __init__(self, program, name):
+        self.program, self.name = program, name
+        self.reaches, self.seconds, self.passed = set(), 0.0, False
+
+    def __str__(self):
+        return f"{self.program} {self.name}".strip()
+
+    def command(self):
+        exact = re.escape(self.name)
+        return [exact.join(["^", "$"]) if c == "^NAME$" else self.name if c == "NAME" else c
+                for c in PROGRAMS[self.program][2]]
+
+    def run(self, work, limit, more):
+        """Whether it passes within so many seconds. Whatever it has started ends with it."""
+        scratch = tempfile.mkdtemp(prefix="mutate_")
+        env = {**MPI_ENV, **os.environ, "OMP_NUM_THREADS": "1", "CUDA_CPU_SEED": str(PROGRAMS[self.program][3]),
+               "TMPDIR": scratch, **more}
+        memory = "unlimited" if self.program in SANITIZED else str(8 << 20)  # KiB: a mutant may ask for anything
+        p = subprocess.Popen(["sh", "-c", 'ulimit -v "$0"; exec "$@"', memory, *self.command()], cwd=work, env=env,
+                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                             start_new_session=True)
+        RUNNING.add(p.pid)
+        begin, done = time.monotonic(), None
+        while not done and time.monotonic() < begin + limit:
+            done = os.waitid(os.P_PID, p.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            time.sleep(0 if done else 0.005)
+        if not done:
+            os.killpg(p.pid, signal.SIGTERM)  # which mpirun passes on
+            time.sleep(1)
+        os.killpg(p.pid, signal.SIGKILL)  # before wait(), as long as the number is still its own
+        RUNNING.remove(p.pid)
+        p.wait()
+        shutil.rmtree(scratch, ignore_errors=True)
+        for left in glob.glob(f"/tmp/*_{p.pid}_*"):  # of a crash: test_gpt names its files after itself
+            if os.path.isdir(left):
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                os.remove(left)
+        return done is not None and p.returncode == 0
+
+    def record(self, work, record):
+        """Runs without a mutant: how long it takes, and which mutants' places it comes by."""
+        for _ in range(2):  # the first may have failed for another job's load
+            with open(record, "wb") as f:
+                f.truncate(1 << 16)
+            begin = time.monotonic()
+            self.passed = self.passed or self.run(work, 1200, {"MUTANT_ASKED": record})
+            self.seconds = time.monotonic() - begin
+            with open(record, "rb") as f:
+                self.reaches |= {k for k, asked in enumerate(f.read()) if asked}
+            if self.passed:
+                break
+        os.remove(record)
+
+    def notices(self, work, number):
+        tries = 2 if self.program in WAITING else 1
+        return not any(self.run(work, 4 * self.seconds + 20, {"MUTANT": str(number)}) for _ in range(tries))
+
+
+def tests_of(program, work):
+    listing = PROGRAMS[program][1]
+    if listing is None:
+        return [Test(program, "")]
+    if isinstance(listing, str):
+        with open(os.path.join(work, listing)) as f:
+            return [Test(program, name) for name in re.findall(r"(?m)^TEST\((\w+)\)", f.read())]
+    env = {**MPI_ENV, **os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(listing, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, text=True)
+    names = re.findall(r"(?m)^(?:ok|FAIL) ([^\n]*)", run.stdout)
+    return [Test(program, re.sub(r": (Failure|\w+Error|\w+Expired): .*", "", name)) for name in names]
+
+
+def programs_of(path):
+    return next(programs for pattern, programs in TABLE if fnmatch.fnmatch(path, pattern))
+
+
+def recorded(programs, work, jobs):
+    """After a run of each test without a mutant: those that pass, the fastest first, and whether one fails that must not."""
+    tests = [test for program in programs for test in tests_of(program, work)]
+    if not tests:
+        raise Failure(f"{', '.join(programs)} list no tests. See build/mutate/work.")
+    print(f"{len(tests)} tests without a mutant, to see what each reaches", flush=True)
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for i, test in enumerate(tests):
+            pool.submit(test.record, work, os.path.join(work, f"build/asked_{i}"))
+    # -O1 adds in another order than -O3: some tests of long sums fail where blocks have one thread, and pass in the others
+    passing = {test.name for test in tests if test.passed}
+    for test in tests:
+        if not test.passed:
+            print(f"{test} fails without any mutation and is left out{'' if test.name in passing else '. Mend that first'}")
+    failing = any(test.name not in passing for test in tests)
+    return sorted((test for test in tests if test.passed), key=lambda test: test.seconds), failing
+
+
+def verdict(number, place, tests, work):
+    """(caught, by whom)"""
+    mine = [test for test in tests if test.program in programs_of(place.file) and number in test.reaches]
+    by = next((test for test in mine if test.notices(work, number)), None)
+    return ("caught", str(by)) if by else ("SURVIVED" if mine else "not reached", "")
+
+
+def summary(rows):
+    def share(some):
+        caught = sum(row["verdict"] == "caught" for row in some)
+        return f"{caught:5} of {len(some):5} caught, {100 * caught / max(1, len(some)):5.1f}%"
+
+    for key in ("operator", "file"):
+        for value in sorted({row[key] for row in rows}):
+            print(f"  {value:24} {share([row for row in rows if row[key] == value])}")
+    count = collections.Counter(row["verdict"] for row in rows)
+    print(f"mutate: {len(rows)} mutants, {count['caught']} caught, {count['SURVIVED']} survived, "
+          f"{count['not reached']} not reached: {100 * count['caught'] / max(1, len(rows)):.1f}%")
+    return count["caught"] / max(1, len(rows))
+
+
+FIELDS = ["tree", "file", "line", "column", "operator", "verdict", "by", "before", "after"]
+
+
+def run(words):
+    parser = argparse.ArgumentParser(usage=__doc__, add_help=False)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--files", default="*")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--least", type=float, default=0.0)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.error = fail
+    args = parser.parse_args(words)
+    if args.help:
+        print(__doc__.strip())
+        return 0
+    tree = tracked()
+    paths = [p for p in tree if any(fnmatch.fnmatch(p, f) for f in FILES) and fnmatch.fnmatch(p, args.files)
+             and p.endswith((".cu", ".cuh", ".h"))]
+    places = [place for path in paths for place in Source(path, tree[path].decode()).places()]
+    if not places:
+        raise Failure(f"--files '{args.files}': nothing to break there. Give a pattern such as 'dev/run/*'.")
+    order = [None] + order_of(places, args.seed)  # from 1: 0 is no mutant
+    order = order[:1 << 16]
+    print(f"{len(places)} places in {len(paths)} files", flush=True)
+    if args.list:
+        for place in order[1:args.count + 1]:
+            print(f"{place.file}:{place.line}: {place.operator}: {place.before}  ->  {place.after}")
+        return 0
+    ours = os.path.join(ROOT, "build", "mutate")
+    work = os.path.join(ours, "work")
+    os.makedirs(work, exist_ok=True)
+    lock = open(os.path.join(ours, "lock"), "w")  # held until this process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Failure(f"another run works in {ours}. Wait for its end.") from None
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 30, 8 << 30))  # a mutant may write without end
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    programs = [p for p in PROGRAMS if any(p in programs_of(path) for path in {x.file for x in places})]
+    chosen, dropped = build(work, tree, order, args.count, sorted({PROGRAMS[p][0] for p in programs}))
+    print(f"{len(chosen)} mutants; {dropped} other places did not compile", flush=True)
+
+    code = b"".join(path.encode() + data for path, data in tree.items() if not path.endswith((".md", ".png", ".csv")))
+    state, results = hashlib.sha256(code).hexdigest()[:16], os.path.join(ours, f"results-{args.seed}.csv")
+    known = {}
+    if os.path.exists(results):
+        with open(results, newline="") as f:
+            known = {(r["file"], r["line"], r["column"], r["operator"]): r for r in csv.DictReader(f) if r["tree"] == state}
+    rows, todo = [], []
+    for k in chosen:
+        row = known.get((order[k].file, str(order[k].line), str(order[k].column), order[k].operator))
+        rows.append(row) if row else todo.append(k)
+    tests, failing = recorded(programs, work, args.jobs) if todo else ([], False)
+    with open(results, "a", newline="") as f, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        out = csv.DictWriter(f, FIELDS)
+        if not f.tell():
+            out.writeheader()
+        waiting = {pool.submit(verdict, k, order[k], tests, work): order[k] for k in todo}
+        for done in concurrent.futures.as_completed(waiting):
+            place, (what, by) = waiting[done], done.result()
+            row = dict(zip(FIELDS, (state, place.file, place.line, place.column, place.operator, what, by, place.before, place.after)))
+            out.writerow(row)
+            f.flush()
+            rows.append(row)
+            print(f"{what + ' by ' * bool(by) + by:40} {place.file}:{place.line}: {place.operator}: {place.before}  ->  "
+                  f"{place.after}", flush=True)
+    return 1 if summary(rows) < args.least or failing else 0
+
+
+def fail(message):
+    raise Failure(f"{message}. See --help.")
 
 
 def main():
-    words = sys.argv[1:]
-    survived = stale = caught = 0
-    with tempfile.TemporaryDirectory() as work:
-        for name in ("Makefile", "train_gpt.cu", "simplenorm.cuh", "test_gpt.cu", "dataloader.h", "tokenizer.h"):
-            shutil.copy(os.path.join(ROOT, name), work)
-        shutil.copytree(os.path.join(ROOT, "dev", "cpu"), os.path.join(work, "dev", "cpu"))
-        shutil.copytree(os.path.join(ROOT, "dev", "test", "golden"), os.path.join(work, "dev", "test", "golden"))
-        shutil.copytree(os.path.join(ROOT, "dev", "test", "curvature"), os.path.join(work, "dev", "test", "curvature"))
-        shutil.copytree(os.path.join(ROOT, "dev", "test", "tokenizer"), os.path.join(work, "dev", "test", "tokenizer"))
-        for name in ("frame.h", "properties.cu", "reference.h", "faulty_disk.c", "launch.py", *SCRIPTS.values()):
-            shutil.copy(os.path.join(ROOT, "dev", "test", name), os.path.join(work, "dev", "test"))
-        chosen = [m for m in MUTATIONS if not words or any(w in m[0] for w in words)]
-        for build, test in sorted({m[4:] for m in chosen}):
-            if not passes(work, build, test):
-                print(f"mutate.py: {build} {test}: fails without any mutation. Mend that first.", file=sys.stderr)
-                return 1
-        for name, file, old, new, build, test in chosen:
-            source = open(os.path.join(ROOT, file)).read()
-            if source.count(old) != 1:
-                print(f"STALE    {name}: its text stands {source.count(old)} times in {file}", flush=True)
-                stale += 1
-                continue
-            with open(os.path.join(work, file), "w") as f:
-                f.write(source.replace(old, new))
-            verdict = {None: "NOBUILD", True: "SURVIVED", False: "caught"}[passes(work, build, test)]
-            caught += verdict == "caught"
-            survived += verdict != "caught"
-            print(f"{verdict:8} {name} ({build})", flush=True)
-            shutil.copy(os.path.join(ROOT, file), work)
-    print(f"{caught} caught, {survived} survived, {stale} stale")
-    return 1 if survived else 2 if stale else 0
+    try:
+        return run(sys.argv[1:])
+    except Failure as e:
+        print(f"mutate.py: {e}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
