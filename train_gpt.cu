@@ -11,7 +11,9 @@
 //
 // Shapes: B batch, T sequence length, N = B T tokens, C width, V vocabulary, Vp padded, L layers, NH query heads, NKV
 // key/value heads, HS head size, F feed-forward width. Activations are row-major. `d` before a name is its gradient.
-#ifndef TRAIN_GPT  // whoever needs the model includes this file; `training` and `main` are the program's alone
+// Whoever needs the model includes this file; what stands behind TRAIN_GPT's #endif is compiled where it is the
+// program.
+#ifndef TRAIN_GPT
 #define TRAIN_GPT
 #include <cublasLt.h>
 
@@ -182,8 +184,8 @@ struct Storage {
     bool probe = false;           // room for the probe's directions and copy of the weights
     // ZeRO (Rajbhandari et al. 2020): of `ranks` ranks each keeps 1/ranks of nothing (0), of masters and moments (1),
     // of gradients too (2), of weights too (3).
-    int rank = 0, ranks = 1, zero = 0;
-    bool whole_gradients = false;  // gradients stay whole even so: summed over micro-batches, then reduced once
+    int rank = 0, ranks = 1, zero = 0;  // as planned: ranks.rank and ranks.size are those of the running job
+    bool whole_gradients = false;       // gradients stay whole even so: summed over micro-batches, then reduced once
 
     bool cut_state() const { return zero >= 1; }
     bool cut_gradients() const { return zero >= 2 && !whole_gradients; }
@@ -1526,7 +1528,7 @@ void set_parameters(Model& m, size_t begin, const std::vector<float>& values) {
 }
 
 // Waits until all that was launched is done.
-void settle(const Model& m) {
+void wait_for_device(const Model& m) {
     CHECK(cudaStreamSynchronize(m.gpu.stream));
     if (m.storage.ranks > 1) CHECK(cudaStreamSynchronize(ranks.stream));
 }
@@ -1712,7 +1714,8 @@ void block_backward(Model& m, int l, int B, int T, float beta) {
     const Heads h = heads(m, B, T);
     const Gpu& gpu = m.gpu;
     if (m.storage.recompute > Recompute::none && l + 1 < m.c.L)
-        block_replay(m, l, B, T);  // the last layer's is all there
+        // not the last layer's: the forward ended there, so the places that all layers share still hold its activations
+        if (m.storage.recompute > Recompute::none && l + 1 < m.c.L) block_replay(m, l, B, T);
 
     // The two ends of a half, y = x + Nout(branch(Nin(x))): the gradient goes through the branch and around it.
     auto into_branch = [&](size_t gain, const floatX* raw, const float2* stats) -> const floatX* {
@@ -2164,10 +2167,11 @@ struct Training {
     bool stopping = false;
     std::string bad;      // why, if it was not asked to
     int64_t suspect = 0;  // the second step after a skipped one, in which ranks may have gone apart
-    double tokens = double(m.N()) * o.grad_accum * ranks.size, sent = 0;  // of a step; bytes
-    double last = now(), mark = last,
-           paused = 0;       // of the last report; since when the terminal's line counts, less what
-    int64_t marked = begun;  // was spent on validation, samples, checkpoints; the step of that line
+    const double tokens = double(m.N()) * o.grad_accum * ranks.size;  // of a step
+    double sent = 0;                                                  // bytes, of the last step
+    double last = now();                                              // of the last report
+    int64_t marked = begun;                                           // the step of the terminal's last line,
+    double mark = last, paused = 0;  // its time, and seconds of validation, samples, checkpoints since then
     Log log;
     Saver saver;
     Probe probe = open_probe(m, o, begun);

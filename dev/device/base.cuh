@@ -32,7 +32,8 @@ inline void check_cuda(cudaError_t status, const char* call, const char* file, i
 }
 #define CHECK(call) check_cuda(call, #call, __FILE__, __LINE__)
 
-// Where kernels are launched: what launchers must know of a device, and a stream on it.
+// Where kernels are launched: what launchers must know of a device, and a stream on it, the default one until create()
+// makes the model's.
 struct Gpu {
     int sms = 0;          // multiprocessors
     size_t shared = 0;    // bytes of shared memory that a block may have

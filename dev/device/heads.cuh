@@ -13,7 +13,8 @@ struct Heads {
     __host__ __device__ int rows(int part) const { return part == 0 ? T : room; }  // of a head, in memory
     // where row n = b T + t of a part begins; the next head is rows(part) HS further
     __host__ __device__ size_t at(int part, size_t n) const {
-        const unsigned heads = part == 0 ? NH : NKV, b = unsigned(n) / T, row = unsigned(n) % T + (part == 0 ? 0 : past);
+        const unsigned heads = part == 0 ? NH : NKV, b = unsigned(n) / T;
+        const unsigned row = unsigned(n) % T + (part == 0 ? 0 : past);
         return (size_t(b * heads) * rows(part) + row) * HS;
     }
 };

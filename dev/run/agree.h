@@ -60,7 +60,7 @@ void check_weights(Model& m, int64_t step) {
     if (ranks.size == 1 || m.storage.cut_weights()) return;
     std::vector<unsigned long long> hashes(ranks.size);
     hash_weights(m);
-    settle(m);
+    wait_for_device(m);
     CHECK(cudaMemcpy(hashes.data(), m.hashes, ranks.size * sizeof(hashes[0]), cudaMemcpyDeviceToHost));
     compare_hashes(hashes.data(), step);
 }

@@ -169,7 +169,7 @@ struct Channel {
         check = std::move(hook);
     }
 
-    void report(const std::string& text) {
+    void send_report(const std::string& text) {
         if (text.size() > MOST) throw Error("channel: a report of more than 1 MiB. Send less.");
         {
             std::lock_guard<std::mutex> lock(mutex);

@@ -119,7 +119,7 @@ struct Saver {
         finish();
         step = state.step, written = false;
         channel.progress(WRITING, step);
-        settle(m);
+        wait_for_device(m);
         Files files = own_files(m);
         const std::string head = manifest_head(m, state) + tokenizer;
         const std::vector<std::string> index = weight_index(m);
@@ -260,7 +260,7 @@ private:
         } catch (const std::exception& e) {
             report = format("failed %lld\n%s\n", (long long)step, reason(e).c_str());
         }
-        if (ranks.rank > 0) channel.report(report);
+        if (ranks.rank > 0) channel.send_report(report);
     }
 
     // The first rank waits for all and completes the checkpoint, or gives it up.

@@ -1,4 +1,4 @@
-// Errors, warnings, and the two clocks of a long run.
+// Errors, warnings, and that by which others see that this process moves: ticks, collectives, the time.
 //
 // Bad input throws Error with "where: what. What to do."; main prints it on one line and exits with 1. A layer's errors
 // speak of what that layer knows: options are named by the command line alone.

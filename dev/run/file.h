@@ -174,3 +174,9 @@ inline void remove_dir(const std::string& path) {
         rmdir(path.c_str());
     }
 }
+
+// To stdout, all of which has arrived when this returns.
+inline void put_text(const std::string& text) {
+    if (fwrite(text.data(), 1, text.size(), stdout) != text.size() || fflush(stdout) || ferror(stdout))
+        throw Error(std::string("stdout: cannot be written: ") + strerror(errno) + ".");
+}

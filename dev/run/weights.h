@@ -32,7 +32,7 @@ std::vector<char> get_unit(const Model& m, const Flat& f, bool cut, int unit, bo
     const Piece mine = m.piece(unit);
     const size_t room = logits_bytes(m) / (width * ranks.size);
     char* passing = reinterpret_cast<char*>(m.logits);
-    settle(m);
+    wait_for_device(m);
     for (size_t at = 0; at < mine.size; at += room) {
         const size_t count = std::min(room, mine.size - at);
         ranks.all_gather(passing, f.at(mine.shard + at).p, count, nccl_type(f), width);
@@ -137,7 +137,7 @@ void export_weights(const Model& m, const std::string& path, bool half) {
     const Flat flat = m.master ? Flat(m.master) : Flat(m.params);
     int held = -1;
     std::vector<char> unit;
-    settle(m);
+    wait_for_device(m);
     auto get = [&](int u) {
         if (u != held) unit = get_unit(m, flat, cut, u, ranks.rank == 0), held = u;
     };

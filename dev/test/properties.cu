@@ -1094,7 +1094,7 @@ std::vector<float> gradients(Model& m, const Setup& s, const std::vector<int32_t
     begin_step(m);
     for (int i = 0; i < micro; i++)
         forward_backward(m, &windows[size_t(i) * s.B * W], s.B, s.c.T, 1.0f / micro, i == 0, i + 1 == micro);
-    settle(m);
+    wait_for_device(m);
     if (loss) *loss = read_float(m, m.loss);
     return get_floats(m.grads, 0, m.table.size);
 }
@@ -1204,7 +1204,7 @@ void model_case(Random& r) {
                         if (int(at % W) > t0) windows[at] = r.between(0, c.V - 1);
                 set_batch(m, windows.data(), s.B, c.T, false);
                 forward(m, s.B, c.T);
-                settle(m);
+                wait_for_device(m);
                 std::vector<floatX> rows(size_t(s.B) * c.T * c.C);
                 CHECK(cudaMemcpy(rows.data(), m.normed, rows.size() * sizeof(floatX), cudaMemcpyDeviceToHost));
                 for (size_t at = 0; at < rows.size(); at++)
@@ -1222,7 +1222,7 @@ void model_case(Random& r) {
         double square = 0;
         for (float x : g) square += double(x) * x;
         update(m, s.adamw, step);
-        settle(m);
+        wait_for_device(m);
         const AdamW& o = s.adamw;
         expect_close(fabs(read_float(m, m.grad_norm) - sqrt(square)) / (sqrt(square) + 1e-30), 2e-6, "gradient norm");
         const double scale = o.clip > 0 ? std::min(1.0, o.clip / (sqrt(square) + 1e-6)) : 1;

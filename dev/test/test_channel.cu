@@ -290,7 +290,7 @@ TEST(one_rank_alone) {
         std::string id = "id";
         channel.open(w, "", 1, nullptr, id);
         channel.progress("forward", 1);
-        channel.report("alone");
+        channel.send_report("alone");
         auto got = channel.take_reports(1);
         if (id != "id" || got.size() != 1 || got[0].second != "alone" || got[0].first) throw Error("no report");
         channel.close();
@@ -799,7 +799,7 @@ TEST(reports) {
     Job job;
     job.start(4, [&](const World& w) {
         job.open(w);
-        for (int i = 0; i < 20; i++) channel.report(format("%d:%d", w.rank, i) + std::string(i * 3000, '.'));
+        for (int i = 0; i < 20; i++) channel.send_report(format("%d:%d", w.rank, i) + std::string(i * 3000, '.'));
         int next[4] = {}, all = 0;
         if (w.rank == 0) {
             while (all < 80)
@@ -812,7 +812,7 @@ TEST(reports) {
             if (!channel.take_reports(0.2).empty() || now() - t < 0.19) throw Error("one too many");
             if (!channel.take_reports(0).empty() || now() - t > 1) throw Error("waited");
         }
-        if (w.rank == 3) nap(1), channel.report("last words");
+        if (w.rank == 3) nap(1), channel.send_report("last words");
         channel.close();
         if (w.rank == 0) {
             auto rest = channel.take_reports(0);
@@ -828,13 +828,13 @@ TEST(large_report) {
     job.start(2, [&](const World& w) {
         job.open(w);
         if (w.rank)
-            channel.report(std::string(1 << 20, 'r'));
+            channel.send_report(std::string(1 << 20, 'r'));
         else if (channel.take_reports(5).at(0).second != std::string(1 << 20, 'r'))
             throw Error("wrong");
         channel.close();
         if (w.rank) {
             try {
-                channel.report(std::string((1 << 20) + 1, 'r'));
+                channel.send_report(std::string((1 << 20) + 1, 'r'));
             } catch (const Error&) {
                 return;
             }

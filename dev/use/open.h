@@ -64,8 +64,3 @@ void close_weights(Model& m) {
     destroy(m);
     matmul.close();
 }
-
-void put_text(const std::string& text) {  // all that went to stdout has arrived
-    if (fwrite(text.data(), 1, text.size(), stdout) != text.size() || fflush(stdout) || ferror(stdout))
-        throw Error(std::string("stdout: cannot be written: ") + strerror(errno) + ".");
-}

@@ -233,7 +233,7 @@ inline void print_plan(Options& o) {
 
 // Prints what a rank holds in memory and sends, beside the plan. before: memory_used() of an empty device.
 inline void print_use(const Model& m, double before, double sent, int micro) {
-    settle(m);
+    wait_for_device(m);
     const double mib = 1048576.0, used = memory_used() - before;
     const double least = ranks.least(used), most = ranks.most(used);
     printf("memory a rank: plan %.1f MiB, in use %.1f MiB", m.arena.used / mib, least / mib);
