@@ -11,6 +11,7 @@
 //
 // Shapes: B batch, T sequence length, N = B T tokens, C width, V vocabulary, Vp padded, L layers, NH query heads, NKV
 // key/value heads, HS head size, F feed-forward width. Activations are row-major. `d` before a name is its gradient.
+//
 // Whoever needs the model includes this file; what stands behind TRAIN_GPT's #endif is compiled where it is the
 // program.
 #ifndef TRAIN_GPT
