@@ -1,4 +1,4 @@
-// SimpleNorm: Psi(x) = Norm(W x), a norm right behind a linear layer, gain and all; the pre-norms go (arXiv
+// SimpleNorm: Psi(x) = Norm(W x), a norm right behind a linear layer, with its gain; there are no pre-norms (arXiv
 // 2602.01212). W x is a plain matmul. This file is the rest: the norm of each row of W x, fused with what must read
 // that row anyway,
 //
@@ -12,12 +12,18 @@
 //   RMSNorm: mean = 0.  LayerNorm without bias: mean = mean_c x.
 //   dx = rstd (g dy - c1 - xh c2),   c2 = mean_c(g dy xh),   c1 = mean_c(g dy) for LayerNorm, 0 for RMSNorm
 //   dg = sum over the rows of dy xh
-// Only the raw linear outputs and (mean, rstd) of each row are kept for the backward; xh and y are computed again.
+// A norm's backward reads only the linear's raw output and (mean, rstd) of each row; xh and y are computed again.
 // A gain that is null means: no such norm in this variant (y = x), so all variants of the model share these kernels.
 //
 // Layout of the work (dev/device/rows.cuh): forward one block a row, which stays in registers between its passes.
 // Backward as many blocks as fit on the device, each walks rows blockIdx.x, + gridDim.x, ... and adds dy xh into its
 // own line of `partial` (gridDim.x, width); gain_grad sums the lines in a fixed order: no atomics, same bits.
+//
+// The words: a Row is a thread's part of a row, in packs of 16 bytes; each(W, f) calls f(p, e, c) for element e of pack
+// p, column c. PackReader and PackWriter read and write at a column c, a pack at its element e = 0 or its last.
+// ColumnSums are the block's line of `partial` while it lies in shared memory. part 0, 1, 2: q, k, v. Read
+// norm_residual_forward and norm_backward first; the others are the same with what is fused. What is `staged` or `HELD`
+// there is for speed alone.
 #pragma once
 #include "dev/device/heads.cuh"
 #include "dev/device/rows.cuh"
@@ -57,7 +63,7 @@ __device__ inline void row_stats(float2 (&s)[ROWS], float2* stats, const Row<PAC
     }
 }
 
-// Lets a kernel have so many bytes of dynamic shared memory; returns them.
+// Lets a kernel have this many bytes of dynamic shared memory; returns them.
 template <typename Kernel>
 size_t dynamic_shared(Kernel* kernel, size_t bytes, const Gpu& gpu) {
     if (bytes > gpu.shared)
@@ -140,11 +146,11 @@ void norm_forward(floatX* out, float2* stats, const floatX* x, const floatX* gai
     if (gain) norm_residual_forward(out, stats, x, nullptr, gain, N, C, norm, gpu);
 }
 
-// Norm backward: dx[n,c] = sum_to[n,c] + (dx of the formula at the top). dx, dy, x, sum_to (N,C) floatX, sum_to null
+// Norm backward: dx[n,c] = plus[n,c] + (dx of the formula at the top). dx, dy, x, plus (N,C) floatX, plus null
 // for nothing, may be dx itself; dgain (C), added to; partial (row_blocks(N, C), C) float scratch.
 template <int PACKS>
-__global__ void __launch_bounds__(ROW_THREADS)
-    norm_backward_kernel(floatX* dx, float* partial, const floatX* sum_to, const floatX* dy, const floatX* x,
+__global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
+    norm_backward_kernel(floatX* dx, float* partial, const floatX* plus, const floatX* dy, const floatX* x,
                          const floatX* gain, const float2* stats, int N, int C, Norm norm) {
     extern __shared__ __align__(16) float column_sums[];
     partial += size_t(blockIdx.x) * C;
@@ -155,7 +161,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
         PackReader g;
         row.load(x + n * C, C);
         d.load(dy + n * C, C);
-        if (sum_to) add.load(sum_to + n * C, C);
+        if (plus) add.load(plus + n * C, C);
         const float2 s = stats[n];
         float sum_gd = 0.0f, sum_gdx = 0.0f;
         each<PACKS>(C, [&](int p, int e, int c) {
@@ -171,20 +177,20 @@ __global__ void __launch_bounds__(ROW_THREADS)
         PackWriter write;
         each<PACKS>(C, [&](int p, int e, int c) {
             const float v = s.y * (g(gain + c, e) * d(p, e) - c1 - normalize(row(p, e), s) * c2);
-            write(out + c, e, sum_to ? add(p, e) + v : v);
+            write(out + c, e, plus ? add(p, e) + v : v);
         });
     }
     dg.write(partial, C);
 }
 
-void norm_backward(floatX* dx, Flat dgain, float* partial, const floatX* sum_to, const floatX* dy, const floatX* x,
+void norm_backward(floatX* dx, Flat dgain, float* partial, const floatX* plus, const floatX* dy, const floatX* x,
                    const floatX* gain, const float2* stats, int N, int C, Norm norm, const Gpu& gpu) {
     const int blocks = row_blocks(N, C, gpu);
     row_shape(C, [&](auto packs, int threads) {
         constexpr int P = packs.value;
         const size_t shared = dynamic_shared(norm_backward_kernel<P>, ColumnSums::bytes(C), gpu);
         norm_backward_kernel<P>
-            <<<blocks, threads, shared, gpu.stream>>>(dx, partial, sum_to, dy, x, gain, stats, N, C, norm);
+            <<<blocks, threads, shared, gpu.stream>>>(dx, partial, plus, dy, x, gain, stats, N, C, norm);
     });
     CHECK(cudaGetLastError());
     gain_grad(dgain, partial, blocks, C, C, gpu);
@@ -196,7 +202,8 @@ void norm_backward(floatX* dx, Flat dgain, float* partial, const floatX* sum_to,
 //   q (B,NH,T,HS), k, v (B,NKV,room,HS) floatX: the layout of attention (dev/device/heads.cuh); new rows of k and v go
 //   behind the `past` ones that are there
 //   RoPE on adjacent pairs, (a, b) -> (a cos - b sin, a sin + b cos), angle t theta^(-2i/HS) of pair i at position t
-// rope (past + T,HS/2) float2 of (cos, sin), null for none; stats (B,T,3) float2, written if there are norms.
+// rope (past + T,HS/2) float2 of (cos, sin), null for none; stats (B,T,3) float2, written if there are norms,
+// v's too where only q and k have one.
 
 struct QkvGains {
     const floatX *q, *k, *v;  // (NH HS), (NKV HS), (NKV HS), each null if the variant has no such norm
@@ -226,8 +233,10 @@ struct HeadRow : Row<PACKS> {
     }
 };
 
-// f(p, e, c, at, i) for each pair of this thread's in a part's row: elements e and e + 1 of pack p, columns c and c +
-// 1, pair i of their head; at: where the first lies, counted from the row's begin, in memory that is split into heads
+// Calls f(p, e, c, at, i) for each of this thread's pairs in a part's row:
+//   p, e   the pack, and the pair's first element in it      c   its first column
+//   at     where it lies in memory that is split into heads, from the row's begin
+//   i      its number within the head
 template <int PACKS, typename F>
 __device__ inline void each_pair(int part, Heads h, F f) {
     const int W = h.width(part);
@@ -294,7 +303,7 @@ void qkv_norm_rope_forward(floatX* q, floatX* k, floatX* v, float2* stats, const
 
 // draw (B,T,QKV) floatX from dq (B,NH,T,HS), dk, dv (B,NKV,T,HS), room = T; partial (blocks, QKV) float.
 template <int PACKS>
-__global__ void __launch_bounds__(ROW_THREADS)
+__global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
     qkv_norm_rope_backward_kernel(floatX* draw, float* partial, const floatX* dq, const floatX* dk, const floatX* dv,
                                   const floatX* raw, QkvGains gains, const float2* stats, const float2* rope, Heads h,
                                   Norm norm) {
@@ -308,7 +317,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
             const int W = h.width(part);
             const floatX* gain = gains.of(part);
             const float2* angle = rope && part < 2 ? rope + n % h.T * (h.HS / 2) : nullptr;
-            const float2 s = stats[3 * n + part];
+            const float2 s = gain ? stats[3 * n + part] : make_float2(0.0f, 1.0f);
             ColumnSums dg(sums + h.begin(part));
             Row<PACKS> x;
             HeadRow<PACKS> dy;
@@ -436,7 +445,7 @@ void ffn_norm_act_forward(floatX* out, float2* stats, const floatX* raw, const f
 // way to shared memory while this one is worked on: each thread's packs, (3 or 2, PACKS, threads) of 16 bytes behind
 // the sums. Rows too wide even for registers (10 packs) are read twice, the second time from L2.
 template <int PACKS, bool GATED>
-__global__ void __launch_bounds__(ROW_THREADS)
+__global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
     ffn_norm_act_backward_kernel(floatX* draw, float* partial, const floatX* dout, const floatX* raw,
                                  const floatX* gain, const float2* stats, int N, int F, Norm norm, bool staged) {
     constexpr int PARTS = GATED ? 2 : 1;

@@ -387,7 +387,8 @@ TEST(linear) {
                     want_dw[m * K + k] += dout.v[n * M + m] * inp.v[n * K + k];
                 }
         expect_close(out.get(), want, TOL, "out");
-        expect_close(dinp.get(), want_dinp, TOL, "dinp");
+        // added to what is there, cuBLASLt rounds the product before: measured on an H200 4.4e-3
+        expect_close(dinp.get(), want_dinp, BF16 && add ? 5e-3 : TOL, "dinp");
         expect_close(dw.get(), want_dw, TOL_FLOAT, "dw");
     }
 }

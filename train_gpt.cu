@@ -10,10 +10,11 @@
 // dev/use/.
 //
 // Shapes: B batch, T sequence length, N = B T tokens, C width, V vocabulary, Vp padded, L layers, NH query heads, NKV
-// key/value heads, HS head size, F feed-forward width. Activations are row-major. `d` before a name is its gradient.
+// key/value heads, HS head size, F feed-forward width; QKV = (NH + 2 NKV) HS, FF = 2 F (nanogpt: F). Activations are
+// row-major. `d` before a name is its gradient.
 //
-// Whoever needs the model includes this file; what stands behind TRAIN_GPT's #endif is compiled where it is the
-// program.
+// Whoever needs the model includes this file; what stands behind TRAIN_GPT's #endif is compiled only if this file
+// itself is what is compiled.
 #ifndef TRAIN_GPT
 #define TRAIN_GPT
 #include <cublasLt.h>
@@ -34,9 +35,9 @@
 #include "simplenorm.cuh"
 
 // =====================================================================================================================
-// Configuration. A flavour is a preset of these numbers; every one of them is also an option of the same name.
+// Configuration. A flavour is a preset of these numbers; each has an option (dev/run/options.h).
 
-// The names are those of options, checkpoints and exports.
+// The words are the values of options, and what checkpoints and exports store; the enum is their index.
 typedef std::vector<std::string> Words;
 enum class Backbone { llama, nanogpt };
 const Words BACKBONES = {"llama", "nanogpt"};
@@ -47,15 +48,15 @@ struct Config {
     Backbone backbone = Backbone::llama;
     Variant variant = Variant::simplegpt;
     bool layernorm = false;               // norm: RMSNorm, or LayerNorm without bias
-    int C = 256, L = 6, NH = 4, NKV = 0;  // NKV 0: as many as NH
-    int V = 32000;
+    int C = 256, L = 6, NH = 4, NKV = 0;  // dim, layers, heads, kv-heads (0: as many as heads)
+    int V = 32000;                        // vocab-size
     float ffn_mult = 1.0f;
     int multiple_of = 256;
     int hidden = 0;  // the feed-forward width; 0: by the formula (checkpoints know the width alone)
     float rope_theta = 1e4f;
     float norm_eps = 1e-5f;
-    int T = 1024;
-    int max_T = 0;  // rows of the learned positions (nanogpt); 0: T
+    int T = 1024;   // seq-len
+    int max_T = 0;  // max-seq-len: rows of the learned positions (nanogpt); 0: T
 
     bool simple() const { return variant == Variant::simplegpt; }
     bool gated() const { return backbone == Backbone::llama; }
@@ -83,6 +84,7 @@ struct Flavour {
 };
 
 const Flavour FLAVOURS[] = {
+    // name, C, L, NH, NKV, V, ffn_mult, multiple_of, rope_theta, backbone
     {"20M", 256, 4, 4, 4, 32000, 1.0f, 256, 1e4f, Backbone::llama},
     {"22M", 256, 6, 4, 4, 32000, 1.0f, 256, 1e4f, Backbone::llama},
     {"35M", 384, 6, 6, 6, 32000, 1.0f, 256, 1e4f, Backbone::llama},
@@ -171,9 +173,10 @@ void finish(Config& c) {
 // What memory is spent on. Recompute: the activations that the forward does not keep and the backward makes again. Each
 // level drops more; kept a token and layer of simplegpt, with d = C, k = NKV HS, f = F:
 //   none   everything                                                                      7d + 4k + 3f
-//   norm   not what norms, RoPE, SwiGLU and residual adds make                             5d + 2k + 2f
+//   norm   not what norms, RoPE, SwiGLU and the residual add in the middle make            5d + 2k + 2f
 //   ffn    nor the outputs of w1 and w3                                                    5d + 2k
 //   block  only the block's input and the output of w2, which the norm behind it needs     2d
+// The few floats a row (stats of norms; lse, but at block) are kept beside that.
 enum class Recompute { none, norm, ffn, block };
 const Words RECOMPUTE = {"none", "norm", "ffn", "block"};
 
@@ -219,9 +222,9 @@ struct Tensor {
 };
 
 struct LayerOffsets {
-    size_t qkv, o, w13, w2;                      // (QKV,C), (C,C), (FF,C), (C,F); w13 and w2 are fc and proj of nanogpt
-    size_t qkv_gain, o_gain, w13_gain, w2_gain;  // (QKV), (C), (FF), (C); of preqknorm only q and k
-    size_t norm1, norm2;                         // pre-norms (C)
+    size_t qkv, o, w13, w2;  // (QKV,C), (C,C), (FF,C), (C,F); w13 and w2 are fc and proj of nanogpt
+    size_t qkv_gain, v_gain, o_gain, w13_gain, w2_gain;  // (QKV) from q's on, v's among them, (C), (FF), (C)
+    size_t norm1, norm2;                                 // pre-norms (C)
 };
 
 struct Unit {
@@ -291,7 +294,7 @@ TensorTable build_table(const Config& c, int ranks = 1) {
                           w2 = ffn + linear("sn2", "w2", "proj");
         const char *weight = simple ? ".lin.weight" : ".weight", *gain = ".norm.weight";
         const float deep = std / sqrtf(2.0f * (llama ? l + 1 : c.L));  // o, w2, w3; nanogpt's o and proj
-        LayerOffsets at = {NONE, NONE, NONE, NONE, NONE, NONE, NONE, NONE, NONE, NONE};
+        LayerOffsets at = {NONE, NONE, NONE, NONE, NONE, NONE, NONE, NONE, NONE, NONE, NONE};
         auto ones = [&](const std::string& name, size_t rows) { return t.add(name, rows, 0, Init::ones, 0.0f); };
 
         at.qkv = t.add(q + weight, q_width, C, Init::normal, std);
@@ -305,10 +308,11 @@ TensorTable build_table(const Config& c, int ranks = 1) {
         t.align();
         at.w2 = t.add(w2 + weight, C, F, Init::normal, deep);
         t.align();
+        // here, and only here, the variants differ: everything else asks which of these there are
         if (simple) {
             at.qkv_gain = ones(q + gain, q_width);
             ones(k + gain, kv_width);
-            ones(v + gain, kv_width);
+            at.v_gain = ones(v + gain, kv_width);
             at.o_gain = ones(o + gain, C);
             at.w13_gain = ones(w1 + gain, F);
             if (c.gated()) ones(w3 + gain, F);
@@ -1101,8 +1105,9 @@ struct Report {
     cudaEvent_t done = nullptr;
 };
 
-// Where units pass by whose weights or gradients are cut over the ranks: a layer's in one of two by turns, so that the
-// next is gathered, or the last reduced, while this one computes; embedding and head share one, but if they are tied.
+// Room for one unit whose weights or gradients are cut over the ranks. Layers use two slots in turn, so that the next
+// layer is gathered, or the last one reduced, while this one computes; embedding and head share one unless they are
+// tied.
 struct Slot {
     floatX* w = nullptr;
     Flat g;
@@ -1138,8 +1143,8 @@ struct Model {
     Flat grads, m, v;
     float* master = nullptr;
     Slot slots[SLOTS];
-    std::vector<floatX*> unit_weights;  // where each unit's are when it computes: in params, grads or in a slot
-    std::vector<Flat> unit_grads;
+    std::vector<floatX*> unit_weights;  // where each unit's are when it computes: in params or a slot
+    std::vector<Flat> unit_grads;       // and its gradients: in grads or a slot
     std::vector<cudaEvent_t> gathered;  // a unit's weights are there
 
     std::vector<LayerActivations> acts;
@@ -1259,33 +1264,35 @@ struct ActivationRow {
           share([=](LayerActivations& l, const LayerActivations& first) { l.*tensor = first.*tensor; }), kept(kept) {}
 };
 
-// What a layer leaves for its backward; without training nothing is kept. The last column is Recompute's table. Without
-// a norm behind a linear (other variants) the backward has no use for its raw output, but replaying what follows has.
+// What a layer leaves for its backward; without training nothing is kept. The last column is Recompute's table. A
+// linear's raw output is kept at level none if a norm's backward reads it (other variants have none there), at the
+// others since the replay begins with it.
 void lay_out_activations(Model& m) {
     const Config& c = m.c;
     const size_t N = m.N(), C = c.C, QKV = c.QKV(), F = c.F(), FF = c.FF(), kv = size_t(c.NKV) * c.HS();
     const Recompute level = m.storage.recompute;
-    const bool none = level == Recompute::none, norm = level <= Recompute::norm, ffn = level <= Recompute::ffn;
+    // kept at level none only; up to norm; up to ffn
+    const bool at_none = level == Recompute::none, to_norm = level <= Recompute::norm, to_ffn = level <= Recompute::ffn;
     const LayerOffsets& at = m.table.layers[0];  // which norms there are
     const bool pre_norms = at.norm1 != NONE;
     using A = LayerActivations;
     // clang-format off
     const ActivationRow rows[] = {
         // tensor        elements                 kept
-        {&A::h,          N * C,                   none},                                // the stream between the halves
-        {&A::n1,         pre_norms ? N * C : 0,   none},                                // pre-norms
-        {&A::n2,         pre_norms ? N * C : 0,   none},
-        {&A::qkv_raw,    N * QKV,                 none ? at.qkv_gain != NONE : ffn},    // linear
-        {&A::q,          N * C,                   none},                                // attention
-        {&A::k,          N * kv,                  none},
-        {&A::v,          N * kv,                  none},
-        {&A::att,        N * C,                   ffn},
-        {&A::lse,        N * c.NH,                ffn},
-        {&A::o_raw,      N * C,                   none ? at.o_gain != NONE : ffn},      // linear
-        {&A::w13_raw,    N * FF,                  norm},                                // linear
-        {&A::act,        N * F,                   none},                                // w2's input
-        {&A::w2_raw,     N * C,                   at.w2_gain != NONE},                  // linear
-        {&A::qkv_stats,  3 * N,                   true},                                // mean and rstd of rows
+        {&A::h,          N * C,                   at_none},                               // the stream between the halves
+        {&A::n1,         pre_norms ? N * C : 0,   at_none},                               // pre-norms
+        {&A::n2,         pre_norms ? N * C : 0,   at_none},
+        {&A::qkv_raw,    N * QKV,                 at_none ? at.qkv_gain != NONE : to_ffn},// linear
+        {&A::q,          N * C,                   at_none},                               // attention
+        {&A::k,          N * kv,                  at_none},
+        {&A::v,          N * kv,                  at_none},
+        {&A::att,        N * C,                   to_ffn},
+        {&A::lse,        N * c.NH,                to_ffn},
+        {&A::o_raw,      N * C,                   at_none ? at.o_gain != NONE : to_ffn},  // linear
+        {&A::w13_raw,    N * FF,                  to_norm},                               // linear
+        {&A::act,        N * F,                   at_none},                               // w2's input
+        {&A::w2_raw,     N * C,                   at.w2_gain != NONE},                    // linear
+        {&A::qkv_stats,  3 * N,                   true},                                  // mean and rstd of rows
         {&A::o_stats,    N,                       true},
         {&A::w13_stats,  2 * N,                   true},
         {&A::w2_stats,   N,                       true},
@@ -1297,7 +1304,10 @@ void lay_out_activations(Model& m) {
     m.acts.assign(c.L, A());
     a.section(format("activations (recompute %s)", RECOMPUTE[int(level)].c_str()));
     for (int l = 0; l < c.L; l++)  // the blocks' inputs; without training by turns in two places
-        m.training || l < 2 ? a.take(m.acts[l].x, N * C) : void(m.acts[l].x = m.acts[l - 2].x);
+        if (m.training || l < 2)
+            a.take(m.acts[l].x, N * C);
+        else
+            m.acts[l].x = m.acts[l - 2].x;
     for (const ActivationRow& row : rows)
         for (A& layer : m.acts)
             if (m.training && row.kept) row.take(a, layer);
@@ -1322,6 +1332,7 @@ void lay_out_scratch(Model& m) {
     const size_t kv = size_t(c.NKV) * c.HS();
     Arena& a = m.arena;
     a.section("logits, a chunk of rows");
+    // 512 MiB of logits, of fp32 64
     m.logit_rows = int(std::min(N, std::max<size_t>(16, (size_t(1) << (BF16 ? 29 : 26)) / (Vp * sizeof(floatX)))));
     char* logits = nullptr;
     a.take(logits, logits_bytes(m));
@@ -1347,8 +1358,8 @@ void lay_out_scratch(Model& m) {
             a.take(m.hash_parts, chunks(P));
         }
         size_t partial = 0;
-        for (auto [W, lines] : {std::pair{c.C, c.C}, {c.C, c.QKV()}, {c.F(), c.FF()}})
-            partial = std::max(partial, row_blocks(int(N), W, m.gpu) * size_t(lines));
+        for (auto [W, line_width] : {std::pair{c.C, c.C}, {c.C, c.QKV()}, {c.F(), c.FF()}})
+            partial = std::max(partial, row_blocks(int(N), W, m.gpu) * size_t(line_width));
         a.take(m.partial, partial);
         a.section("gradients of activations");
         for (floatX** p : {&m.dres, &m.dbranch, &m.datt, &m.dnormed}) a.take(*p, N * C);
@@ -1564,8 +1575,8 @@ void initialize(Model& m, uint64_t seed) {
 // =====================================================================================================================
 // Units over ranks. With one rank nothing here does anything but begin_gradients.
 
-// Weights cut over ranks: unit u's to its slot, unless they are there or under way. What the model's stream was given
-// before has used the slot for the last time.
+// Weights cut over ranks: unit u's to its slot, unless they are there or under way. The gather waits for the kernels
+// that were launched before, the last readers of the slot's old unit.
 void gather_weights(Model& m, int u) {
     Slot& s = m.slot(u);
     if (s.held == u) return;
@@ -1586,7 +1597,8 @@ void need_weights(Model& m, int u, int next) {
 
 // Before unit u's gradients are written. In a step's first micro-batch, and where every micro-batch's are reduced, they
 // begin anew: a matmul then overwrites its own (the beta returned is 0), and what is only ever added to is zeroed here,
-// gains, embedding and positions. A tied embedding's begins as the head's.
+// gains, embedding and positions. A tied embedding's
+// gradient is begun before the head's backward, not at its own.
 float begin_gradients(Model& m, int u, bool first) {
     if (m.storage.cut_gradients()) {
         CHECK(cudaStreamWaitEvent(m.gpu.stream, m.slot(u).reduced, 0));
@@ -1629,6 +1641,8 @@ void reduce_gradients(Model& m, int u, bool first) {
     const Flat all = m.g(unit.begin), own = all.at(p.whole - unit.begin), shard = m.grads.at(p.shard);
     ranks.order(ranks.stream, m.gpu.stream);
     if (!m.storage.cut_state()) return ranks.all_reduce(all.p, unit.size, nccl_type(all), all.width());
+    // the first micro-batch's sum goes straight to the shard; later ones to this rank's piece of the slot, and are
+    // added
     ranks.reduce_scatter(m.storage.cut_gradients() && first ? shard : own, all, p.size);
     if (!m.storage.cut_gradients()) return;
     if (!first)
@@ -1649,9 +1663,7 @@ Heads heads(const Model& m, int B, int T) { return {B, T, m.c.NH, m.c.NKV, m.c.H
 
 QkvGains qkv_gains(const Model& m, const LayerOffsets& at) {
     const floatX* q = m.w(at.qkv_gain);
-    if (!q) return {nullptr, nullptr, nullptr};
-    const floatX *k = q + m.c.C, *v = k + size_t(m.c.NKV) * m.c.HS();
-    return {q, k, m.c.simple() ? v : nullptr};
+    return {q, q ? q + m.c.C : nullptr, m.w(at.v_gain)};
 }
 
 // next = block l of its input a.x. N.. are norms; one that the variant lacks lets its input through:
@@ -1691,17 +1703,17 @@ void block_replay(Model& m, int l, int B, int T) {
     const Norm norm = m.norm();
     const Gpu& gpu = m.gpu;
     const int N = B * T, C = m.c.C, F = m.c.F();
-    const bool block = m.storage.recompute == Recompute::block, ffn = block || m.storage.recompute == Recompute::ffn;
+    const bool redo_all = m.storage.recompute == Recompute::block, redo_ffn = m.storage.recompute >= Recompute::ffn;
 
     norm_forward(a.n1, a.n1_stats, a.x, m.w(at.norm1), N, C, norm, gpu);
-    if (block) linear_forward(a.qkv_raw, a.n1, m.w(at.qkv), N, C, m.c.QKV(), gpu);
+    if (redo_all) linear_forward(a.qkv_raw, a.n1, m.w(at.qkv), N, C, m.c.QKV(), gpu);
     qkv_norm_rope_forward(a.q, a.k, a.v, a.qkv_stats, a.qkv_raw, qkv_gains(m, at), m.rope, h, norm, gpu);
-    if (block) attention_forward(a.att, a.lse, a.q, a.k, a.v, h, gpu);
-    if (block) linear_forward(a.o_raw, a.att, m.w(at.o), N, C, C, gpu);
+    if (redo_all) attention_forward(a.att, a.lse, a.q, a.k, a.v, h, gpu);
+    if (redo_all) linear_forward(a.o_raw, a.att, m.w(at.o), N, C, C, gpu);
     norm_residual_forward(a.h, a.o_stats, a.o_raw, a.x, m.w(at.o_gain), N, C, norm, gpu);
 
     norm_forward(a.n2, a.n2_stats, a.h, m.w(at.norm2), N, C, norm, gpu);
-    if (ffn) linear_forward(a.w13_raw, a.n2, m.w(at.w13), N, C, m.c.FF(), gpu);
+    if (redo_ffn) linear_forward(a.w13_raw, a.n2, m.w(at.w13), N, C, m.c.FF(), gpu);
     ffn_norm_act_forward(a.act, a.w13_stats, a.w13_raw, m.w(at.w13_gain), N, F, m.c.gated(), norm, gpu);
 }
 
@@ -1714,11 +1726,11 @@ void block_backward(Model& m, int l, int B, int T, float beta) {
     const int N = B * T, C = m.c.C, F = m.c.F(), FF = m.c.FF();
     const Heads h = heads(m, B, T);
     const Gpu& gpu = m.gpu;
-    if (m.storage.recompute > Recompute::none && l + 1 < m.c.L)
-        // not the last layer's: the forward ended there, so the places that all layers share still hold its activations
-        if (m.storage.recompute > Recompute::none && l + 1 < m.c.L) block_replay(m, l, B, T);
+    // not the last layer's: the forward ended there, so the places that all layers share still hold its activations
+    if (m.storage.recompute > Recompute::none && l + 1 < m.c.L) block_replay(m, l, B, T);
 
-    // The two ends of a half, y = x + Nout(branch(Nin(x))): the gradient goes through the branch and around it.
+    // The two ends of a half, y = x + Nout(branch(Nin(x))): the gradient goes through the branch and around it. First
+    // through Nout; at last through the first linear and Nin, and is added to that of the way around, m.dres.
     auto into_branch = [&](size_t gain, const floatX* raw, const float2* stats) -> const floatX* {
         if (gain == NONE) return m.dres;
         norm_backward(m.dbranch, m.g(gain), m.partial, nullptr, m.dres, raw, m.w(gain), stats, N, C, norm, gpu);
@@ -1787,7 +1799,7 @@ void forward(Model& m, int B, int T, const std::function<void(int)>& after_block
         if (after_block) after_block(l);
     }
     need_weights(m, L + 1, -1);
-    norm_residual_forward(m.normed, m.norm_stats, m.out, nullptr, m.w(m.table.norm), N, C, m.norm(), m.gpu);
+    norm_forward(m.normed, m.norm_stats, m.out, m.w(m.table.norm), N, C, m.norm(), m.gpu);
 }
 
 // Logits of `rows` rows of m.normed from row0 on, to m.logits; at most m.logit_rows at a time.
@@ -1830,7 +1842,8 @@ void launch_micro_batch(Model& m, int B, int T, float weight, bool first, bool l
     finished(top);
     for (int l = L - 1; l >= 0; l--) {
         need_weights(m, l + 1, l > 0 ? l : -1);
-        block_backward(m, l, B, T, begin_gradients(m, l + 1, first));
+        beta = begin_gradients(m, l + 1, first);
+        block_backward(m, l, B, T, beta);
         finished(l + 1);
     }
     if (!m.table.tied()) begin_gradients(m, 0, first);
@@ -2186,7 +2199,8 @@ struct Training {
         return ranks.size > 1 && !m.storage.cut_weights() && o.check_every > 0 &&
                (step % o.check_every == 0 || step == begun + 1 || step == suspect);
     }
-    // The host launches one step ahead of the one it reports, unless it has something to do after it, or it is done.
+    // The host launches one step ahead of the one it reports, unless something is due after that step, or the step has
+    // ended already.
     bool drained(int64_t step) const {
         return due(step, o.val_every) || due(step, o.sample_every) || due(step, o.probe) || due(step, o.save_every) ||
                step >= end || happened(m.reports[step % 2].done);

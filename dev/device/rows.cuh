@@ -151,11 +151,17 @@ void row_shape(int W, F f) {
     }
 }
 
-// Blocks of a kernel that walks N rows of W elements and leaves a line of partial sums a block: what is resident at a
-// time, ROW_THREADS threads a multiprocessor.
+// A kernel that walks rows and leaves a line of partial sums a block has so many times ROW_THREADS threads resident on a
+// multiprocessor, by its __launch_bounds__: with few packs a thread twice, since then registers allow it.
+template <int PACKS>
+constexpr int ROW_RESIDENT = PACKS <= 2 ? 2 : 1;
+
+// Blocks of such a kernel over N rows of W elements: what is resident at a time.
 inline int row_blocks(int N, int W, const Gpu& gpu) {
     int blocks = 2 * gpu.sms;
-    auto shape = [&](auto, int threads) { blocks = gpu.sms * std::max(1, ROW_THREADS / threads); };
+    auto shape = [&](auto packs, int threads) {
+        blocks = gpu.sms * std::max(1, ROW_RESIDENT<packs.value> * ROW_THREADS / threads);
+    };
     if (!SERIAL) row_shape<true>(W, shape);
     return std::min(N, blocks);
 }

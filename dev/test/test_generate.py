@@ -232,7 +232,7 @@ class Tests(test_cli.Tests):
             self.bad(["eval", "--checkpoint", run, "--choices", path], path, *words)
         write_questions(path, [(0, context, [right, list(range(49))])], 258)
         self.bad(["eval", "--checkpoint", run, "--choices", path], "49 tokens", "48")
-        self.bad(["eval", "--checkpoint", run, "--val-data", run + ".bin", "--batch-size", 2**30], "--batch-size", "Give less")
+        self.bad(["eval", "--checkpoint", run, "--val-data", run + ".bin", "--batch-size", 2**30], "--batch-size", "Give fewer")
 
     def one_rank(self):
         env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}

@@ -128,6 +128,7 @@ void run_generate(Options& o) {
     Config c = o.config;
     c.T = m.cache.room;  // tables and activations need no more
     const Gpu gpu = open_device();
+    // a forward has at most max(prompt, texts) rows, which so many sequences of c.T hold
     as_options([&] { plan(m, gpu, c, ceil_div(B, c.T), false); });
     open_weights(m, weights);
 
