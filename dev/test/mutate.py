@@ -288,7 +288,9 @@ class Source:
         t, words = self.t, self.words
         end = next((j for j in self.inside(i + 1, len(t)) if words[j] == ";"), i + 1)
         top = {words[j] for j in self.inside(i + 1, end) if words[j] not in "<>" or self.text[t[j].end] == " "}
-        if end == i + 1 or t[i + 1].kind == "string" or words[i + 1] in ("{", "[", "nullptr") or words[i + 1:end] == ["0"]:
+        if end == i + 1 or t[i + 1].kind == "string" or words[i + 1] in ("{", "[", "nullptr"):
+            return
+        if end == i + 2 and re.fullmatch(r"0(\.0*)?f?", words[i + 1]):  # -0 is 0
             return
         edges = t[i + 1].start, t[end - 1].end
         head = words[self.function[i]:self.function[i] + 4]
