@@ -117,6 +117,7 @@ FIXED = {"constexpr", "static_assert", "template", "using", "typedef", "enum", "
 SCOPES = {"struct", "class", "union", "enum", "namespace", "extern"}
 ASSIGNING = {"=", "+=", "-=", "*=", "/=", "%=", "&=", "|=", "^=", "<<=", ">>=", "++", "--"}
 BARRIER = re.compile(r"__sync\w+|\w*fence\w*|mbarrier_\w+|copy_(wait|commit)\w*|wgmma_\w+|named_barrier_\w+")
+EMPTY = {"wgmma_registers"}  # for nvcc's eyes only; nothing on a CPU, so no test could miss it
 
 
 def tokens_of(text):
@@ -245,7 +246,8 @@ class Source:
                 for offset, more in reversed(edits):
                     if offset <= end:
                         after = after[:offset - begin] + more + after[offset - begin:]
-                after = after.replace("(1 - 2 * mutant(@)) *", "-1 *").replace("(1 + mutant(@)) *", "2 *")
+                after = after.replace("-(1 - 2 * mutant(@)) * ", "").replace("(1 - 2 * mutant(@)) *", "-1 *")
+                after = after.replace("(1 + mutant(@)) *", "2 *")
                 after = after.replace("(1 + mutant(@)) /", "2 /").replace("bool(mutant(@))", "true")
                 after = re.sub(r"\{ if \(!mutant\(@\)\) \{ .* \} \}", "{}", after).replace("mutant(@)", "1")
                 yield Place(self.path, first, edits[0][0] - begin + 1, operator, edits, last,
@@ -286,7 +288,9 @@ class Source:
         t, words = self.t, self.words
         end = next((j for j in self.inside(i + 1, len(t)) if words[j] == ";"), i + 1)
         top = {words[j] for j in self.inside(i + 1, end) if words[j] not in "<>" or self.text[t[j].end] == " "}
-        if end == i + 1 or t[i + 1].kind == "string" or words[i + 1] in ("{", "[", "nullptr") or words[i + 1:end] == ["0"]:
+        if end == i + 1 or t[i + 1].kind == "string" or words[i + 1] in ("{", "[", "nullptr"):
+            return
+        if end == i + 2 and re.fullmatch(r"0(\.0*)?f?", words[i + 1]):  # -0 is 0
             return
         edges = t[i + 1].start, t[end - 1].end
         head = words[self.function[i]:self.function[i] + 4]
@@ -317,7 +321,7 @@ class Source:
     def statement(self, i):
         """a whole one, on one line: an assignment or a call"""
         t, words = self.t, self.words
-        if words[i] in KEYWORDS or not (t[i].kind == "word" or words[i] in ("*", "++", "--")) or self.declares(i):
+        if words[i] in KEYWORDS | EMPTY or not (t[i].kind == "word" or words[i] in ("*", "++", "--")) or self.declares(i):
             return
         top = list(self.inside(i, len(t)))[:200]
         end = next((j for j in top if words[j] in (";", "}", "{")), None)
@@ -530,11 +534,11 @@ def recorded(programs, work, jobs):
             pool.submit(test.record, work, os.path.join(work, f"build/asked_{i}"))
     # -O1 adds in another order than -O3: some tests of long sums fail where blocks have one thread, and pass in the others
     passing = {test.name for test in tests if test.passed}
+    failing = [test for test in tests if not test.passed and (not test.name or test.name not in passing)]
     for test in tests:
         if not test.passed:
-            print(f"{test} fails without any mutation and is left out{'' if test.name in passing else '. Mend that first'}")
-    failing = any(test.name not in passing for test in tests)
-    return sorted((test for test in tests if test.passed), key=lambda test: test.seconds), failing
+            print(f"{test} fails without any mutation and is left out{'. Mend that first' * (test in failing)}", flush=True)
+    return sorted((test for test in tests if test.passed), key=lambda test: test.seconds), bool(failing)
 
 
 def verdict(number, place, tests, work):
@@ -597,7 +601,7 @@ def run(words):
     except OSError:
         raise Failure(f"another run works in {ours}. Wait for its end.") from None
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 30, 8 << 30))  # a mutant may write without end
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 30, 16 << 30))  # a mutant may write without end
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     programs = [p for p in PROGRAMS if any(p in programs_of(path) for path in {x.file for x in places})]
