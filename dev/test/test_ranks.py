@@ -257,11 +257,15 @@ class RankTests(Tests):
         """The newest checkpoint is damaged: a warning names the file, the one before is taken, nothing is lost."""
         name = "damaged " + name
         out = copy(self.saved(), self.path(name))
-        harm(os.path.join(checkpoint(out, 9), file))
+        path = os.path.join(checkpoint(out, 9), file)
+        size = os.path.getsize(path)
+        harm(path)
         export = self.path(name + ".st")
         flags = ["--zero", 1, "--resume", "--keep", 0, "--export", export]
         job = run(self.exe, self.flags(name, *flags, steps=9, accum=3, save=3, ranks=ranks), ranks)
         expect(len(job.warnings()) == 1 and f"step_00000009/{file}:" in job.err, f"not one warning: {job.text()}")
+        if harm == self.cut and file != "state.json":
+            expect(f"has {size - 4} bytes, {size} were written" in job.err, job.text())
         expect("resumed from" in job.out and "step_00000006" in job.out, f"not resumed: {job.out}")
 
         def undamaged():  # from step 6 on this many ranks, and without harm

@@ -276,6 +276,10 @@ static std::string test_malformed() {
     std::string none = le(0) + le(0) + le(0), three = unk + s + end, good = header(7, 4, 1, 2) + none + three;
     if (std::string why = load_error(good + piece("a", 1) + behind_pieces); !why.empty())
         return "a good file is refused: " + why;
+    // a user-defined piece comes before a normal one of its text, wherever it stands
+    if (std::string why = load_error(header(7, 5, 1, 2) + none + three + piece("a", 1) + piece("a", 4) + behind_pieces); !why.empty())
+        return "a user-defined piece behind a normal one is refused: " + why;
+    if (Tokenizer::load(scratch_path()).encode("a").back() != 4) return "the normal piece is taken";
     struct { const char* why; std::string contents; } cases[] = {
         {"not a tokenizer", "SGPTTOK3" + good.substr(8) + piece("a", 1)},
         {"newer version", header(4096, 3, 1, 2) + none + three},
