@@ -627,7 +627,9 @@ void linear_backward(floatX* dinp, bool add, Flat dw, float beta, const floatX* 
 // Forward: a warp has QUERY_ROWS queries, a block FORWARD_WARPS warps; keys come in tiles of FORWARD_KEYS. With bf16
 // two rows of fragments a warp, so that a fragment of k or v, read from shared memory, feeds two mma.
 constexpr int QUERY_ROWS = SERIAL ? 64 : BF16 ? 32 : 16, FORWARD_WARPS = SERIAL ? 1 : 4, FORWARD_KEYS = 64;
-constexpr int FORWARD_THREADS = FORWARD_WARPS * WARP_SIZE, FORWARD_ROWS = FORWARD_WARPS * QUERY_ROWS;
+constexpr int FORWARD_THREADS = FORWARD_WARPS * WARP_SIZE;
+// The serial geometry computes all rows of a tile, so few queries, a token in generation, get one of few rows.
+constexpr int FEW_ROWS = SERIAL ? 16 : QUERY_ROWS;
 // Backward: a warp has KEY_ROWS keys, a block BACKWARD_KEYS; queries come in tiles of BACKWARD_QUERIES.
 constexpr int KEY_ROWS = SERIAL ? 64 : 16, BACKWARD_WARPS = SERIAL ? 1 : BF16 ? 8 : 4;
 constexpr int BACKWARD_THREADS = BACKWARD_WARPS * WARP_SIZE, BACKWARD_KEYS = BACKWARD_WARPS * KEY_ROWS;
@@ -635,22 +637,22 @@ constexpr int BACKWARD_QUERIES = TURN_QUERIES;
 // Tiles under way while one is worked on: each of the forward's stream k, v, k, v..; each pair of q and dout.
 constexpr int FORWARD_AHEAD = SERIAL ? 0 : 2, BACKWARD_AHEAD = SERIAL ? 0 : 1;
 
-// One block FORWARD_ROWS queries of a head, those with the most keys first.
-template <int HS>
+// A warp has M queries, one block ROWS of a head, those with the most keys first.
+template <int HS, int M>
 __global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
     attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
                              float scale) {
-    constexpr int W = WIDTH<HS>, COLS = FORWARD_KEYS, SLOT = COLS * STRIDE<W>;
+    constexpr int W = WIDTH<HS>, ROWS = FORWARD_WARPS * M, COLS = FORWARD_KEYS, SLOT = COLS * STRIDE<W>;
     constexpr bool KEPT = BF16 && !SERIAL && HS <= 64;  // registers that are left hold q
     extern __shared__ __align__(128) SharedX attention_smem[];
-    SharedX *sq = attention_smem, *ring = sq + FORWARD_ROWS * STRIDE<W>;
-    const int T = h.T, keys = h.past + T, tiles = ceil_div(T, FORWARD_ROWS);
+    SharedX *sq = attention_smem, *ring = sq + ROWS * STRIDE<W>;
+    const int T = h.T, keys = h.past + T, tiles = ceil_div(T, ROWS);
     const Place place = attention_place(blockIdx.x, h.B * h.NH, tiles);
-    const int b = place.head / h.NH, head = place.head % h.NH, row0 = (tiles - 1 - place.tile) * FORWARD_ROWS;
-    const int first = warp() * QUERY_ROWS;  // this warp's rows in the block
+    const int b = place.head / h.NH, head = place.head % h.NH, row0 = (tiles - 1 - place.tile) * ROWS;
+    const int first = warp() * M;  // this warp's rows in the block
     const size_t q_at = size_t(place.head) * T + row0,
                  kv_at = (size_t(b) * h.NKV + head / (h.NH / h.NKV)) * h.room * HS;
-    const int steps = ceil_div(min(h.past + row0 + FORWARD_ROWS, keys), COLS);
+    const int steps = ceil_div(min(h.past + row0 + ROWS, keys), COLS);
 
     // tile n of k0, v0, k1, v1, ..: where it comes from, where it lies
     auto source = [&](int n) { return (n % 2 ? v : k) + kv_at + size_t(n / 2 * COLS) * HS; };
@@ -660,17 +662,17 @@ __global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
         copy_commit();
     };
     auto stream = [&](int n) { return tile_home<HS, COLS>(slot(n), source(n), HS, keys - n / 2 * COLS); };
-    load_transposed<HS, FORWARD_ROWS, FORWARD_THREADS>(sq, q + q_at * HS, HS, T - row0);
+    load_transposed<HS, ROWS, FORWARD_THREADS>(sq, q + q_at * HS, HS, T - row0);
     for (int n = 0; n < FORWARD_AHEAD; n++) fetch(n);
-    Left<W, QUERY_ROWS, KEPT> rows(sq, first);
+    Left<W, M, KEPT> rows(sq, first);
     if (KEPT) {
         copy_wait<1>();
         __syncthreads();
         rows.keep();
     }
 
-    typedef Tile<QUERY_ROWS, W> Out;
-    typedef Tile<QUERY_ROWS, COLS, BY_COLUMN> Scores;
+    typedef Tile<M, W> Out;
+    typedef Tile<M, COLS, BY_COLUMN> Scores;
     const float scale2 = scale * LOG2E;
     Out acc;
     acc.zero();
@@ -679,7 +681,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
     for (int step = 0; step < steps; step++) {
         const int diagonal =
             h.past + row0 + first - step * COLS;  // the tile's columns up to row + diagonal are visible
-        const bool some_visible = diagonal + QUERY_ROWS > 0, all_visible = diagonal >= COLS - 1;
+        const bool some_visible = diagonal + M > 0, all_visible = diagonal >= COLS - 1;
         const Part part = diagonal > 0 ? ALL : LOWER;
         copy_wait<FORWARD_AHEAD / 2>();
         __syncthreads();  // this tile is here, and nobody reads the one before it any more
@@ -916,14 +918,20 @@ void with_head_size(int HS, F f) {
 void attention_forward(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
                        const Gpu& gpu) {
     with_head_size(h.HS, [&](auto size) {
-        constexpr int HS = size.value, ROWS = FORWARD_ROWS + (FORWARD_AHEAD + 1) * FORWARD_KEYS;
+        constexpr int HS = size.value;
         if constexpr (BF16 && (HS == 64 || HS == 128))
             if (gpu.hopper && h.room == h.T) return attention_forward_hopper<HS>(out, lse, q, k, v, h, gpu);
-        constexpr int smem = ROWS * STRIDE<WIDTH<HS>> * sizeof(SharedX);
-        CHECK(cudaFuncSetAttribute(attention_forward_kernel<HS>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
-        attention_forward_kernel<HS><<<h.B * h.NH * ceil_div(h.T, FORWARD_ROWS), FORWARD_THREADS, smem, gpu.stream>>>(
-            out, lse, q, k, v, h, 1.0f / sqrtf(float(HS)));
-        CHECK(cudaGetLastError());
+        auto launch = [&](auto rows) {
+            constexpr int M = rows.value, ROWS = FORWARD_WARPS * M;
+            constexpr int smem = (ROWS + (FORWARD_AHEAD + 1) * FORWARD_KEYS) * STRIDE<WIDTH<HS>> * int(sizeof(SharedX));
+            auto kernel = attention_forward_kernel<HS, M>;
+            CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
+            attention_forward_kernel<HS, M><<<h.B * h.NH * ceil_div(h.T, ROWS), FORWARD_THREADS, smem, gpu.stream>>>(
+                out, lse, q, k, v, h, 1.0f / sqrtf(float(HS)));
+            CHECK(cudaGetLastError());
+        };
+        h.T <= FEW_ROWS ? launch(std::integral_constant<int, FEW_ROWS>())
+                        : launch(std::integral_constant<int, QUERY_ROWS>());
     });
 }
 
