@@ -1267,9 +1267,9 @@ struct ActivationRow {
     std::function<void(LayerActivations&, const LayerActivations&)> share;
     bool kept;
     template <typename F>
-    ActivationRow(F* LayerActivations::*tensor, size_t count, bool kept)
+    ActivationRow(F* LayerActivations::*tensor, size_t count, bool keep)
         : take([=](Arena& a, LayerActivations& l) { a.take(l.*tensor, count); }),
-          share([=](LayerActivations& l, const LayerActivations& first) { l.*tensor = first.*tensor; }), kept(kept) {}
+          share([=](LayerActivations& l, const LayerActivations& first) { l.*tensor = first.*tensor; }), kept(keep) {}
 };
 
 // What a layer leaves for its backward; without training nothing is kept. The last column is Recompute's table. A
