@@ -41,11 +41,11 @@ __device__ inline void row_stats(float2 (&s)[ROWS], float2* stats, const Row<PAC
                                  Norm norm) {
     float mean[ROWS] = {}, square[ROWS] = {};
     if (norm.center) {
-#pragma unroll
+        #pragma unroll
         for (int i = 0; i < ROWS; i++) each<PACKS>(W[i], [&](int p, int e, int) { mean[i] += rows[i](p, e); });
         block_sums(mean);
     }
-#pragma unroll
+    #pragma unroll
     for (int i = 0; i < ROWS; i++) {
         const float m = mean[i] = mean[i] / W[i];
         float sum = 0.0f;
@@ -56,7 +56,7 @@ __device__ inline void row_stats(float2 (&s)[ROWS], float2* stats, const Row<PAC
         square[i] = sum;
     }
     block_sums(square);
-#pragma unroll
+    #pragma unroll
     for (int i = 0; i < ROWS; i++) {
         s[i] = make_float2(mean[i], rsqrtf(square[i] / W[i] + norm.eps));
         if (threadIdx.x == 0) stats[i] = s[i];
@@ -220,7 +220,7 @@ struct HeadRow : Row<PACKS> {
     __device__ void load(const floatX* from, int W, Heads h) {
         this->x = from;
         if constexpr (!SERIAL) {
-#pragma unroll
+            #pragma unroll
             for (int p = 0; p < PACKS; p++) {
                 const int c = (p * blockDim.x + threadIdx.x) * PACK;
                 if (c < W) load_pack(this->v[p], from + size_t(c / h.HS) * h.T * h.HS + c % h.HS, PACK);
@@ -243,18 +243,18 @@ __device__ inline void each_pair(int part, Heads h, F f) {
     const size_t next = size_t(h.rows(part)) * h.HS;
     if constexpr (SERIAL) {
         for (int head = 0; head < W / h.HS; head++) {
-#pragma GCC ivdep
+            #pragma GCC ivdep
             for (int i = 0; i < h.HS / 2; i++) {
                 const int c = head * h.HS + 2 * i;
                 f(0, c, c, head * next + 2 * i, i);
             }
         }
     } else {
-#pragma unroll
+        #pragma unroll
         for (int p = 0; p < PACKS; p++) {
             const int c = (p * blockDim.x + threadIdx.x) * PACK, head = c / h.HS, first = c % h.HS;
             if (c >= W) break;
-#pragma unroll
+            #pragma unroll
             for (int e = 0; e < PACK; e += 2) f(p, e, c + e, head * next + first + e, first / 2 + e / 2);
         }
     }
@@ -267,11 +267,11 @@ __global__ void __launch_bounds__(ROW_THREADS)
     const size_t n = blockIdx.x;
     const int W[3] = {h.width(0), h.width(1), h.width(2)};
     Row<PACKS> x[3];
-#pragma unroll
+    #pragma unroll
     for (int part = 0; part < 3; part++) x[part].load(raw + n * h.qkv() + h.begin(part), W[part]);
     float2 s[3];
     if (gains.q) row_stats<PACKS, 3>(s, stats + 3 * n, x, W, norm);
-#pragma unroll
+    #pragma unroll
     for (int part = 0; part < 3; part++) {
         const floatX* gain = gains.of(part);
         const float2* angle = rope && part < 2 ? rope + (h.past + n % h.T) * (h.HS / 2) : nullptr;
@@ -407,7 +407,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
     Row<PACKS> x[PARTS];
     int W[PARTS];
     float2 s[PARTS];
-#pragma unroll
+    #pragma unroll
     for (int i = 0; i < PARTS; i++) {
         x[i].load(raw + (n * PARTS + i) * F, F);
         W[i] = F, s[i] = make_float2(0.0f, 1.0f);
@@ -418,7 +418,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
     PackWriter write;
     each<PACKS>(F, [&](int p, int e, int f) {
         float u[PARTS];
-#pragma unroll
+        #pragma unroll
         for (int i = 0; i < PARTS; i++) {
             u[i] = normalize(x[i](p, e), s[i]);
             if (gain) u[i] *= g[i](gain + i * F + f, e);
@@ -453,7 +453,7 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
     extern __shared__ __align__(16) float column_sums[];
     partial += size_t(blockIdx.x) * PARTS * F;
     ColumnSums dg[PARTS];
-#pragma unroll
+    #pragma unroll
     for (int i = 0; i < PARTS; i++) dg[i] = ColumnSums((SERIAL ? partial : column_sums) + i * F);
     if (gain) dg[0].zero(PARTS * F);
     auto source = [&](int i, size_t n) { return i < PARTS ? raw + (n * PARTS + i) * F : dout + n * F; };
@@ -472,11 +472,11 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
     for (size_t n = blockIdx.x; n < size_t(N); n += gridDim.x) {
         Row<PACKS> row[PARTS + 1];  // x of each part, dy
         if (staged) copy_wait<0>();
-#pragma unroll
+        #pragma unroll
         for (int i = 0; i <= PARTS && HELD; i++)
             staged ? row[i].take(stage + i * PACKS * blockDim.x, F) : row[i].load(source(i, n), F);
         float2 s[PARTS];
-#pragma unroll
+        #pragma unroll
         for (int i = 0; i < PARTS; i++) s[i] = gain ? stats[PARTS * n + i] : make_float2(0.0f, 1.0f);
         PackReader again[PARTS + 1];
         auto value = [&](int i, int p, int e, int f) { return HELD ? row[i](p, e) : again[i](source(i, n) + f, e); };
@@ -488,7 +488,7 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
         auto point = [&](int p, int e, int f) {
             Point a;
             float y[PARTS];
-#pragma unroll
+            #pragma unroll
             for (int i = 0; i < PARTS; i++) {
                 a.xh[i] = normalize(value(i, p, e, f), s[i]);
                 a.g[i] = gain ? reader[i](gain + i * F + f, e) : 1.0f;
@@ -496,7 +496,7 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
             }
             const float d = value(PARTS, p, e, f);
             const Activation act = GATED ? swiglu(y[0], y[PARTS - 1]) : gelu(y[0]);
-#pragma unroll
+            #pragma unroll
             for (int i = 0; i < PARTS; i++) a.d[i] = d * (i == 0 ? act.du : act.dv);
             return a;
         };
@@ -505,33 +505,33 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
             float gd[PARTS] = {}, gdx[PARTS] = {};
             each<PACKS, HELD>(F, [&](int p, int e, int f) {
                 const Point a = point(p, e, f);
-#pragma unroll
+                #pragma unroll
                 for (int i = 0; i < PARTS; i++) {
                     gd[i] += a.g[i] * a.d[i];
                     gdx[i] += a.g[i] * a.d[i] * a.xh[i];
                     dg[i].add(f, e, a.d[i] * a.xh[i]);
                 }
             });
-#pragma unroll
+            #pragma unroll
             for (int i = 0; i < PARTS; i++) means[2 * i] = gd[i], means[2 * i + 1] = gdx[i];
             block_sums(means);
         }
         if (gain) fetch(n + gridDim.x);  // this row's packs have been used, not only asked for
         float c1[PARTS], c2[PARTS];
-#pragma unroll
+        #pragma unroll
         for (int i = 0; i < PARTS; i++) c1[i] = norm.center ? means[2 * i] / F : 0.0f, c2[i] = means[2 * i + 1] / F;
         PackWriter write[PARTS];
         floatX* out = draw + n * PARTS * F;
         each<PACKS, HELD>(F, [&](int p, int e, int f) {
             const Point a = point(p, e, f);
-#pragma unroll
+            #pragma unroll
             for (int i = 0; i < PARTS; i++)
                 write[i](out + i * F + f, e, s[i].y * (a.g[i] * a.d[i] - c1[i] - a.xh[i] * c2[i]));
         });
         if (!gain) fetch(n + gridDim.x);
     }
     if (gain)
-#pragma unroll
+        #pragma unroll
         for (int i = 0; i < PARTS; i++) dg[i].write(partial + i * F, F);
 }
 

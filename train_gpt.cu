@@ -357,7 +357,7 @@ inline double random_normal(uint64_t seed, uint64_t stream, uint64_t i) {  // Bo
 void initial_values(std::vector<float>& out, const Tensor& t, uint64_t seed, uint64_t stream, size_t first,
                     size_t count) {
     out.assign(count, 0.0f);
-#pragma omp parallel for
+    #pragma omp parallel for
     for (size_t i = first; i < std::min(first + count, t.size()); i++) {
         if (t.init == Init::ones) {
             out[i - first] = 1.0f;
@@ -692,10 +692,10 @@ __global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
             if (!all_visible) mask_scores(p, diagonal);
             float keep[Out::SLOTS];
             if (softmax_top(p, top, keep, scale2)) {
-#pragma unroll
+                #pragma unroll
                 for (int s = 0; s < p.SLOTS; s++) {
                     sum[s] *= keep[s];
-#pragma unroll
+                    #pragma unroll
                     for (int e = 0; e < acc.PER_ROW; e++) acc.at(s, e) *= keep[s];
                 }
             }
@@ -706,10 +706,10 @@ __global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
         fetch(2 * step + 1 + FORWARD_AHEAD);
         if (some_visible) mma_nn(acc, p, stream(2 * step + 1), part);
     }
-#pragma unroll
+    #pragma unroll
     for (int s = 0; s < Out::SLOTS; s++) {
         const float total = tile_row_sum(sum[s]);
-#pragma unroll
+        #pragma unroll
         for (int e = 0; e < acc.PER_ROW; e++) acc.at(s, e) *= 1.0f / total;
         if (acc.col(0) == 0 && row0 + first + acc.row(s) < T)
             lse[q_at + first + acc.row(s)] = scale * top[s] + logf(total);
@@ -825,30 +825,30 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
             Tile<M, COLS, BY_COLUMN> p, ds;
             if (some_visible) {
                 mma_nt(p, k_rows, tile_q, part);
-#pragma unroll
+                #pragma unroll
                 for (int e = 0; e < p.PER_ROW; e += 2) {
                     const float2 l = *reinterpret_cast<const float2*>(tile_lse + p.col(e));
-#pragma unroll
+                    #pragma unroll
                     for (int s = 0; s < p.SLOTS; s++) p.at(s, e) = fast_exp2(scale2 * p.at(s, e) - LOG2E * l.x);
-#pragma unroll
+                    #pragma unroll
                     for (int s = 0; s < p.SLOTS; s++) p.at(s, e + 1) = fast_exp2(scale2 * p.at(s, e + 1) - LOG2E * l.y);
                 }
                 // Queries beyond T have dout and delta 0 and add nothing; keys beyond T are after every query
                 if (!all_visible) {
-#pragma unroll
+                    #pragma unroll
                     for (int e = 0; e < p.PER_ROW; e++)
-#pragma unroll
+                        #pragma unroll
                         for (int s = 0; s < p.SLOTS; s++)
                             p.at(s, e) = p.col(e) >= p.row(s) + diagonal ? p.at(s, e) : 0.0f;
                 }
                 mma_nn(acc_v, p, tile_do, part);
                 mma_nt(ds, v_rows, tile_do, part);
-#pragma unroll
+                #pragma unroll
                 for (int e = 0; e < p.PER_ROW; e += 2) {
                     const float2 d = *reinterpret_cast<const float2*>(tile_delta + p.col(e));
-#pragma unroll
+                    #pragma unroll
                     for (int s = 0; s < p.SLOTS; s++) ds.at(s, e) = p.at(s, e) * (ds.at(s, e) - d.x);
-#pragma unroll
+                    #pragma unroll
                     for (int s = 0; s < p.SLOTS; s++) ds.at(s, e + 1) = p.at(s, e + 1) * (ds.at(s, e + 1) - d.y);
                 }
             } else {
@@ -867,7 +867,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
                 if (lane() == 0)
                     while (flag_read(turns + at) != block) flag_pause();
                 __syncwarp();
-#pragma unroll
+                #pragma unroll
                 for (int i = 0; i < int(sizeof(acc.v) / 16); i++)
                     reinterpret_cast<float4*>(acc.v)[i] =
                         __ldcg(reinterpret_cast<const float4*>(part_sum) + i * WARP_SIZE + lane());
@@ -876,17 +876,17 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
             if (adds) {
                 mma_tn<COLS, W, KEYS>(acc, sds, dq_row, keys, dq_col, part);
                 if (ends) {
-#pragma unroll
+                    #pragma unroll
                     for (int s = 0; s < acc.SLOTS; s++) {
                         const int t = tile * COLS + dq_row + acc.row(s);
                         floatX* row = dq + (step_head(step) * T + t) * HS + dq_col;
-#pragma unroll
+                        #pragma unroll
                         for (int e = 0; e < acc.PER_ROW; e += 2)
                             if (t < T && dq_col + acc.col(e) < HS)
                                 store_pair(row + acc.col(e), scale * acc.at(s, e), scale * acc.at(s, e + 1));
                     }
                 } else {
-#pragma unroll
+                    #pragma unroll
                     for (int i = 0; i < int(sizeof(acc.v) / 16); i++)
                         __stcg(reinterpret_cast<float4*>(part_sum) + i * WARP_SIZE + lane(),
                                reinterpret_cast<const float4*>(acc.v)[i]);
@@ -896,7 +896,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
         }
         __syncthreads();
         if (turn_to_pass && threadIdx.x == 0) flag_write(turn_to_pass, block + 1);
-#pragma unroll
+        #pragma unroll
         for (float& x : acc_k.v) x *= scale;
         store_tile<HS>(dk + kv_at + size_t(first) * HS, HS, T - row0 - first, acc_k, sk + first * LD);
         store_tile<HS>(dv + kv_at + size_t(first) * HS, HS, T - row0 - first, acc_v, sv + first * LD);
@@ -998,14 +998,14 @@ __global__ void __launch_bounds__(1024) cross_entropy_kernel(float* losses, floa
         for (int v = threadIdx.x * PACK; v < V; v += blockDim.x * PACK) {
             float logit[PACK], highest = top;
             PackReader read;
-#pragma unroll
+            #pragma unroll
             for (int e = 0; e < PACK; e++) {  // Vp is a multiple of PACK: beyond V there is padding to read
                 logit[e] = read(x + v + e, e);
                 if (v + e >= V) logit[e] = -INFINITY;
                 highest = fmaxf(highest, logit[e]);
             }
             if (highest > top) sum *= __expf(top - highest), top = highest;
-#pragma unroll
+            #pragma unroll
             for (int e = 0; e < PACK; e++) sum += __expf(logit[e] - top);
         }
         const float own = top;
@@ -1028,7 +1028,7 @@ __global__ void __launch_bounds__(1024) cross_entropy_kernel(float* losses, floa
         for (int v = threadIdx.x * PACK; v < Vp; v += blockDim.x * PACK) {
             PackReader read;
             PackWriter write;
-#pragma unroll
+            #pragma unroll
             for (int e = 0; e < PACK; e++) {
                 const float logit = read(x + v + e, e);
                 write(x + v + e, e, v + e < V ? gradient(logit, v + e) : 0.0f);

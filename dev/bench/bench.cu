@@ -20,7 +20,7 @@
 __global__ void copy_kernel(uint4* to, const uint4* from, size_t count) {
     constexpr int SPAN = 1024;  // a block's share: 16 KiB
     const size_t begin = size_t(blockIdx.x) * SPAN, end = min(begin + SPAN, count);
-#pragma unroll 4
+    #pragma unroll 4
     for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) to[i] = from[i];
 }
 
@@ -187,7 +187,7 @@ Ceilings measure_ceilings(Clock& clock, const Config& c, int N, int logit_rows) 
         add("cudaMemcpyAsync", [=] {  // on a CPU each core copies its part
             const int parts = SERIAL ? omp_get_max_threads() : 1;
             const size_t part = bytes / parts / 64 * 64;
-#pragma omp parallel for num_threads(parts)
+            #pragma omp parallel for num_threads(parts)
             for (int i = 0; i < parts; i++)
                 CHECK(cudaMemcpyAsync(to + i * part, from + i * part, i + 1 < parts ? part : bytes - i * part,
                                       cudaMemcpyDeviceToDevice, gpu.stream));
@@ -486,7 +486,7 @@ std::string utc(const char* pattern) {
 double free_cores() {
     const double begin = now();
     const clock_t used = clock();
-#pragma omp parallel
+    #pragma omp parallel
     while (now() - begin < 0.3) {
     }
     return double(clock() - used) / CLOCKS_PER_SEC / (now() - begin);

@@ -23,9 +23,9 @@ __device__ inline Place attention_place(int n, int heads, int tiles) {
 // beyond the row's last visible one, row + diagonal.
 template <int M, int N>
 __device__ inline void mask_scores(Tile<M, N, BY_COLUMN>& p, int diagonal) {
-#pragma unroll
+    #pragma unroll
     for (int e = 0; e < p.PER_ROW; e++)
-#pragma unroll
+        #pragma unroll
         for (int s = 0; s < p.SLOTS; s++) p.at(s, e) = p.col(e) <= p.row(s) + diagonal ? p.at(s, e) : -INFINITY;
 }
 // p will be taken relative to 2^(scale2 top). What was summed is rescaled to the new maximum only when that has grown
@@ -36,18 +36,18 @@ __device__ inline bool softmax_top(const Tile<M, N, BY_COLUMN>& p, float* top, f
     float most[p.SLOTS];
     bool grown = false;
     for (int s = 0; s < p.SLOTS; s++) most[s] = top[s];
-#pragma unroll
+    #pragma unroll
     for (int e = 0; e < p.PER_ROW; e++)
-#pragma unroll
+        #pragma unroll
         for (int s = 0; s < p.SLOTS; s++) most[s] = fmaxf(most[s], p.at(s, e));
-#pragma unroll
+    #pragma unroll
     for (int s = 0; s < p.SLOTS; s++) {
         most[s] = tile_row_max(most[s]);
         grown |= scale2 * (most[s] - top[s]) > 8.0f;
     }
     grown = __any_sync(ALL_LANES, grown);
     if (grown) {
-#pragma unroll
+        #pragma unroll
         for (int s = 0; s < p.SLOTS; s++) {
             keep[s] = fast_exp2(scale2 * (top[s] - most[s]));
             top[s] = most[s];
@@ -60,9 +60,9 @@ template <int M, int N>
 __device__ inline void softmax_exp(Tile<M, N, BY_COLUMN>& p, const float* top, float* sum, float scale2) {
     float most[p.SLOTS];
     for (int s = 0; s < p.SLOTS; s++) most[s] = scale2 * top[s];
-#pragma unroll
+    #pragma unroll
     for (int e = 0; e < p.PER_ROW; e++)
-#pragma unroll
+        #pragma unroll
         for (int s = 0; s < p.SLOTS; s++) {
             const float x = fast_exp2(scale2 * p.at(s, e) - most[s]);
             p.at(s, e) = x;

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
         // columns 0-63, then 64-127, of `rows` rows from row t of a head
         auto load = [&](unsigned char* to, const CUtensorMap* map, uint64_t* full, int rows, int t, int head) {
             mbarrier_arrive_expect(full, rows * HS * 2);
-#pragma unroll
+            #pragma unroll
             for (int i = 0; i < F::HALVES; i++) tma_load(to + i * rows * LINE, map, full, 64 * i, t, head);
         };
         int tile = blockIdx.x;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
             const int row0 = first_row(place), steps = steps_of(row0);
             const int kv_head = place.head / NH * NKV + place.head % NH / (NH / NKV);
             load(sq + buffer * F::Q, &q, q_full + buffer, F::ROWS, row0, place.head);
-#pragma unroll 1
+            #pragma unroll 1
             for (int n = 0; n < steps; n++, advance()) {
                 mbarrier_wait(k_empty + stage, phase ^ 1);
                 load(sk + stage * F::TILE, &k, k_full + stage, KEYS, n * KEYS, kv_head);
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
         for (int s = 0; s < 2; s++) top[s] = -INFINITY, sum[s] = 0.0f;
         auto multiply_keys = [&](int stage) {  // p = q k^T
             wgmma_fence();
-#pragma unroll
+            #pragma unroll
             for (int c = 0; c < HS / 16; c++)  // 16 columns: 32 bytes on, or in the next half
                 wgmma_ss<KEYS, 0, 0>(p.v, q_rows + (c / 4 * F::ROWS * LINE + c % 4 * 32) / 16,
                                      k_tiles + (stage * F::TILE + c / 4 * KEYS * LINE + c % 4 * 32) / 16, c > 0);
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
         };
         auto multiply_values = [&](int stage) {  // acc += p v
             wgmma_fence();
-#pragma unroll
+            #pragma unroll
             for (int j = 0; j < KEYS / 16; j++)
                 wgmma_rs<HS, 1>(acc.v, weights[j], v_tiles + (stage * F::TILE + j * 16 * LINE) / 16, 1);
             wgmma_commit();
@@ -183,9 +183,9 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
             wgmma_registers<HS / 2>(acc.v);
             release(v_empty + before);
             if (grown) {
-#pragma unroll
+                #pragma unroll
                 for (int s = 0; s < 2; s++)
-#pragma unroll
+                    #pragma unroll
                     for (int e = 0; e < acc.PER_ROW; e++) acc.at(s, e) *= keep[s];
             }
             round_operand<KEYS>(weights, p.v);
@@ -197,11 +197,11 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
         release(v_empty + stage);
         advance();
 
-#pragma unroll
+        #pragma unroll
         for (int s = 0; s < 2; s++) {
             const float total = tile_row_sum(sum[s]);
             const int t = row0 + first + acc.row(s);
-#pragma unroll
+            #pragma unroll
             for (int e = 0; e < acc.PER_ROW; e++) acc.at(s, e) *= 1.0f / total;
             if (lane() % 4 == 0 && t < T) lse[size_t(place.head) * T + t] = scale * top[s] + logf(total);
         }
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
         unsigned char* own = rows + warp() % 4 * 16 * LINE;
         unsigned rounded[HS / 16][4];
         round_operand<HS>(rounded, acc.v);
-#pragma unroll
+        #pragma unroll
         for (int c = 0; c < F::HALVES; c++) store_box(own + c * F::ROWS * LINE, rounded + 4 * c);
         fence_async_shared();
         __syncwarp();
@@ -396,7 +396,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     // c = a b^T over the head: a this group's keys, b queries
     auto multiply_rows = [&](Scores& c, uint64_t a, uint64_t b) {
         wgmma_fence();
-#pragma unroll
+        #pragma unroll
         for (int i = 0; i < HS / 16; i++)
             wgmma_ss<64, 0, 0>(c.v, a + (i / 4 * KEYS * LINE + i % 4 * 32) / 16,
                                b + (i / 4 * QUERIES * LINE + i % 4 * 32) / 16, i > 0);
@@ -405,7 +405,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     // c += a b over the queries
     auto multiply_columns = [&](Tile<16, HS>& c, const unsigned(*a)[4], uint64_t b) {
         wgmma_fence();
-#pragma unroll
+        #pragma unroll
         for (int i = 0; i < 4; i++) wgmma_rs<HS, 1>(c.v, a[i], b + i * LINE, 1);
         wgmma_commit();
     };
@@ -418,17 +418,17 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
         multiply_rows(p[0], k_rows, q_rows + piece_at(0));
         multiply_rows(ds[0], v_rows, do_rows + piece_at(0));
         if constexpr (PIECES == 2) multiply_rows(p[1], k_rows, q_rows + piece_at(1));
-#pragma unroll
+        #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             const float *piece_lse = stats + stage * 2 * QUERIES + 64 * i, *piece_delta = piece_lse + QUERIES;
             const int diagonal = row0 + first - tile * QUERIES - 64 * i;  // columns from row + diagonal on
             // behind p are dp and p[1]; at last dv, dk and dp
             i == 0 ? wgmma_wait<PIECES>() : wgmma_wait<3>();
             wgmma_registers<32>(p[i].v);
-#pragma unroll
+            #pragma unroll
             for (int e = 0; e < Scores::PER_ROW; e += 2) {
                 const float2 l = *reinterpret_cast<const float2*>(piece_lse + Scores::col(e));
-#pragma unroll
+                #pragma unroll
                 for (int s = 0; s < 2; s++) {
                     p[i].at(s, e) = fast_exp2(scale2 * p[i].at(s, e) - l.x);
                     p[i].at(s, e + 1) = fast_exp2(scale2 * p[i].at(s, e + 1) - l.y);
@@ -436,9 +436,9 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
             }
             // Queries beyond T have dout and delta 0 and add nothing; keys beyond T are after every query
             if (diagonal > -16) {
-#pragma unroll
+                #pragma unroll
                 for (int e = 0; e < Scores::PER_ROW; e++)
-#pragma unroll
+                    #pragma unroll
                     for (int s = 0; s < 2; s++)
                         p[i].at(s, e) = Scores::col(e) >= Scores::row(s) + diagonal ? p[i].at(s, e) : 0.0f;
             }
@@ -447,10 +447,10 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
             // behind dp are p[1] and dv; at last dv
             i == 0 ? wgmma_wait<PIECES>() : wgmma_wait<1>();
             wgmma_registers<32>(ds[i].v);
-#pragma unroll
+            #pragma unroll
             for (int e = 0; e < Scores::PER_ROW; e += 2) {
                 const float2 d = *reinterpret_cast<const float2*>(piece_delta + Scores::col(e));
-#pragma unroll
+                #pragma unroll
                 for (int s = 0; s < 2; s++) {
                     ds[i].at(s, e) = p[i].at(s, e) * (ds[i].at(s, e) - d.x);
                     ds[i].at(s, e + 1) = p[i].at(s, e + 1) * (ds[i].at(s, e + 1) - d.y);
@@ -466,7 +466,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
 
         Tile<16, 64> acc;
         wgmma_fence();
-#pragma unroll
+        #pragma unroll
         for (int i = 0; i < KEYS / 16; i++)
             wgmma_ss<64, 1, 1>(acc.v, ds_columns + (stage * F::DS + i * 16 * LINE) / 16, k_columns + i * LINE, i > 0);
         wgmma_commit();
@@ -482,25 +482,25 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
                 if (lane() == 0)
                     while (flag_read(turn_of(head, tile)) != block) flag_pause();
                 __syncwarp();
-#pragma unroll
+                #pragma unroll
                 for (int i = 0; i < 8; i++) {
                     const float4 before = __ldcg(reinterpret_cast<const float4*>(sum_at(head, tile)) + at + i * 128);
                     acc.v[4 * i] += before.x, acc.v[4 * i + 1] += before.y;
                     acc.v[4 * i + 2] += before.z, acc.v[4 * i + 3] += before.w;
                 }
             }
-#pragma unroll
+            #pragma unroll
             for (int s = 0; s < 2; s++) {
                 const int t = tile * QUERIES + dq_row + acc.row(s);
                 floatX* row = dq + (size_t(head) * T + t) * HS + dq_col;
-#pragma unroll
+                #pragma unroll
                 for (int e = 0; e < acc.PER_ROW; e += 2)
                     if (t < T) store_pair(row + acc.col(e), scale * acc.at(s, e), scale * acc.at(s, e + 1));
             }
         } else {
             float4* to = reinterpret_cast<float4*>(sdq + next_place * QUERIES * HS) + at;
             named_barrier_sync(place_free(next_place), PLACE_THREADS);
-#pragma unroll
+            #pragma unroll
             for (int i = 0; i < 8; i++) to[i * 128] = reinterpret_cast<const float4*>(acc.v)[i];
             fence_async_shared();
             named_barrier_arrive(place_full(next_place), PLACE_THREADS);
@@ -511,7 +511,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     for (int i = 0; i < 2; i++) named_barrier_sync(place_free(i), PLACE_THREADS);
     // dk and dv go through the rows that k and v had
     named_barrier_sync(1, 256);
-#pragma unroll
+    #pragma unroll
     for (float& x : acc_k.v) x *= scale;
     unsigned rounded[HS / 16][4];
     round_operand<HS>(rounded, acc_k.v);

@@ -65,15 +65,15 @@ __device__ inline float warp_max(float v) {
 template <int K, typename F>
 __device__ inline void block_sums(F (&v)[K]) {
     __shared__ F part[32 * K];
-#pragma unroll
+    #pragma unroll
     for (F& x : v) x = warp_sum(x);
     if (WARP_SIZE == 1) return;
     __syncthreads();  // the last call's readers are done
-#pragma unroll
+    #pragma unroll
     for (int k = 0; k < K; k++)
         if (lane() == 0) part[warp() * K + k] = v[k];
     __syncthreads();
-#pragma unroll
+    #pragma unroll
     for (int k = 0; k < K; k++) v[k] = warp_sum(lane() < num_warps() ? part[lane() * K + k] : F(0));
 }
 template <typename F>

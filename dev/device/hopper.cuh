@@ -127,7 +127,7 @@ __device__ inline void wgmma_wait() {
 }
 template <int COUNT>
 __device__ __forceinline__ void wgmma_registers(float* c) {
-#pragma unroll
+    #pragma unroll
     for (int i = 0; i < COUNT; i++) HOPPER_ASM("" : "+f"(c[i])::"memory");
 }
 
@@ -190,14 +190,14 @@ __device__ inline void keep_after(float x, volatile float* shared) {
 // 16 columns of a warp's accumulators at a time, rounded: c (16,N) as the A operand of a product over N
 template <int N>
 __device__ inline void round_operand(unsigned (*a)[4], const float* c) {
-#pragma unroll
+    #pragma unroll
     for (int i = 0; i < N / 4; i++) a[i / 4][i % 4] = pack_bf16(c[2 * i], c[2 * i + 1]);
 }
 // 64 columns of such an operand to a box of a bulk store, 16 rows. The 8 rows of a matrix fall into 8 different sets of
 // 4 banks.
 __device__ inline void store_box(unsigned char* to, const unsigned (*a)[4]) {
     const int row = lane() % 16;  // where this lane's 16 bytes of an stmatrix go
-#pragma unroll
+    #pragma unroll
     for (int j = 0; j < 4; j++) stmatrix_x4(to + row * 128 + ((2 * j + lane() / 16) ^ row % 8) * 16, a[j]);
 }
 

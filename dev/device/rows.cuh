@@ -13,14 +13,14 @@ constexpr int MAX_ROW = 4 * ROW_THREADS * PACK, MAX_FFN_ROW = 10 * ROW_THREADS *
 template <int PACKS, bool UNROLLED = true, typename F>
 __device__ inline void each(int W, F f) {
     if constexpr (SERIAL) {
-#pragma GCC ivdep
+        #pragma GCC ivdep
         for (int c = 0; c < W; c++) f(0, c, c);
     } else {
-#pragma unroll(UNROLLED ? PACKS : 1)
+        #pragma unroll(UNROLLED ? PACKS : 1)
         for (int p = 0; p < PACKS; p++) {
             const int c = (p * blockDim.x + threadIdx.x) * PACK;
             if (c >= W) break;
-#pragma unroll
+            #pragma unroll
             for (int e = 0; e < PACK; e++)
                 if (BF16 || c + e < W) f(p, e, c + e);
         }
@@ -35,7 +35,7 @@ __device__ inline void load_pack(unsigned* pack, const floatX* from, int valid) 
         const uint4 v = *reinterpret_cast<const uint4*>(from);
         pack[0] = v.x, pack[1] = v.y, pack[2] = v.z, pack[3] = v.w;
     } else {
-#pragma unroll
+        #pragma unroll
         for (int e = 0; e < PACK; e++) pack[e] = __float_as_uint(e < valid ? float(from[e]) : 0.0f);
     }
 }
@@ -48,7 +48,7 @@ struct Row {
     __device__ void load(const floatX* from, int W) {
         x = from;
         if constexpr (!SERIAL) {
-#pragma unroll
+            #pragma unroll
             for (int p = 0; p < PACKS; p++) {
                 const int c = (p * blockDim.x + threadIdx.x) * PACK;
                 if (c < W) load_pack(v[p], from + c, W - c);
@@ -57,7 +57,7 @@ struct Row {
     }
     // from its packs in shared memory
     __device__ void take(const uint4* packs, int W) {
-#pragma unroll
+        #pragma unroll
         for (int p = 0; p < PACKS && !SERIAL; p++) {
             const int slot = p * blockDim.x + threadIdx.x;
             if (slot * PACK < W) load_pack(v[p], reinterpret_cast<const floatX*>(packs + slot), PACK);

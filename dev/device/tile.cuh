@@ -26,7 +26,7 @@ struct Tile {
     __device__ static int row(int s) { return SERIAL ? s : s / 2 * 16 + s % 2 * 8 + lane() / 4; }
     __device__ static int col(int e) { return SERIAL ? e : e / 2 * 8 + lane() % 4 * 2 + e % 2; }
     __device__ void zero() {
-#pragma unroll
+        #pragma unroll
         for (float& x : v) x = 0.0f;
     }
 };
@@ -112,9 +112,9 @@ struct Left {
     __device__ Left(const SharedX* tile, int first) : tile(tile), first(first) {}
     __device__ void keep() {
         if constexpr (KEPT) {
-#pragma unroll
+            #pragma unroll
             for (int k = 0; k < W / 16; k++)
-#pragma unroll
+                #pragma unroll
                 for (int i = 0; i < M / 16; i++) load(kept[k][i], i, 16 * k);
         }
     }
@@ -128,21 +128,21 @@ __device__ inline void mma_nt(Tile<M, N, BY_COLUMN>& c, const Left<W, M, KEPT>& 
         serial_mma<N, M, W, W, 1, true>(c.v, b, a.tile, ALL, part == LOWER ? UPPER : part == UPPER ? LOWER : ALL);
     } else if constexpr (BF16) {
         c.zero();
-#pragma unroll(KEPT ? W / 16 : 2)
+        #pragma unroll(KEPT ? W / 16 : 2)
         for (int k = 0; k < W; k += 16) {
             unsigned fa[M / 16][4];
-#pragma unroll
+            #pragma unroll
             for (int i = 0; i < M / 16; i++) {
                 if constexpr (KEPT)
                     for (int x = 0; x < 4; x++) fa[i][x] = a.kept[k / 16][i][x];
                 else
                     a.load(fa[i], i, k);
             }
-#pragma unroll
+            #pragma unroll
             for (int j = 0; j < N / 16; j++) {
                 unsigned fb[4];  // k 0-7 and 8-15 of columns 0-7, then of columns 8-15
                 ldmatrix_x4(fb, b + shared_at<W>(16 * j + lane() % 8 + lane() / 16 * 8, lane() / 8 % 2 * 8, k));
-#pragma unroll
+                #pragma unroll
                 for (int i = 0; i < M / 16; i++) {
                     mma_m16n8k16(c.fragment(i, 2 * j), fa[i], fb);
                     mma_m16n8k16(c.fragment(i, 2 * j + 1), fa[i], fb + 2);
@@ -152,9 +152,9 @@ __device__ inline void mma_nt(Tile<M, N, BY_COLUMN>& c, const Left<W, M, KEPT>& 
     } else {
         c.zero();
         for (int k = 0; k < W; k++) {
-#pragma unroll
+            #pragma unroll
             for (int e = 0; e < c.PER_ROW; e++)
-#pragma unroll
+                #pragma unroll
                 for (int s = 0; s < c.SLOTS; s++)
                     c.at(s, e) +=
                         float(a.tile[shared_at<W>(a.first + c.row(s), k)]) * float(b[shared_at<W>(c.col(e), k)]);
@@ -168,21 +168,21 @@ __device__ inline void mma_nn(Tile<M, W>& c, const Tile<M, K, BY_COLUMN>& a, con
     if constexpr (SERIAL) {
         serial_mma<M, W, K, 1, M, false>(c.v, a.v, b, part, ALL);
     } else if constexpr (BF16) {  // the accumulators of 16 columns are, as bf16, the fragment of a k16 operand
-#pragma unroll
+        #pragma unroll
         for (int k = 0; k < K / 16; k++) {
             unsigned fa[M / 16][4];
-#pragma unroll
+            #pragma unroll
             for (int i = 0; i < M / 16; i++)
-#pragma unroll
+                #pragma unroll
                 for (int x = 0; x < 4; x++) {
                     const float* from = a.fragment(i, 2 * k + x / 2) + x % 2 * 2;
                     fa[i][x] = pack_bf16(from[0], from[1]);
                 }
-#pragma unroll
+            #pragma unroll
             for (int j = 0; j < W / 16; j++) {
                 unsigned fb[4];  // k 0-7 and 8-15 of columns 0-7, then of columns 8-15
                 ldmatrix_x4_trans(fb, b + shared_at<W>(16 * k + lane() % 16, lane() / 16 * 8, 16 * j));
-#pragma unroll
+                #pragma unroll
                 for (int i = 0; i < M / 16; i++) {
                     mma_m16n8k16(c.fragment(i, 2 * j), fa[i], fb);
                     mma_m16n8k16(c.fragment(i, 2 * j + 1), fa[i], fb + 2);
@@ -190,16 +190,16 @@ __device__ inline void mma_nn(Tile<M, W>& c, const Tile<M, K, BY_COLUMN>& a, con
             }
         }
     } else {  // the four lanes of a row have its elements among them
-#pragma unroll
+        #pragma unroll
         for (int e = 0; e < a.PER_ROW; e++) {
             for (int owner = 0; owner < 4; owner++) {
                 const int k = e / 2 * 8 + owner * 2 + e % 2;
                 float row[a.SLOTS];
-#pragma unroll
+                #pragma unroll
                 for (int s = 0; s < a.SLOTS; s++) row[s] = __shfl_sync(ALL_LANES, a.at(s, e), lane() / 4 * 4 + owner);
-#pragma unroll
+                #pragma unroll
                 for (int f = 0; f < c.PER_ROW; f++)
-#pragma unroll
+                    #pragma unroll
                     for (int s = 0; s < c.SLOTS; s++) c.at(s, f) += row[s] * float(b[shared_at<W>(k, c.col(f))]);
             }
         }
@@ -215,18 +215,18 @@ __device__ inline void mma_tn(Tile<M, N>& c, const SharedX* a, int first_row, co
         static_assert(!SERIAL || (M == KW && N == W), "the whole tile");
         serial_mma<M, N, K, K, 1, false>(c.v, a, b, part == LOWER ? UPPER : part == UPPER ? LOWER : ALL, ALL);
     } else if constexpr (BF16) {
-#pragma unroll
+        #pragma unroll
         for (int k = 0; k < K; k += 16) {
             unsigned fa[M / 16][4];
-#pragma unroll
+            #pragma unroll
             for (int i = 0; i < M / 16; i++)  // rows 0-7, 8-15 of k 0-7, then of k 8-15
                 ldmatrix_x4_trans(fa[i], a + shared_at<KW>(k + lane() % 8 + lane() / 16 * 8,
                                                            first_row + 16 * i + lane() / 8 % 2 * 8));
-#pragma unroll
+            #pragma unroll
             for (int j = 0; j < N / 16; j++) {
                 unsigned fb[4];
                 ldmatrix_x4_trans(fb, b + shared_at<W>(k + lane() % 16, first_col + 16 * j + lane() / 16 * 8));
-#pragma unroll
+                #pragma unroll
                 for (int i = 0; i < M / 16; i++) {
                     mma_m16n8k16(c.fragment(i, 2 * j), fa[i], fb);
                     mma_m16n8k16(c.fragment(i, 2 * j + 1), fa[i], fb + 2);
@@ -235,9 +235,9 @@ __device__ inline void mma_tn(Tile<M, N>& c, const SharedX* a, int first_row, co
         }
     } else {
         for (int k = 0; k < K; k++) {
-#pragma unroll
+            #pragma unroll
             for (int e = 0; e < c.PER_ROW; e++)
-#pragma unroll
+                #pragma unroll
                 for (int s = 0; s < c.SLOTS; s++)
                     c.at(s, e) += float(a[shared_at<KW>(k, first_row + c.row(s))]) *
                                   float(b[shared_at<W>(k, first_col + c.col(e))]);
@@ -268,7 +268,7 @@ __device__ inline void load_tile(SharedX* dst, const floatX* src, size_t stride,
         constexpr int STEP = THREADS / PER_ROW;  // rows at a time; the threads beyond them are idle (HS 72 only)
         const int first = threadIdx.x / PER_ROW, col = threadIdx.x % PER_ROW * VEC16;
         const floatX* from = src + first * stride + col;
-#pragma unroll
+        #pragma unroll
         for (int row = first; row - first < ROWS; row += STEP, from += STEP * stride) {
             const bool there = row < valid && col < HS;
             if ((ROWS % STEP == 0 || row < ROWS) && (THREADS % PER_ROW == 0 || first < STEP))
@@ -295,9 +295,9 @@ __device__ inline void store_scores(SharedX* dst, int first, const Tile<M, N, BY
     if constexpr (SERIAL) {
         for (int i = 0; i < M * N; i++) dst[i] = tile.v[i];  // (N,K)
     } else {
-#pragma unroll
+        #pragma unroll
         for (int s = 0; s < tile.SLOTS; s++)
-#pragma unroll
+            #pragma unroll
             for (int e = 0; e < tile.PER_ROW; e += 2)
                 store_pair(dst + shared_at<N>(first + tile.row(s), tile.col(e)), tile.at(s, e), tile.at(s, e + 1));
     }
@@ -312,9 +312,9 @@ __device__ inline void store_tile(floatX* dst, size_t stride, int valid, const T
             for (int col = 0; col < HS; col++) dst[row * stride + col] = tile.v[row * W + col];
     } else {
         __syncwarp();
-#pragma unroll
+        #pragma unroll
         for (int s = 0; s < tile.SLOTS; s++)
-#pragma unroll
+            #pragma unroll
             for (int e = 0; e < tile.PER_ROW; e += 2)
                 store_pair(own + shared_at<W>(tile.row(s), tile.col(e)), tile.at(s, e), tile.at(s, e + 1));
         __syncwarp();
