@@ -1287,7 +1287,7 @@ void lay_out_activations(Model& m) {
     // clang-format off
     const ActivationRow rows[] = {
         // tensor        elements                 kept
-        {&A::h,          N * C,                   at_none},                               // the stream between the halves
+        {&A::h,          N * C,                   at_none},                               // the stream in the middle
         {&A::n1,         pre_norms ? N * C : 0,   at_none},                               // pre-norms
         {&A::n2,         pre_norms ? N * C : 0,   at_none},
         {&A::qkv_raw,    N * QKV,                 at_none ? at.qkv_gain != NONE : to_ffn},// linear

@@ -151,8 +151,8 @@ void row_shape(int W, F f) {
     }
 }
 
-// A kernel that walks rows and leaves a line of partial sums a block has so many times ROW_THREADS threads resident on a
-// multiprocessor, by its __launch_bounds__: with few packs a thread twice, since then registers allow it.
+// A kernel that walks rows and leaves a line of partial sums a block has so many times ROW_THREADS threads resident on
+// a multiprocessor, by its __launch_bounds__: with few packs a thread twice, since then registers allow it.
 template <int PACKS>
 constexpr int ROW_RESIDENT = PACKS <= 2 ? 2 : 1;
 

@@ -1,5 +1,5 @@
-// A run's beginning and end: the options settled, the ranks and the device opened, the folder claimed, the state set, the
-// matmuls' algorithms chosen and kept.
+// A run's beginning and end: the options settled, the ranks and the device opened, the folder claimed, the state set,
+// the matmuls' algorithms chosen and kept.
 #pragma once
 #include <sys/file.h>
 #ifdef USE_MPI

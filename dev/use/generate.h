@@ -88,8 +88,8 @@ bool generate(Model& m, const std::vector<int>& prompt, int n, int vocabulary, c
     }
 }
 
-// A sample of a model in training, on the terminal. Every rank runs as many tokens, whatever it draws: with weights that
-// are cut, a forward is a collective.
+// A sample of a model in training, on the terminal. Every rank runs as many tokens, whatever it draws: with weights
+// that are cut, a forward is a collective.
 void print_sample(Model& m, const Tokenizer& tokenizer, const Options& o, int64_t step) {
     std::vector<int> prompt = tokenizer.encode(o.prompt), drawn;
     prompt.insert(prompt.begin(), tokenizer.bos());
