@@ -572,8 +572,8 @@ class RankTests(Tests):
         L = SHAPES["llama"]["layers"]
         work = self.trained("llama", 2, 3, 1, False)[4][0].step(2)
         gathers = [i for i, (_, w) in enumerate(work) if w[0] == "allgather"]
-        forwards = [i for i, (_, w) in enumerate(work) if w[-1].startswith("attention_forward_kernel")]
-        backwards = [i for i, (_, w) in enumerate(work) if w[-1].startswith("attention_backward_kernel")]
+        forwards = [i for i, (_, w) in enumerate(work) if " ".join(w).startswith("kernel attention_forward_kernel")]
+        backwards = [i for i, (_, w) in enumerate(work) if " ".join(w).startswith("kernel attention_backward_kernel")]
         begin = [max(i for i, (_, w) in enumerate(work[:f]) if w[0] == "matmul") for f in forwards]  # a layer's first
         expect(len(forwards) == len(backwards) == L, "not one attention a layer")
         for l in range(L):  # the embedding, layers 0 .. l+1 (or the head)
