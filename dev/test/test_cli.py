@@ -418,8 +418,8 @@ class Tests:
     def plan(self):
         text = self.run("--plan", "--model", "7B", "--seq-len", 2048, "--batch-size", "auto", "--total-batch", 8,
                         "--recompute", "block", "--moments", "bf16", "--device", "700,4000,1000")
-        for words in ("6739513344 parameters", "1 x 8 sequences", "memory plan", "AdamW moments (bf16)", "matmuls, forward",
-                      "recomputed", "tokens/s"):
+        for words in ("6739513344 parameters", "1 x 8 sequences", "memory plan", "AdamW moments (bf16)", "activations (recompute block)",
+                      "matmuls, forward", "recomputed", "tokens/s"):
             expect(words in text, f"--plan lacks '{words}'")
         expect("does not fit" in self.run("--plan", "--model", "13B"), "13B is said to fit")
         hours = self.run("--plan", "--model", "7B", "--steps", 2**50).rpartition("take at least ")[2].partition("h")[0]
@@ -494,6 +494,7 @@ class Tests:
             ("unknown variant", small("bad", "--variant", "postnorm"), ["postnorm"]),
             ("dim over heads", small("bad", "--dim", 33), ["33", "2 heads"]),
             ("head size", small("bad", "--dim", 48), ["head size 24"]),
+            ("feed-forward width", small("bad", "--dim", 2**20, "--ffn-mult", 999), ["--ffn-mult"]),
             ("kv heads", small("bad", "--dim", 96, "--heads", 6, "--kv-heads", 4), ["6", "4"]),
             ("warmup", small("bad", "--warmup", 100), ["--warmup"]),
             ("one dash", small("bad", "-nonsense"), ["-nonsense: unknown option"]),
@@ -550,7 +551,7 @@ class Tests:
         for name, edit, words in (
             ("missing.st", edited(lambda t: t.pop("norm.weight")), ["norm.weight"]),
             ("extra.st", edited(lambda t: t.update(more=("F32", [1], b"abcd"))), ["more"]),
-            ("shape.st", edited(reshape), ["output.weight"]),
+            ("shape.st", edited(reshape), ["output.weight is (32, 65) there, (65, 32) in this model"]),
             ("int.st", edited(lambda t: t.update({"norm.weight": ("I32", [32], bytes(128))})), ["norm.weight", "I32"]),
             ("foreign.st", edited(lambda t: t.update({"model.embed_tokens.weight": t.pop("tok_embeddings.weight")})),
              ["Hugging Face", "dev/hf/import.py"]),
