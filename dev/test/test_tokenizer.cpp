@@ -210,6 +210,14 @@ static std::string test_lossless(const std::string& dir) {
             if (back != text) return std::string(name) + ": " + to_hex(text) + " becomes " + to_hex(back);
         }
     }
+    const std::string path = dir + "/tokenizer_gpt2_json.bin";
+    const Tokenizer gpt2 = Tokenizer::load(path);
+    std::string prefixing = read_file(path);
+    prefixing[8] |= 1;  // ByteLevel with add_prefix_space
+    if (load_error(prefixing) != "") return "add_prefix_space is refused";
+    const Tokenizer t = Tokenizer::load(scratch_path());
+    for (const char* text : {"two words", " two words"})
+        if (t.encode(text) != gpt2.encode(" two words")) return "add_prefix_space does more or less than a space in front";
     return "";
 }
 
