@@ -661,10 +661,10 @@ int main(int argc, char** argv) {
             throw Error("--part: '" + b.part + "' is none of ceilings, kernels, bounds.");
         if ((b.part == "bounds") == b.device.empty())
             throw Error("--device: says whose bounds are meant. Give it with --part bounds, and only there.");
-        apply_flavour(b.config, b.model);
+        as_options([&] { apply_flavour(b.config, b.model); });
         if (double(b.B) * b.config.T > 1 << 24)
             throw Error(format("--batch-size: %d sequences of %d tokens are too many.", b.B, b.config.T));
-        finish(b.config);
+        as_options([&] { finish(b.config); });
         if (b.B == 0) b.B = std::max(1, (SERIAL && b.part != "bounds" ? 2048 : 16384) / b.config.T);
         if (!b.results.empty()) make_dirs(b.results);
         b.part == "bounds" ? b.bounds(parse_device(b.device)) : b.measure();
