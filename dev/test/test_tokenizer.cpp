@@ -214,7 +214,7 @@ static std::string test_lossless(const std::string& dir) {
     const Tokenizer gpt2 = Tokenizer::load(path);
     std::string prefixing = read_file(path);
     prefixing[8] |= 1;  // ByteLevel with add_prefix_space
-    if (load_error(prefixing) != "") return "add_prefix_space is refused";
+    if (!load_error(prefixing).empty()) return "add_prefix_space is refused";
     const Tokenizer t = Tokenizer::load(scratch_path());
     for (const char* text : {"two words", " two words"})
         if (t.encode(text) != gpt2.encode(" two words")) return "add_prefix_space does more or less than a space in front";
