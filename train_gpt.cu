@@ -1605,8 +1605,7 @@ void need_weights(Model& m, int u, int next) {
 
 // Before unit u's gradients are written. In a step's first micro-batch, and where every micro-batch's are reduced, they
 // begin anew: a matmul then overwrites its own (the beta returned is 0), and what is only ever added to is zeroed here,
-// gains, embedding and positions. A tied embedding's
-// gradient is begun before the head's backward, not at its own.
+// gains, embedding and positions. A tied embedding's gradient is begun before the head's backward, not at its own.
 float begin_gradients(Model& m, int u, bool first) {
     if (m.storage.cut_gradients()) {
         CHECK(cudaStreamWaitEvent(m.gpu.stream, m.slot(u).reduced, 0));

@@ -215,6 +215,7 @@ void log_csv(const Bytes& input) {
 void matmul_txt(const Bytes& input) {
     if (!take_matmul_choices(input)) return;
     const std::string written = matmul_choices();
+    matmul.chosen.clear();
     require(take_matmul_choices(written), "what was written cannot be read");
     require(matmul_choices() == written, "what was read is not what was written");
 }

@@ -416,7 +416,6 @@ int main(int argc, char** argv) try {
         test("bytes", [] { return test_bytes(); });
         for (const std::string& name : NAMES)
             test("expected_" + name, [&] { return test_expected(dir, name, dir + "/tokenizer_" + name + ".bin"); });
-        for (std::string name : {"llama", "rules", "handmade"})
         test("stream", [&] { return test_stream(dir); });
         test("stream of bytes", [&] { return test_stream_of_bytes(dir); });
         test("lossless", [&] { return test_lossless(dir); });
