@@ -70,13 +70,14 @@ inline int64_t parse_integer(const char* flag, const char* text, int64_t least, 
     return x;
 }
 
-// Calls f, whose errors name numbers of the model: here they are options.
+// Calls f, whose errors name numbers of the model: here they are options. "memory: ..." names none.
 template <typename F>
 void as_options(F f) {
     try {
         f();
     } catch (const Error& e) {
-        throw Error(std::string("--") + e.what());
+        const std::string what = e.what();
+        throw Error(what.compare(0, 8, "memory: ") ? "--" + what : what);
     }
 }
 

@@ -172,7 +172,7 @@ std::string speed_of_light(const Model& m, int micro, const Device& device) {
 // recompute more, else fewer sequences, else less precise moments, gradients and weights. Of generation, what its cache
 // grows with.
 inline std::string advice(const Model& m, size_t room) {
-    if (m.cache.sequences) return "Choose fewer --num-samples or --max-tokens, or a smaller model.";
+    if (!m.training && m.cache.sequences) return "Choose fewer --num-samples or --max-tokens, or a smaller model.";
     const Storage& had = m.storage;
     std::vector<Storage> cuts;
     for (int zero = had.zero; zero <= (had.ranks > 1 ? 3 : had.zero); zero++)
@@ -189,6 +189,7 @@ inline std::string advice(const Model& m, size_t room) {
                     s.half_gradients |= precision > 1;
                     s.no_master |= precision > 2;
                     Model other;
+                    other.cache = m.cache;
                     plan(other, m.gpu, m.c, B, m.training, s);
                     if (other.arena.used > room) continue;
                     std::string text = "Give";
