@@ -371,7 +371,8 @@ void initial_values(std::vector<float>& out, const Tensor& t, uint64_t seed, uin
 }
 
 // =====================================================================================================================
-// Embedding: x[n,c] = tok[token[n],c] + pos[t,c]; pos only with learned positions, t = n mod T. One block a token.
+// Embedding: x[n,c] = tok[token[n],c] + pos[t,c]; pos only with learned positions, t = n mod T. One block a token,
+// a thread its packs of the row (dev/device/rows.cuh).
 // x (N,C) floatX; tok (Vp,C), pos (max_T,C) floatX, pos null for none; tokens (N) int.
 
 template <int PACKS>
@@ -414,7 +415,7 @@ TokenPlaces token_places(const int* tokens, int N) {
 }
 
 // dtok[token,c] += sum over its places n of dx[n,c]. One block a token that occurs; blocks beyond those have no places.
-// dtok (Vp,C) G; dx (N,C) floatX.
+// dtok (Vp,C) G; dx (N,C) floatX; tokens, places (N), begin (blocks+1) int. Threads stride over the columns.
 template <typename G>
 __global__ void embedding_backward_kernel(G* dtok, const floatX* dx, const int* tokens, const int* places,
                                           const int* begin, int C) {
@@ -428,7 +429,8 @@ __global__ void embedding_backward_kernel(G* dtok, const floatX* dx, const int* 
     }
 }
 
-// dpos[t,c] += sum_b dx[b,t,c]. One block a position. dpos (max_T,C) G; dx (B,T,C) floatX.
+// dpos[t,c] += sum_b dx[b,t,c]. One block a position, threads stride over the columns. dpos
+// (max_T,C) G; dx (B,T,C) floatX.
 template <typename G>
 __global__ void position_backward_kernel(G* dpos, const floatX* dx, int B, int T, int C) {
     size_t t = blockIdx.x;
@@ -637,7 +639,8 @@ constexpr int BACKWARD_QUERIES = TURN_QUERIES;
 // Tiles under way while one is worked on: each of the forward's stream k, v, k, v..; each pair of q and dout.
 constexpr int FORWARD_AHEAD = SERIAL ? 0 : 2, BACKWARD_AHEAD = SERIAL ? 0 : 1;
 
-// A warp has M queries, one block ROWS of a head, those with the most keys first.
+// A warp has M queries, a block ROWS of one head, those with the most keys first; what a thread has of a tile says
+// dev/device/tile.cuh.
 template <int HS, int M>
 __global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
     attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
@@ -719,7 +722,8 @@ __global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
 }
 
 // delta[b,h,t] = sum_d dout[b,t,h,d] out[b,t,h,d]: the softmax backward's row sum. One block a token; DELTA_LANES lanes
-// a head, 16 bytes at a time. Zeroes the turns of attention_backward_kernel.
+// a head, 16 bytes at a time. dout, out (B,T,NH HS) floatX; delta (B,NH,T) float. Zeroes the turns of the backward,
+// here and on Hopper.
 template <int HS>
 constexpr int DELTA_LANES = SERIAL           ? 1
                             : HS / PACK >= 8 ? 8
@@ -757,7 +761,8 @@ __global__ void attention_delta_kernel(float* delta, int* turns, const floatX* d
 // turns at a query tile, turns[tile] is whose it is. A block waits only for blocks of lower number, which are on the
 // machine before it. Heads' first blocks start together, and each later one follows a tile behind, without waiting.
 // sum (B NH, query tiles, BACKWARD_QUERIES WIDTH) float, in the order of the threads' registers; turns (B NH, query
-// tiles), 0 at the start. In the serial geometry one block does all keys of a head, in order.
+// tiles), 0 at the start; the others in the forward's layouts, delta in that of lse. A warp has KEY_ROWS of the keys.
+// In the serial geometry one block does all keys of a head, in order.
 template <int HS>
 __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
     attention_backward_kernel(floatX* dq, floatX* dk, floatX* dv, float* sum, int* turns, const floatX* dout,
@@ -970,9 +975,10 @@ void attention_backward(floatX* dq, floatX* dk, floatX* dv, float* scratch, cons
 // Head and loss. The logits exist for a chunk of rows at a time, in floatX, and turn into their gradient in place:
 //   loss[n] = lse - logit[target],   lse = log sum_v exp(logit[v])
 //   dlogit[v] = weight (exp(logit[v] - lse) - [v = target])
-// logits (rows,Vp) floatX, columns from V on are padding: not in the sum, gradient 0. losses (rows) float.
-// One block a row. It reads the row twice, the second time from L2: maximum and sum in one pass, each thread's sum
-// relative to its own maximum so far, then the gradient.
+// logits (rows,Vp) floatX, columns from V on are padding: not in the sum, gradient 0. losses (rows) float,
+// targets (rows) int.
+// One block a row, its threads stride over packs of 16 bytes. It reads the row twice, the second time from L2: maximum
+// and sum in one pass, each thread's sum relative to its own maximum so far, then the gradient.
 
 __global__ void __launch_bounds__(1024) cross_entropy_kernel(float* losses, floatX* logits, const int* targets, int V,
                                                              int Vp, float weight, bool backward) {
@@ -1044,7 +1050,8 @@ void cross_entropy(float* losses, floatX* logits, const int* targets, int rows, 
     CHECK(cudaGetLastError());
 }
 
-// mean[0] += weight sum_n losses[n]; one block, in double, so that a long batch loses nothing
+// mean[0] += weight sum_n losses[n], losses (N) float; one block, threads stride over n; in double, so that a long
+// batch loses nothing
 __global__ void loss_sum_kernel(float* mean, const float* losses, int N, float weight) {
     double sum = 0.0;
     for (int n = threadIdx.x; n < N; n += blockDim.x) sum += losses[n];
@@ -1940,7 +1947,7 @@ __device__ inline void store_randomly(__nv_bfloat16& to, float x, unsigned r) {
     to = fabsf(x) < INFINITY ? __uint_as_float(up) : x;  // infinities and NaN stay what they are
 }
 
-// sums[block] = sum of grads[i]^2 over the block's CHUNK
+// sums[block] = sum of grads[i]^2 over the block's CHUNK, a thread FOUR neighbours at a time; grads (size) G
 template <typename G>
 __global__ void square_sum_kernel(float* sums, const G* grads, size_t size) {
     size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
@@ -1955,7 +1962,7 @@ __global__ void square_sum_kernel(float* sums, const G* grads, size_t size) {
 }
 
 // What the ranks sum: this one's loss, the square of its part of the gradient norm (sums (count), from
-// square_sum_kernel), whether it was asked to stop. One block.
+// square_sum_kernel), whether it was asked to stop. One block, threads stride over the sums.
 __global__ void numbers_kernel(Numbers* n, const float* sums, int count, bool stop) {
     double sum = 0.0;
     for (int i = threadIdx.x; i < count; i += blockDim.x) sum += sums[i];
@@ -1975,7 +1982,7 @@ __global__ void decide_kernel(Numbers* n, AdamW o) {
 }
 
 // `count` elements, a multiple of FOUR, CHUNK a block; the first is number `index` in the flat buffers (for the random
-// rounding). master null: params are their own masters. G is the gradients' type, S the moments'.
+// rounding), `key` this step's. master null: params are their own masters. G is the gradients' type, S the moments'.
 template <typename G, typename S>
 __global__ void adamw_kernel(floatX* params, float* master, S* m, S* v, const G* grads, const Numbers* n, size_t count,
                              size_t index, AdamW o, unsigned key) {

@@ -1,11 +1,12 @@
-// What both levels of attention share, that of every GPU (train_gpt.cu) and Hopper's (attention_hopper.cuh): the order
+// What the attention kernels share, those for every GPU (train_gpt.cu) and Hopper's (attention_hopper.cuh): the order
 // of the blocks, the turns of the backward, the online softmax.
 #pragma once
 #include "tile.cuh"
 
 constexpr float LOG2E = 1.44269504f;
 
-// The backward sums dq over the blocks of keys in their order: blocks take turns at a tile of so many queries.
+// The backward sums dq over the blocks of keys in their order: blocks take turns at a tile of queries. A tile has at
+// least so many, which is how many turns a head has room for.
 constexpr int TURN_QUERIES = SERIAL || BF16 ? 64 : 32;
 
 // The tile and the head (of all in the batch) of block n: 16 heads at a time, so that what their blocks share stays in

@@ -243,7 +243,8 @@ void attention_forward_hopper(floatX* out, float* lse, const floatX* q, const fl
     CHECK(cudaGetLastError());
 }
 
-// Backward on Hopper, head sizes 64 and 128: the same sums by blocks of KEYS keys, in the same turns. The last
+// Backward on Hopper, head sizes 64 and 128: the sums of train_gpt.cu's attention_backward_kernel by blocks of KEYS
+// keys, with its turns. The last
 // warpgroup's first warp loads: k and v once, then a ring of tiles of q, dout (bulk copies), lse and delta. Each of the
 // other two groups has 64 of the keys, scores transposed: p (64,QUERIES) = k q^T, dp = v dout^T,
 //   dv += p dout,  dk += ds q,  p and ds from registers;  dq = ds^T k over all keys, ds through shared memory
@@ -252,7 +253,9 @@ void attention_forward_hopper(floatX* out, float* lse, const floatX* q, const fl
 // turn and add it to `sum`: one bulk addition, so that each element has one order of adding. The last block to add to a
 // tile adds in registers, scales and rounds. A tile is 2560 clocks of the tensor cores (4096 FLOP each), loads 32 KB
 // and adds 32 KB.
-// sum (B NH, query tiles, QUERIES HS) float, in the order of the threads' registers; turns as above.
+// sum (B NH, query tiles, QUERIES HS) float, in the order of the threads' registers; turns (B NH,
+// ceil(T / TURN_QUERIES)), 0 at the start, of which a head's first `query tiles` are used. q, k, v, dk, dv (heads,T,HS)
+// and dout (B,T,NH HS) come as maps; dq (B,NH,T,HS) floatX; lse, delta (B,NH,T) float.
 template <int HS>
 struct HopperBackward {
     static constexpr int KEYS = 128, QUERIES = HS == 64 ? 128 : 64, STAGES = 2, THREADS = 384;
