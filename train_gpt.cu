@@ -20,8 +20,6 @@
 #include <cublasLt.h>
 
 #include <algorithm>
-#include <array>
-#include <climits>
 #include <cmath>
 #include <functional>
 #include <map>
@@ -191,6 +189,7 @@ struct Storage {
     int rank = 0, ranks = 1, zero = 0;  // as planned: ranks.rank and ranks.size are those of the running job
     bool whole_gradients = false;       // gradients stay whole even so: summed over micro-batches, then reduced once
 
+    bool has_master() const { return BF16 && !no_master; }
     bool cut_state() const { return zero >= 1; }
     bool cut_gradients() const { return zero >= 2 && !whole_gradients; }
     bool cut_weights() const { return zero == 3; }
@@ -1253,7 +1252,7 @@ void lay_out_state(Model& m) {
             a.section(format("gradients to be reduced (%s)", m.grads.name()));
             for (int i = 0; i < SLOTS; i++) m.slots[i].g.half = s.half_gradients, a.take(m.slots[i].g, slot_sizes[i]);
         }
-        if (BF16 && !s.no_master) a.take(m.master, section("master weights", "fp32", s.cut_state()));
+        if (s.has_master()) a.take(m.master, section("master weights", "fp32", s.cut_state()));
         m.m.half = m.v.half = s.half_moments;
         const size_t state = section("AdamW moments", m.m.name(), s.cut_state());
         a.take(m.m, state);

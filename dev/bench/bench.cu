@@ -77,8 +77,7 @@ struct Tensors {
     floatX* x(size_t count, float scale = 1.0f) { return normal<floatX>(count, scale); }
     floatX* gain(size_t count) { return normal<floatX>(count, 0.1f, 1.0f); }
     float* floats(size_t count) { return normal<float>(count); }
-    float* squares(size_t count) { return normal<float>(count, 0.01f, 1.0f); }  // above 0
-    float2* stats(size_t count) { return reinterpret_cast<float2*>(squares(2 * count)); }
+    float2* stats(size_t count) { return reinterpret_cast<float2*>(normal<float>(2 * count, 0.01f, 1.0f)); }  // rstd > 0
     int* ints(const std::vector<int>& values) {
         int* p = take<int>(values.size());
         CHECK(cudaMemcpy(p, values.data(), values.size() * sizeof(int), cudaMemcpyHostToDevice));

@@ -318,16 +318,15 @@ void settle_matmuls(Model& m, const std::string& path, bool resumed) {
 
 // Bytes of a checkpoint that are a rank's.
 double saved_bytes(const Model& m) {
-    const double width = sizeof(floatX) + 2 * m.m.width() + (BF16 && !m.storage.no_master ? sizeof(float) : 0);
+    const double width = sizeof(floatX) + 2 * m.m.width() + (m.storage.has_master() ? sizeof(float) : 0);
     return width * double(m.table.shard_size());
 }
 
 void print_run(const Model& m, const Options& o) {
     const Config& c = m.c;
-    const auto fields = config_fields(c, o.storage);
     printf("%s %s, %s: dim %d, %d layers, %d heads of %d (%d key/value), hidden %d, vocabulary %d, T %d; %s\n",
-           fields[0].second.c_str(), fields[1].second.c_str(), fields[2].second.c_str(), c.C, c.L, c.NH, c.HS(), c.NKV,
-           c.F(), c.V, c.T, PRECISION);
+           BACKBONES[int(c.backbone)].c_str(), VARIANTS[int(c.variant)].c_str(), NORMS[c.layernorm].c_str(), c.C, c.L,
+           c.NH, c.HS(), c.NKV, c.F(), c.V, c.T, PRECISION);
     const std::string many =
         o.storage.ranks > 1 ? format(" on %d ranks, ZeRO %d", o.storage.ranks, o.storage.zero) : "";
     printf("%zu parameters; %lld steps of %d x %d sequences%s\n%s", m.table.parameters, (long long)o.steps,

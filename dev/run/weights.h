@@ -1,9 +1,15 @@
 // The model's weights from and to files: safetensors with the tensor names of the paper's released code.
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <memory>
 
 #include "../../train_gpt.cu"
 #include "safetensors.h"
+
+bool all_finite(const std::vector<float>& x) {
+    return std::all_of(x.begin(), x.end(), [](float v) { return std::isfinite(v); });
+}
 
 // `count` elements from `offset` on of a flat buffer, as float.
 std::vector<float> get_floats(const Flat& f, size_t offset, size_t count) {
@@ -121,8 +127,7 @@ void import_weights(Model& m, const std::string& path) {
     fill_parameters(m, [&](std::vector<float>& values, const Tensor& t, size_t, size_t first, size_t count) {
         const size_t there = first < t.size() ? std::min(count, t.size() - first) : 0;
         values = where[t.name]->floats(t.name, first, there);
-        const auto finite = [](float x) { return std::isfinite(x); };
-        if (ranks.rank == 0 && !warned && !std::all_of(values.begin(), values.end(), finite)) {
+        if (ranks.rank == 0 && !warned && !all_finite(values)) {
             warn(where[t.name]->path + ": " + t.name + " holds values that are not finite. Take other weights.");
             warned = true;
         }

@@ -401,11 +401,14 @@ class FaultTests(Tests):
         dtype, shape, data = tensors["norm.weight"]
         tensors["norm.weight"] = (dtype, shape, struct.pack("<f", value) + data[4:])
         path = self.path(f"{value}.st")
-        write_safetensors(path, tensors)
+        write_safetensors(path, tensors, metadata)
         line = refuse(self.exe, self.flags(f"weights_{value}", "--init-from", path, "--max-bad-steps", 2))
         expect("not finite in 2 steps" in line, line)
         job = Job(self.exe, self.flags(f"weights_{value}_again", "--init-from", path, "--max-bad-steps", 2)).wait()
         expect(len(job.warnings()) == 1 and f"{path}: norm.weight holds values" in job.warnings()[0], job.text())
+        shape = self.flags("")[:12]
+        job = Job(self.exe, ["generate", "--init-from", path, *shape, "--prompt", "a", "--max-tokens", 3]).wait()
+        expect(job.status == 1 and "logits are not finite" in job.lines()[-1], job.text())
 
     def shard_during_run(self, kind):
         """A shard that is there when the run begins and then is not what it was. It holds the later half of the data."""

@@ -158,12 +158,13 @@ void run_eval(Options& o) {
         uint64_t windows = data->windows();
         if (o.val_batches > 0) windows = std::min(windows, uint64_t(o.val_batches) * m.B);
         const Validation v = validation(m, *data, windows, tokenizer.get());
-        const double loss = v.nats / double(v.tokens), bits = v.nats / log(2.0) / double(v.bytes);
+        const double loss = v.nats / double(v.tokens);
         json += format(", \"tokens\": %llu", (unsigned long long)v.tokens);
         put("loss", loss), put("perplexity", exp(loss));
         fprintf(stderr, "validation: loss %.4f nats a token, perplexity %.4g, %llu tokens", loss, exp(loss),
                 (unsigned long long)v.tokens);
         if (tokenizer) {
+            const double bits = v.nats / log(2.0) / double(v.bytes);
             json += format(", \"bytes\": %llu", (unsigned long long)v.bytes);
             put("bits_per_byte", bits);
             fprintf(stderr, "; %.4f bits a byte, %llu bytes", bits, (unsigned long long)v.bytes);

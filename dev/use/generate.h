@@ -23,9 +23,6 @@ std::vector<float> get_logits(Model& m, size_t row0, int rows) {
     }
     return logits;
 }
-bool all_finite(const std::vector<float>& x) {
-    return std::all_of(x.begin(), x.end(), [](float v) { return std::isfinite(v); });
-}
 
 // While it lives the layers' keys and values are the cache's: forward() puts those of its tokens behind the m.past rows
 // that are there.

@@ -55,9 +55,9 @@ std::string settle_weights(Options& o, std::unique_ptr<Tokenizer>& tokenizer) {
 void open_weights(Model& m, const std::string& weights) {
     create_or_advise(m);
     import_weights(m, weights);
-    const auto fields = config_fields(m.c, m.storage);
-    fprintf(stderr, "%s: %s %s, %zu parameters, %s; memory %.1f MiB\n", weights.c_str(), fields[0].second.c_str(),
-            fields[1].second.c_str(), m.table.parameters, PRECISION, m.arena.used / 1048576.0);
+    fprintf(stderr, "%s: %s %s, %zu parameters, %s; memory %.1f MiB\n", weights.c_str(),
+            BACKBONES[int(m.c.backbone)].c_str(), VARIANTS[int(m.c.variant)].c_str(), m.table.parameters, PRECISION,
+            m.arena.used / 1048576.0);
 }
 
 void close_weights(Model& m) {

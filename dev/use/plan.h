@@ -98,7 +98,7 @@ std::vector<Work> step_work(const Model& m, int micro, const Device& device) {
     add("norms, RoPE, SwiGLU, backward", micro, 0, X * N * 3 * C);
     add("embedding, backward", micro, 0, N * C * (X + 2 * G));
     add("gradient norm", 1, 0, P / m.storage.ranks * G);
-    add("AdamW", 1, 0, updated * (G + 4 * moment + (BF16 && !m.storage.no_master ? 8 + X : 2 * X)));
+    add("AdamW", 1, 0, updated * (G + 4 * moment + (m.storage.has_master() ? 8 + X : 2 * X)));
     return work;
 }
 
