@@ -732,7 +732,7 @@ Kernel past_kernel(Random& r) {
     k.what =
         format("past B %d T %d past %d room %d NH %d NKV %d HS %d scale %g", h.B, T, past, room, NH, NKV, HS, scale);
     k.B = h.B, k.backward = false;
-    k.tolerance = BF16 ? 6e-3 : 1e-6 + 6e-7 * scale;
+    k.tolerance = BF16 ? 5e-3 : scale > 5 ? 1e-5 : 2.5e-6;  // measured 4.3e-3; 6.1e-6, 1.4e-6
     k.in = {{"q", false, size_t(T) * h.width(0), X, scale}, {"keys", false, cached}, {"values", false, cached}};
     for (int i : {1, 2}) {
         k.in[i].values = r.normals(h.B * cached);
