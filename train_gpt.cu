@@ -868,9 +868,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
             Tile<DQ_ROWS, DQ_COLS> acc;
             acc.zero();
             if (adds && block > 0) {  // early, so that the loads take no time
-                if (lane() == 0)
-                    while (flag_read(turns + at) != block) flag_pause();
-                __syncwarp();
+                wait_for_turn(turns + at, block);
                 #pragma unroll
                 for (int i = 0; i < int(sizeof(acc.v) / 16); i++)
                     reinterpret_cast<float4*>(acc.v)[i] =

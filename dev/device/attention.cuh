@@ -9,6 +9,13 @@ constexpr float LOG2E = 1.44269504f;
 // least so many, which is how many turns a head has room for.
 constexpr int TURN_QUERIES = SERIAL || BF16 ? 64 : 32;
 
+// A warp waits until it is `block`'s turn; what the block before it has written is then seen.
+__device__ inline void wait_for_turn(const int* turn, int block) {
+    if (lane() == 0)
+        while (flag_read(turn) != block) flag_pause();
+    __syncwarp();
+}
+
 // The tile and the head (of all in the batch) of block n: 16 heads at a time, so that what their blocks share stays in
 // the L2 cache, tile 0 of each of them, then tile 1..; those in flight at once are neighbours.
 struct Place {

@@ -3,6 +3,7 @@
 #include "attention.cuh"
 #include "heads.cuh"
 #include "hopper.cuh"
+#include "tile.cuh"
 
 // The map of x (heads,T,HS) for boxes of `rows` rows and 64 columns; rows beyond T are zero.
 inline CUtensorMap heads_map(const floatX* x, int heads, int T, int HS, int rows) {
@@ -325,9 +326,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
                 next_place ^= 1;
                 if (!mine) return;
                 int* turn = turn_of(head, tile);
-                if (lane() == 0)
-                    while (flag_read(turn) != block) flag_pause();
-                __syncwarp();
+                wait_for_turn(turn, block);
                 named_barrier_sync(place_full(adder), PLACE_THREADS);
                 if (lane() == 0) {
                     fence_async_global();
@@ -482,9 +481,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
         const int at = group * 8 * 128 + threadIdx.x % 128;
         if (is_last(tile)) {
             if (block > 0) {
-                if (lane() == 0)
-                    while (flag_read(turn_of(head, tile)) != block) flag_pause();
-                __syncwarp();
+                wait_for_turn(turn_of(head, tile), block);
                 #pragma unroll
                 for (int i = 0; i < 8; i++) {
                     const float4 before = __ldcg(reinterpret_cast<const float4*>(sum_at(head, tile)) + at + i * 128);

@@ -6,7 +6,7 @@
 
 #include <array>
 
-#include "tile.cuh"
+#include "ptx.cuh"
 
 #ifdef __CUDACC__
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -39,15 +39,11 @@ std::string checkpoint_name(int64_t step) { return format("step_%08lld", (long l
 // Steps of the complete checkpoints in a directory, ascending.
 std::vector<int64_t> list_checkpoints(const std::string& out) {
     std::vector<int64_t> steps;
-    DIR* d = opendir(out.c_str());
-    if (!d) return steps;
-    while (dirent* e = readdir(d)) {
-        char* end;
-        if (strncmp(e->d_name, "step_", 5)) continue;
-        long long step = strtoll(e->d_name + 5, &end, 10);
-        if (!*end && checkpoint_name(step) == e->d_name) steps.push_back(step);
+    for (const std::string& name : names_in(out)) {
+        if (name.compare(0, 5, "step_")) continue;
+        const int64_t step = strtoll(name.c_str() + 5, nullptr, 10);
+        if (checkpoint_name(step) == name) steps.push_back(step);
     }
-    closedir(d);
     std::sort(steps.begin(), steps.end());
     return steps;
 }
@@ -61,14 +57,8 @@ void remove_checkpoint(const std::string& out, int64_t step) {
 
 // What an interrupted save or removal has left.
 void remove_leftovers(const std::string& out) {
-    std::vector<std::string> found;
-    if (DIR* d = opendir(out.c_str())) {
-        while (dirent* e = readdir(d))
-            if (!strncmp(e->d_name, ".step_", 6) || !strncmp(e->d_name, ".old_step_", 10))
-                found.push_back(out + "/" + e->d_name);
-        closedir(d);
-    }
-    for (const std::string& path : found) remove_dir(path);
+    for (const std::string& name : names_in(out))
+        if (!name.compare(0, 6, ".step_") || !name.compare(0, 10, ".old_step_")) remove_dir(out + "/" + name);
 }
 
 std::vector<std::pair<std::string, Flat>> optimizer_state(const Model& m) {
@@ -332,13 +322,8 @@ private:
         OutFile state(dir + "/state.json");
         state.write(json + "  \"checksum\": \"" + hash.text() + "\"\n}\n");
         state.commit();
-        std::vector<std::string> foreign;  // of an earlier try, by other ranks
-        if (DIR* d = opendir(dir.c_str())) {
-            while (dirent* e = readdir(d))
-                if (e->d_name[0] != '.' && !ours.count(e->d_name)) foreign.push_back(dir + "/" + e->d_name);
-            closedir(d);
-        }
-        for (const std::string& path : foreign) unlink(path.c_str());
+        for (const std::string& name : names_in(dir))  // of an earlier try, by other ranks
+            if (name[0] != '.' && !ours.count(name)) unlink((dir + "/" + name).c_str());
         fsync_dir(dir);
         const std::string final_dir = out + "/" + checkpoint_name(step);
         remove_checkpoint(out, step);  // of another run's, else this step would not have come again

@@ -5,11 +5,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "error.h"
 
@@ -161,6 +163,16 @@ inline void fsync_dir(const std::string& path) {
     const int error = errno;
     if (fd >= 0) close(fd);
     if (!done) throw Error(path + ": cannot be written to the disk: " + strerror(error) + ". Check the disk.");
+}
+
+// The names in a folder, in no order; none if it cannot be read.
+inline std::vector<std::string> names_in(const std::string& path) {
+    std::vector<std::string> names;
+    if (DIR* d = opendir(path.c_str())) {
+        while (dirent* e = readdir(d)) names.push_back(e->d_name);
+        closedir(d);
+    }
+    return names;
 }
 
 // A folder and the files in it, not the folders in it; of a link the link alone.

@@ -170,10 +170,7 @@ void close_job() {
 int64_t find_checkpoint(const std::string& out) {
     std::vector<int64_t> steps = list_checkpoints(out);
     bool any = false;
-    if (DIR* d = opendir(out.c_str())) {
-        while (dirent* e = readdir(d)) any |= strncmp(e->d_name, "damaged_step_", 13) == 0;
-        closedir(d);
-    }
+    for (const std::string& name : names_in(out)) any |= name.compare(0, 13, "damaged_step_") == 0;
     while (true) {
         const int64_t step = int64_t(ranks.exchange(steps.empty() ? any ? -2.0 : -1.0 : double(steps.back()))[0]);
         if (step == -2)
