@@ -15,7 +15,8 @@
 // A norm's backward reads only the linear's raw output and (mean, rstd) of each row; xh and y are computed again.
 // A gain that is null means: no such norm in this variant (y = x), so all variants of the model share these kernels.
 //
-// Layout of the work (dev/device/rows.cuh): forward one block a row, which stays in registers between its passes.
+// Layout of the work (dev/device/rows.cuh): forward one block a row, a thread its packs of it, which stay in
+// registers between the passes.
 // Backward as many blocks as fit on the device, each walks rows blockIdx.x, + gridDim.x, ... and adds dy xh into its
 // own line of `partial` (gridDim.x, width); gain_grad sums the lines in a fixed order: no atomics, same bits.
 //
@@ -77,8 +78,8 @@ size_t dynamic_shared(Kernel* kernel, size_t bytes, const Gpu& gpu) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Gain gradient, second stage: dgain[c] += sum_b partial[b, c] for c < W. dgain (W) G, partial (blocks, stride) float.
-// A block has 32 columns; its warps sum every 8th line, then the first sums the 8 sums. (In the serial geometry one
-// warp has 256 columns, so that there is a loop to vectorise.)
+// A block has 32 columns; each of its 8 warps sums every 8th line, a lane a column, then the first sums the 8 sums. (In
+// the serial geometry one warp has 256 columns, so that there is a loop to vectorise.)
 
 constexpr int GAIN_COLUMNS = SERIAL ? 256 : 32;
 
@@ -147,7 +148,8 @@ void norm_forward(floatX* out, float2* stats, const floatX* x, const floatX* gai
 }
 
 // Norm backward: dx[n,c] = plus[n,c] + (dx of the formula at the top). dx, dy, x, plus (N,C) floatX, plus null
-// for nothing, may be dx itself; dgain (C), added to; partial (row_blocks(N, C), C) float scratch.
+// for nothing, may be dx itself; gain (C) floatX, stats (N); dgain (C), added to; partial (row_blocks(N, C), C) float
+// scratch.
 template <int PACKS>
 __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
     norm_backward_kernel(floatX* dx, float* partial, const floatX* plus, const floatX* dy, const floatX* x,
@@ -301,7 +303,8 @@ void qkv_norm_rope_forward(floatX* q, floatX* k, floatX* v, float2* stats, const
     CHECK(cudaGetLastError());
 }
 
-// draw (B,T,QKV) floatX from dq (B,NH,T,HS), dk, dv (B,NKV,T,HS), room = T; partial (blocks, QKV) float.
+// draw (B,T,QKV) floatX from dq (B,NH,T,HS), dk, dv (B,NKV,T,HS), room = T; partial (blocks, QKV) float. dy is dq or dk
+// turned back by the angle, or dv; draw is the dx of the formula at the top, dy itself for a part without gain.
 template <int PACKS>
 __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
     qkv_norm_rope_backward_kernel(floatX* draw, float* partial, const floatX* dq, const floatX* dk, const floatX* dv,
@@ -516,7 +519,7 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
             for (int i = 0; i < PARTS; i++) means[2 * i] = gd[i], means[2 * i + 1] = gdx[i];
             block_sums(means);
         }
-        if (gain) fetch(n + gridDim.x);  // this row's packs have been used, not only asked for
+        if (gain) fetch(n + gridDim.x);  // this thread's packs of the row have been used: their slots are free
         float c1[PARTS], c2[PARTS];
         #pragma unroll
         for (int i = 0; i < PARTS; i++) c1[i] = norm.center ? means[2 * i] / F : 0.0f, c2[i] = means[2 * i + 1] / F;

@@ -18,8 +18,8 @@ inline CUtensorMap tokens_map(const floatX* x, Heads h, int rows) {
 
 // Forward on Hopper, head sizes 64 and 128, FlashAttention-3's way (Shah et al. 2024). Blocks stay on their
 // multiprocessors and take tiles of ROWS queries of a head, those with the most keys first. The last warpgroup loads:
-// one thread fills two places for q (the next tile's comes while this one is worked on) and two rings, for k and for v,
-// of tiles of KEYS keys, by bulk copies. Each of the other GROUPS warpgroups has 64 queries:
+// one thread fills two buffers for q (the next tile's comes while this one is worked on) and two rings, for k and for
+// v, of tiles of KEYS keys, by bulk copies. Each of the other GROUPS warpgroups has 64 queries, a warp 16 of them:
 //   p = q k_n^T, both from shared memory;  acc += p v_{n-1}, p from registers;  meanwhile the softmax of k_n's scores
 // and the groups take turns at starting their products, so that one's softmax runs under the others' products.
 // In shared memory tiles are rows of 64 columns, 128 bytes, swizzled; head size 128 is two such halves one after the
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
     unsigned char *sq = attention_hopper_smem, *sk = sq + 2 * F::Q, *sv = sk + STAGES * F::TILE;
     uint64_t *q_full = reinterpret_cast<uint64_t*>(sv + STAGES * F::TILE), *q_empty = q_full + 2;
     uint64_t *k_full = q_empty + 2, *k_empty = k_full + STAGES, *v_full = k_empty + STAGES, *v_empty = v_full + STAGES;
-    int* place_tile = reinterpret_cast<int*>(v_empty + STAGES);  // which tile's q is in each place
+    int* buffer_tile = reinterpret_cast<int*>(v_empty + STAGES);  // which tile's q is in each buffer
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) mbarrier_init(q_full + i, 1), mbarrier_init(q_empty + i, 4 * F::GROUPS);
         for (int i = 0; i < STAGES; i++) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
         for (int i = 0;; i++) {
             const int buffer = i % 2;
             mbarrier_wait(q_empty + buffer, i / 2 % 2 ^ 1);  // at first, the phase before the first counts as completed
-            place_tile[buffer] = tile;
+            buffer_tile[buffer] = tile;
             if (tile >= all_tiles) {
                 mbarrier_arrive(q_full + buffer);
                 return;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
     for (int i = 0;; i++) {
         const int buffer = i % 2;
         mbarrier_wait(q_full + buffer, i / 2 % 2);
-        const int tile = place_tile[buffer];
+        const int tile = buffer_tile[buffer];
         if (tile >= all_tiles) break;
         const Place place = attention_place(tile, B * NH, tiles);
         const int row0 = first_row(place), steps = steps_of(row0);
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     extern __shared__ __align__(1024) unsigned char attention_hopper_smem[];
     unsigned char *sk = attention_hopper_smem, *sv = sk + F::KV, *sq = sv + F::KV, *sdo = sq + STAGES * F::TILE;
     unsigned char* sds = sdo + STAGES * F::TILE;
-    float* sdq = reinterpret_cast<float*>(sds + STAGES * F::DS);  // two places that are used in turn
+    float* sdq = reinterpret_cast<float*>(sds + STAGES * F::DS);  // two buffers that are used in turn
     float* stats = sdq + 2 * QUERIES * HS;                        // lse log2(e), delta
     uint64_t* kv_full = reinterpret_cast<uint64_t*>(stats + STAGES * 2 * QUERIES);
     uint64_t *full = kv_full + 1, *empty = full + STAGES;
@@ -294,21 +294,22 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     const int block = place.tile, row0 = block * KEYS;
     const int first_head = place.head * (NH / NKV), end_head = first_head + NH / NKV;  // of all in the batch
     const int group = __shfl_sync(ALL_LANES, int(threadIdx.x) / 128, 0);  // the compiler sees that a warp agrees
-    // all query heads and tiles that see the block's keys; where their dq is summed; is this block the last to add to
-    // it
+    // query heads and tiles that see the block's keys
     auto for_each_tile = [&](auto work) {
         for (int head = first_head; head < end_head; head++)
             for (int tile = tiles - 1; tile >= row0 / QUERIES; tile--) work(head, tile);
     };
+    // where their dq is summed
     auto sum_at = [&](int head, int tile) { return sum + size_t(head * tiles + tile) * QUERIES * HS; };
     auto turn_of = [&](int head, int tile) { return turns + head * ceil_div(T, TURN_QUERIES) + tile; };
+    // whether this block is the last to add there
     auto is_last = [&](int tile) { return block == min(tile * QUERIES + QUERIES - 1, T - 1) / KEYS; };
-    // dq goes to memory through two places in turn, each with a warp that adds. Named barriers between it and those
+    // dq goes to memory through two buffers in turn, each with a warp that adds. Named barriers between it and those
     // that multiply:
-    auto place_free = [](int place) { return 2 + place; };
-    auto place_full = [](int place) { return 4 + place; };
-    constexpr int PLACE_THREADS = 256 + WARP_SIZE;
-    int stage = 0, next_place = 0;
+    auto buffer_free = [](int buffer) { return 2 + buffer; };
+    auto buffer_full = [](int buffer) { return 4 + buffer; };
+    constexpr int BUFFER_THREADS = 256 + WARP_SIZE;
+    int stage = 0, next_buffer = 0;
     unsigned phase = 0;
     auto advance = [&] {
         if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -319,15 +320,15 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
         const int adder = warp() % 4 - 1;  // the first warp loads
         if (adder == 0 || adder == 1) {
             float* from = sdq + adder * QUERIES * HS;
-            named_barrier_arrive(place_free(adder), PLACE_THREADS);
+            named_barrier_arrive(buffer_free(adder), BUFFER_THREADS);
             for_each_tile([&](int head, int tile) {
                 if (is_last(tile)) return;
-                const bool mine = next_place == adder;
-                next_place ^= 1;
+                const bool mine = next_buffer == adder;
+                next_buffer ^= 1;
                 if (!mine) return;
                 int* turn = turn_of(head, tile);
                 wait_for_turn(turn, block);
-                named_barrier_sync(place_full(adder), PLACE_THREADS);
+                named_barrier_sync(buffer_full(adder), BUFFER_THREADS);
                 if (lane() == 0) {
                     fence_async_global();
                     if (block == 0)
@@ -338,7 +339,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
                     tma_store_wait<0>();
                 }
                 __syncwarp();
-                named_barrier_arrive(place_free(adder), PLACE_THREADS);
+                named_barrier_arrive(buffer_free(adder), BUFFER_THREADS);
                 if (lane() == 0) {
                     tma_store_wait_written<0>();
                     flag_write(turn, block + 1);
@@ -424,7 +425,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
         for (int i = 0; i < PIECES; i++) {
             const float *piece_lse = stats + stage * 2 * QUERIES + 64 * i, *piece_delta = piece_lse + QUERIES;
             const int diagonal = row0 + first - tile * QUERIES - 64 * i;  // columns from row + diagonal on
-            // behind p are dp and p[1]; at last dv, dk and dp
+            // committed behind p[0]: dp[0], and p[1] if there is one; behind p[1]: dv, dk, dp[1]
             i == 0 ? wgmma_wait<PIECES>() : wgmma_wait<3>();
             wgmma_registers<32>(p[i].v);
             #pragma unroll
@@ -446,7 +447,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
             }
             round_operand<64>(rounded_p[i], p[i].v);
             multiply_columns(acc_v, rounded_p[i], do_columns + piece_at(i));
-            // behind dp are p[1] and dv; at last dv
+            // committed behind dp[0]: p[1] if there is one, dv; behind dp[1]: dv
             i == 0 ? wgmma_wait<PIECES>() : wgmma_wait<1>();
             wgmma_registers<32>(ds[i].v);
             #pragma unroll
@@ -498,17 +499,17 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
                     if (t < T) store_pair(row + acc.col(e), scale * acc.at(s, e), scale * acc.at(s, e + 1));
             }
         } else {
-            float4* to = reinterpret_cast<float4*>(sdq + next_place * QUERIES * HS) + at;
-            named_barrier_sync(place_free(next_place), PLACE_THREADS);
+            float4* to = reinterpret_cast<float4*>(sdq + next_buffer * QUERIES * HS) + at;
+            named_barrier_sync(buffer_free(next_buffer), BUFFER_THREADS);
             #pragma unroll
             for (int i = 0; i < 8; i++) to[i * 128] = reinterpret_cast<const float4*>(acc.v)[i];
             fence_async_shared();
-            named_barrier_arrive(place_full(next_place), PLACE_THREADS);
-            next_place ^= 1;
+            named_barrier_arrive(buffer_full(next_buffer), BUFFER_THREADS);
+            next_buffer ^= 1;
         }
         advance();
     });
-    for (int i = 0; i < 2; i++) named_barrier_sync(place_free(i), PLACE_THREADS);
+    for (int i = 0; i < 2; i++) named_barrier_sync(buffer_free(i), BUFFER_THREADS);
     // dk and dv go through the rows that k and v had
     named_barrier_sync(1, 256);
     #pragma unroll

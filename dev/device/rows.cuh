@@ -1,7 +1,8 @@
 // Rows, for the kernels that only move memory. A block has a row of W elements, a thread PACKS packs of it in
-// registers, 16 bytes each: every byte is read once, whatever the number of passes. Pack p of thread t begins at column
-// (p blockDim + t) PACK. In bf16 rows are multiples of 8 elements; fp32 takes any width, element by
-// element. In the serial geometry the one thread has one pack, the row where it lies.
+// registers, 16 bytes each: every byte is read once, whatever the number of passes (but for feed-forward rows of 10
+// packs in the backward). Pack p of thread t begins at column (p blockDim + t) PACK. In bf16 rows are multiples of 8
+// elements; fp32 takes any width, element by element. In the serial geometry the one thread has one pack, the row where
+// it lies.
 #pragma once
 #include "ptx.cuh"
 

@@ -26,7 +26,7 @@ std::vector<float> get_floats(const Flat& f, size_t offset, size_t count) {
 }
 
 // A unit of a flat buffer, which is cut over the ranks or not, in its own type, empty unless `wanted`; with `cut` all
-// ranks must call. Passes by where the logits are between steps.
+// ranks must call. Goes through m.logits, which nobody uses between steps.
 std::vector<char> get_unit(const Model& m, const Flat& f, bool cut, int unit, bool wanted) {
     const Unit& u = m.table.units[unit];
     const size_t width = f.width();
