@@ -261,7 +261,7 @@ Vec qkv_backward_f64(const Vec& dout, const Vec& raw, const Vec& g, int gains, c
 
 TEST(qkv_norm_rope) {
     FewBlocks few;
-    for (Heads h : {Heads{2, 5, 4, 4, 16}, {1, 7, 6, 2, 32}, {2, 3, 2, 1, 64}, {1, 3, 2, 2, 72}, {1, 35, 4, 1, 128}})
+    for (Heads h : {Heads{2, 5, 4, 4, 16}, {1, 7, 6, 2, 32}, {2, 3, 2, 1, 64}, {1, 3, 2, 2, 72}, {1, 35, 4, 1, 128}, {2, 3, 2, 1, 8}, {1, 3, 2, 1, 256}})
         for (Norm norm : BOTH_NORMS)
             for (int gains : {0, 2, 3})
                 for (bool turned : {false, true}) {
@@ -439,6 +439,17 @@ AttentionWant attention_reference(const Heads& h, const Vec& q, const Vec& k, co
     return w;
 }
 
+// A device whose blocks have 99 KB of shared memory, as long as it lives; the stand-in then gives no more.
+struct SmallShared {
+    const size_t shared = std::exchange(gpu.shared, SMALL_SHARED);
+#ifdef __CUDACC__
+    ~SmallShared() { gpu.shared = shared; }
+#else
+    const size_t limit = std::exchange(cuda_shared_optin, SMALL_SHARED);
+    ~SmallShared() { gpu.shared = shared, cuda_shared_optin = limit; }
+#endif
+};
+
 TEST(attention) {
     struct Shape {
         Heads h;
@@ -447,12 +458,20 @@ TEST(attention) {
     };
     std::vector<Shape> shapes = {{{2, 1, 2, 1, 16}, 1},   {{1, 5, 4, 4, 32}, 1},   {{1, 64, 2, 1, 64}, 1},
                                  {{1, 65, 4, 2, 16}, 10}, {{1, 66, 1, 1, 72}, 1},  {{2, 63, 4, 1, 16}, 1},
-                                 {{1, 70, 2, 2, 128}, 3}, {{1, 129, 1, 1, 64}, 1}, {{1, 150, 4, 2, 32}, 15}};
+                                 {{1, 70, 2, 2, 128}, 3}, {{1, 129, 1, 1, 64}, 1}, {{1, 150, 4, 2, 32}, 15},
+                                 {{2, 33, 2, 1, 8}, 1},   {{1, 40, 1, 1, 104}, 1}, {{1, 66, 2, 1, 256}, 3}};
     if (!quick)
         shapes.insert(shapes.end(), {{{2, 130, 4, 2, 32}, 5},
                                      {{1, 200, 3, 3, 64}, 1},
                                      {{1, 129, 2, 1, 128}, 1},
                                      {{1, 270, 2, 1, 72}, 1},
+                                     {{1, 65, 2, 1, 40}, 1},
+                                     {{1, 130, 1, 1, 80}, 1},
+                                     {{1, 97, 2, 1, 96}, 3},
+                                     {{1, 33, 1, 1, 112}, 1},
+                                     {{2, 65, 1, 1, 160}, 1},
+                                     {{1, 70, 4, 2, 192}, 1},
+                                     {{1, 129, 1, 1, 248}, 1},
                                      {{9, 193, 2, 2, 16}, 1}});
     // Hopper's kernels, on such a device and in the exact geometry: 1 and 3 blocks, so that each takes several tiles
     const bool had_hopper = gpu.hopper;
@@ -470,7 +489,8 @@ TEST(attention) {
                     {{{2, 130, 4, 1, HS}, 3, true}, {{1, 400, 1, 1, HS}, 5, true}, {{9, 66, 4, 2, HS}, 1, true}});
             if (!quick && !EXACT) shapes.push_back({{2, 1000, 4, 2, HS}, 3, true});
         }
-    for (auto [h, q_scale, on_hopper] : shapes) {
+    auto check = [&](const Shape& shape) {
+        const auto [h, q_scale, on_hopper] = shape;
         gpu.hopper = on_hopper;
         Random r{uint64_t(h.T * h.HS)};
         const size_t q_size = size_t(h.B) * h.T * h.width(0), kv_size = size_t(h.B) * h.T * h.width(1),
@@ -490,7 +510,8 @@ TEST(attention) {
             EXPECT(again.get() == out.get() && again_lse.get() == lse.get());
         }
         const AttentionWant want = attention_reference(h, q.v, k.v, v.v, dout.v);
-        std::string what = format(" T %d HS %d NH %d NKV %d%s", h.T, h.HS, h.NH, h.NKV, gpu.hopper ? " Hopper" : "");
+        std::string what = format(" T %d HS %d NH %d NKV %d%s, %zu KB", h.T, h.HS, h.NH, h.NKV,
+                                  gpu.hopper ? " Hopper" : "", gpu.shared >> 10);
         expect_close(out.get(), want.out, TOL_ATTENTION, "out" + what);
         expect_close(lse.get(), want.lse, TOL_FLOAT, "lse" + what);
         attention_backward(dq.p, dk.p, dv.p, scratch.p, dout.p, out.p, q.p, k.p, v.p, lse.p, h, gpu);
@@ -500,6 +521,12 @@ TEST(attention) {
         DevX dq_again(q_size), dk_again(kv_size), dv_again(kv_size);
         attention_backward(dq_again.p, dk_again.p, dv_again.p, scratch.p, dout.p, out.p, q.p, k.p, v.p, lse.p, h, gpu);
         EXPECT(dq_again.get() == dq.get() && dk_again.get() == dk.get() && dv_again.get() == dv.get());
+    };
+    for (const Shape& shape : shapes) check(shape);
+    if (!SERIAL) {  // and where a block has no more shared memory than on most cards
+        SmallShared small;
+        for (const Shape& shape : shapes)
+            if (shape.h.HS > 64 && !shape.hopper) check(shape);
     }
     gpu.hopper = had_hopper;
 }
@@ -513,6 +540,7 @@ TEST(attention_past) {
     std::vector<Shape> shapes = {{{2, 1, 2, 1, 16, 0, 1}, 1},       {{1, 1, 4, 4, 32, 4, 9}, 1},
                                  {{1, 1, 6, 2, 64, 64, 70}, 10},    {{3, 1, 1, 1, 72, 32, 33}, 1},
                                  {{2, 1, 4, 2, 128, 129, 131}, 15}, {{1, 5, 2, 2, 72, 1, 64}, 30},
+                                 {{1, 1, 2, 1, 8, 7, 8}, 1},        {{1, 3, 2, 1, 256, 30, 40}, 3},
                                  {{2, 70, 2, 1, 64, 3, 80}, 3},     {{1, 9, 2, 1, 128, 60, 69}, 1}};
     if (!quick)
         shapes.insert(shapes.end(), {{{1, 1, 1, 1, 16, 699, 701}, 3},

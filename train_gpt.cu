@@ -148,10 +148,10 @@ void finish(Config& c) {
         throw Error("rope-theta: must be above 0. Llama 2 uses 1e4, Llama 3 5e5.");
     if (c.C % c.NH)
         throw Error(format("dim: %d is not divisible by %d heads. Choose dim = heads x head size.", c.C, c.NH));
-    if (c.HS() != 16 && c.HS() != 32 && c.HS() != 64 && c.HS() != 72 && c.HS() != 128)  // 72: the 360M flavour's
+    if (c.HS() % 8 || c.HS() > 256)
         throw Error(
             format("heads: dim %d over %d heads gives head size %d, which attention lacks. "
-                   "Choose a head size of 16, 32, 64, 72 or 128.",
+                   "Choose a multiple of 8 up to 256.",
                    c.C, c.NH, c.HS()));
     if (c.NH % c.NKV)
         throw Error(format("kv-heads: %d heads cannot share %d key/value heads. Choose a divisor.", c.NH, c.NKV));
@@ -625,30 +625,53 @@ void linear_backward(floatX* dinp, bool add, Flat dw, float beta, const floatX* 
 // backward knows none. Exponentials are powers of 2 of scores times `scale2` = scale log2(e). On Hopper, bf16 and head
 // sizes 64 and 128 have kernels of their own (dev/device/attention_hopper.cuh).
 
-// Forward: a warp has QUERY_ROWS queries, a block FORWARD_WARPS warps; keys come in tiles of FORWARD_KEYS. With bf16
-// two rows of fragments a warp, so that a fragment of k or v, read from shared memory, feeds two mma.
-constexpr int QUERY_ROWS = SERIAL ? 64 : BF16 ? 32 : 16, FORWARD_WARPS = SERIAL ? 1 : 4, FORWARD_KEYS = 64;
-constexpr int FORWARD_THREADS = FORWARD_WARPS * WARP_SIZE;
-// The serial geometry computes all rows of a tile, so few queries, a token in generation, get one of few rows.
-constexpr int FEW_ROWS = SERIAL ? 16 : QUERY_ROWS;
-// Backward: a warp has KEY_ROWS keys, a block BACKWARD_KEYS; queries come in tiles of BACKWARD_QUERIES.
-constexpr int KEY_ROWS = SERIAL ? 64 : 16, BACKWARD_WARPS = SERIAL ? 1 : BF16 ? 8 : 4;
-constexpr int BACKWARD_THREADS = BACKWARD_WARPS * WARP_SIZE, BACKWARD_KEYS = BACKWARD_WARPS * KEY_ROWS;
-constexpr int BACKWARD_QUERIES = TURN_QUERIES;
+// A block has `warps` warps, each `rows` of the queries (forward) or keys (backward), and goes over the others `cols` at
+// a time. With bf16 the forward has two rows of fragments a warp where registers allow, so that a fragment of k or v,
+// read from shared memory, feeds two mma.
+struct BlockShape {
+    int warps, rows, cols;
+};
 // Tiles under way while one is worked on: each of the forward's stream k, v, k, v..; each pair of q and dout.
 constexpr int FORWARD_AHEAD = SERIAL ? 0 : 2, BACKWARD_AHEAD = SERIAL ? 0 : 1;
 
+// bytes of shared memory, with tiles of W columns
+constexpr int forward_bytes(int W, BlockShape b) {
+    return (b.warps * b.rows + (FORWARD_AHEAD + 1) * b.cols) * tile_stride(W) * int(sizeof(SharedX));
+}
+constexpr int backward_bytes(int W, BlockShape b) {
+    const int keys = b.warps * b.rows, cols = (BACKWARD_AHEAD + 1) * b.cols;
+    return (((SERIAL ? 3 : 2) * keys + 2 * cols) * tile_stride(W) + keys * tile_stride(b.cols)) * int(sizeof(SharedX)) +
+           2 * cols * int(sizeof(float));
+}
+
+// What a block may count on: 99 KB on GeForce cards from the RTX 30 on, A10, L4, L40S; 163 KB on an A100, and the H100 and
+// B200 have more. The shape is the first that fits.
+constexpr int SMALL_SHARED = 99 << 10, LARGE_SHARED = SERIAL ? 227 << 10 : 163 << 10;
+constexpr BlockShape forward_shape(int W, int shared) {
+    const int warps = SERIAL ? 1 : 4, rows = SERIAL ? 64 : BF16 && W <= 128 ? 32 : 16;
+    for (int cols : {64, 32, 16})
+        if (forward_bytes(W, {warps, rows, cols}) <= shared) return {warps, rows, cols};
+    return {2, 16, 16};
+}
+constexpr BlockShape backward_shape(int W, int shared) {
+    const BlockShape serial[] = {{1, 64, 64}, {1, 32, 32}}, half[] = {{8, 16, 64}, {4, 16, 64}, {4, 16, 32}, {2, 16, 32}},
+                     full[] = {{4, 16, 32}, {2, 16, 32}, {2, 16, 16}, {1, 16, 16}};
+    const BlockShape *b = SERIAL ? serial : BF16 ? half : full;
+    while (backward_bytes(W, *b) > shared) b++;
+    return *b;
+}
+
 // A warp has M queries, a block ROWS of one head, those with the most keys first; what a thread has of a tile says
 // dev/device/tile.cuh.
-template <int HS, int M>
-__global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
+template <int W, int WARPS, int M, int COLS>
+__global__ void __launch_bounds__(WARPS* WARP_SIZE, BF16 ? 2 : 1)
     attention_forward_kernel(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
                              float scale) {
-    constexpr int W = WIDTH<HS>, ROWS = FORWARD_WARPS * M, COLS = FORWARD_KEYS, SLOT = COLS * STRIDE<W>;
-    constexpr bool KEPT = BF16 && !SERIAL && HS <= 64;  // registers that are left hold q
+    constexpr int ROWS = WARPS * M, SLOT = COLS * STRIDE<W>, THREADS = WARPS * WARP_SIZE;
+    constexpr bool KEPT = BF16 && !SERIAL && W <= 64;  // registers that are left hold q
     extern __shared__ __align__(128) SharedX attention_smem[];
     SharedX *sq = attention_smem, *ring = sq + ROWS * STRIDE<W>;
-    const int T = h.T, keys = h.past + T, tiles = ceil_div(T, ROWS);
+    const int T = h.T, HS = h.HS, keys = h.past + T, tiles = ceil_div(T, ROWS);
     const Place place = attention_place(blockIdx.x, h.B * h.NH, tiles);
     const int b = place.head / h.NH, head = place.head % h.NH, row0 = (tiles - 1 - place.tile) * ROWS;
     const int first = warp() * M;  // this warp's rows in the block
@@ -660,11 +683,11 @@ __global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
     auto source = [&](int n) { return (n % 2 ? v : k) + kv_at + size_t(n / 2 * COLS) * HS; };
     auto slot = [&](int n) { return ring + n % (FORWARD_AHEAD + 1) * SLOT; };
     auto fetch = [&](int n) {
-        if (n < 2 * steps) load_tile<HS, COLS, FORWARD_THREADS>(slot(n), source(n), HS, keys - n / 2 * COLS);
+        if (n < 2 * steps) load_tile<W, COLS, THREADS>(slot(n), source(n), HS, HS, keys - n / 2 * COLS);
         copy_commit();
     };
-    auto stream = [&](int n) { return tile_home<HS, COLS>(slot(n), source(n), HS, keys - n / 2 * COLS); };
-    load_transposed<HS, ROWS, FORWARD_THREADS>(sq, q + q_at * HS, HS, T - row0);
+    auto stream = [&](int n) { return tile_home<W, COLS>(slot(n), source(n), HS, HS, keys - n / 2 * COLS); };
+    load_transposed<W, ROWS, THREADS>(sq, q + q_at * HS, HS, HS, T - row0);
     for (int n = 0; n < FORWARD_AHEAD; n++) fetch(n);
     Left<W, M, KEPT> rows(sq, first);
     if (KEPT) {
@@ -706,7 +729,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
         copy_wait<FORWARD_AHEAD / 2>();
         __syncthreads();
         fetch(2 * step + 1 + FORWARD_AHEAD);
-        if (some_visible) mma_nn(acc, p, stream(2 * step + 1), part);
+        if (some_visible) mma_nn<W>(acc, p, stream(2 * step + 1), 0, part);
     }
     #pragma unroll
     for (int s = 0; s < Out::SLOTS; s++) {
@@ -716,22 +739,23 @@ __global__ void __launch_bounds__(FORWARD_THREADS, BF16 ? 2 : 1)
         if (acc.col(0) == 0 && row0 + first + acc.row(s) < T)
             lse[q_at + first + acc.row(s)] = scale * top[s] + logf(total);
     }
-    store_tile<HS>(out + ((size_t(b) * T + row0 + first) * h.NH + head) * HS, size_t(h.NH) * HS, T - row0 - first, acc,
-                   sq + first * STRIDE<W>);
+    store_tile(out + ((size_t(b) * T + row0 + first) * h.NH + head) * HS, size_t(h.NH) * HS, T - row0 - first, HS, acc,
+               sq + first * STRIDE<W>);
 }
 
 // delta[b,h,t] = sum_d dout[b,t,h,d] out[b,t,h,d]: the softmax backward's row sum. One block a token; DELTA_LANES lanes
 // a head, 16 bytes at a time. dout, out (B,T,NH HS) floatX; delta (B,NH,T) float. Zeroes the turns of the backward,
 // here and on Hopper.
-template <int HS>
-constexpr int DELTA_LANES = SERIAL           ? 1
-                            : HS / PACK >= 8 ? 8
-                            : HS / PACK >= 4 ? 4
-                                             : 2;
+template <int W>
+constexpr int DELTA_LANES = SERIAL          ? 1
+                            : W / PACK >= 8 ? 8
+                            : W / PACK >= 4 ? 4
+                                            : 2;
 
-template <int HS>
-__global__ void attention_delta_kernel(float* delta, int* turns, const floatX* dout, const floatX* out, int T, int NH) {
-    constexpr int LANES = DELTA_LANES<HS>;
+template <int W>
+__global__ void attention_delta_kernel(float* delta, int* turns, const floatX* dout, const floatX* out, Heads h) {
+    constexpr int LANES = DELTA_LANES<W>;
+    const int T = h.T, NH = h.NH, HS = h.HS;
     const size_t n = blockIdx.x, b = n / T, t = n % T;
     for (int head0 = 0; head0 < NH; head0 += blockDim.x / LANES) {
         const int head = head0 + threadIdx.x / LANES;
@@ -748,42 +772,50 @@ __global__ void attention_delta_kernel(float* delta, int* turns, const floatX* d
         if (head >= NH || threadIdx.x % LANES) continue;
         const size_t row = b * NH + head;
         delta[row * T + t] = sum;
-        if (t % BACKWARD_QUERIES == 0) turns[row * ceil_div(T, BACKWARD_QUERIES) + t / BACKWARD_QUERIES] = 0;
+        if (t % 16 == 0)
+            for (int i = 0; i < 2; i++) turns[row * head_turns(T) + t / 16 * 2 + i] = 0;
     }
 }
 
 // dv_j = sum_i p_ij dout_i,  dk_j = sum_i ds_ij q_i,  over the queries i >= j of all heads that share k and v;
 // dq_i = sum_{j <= i} ds_ij k_j;   ds_ij = scale p_ij (dout_i . v_j - delta_i)
-// One block BACKWARD_KEYS keys of a k/v head; its score tiles are transposed: rows are keys, columns queries. Queries
-// come from the last tile down to the keys' own. dk and dv stay in registers. dq, to which every block at or before a
-// query adds, is summed in memory in the order of the keys, so that its bits are the same in every run: blocks take
-// turns at a query tile, turns[tile] is whose it is. A block waits only for blocks of lower number, which are on the
-// machine before it. Heads' first blocks start together, and each later one follows a tile behind, without waiting.
-// sum (B NH, query tiles, BACKWARD_QUERIES WIDTH) float, in the order of the threads' registers; turns (B NH, query
-// tiles), 0 at the start; the others in the forward's layouts, delta in that of lse. A warp has KEY_ROWS of the keys.
-// In the serial geometry one block does all keys of a head, in order.
-template <int HS>
-__global__ void __launch_bounds__(BACKWARD_THREADS, 1)
+// One block KEYS keys of a k/v head; its score tiles are transposed: rows are keys, columns queries. Queries come from
+// the last tile down to the keys' own. dk and dv stay in registers, which have no room for more than 128 columns: two
+// blocks share wider ones, and both compute p and ds. dq, to which every block at or before a query adds, is summed in
+// memory in the order of the keys, so that its bits are the same in every run: blocks take turns at a query tile,
+// turns[2 tile + part] is whose it is. A block waits only for blocks of lower number, which are on the machine before
+// it. Heads' first blocks start together, and each later one follows a tile behind, without waiting. sum (B NH, query
+// tiles, COLS W) float, in the order of the threads' registers; turns (B NH, head_turns(T)), 0 at the start; the others in
+// the forward's layouts, delta in that of lse. A warp has M of the keys. In the serial geometry one block does all keys
+// of a head, in order.
+template <int W>
+constexpr int BACKWARD_PARTS = SERIAL || W <= 128 ? 1 : 2;
+
+template <int W, int WARPS, int M, int COLS>
+__global__ void __launch_bounds__(WARPS* WARP_SIZE, 1)
     attention_backward_kernel(floatX* dq, floatX* dk, floatX* dv, float* sum, int* turns, const floatX* dout,
                               const floatX* q, const floatX* k, const floatX* v, const float* lse, const float* delta,
                               Heads h, float scale) {
-    constexpr int W = WIDTH<HS>, LD = STRIDE<W>, KEYS = BACKWARD_KEYS, COLS = BACKWARD_QUERIES, M = KEY_ROWS;
-    constexpr int THREADS = BACKWARD_THREADS;
+    constexpr int LD = STRIDE<W>, KEYS = WARPS * M, THREADS = WARPS * WARP_SIZE;
+    constexpr int PARTS = BACKWARD_PARTS<W>, OUT = W / PARTS;
     // dq's tile over the warps: 16 rows, and half of the columns if that is a multiple of 16, else some warps rest
-    constexpr int DQ_ROWS = SERIAL ? COLS : 16, DQ_PARTS = SERIAL || W % 32 ? 1 : 2, DQ_COLS = W / DQ_PARTS;
+    constexpr int DQ_ROWS = SERIAL ? COLS : 16, DQ_PARTS = SERIAL || OUT % 32 || KEYS <= COLS ? 1 : 2;
+    constexpr int DQ_COLS = OUT / DQ_PARTS;
     extern __shared__ __align__(128) SharedX attention_smem[];
     SharedX *sv = attention_smem, *sk = sv + KEYS * LD, *skt = SERIAL ? sk + KEYS * LD : sk;  // skt: k transposed
     SharedX *sds = skt + KEYS * LD, *sq = sds + KEYS * STRIDE<COLS>, *sdo = sq + (BACKWARD_AHEAD + 1) * COLS * LD;
     float* stats = reinterpret_cast<float*>(sdo + (BACKWARD_AHEAD + 1) * COLS * LD);  // lse, delta
 
-    const int T = h.T, NH = h.NH, NKV = h.NKV, group = NH / NKV, blocks = ceil_div(T, KEYS), tiles = ceil_div(T, COLS);
-    const Place place = attention_place(blockIdx.x, h.B * NKV, gridDim.x / (h.B * NKV));
-    const int b = place.head / NKV, head0 = place.head % NKV * group, first = warp() * M;
-    const int dq_row = warp() / DQ_PARTS * DQ_ROWS, dq_col = warp() % DQ_PARTS * DQ_COLS;
+    const int T = h.T, HS = h.HS, NH = h.NH, NKV = h.NKV, group = NH / NKV;
+    const int blocks = ceil_div(T, KEYS), tiles = ceil_div(T, COLS), places = h.B * NKV * PARTS;
+    const Place place = attention_place(blockIdx.x, places, gridDim.x / places);
+    const int kv_head = place.head / PARTS, out_part = place.head % PARTS, out_col = out_part * OUT;
+    const int b = kv_head / NKV, head0 = kv_head % NKV * group, first = warp() * M;
+    const int dq_row = warp() / DQ_PARTS * DQ_ROWS, dq_col = out_col + warp() % DQ_PARTS * DQ_COLS;
     const float scale2 = scale * LOG2E;
     for (int block = place.tile; block < (SERIAL ? blocks : place.tile + 1); block++) {
         const int row0 = block * KEYS, last_tiles = tiles - row0 / COLS, steps = group * last_tiles;
-        const size_t kv_at = (size_t(place.head) * T + row0) * HS;
+        const size_t kv_at = (size_t(kv_head) * T + row0) * HS;
         auto step_head = [&](int step) { return size_t(b) * NH + head0 + step / last_tiles; };
         auto step_tile = [&](int step) { return tiles - 1 - step % last_tiles; };
         auto slot = [&](int step) { return step % (BACKWARD_AHEAD + 1) * COLS; };
@@ -795,8 +827,8 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
             if (step < steps) {
                 const int col0 = step_tile(step) * COLS;
                 const size_t q_at = step_head(step) * T + col0;
-                load_tile<HS, COLS, THREADS>(sq + slot(step) * LD, source_q(step), HS, T - col0);
-                load_tile<HS, COLS, THREADS>(sdo + slot(step) * LD, source_do(step), size_t(NH) * HS, T - col0);
+                load_tile<W, COLS, THREADS>(sq + slot(step) * LD, source_q(step), HS, HS, T - col0);
+                load_tile<W, COLS, THREADS>(sdo + slot(step) * LD, source_do(step), HS, size_t(NH) * HS, T - col0);
                 for (int i = threadIdx.x; i < 2 * COLS; i += THREADS) {
                     const bool there = col0 + i % COLS < T;
                     copy_async<4>(stats + 2 * slot(step) + i, (i < COLS ? lse : delta) + q_at + (there ? i % COLS : 0),
@@ -805,13 +837,13 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
             }
             copy_commit();
         };
-        load_transposed<HS, KEYS, THREADS>(sv, v + kv_at, HS, T - row0);
-        load_transposed<HS, KEYS, THREADS>(skt, k + kv_at, HS, T - row0);
-        if (SERIAL) load_tile<HS, KEYS, THREADS>(sk, k + kv_at, HS, T - row0);
+        load_transposed<W, KEYS, THREADS>(sv, v + kv_at, HS, HS, T - row0);
+        load_transposed<W, KEYS, THREADS>(skt, k + kv_at, HS, HS, T - row0);
+        if (SERIAL) load_tile<W, KEYS, THREADS>(sk, k + kv_at, HS, HS, T - row0);
         for (int step = 0; step < BACKWARD_AHEAD; step++) fetch(step);
-        const SharedX* keys = tile_home<HS, KEYS>(sk, k + kv_at, HS, T - row0);
+        const SharedX* keys = tile_home<W, KEYS>(sk, k + kv_at, HS, HS, T - row0);
         Left<W, M, false> k_rows(skt, first), v_rows(sv, first);
-        Tile<M, W> acc_k, acc_v;
+        Tile<M, OUT> acc_k, acc_v;
         acc_k.zero();
         acc_v.zero();
         int* turn_to_pass = nullptr;
@@ -819,9 +851,10 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
             const int tile = step_tile(step), diagonal = row0 + first - tile * COLS;  // columns from row + diagonal on
             const bool some_visible = diagonal < COLS, all_visible = diagonal <= 1 - M;
             const Part part = all_visible ? ALL : UPPER;
-            const SharedX* tile_q = tile_home<HS, COLS>(sq + slot(step) * LD, source_q(step), HS, T - tile * COLS);
+            const int there = T - tile * COLS;
+            const SharedX* tile_q = tile_home<W, COLS>(sq + slot(step) * LD, source_q(step), HS, HS, there);
             const SharedX* tile_do =
-                tile_home<HS, COLS>(sdo + slot(step) * LD, source_do(step), size_t(NH) * HS, T - tile * COLS);
+                tile_home<W, COLS>(sdo + slot(step) * LD, source_do(step), HS, size_t(NH) * HS, there);
             const float *tile_lse = stats + 2 * slot(step), *tile_delta = tile_lse + COLS;
             copy_wait<0>();
             __syncthreads();  // this tile is here; the last step is over: its tiles are read, its dq is written
@@ -845,7 +878,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
                         for (int s = 0; s < p.SLOTS; s++)
                             p.at(s, e) = p.col(e) >= p.row(s) + diagonal ? p.at(s, e) : 0.0f;
                 }
-                mma_nn(acc_v, p, tile_do, part);
+                mma_nn<W>(acc_v, p, tile_do, out_col, part);
                 mma_nt(ds, v_rows, tile_do, part);
                 #pragma unroll
                 for (int e = 0; e < p.PER_ROW; e += 2) {
@@ -862,19 +895,20 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
             if (turn_to_pass && threadIdx.x == 0) flag_write(turn_to_pass, block + 1);
             __syncthreads();
 
-            const size_t at = step_head(step) * tiles + tile;
+            int* turn = turns + step_head(step) * head_turns(T) + tile * PARTS + out_part;
             const bool adds = dq_row < COLS, ends = block == min(tile * COLS + COLS - 1, T - 1) / KEYS;
-            float* part_sum = sum + at * COLS * W + size_t(warp()) * DQ_ROWS * DQ_COLS;
+            float* part_sum = sum + ((step_head(step) * tiles + tile) * PARTS + out_part) * COLS * OUT +
+                              size_t(warp()) * DQ_ROWS * DQ_COLS;
             Tile<DQ_ROWS, DQ_COLS> acc;
             acc.zero();
             if (adds && block > 0) {  // early, so that the loads take no time
-                wait_for_turn(turns + at, block);
+                wait_for_turn(turn, block);
                 #pragma unroll
                 for (int i = 0; i < int(sizeof(acc.v) / 16); i++)
                     reinterpret_cast<float4*>(acc.v)[i] =
                         __ldcg(reinterpret_cast<const float4*>(part_sum) + i * WARP_SIZE + lane());
             }
-            if (some_visible) mma_nn(acc_k, ds, tile_q, part);
+            if (some_visible) mma_nn<W>(acc_k, ds, tile_q, out_col, part);
             if (adds) {
                 mma_tn<COLS, W, KEYS>(acc, sds, dq_row, keys, dq_col, part);
                 if (ends) {
@@ -894,76 +928,97 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
                                reinterpret_cast<const float4*>(acc.v)[i]);
                 }
             }
-            turn_to_pass = ends ? nullptr : turns + at;
+            turn_to_pass = ends ? nullptr : turn;
         }
         __syncthreads();
         if (turn_to_pass && threadIdx.x == 0) flag_write(turn_to_pass, block + 1);
         #pragma unroll
         for (float& x : acc_k.v) x *= scale;
-        store_tile<HS>(dk + kv_at + size_t(first) * HS, HS, T - row0 - first, acc_k, sk + first * LD);
-        store_tile<HS>(dv + kv_at + size_t(first) * HS, HS, T - row0 - first, acc_v, sv + first * LD);
+        const size_t to = kv_at + size_t(first) * HS + out_col;
+        store_tile(dk + to, HS, T - row0 - first, HS - out_col, acc_k, sk + first * LD);
+        store_tile(dv + to, HS, T - row0 - first, HS - out_col, acc_v, sv + first * LD);
     }
 }
 
-// Calls f(std::integral_constant<int, HS>) with one of the head sizes that there are.
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
+// Calls f with two constants: the columns of the tiles that heads of HS columns lie in, mma takes 16 at a time; and the
+// shared memory that the blocks' shapes may count on.
 template <typename F>
-void with_head_size(int HS, F f) {
-    switch (HS) {
-        case 16: return f(std::integral_constant<int, 16>());
-        case 32: return f(std::integral_constant<int, 32>());
-        case 64: return f(std::integral_constant<int, 64>());
-        case 72: return f(std::integral_constant<int, 72>());
-        default: return f(std::integral_constant<int, 128>());
-    }
+void with_tiles(int HS, const Gpu& gpu, F f) {
+    auto with_width = [&](auto width) {
+        if constexpr (!SERIAL)
+            if (gpu.shared < LARGE_SHARED) return f(width, Constant<SMALL_SHARED>());
+        f(width, Constant<LARGE_SHARED>());
+    };
+    if (HS <= 16) return with_width(Constant<16>());
+    if (HS <= 32) return with_width(Constant<32>());
+    if (HS <= 64) return with_width(Constant<64>());
+    if (HS <= 80) return with_width(Constant<80>());
+    if (HS <= 96) return with_width(Constant<96>());
+    if (HS <= 128) return with_width(Constant<128>());
+    if (HS <= 192) return with_width(Constant<192>());
+    with_width(Constant<256>());
 }
 
 void attention_forward(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
                        const Gpu& gpu) {
-    with_head_size(h.HS, [&](auto size) {
-        constexpr int HS = size.value;
-        if constexpr (BF16 && (HS == 64 || HS == 128))
-            if (gpu.hopper && h.room == h.T) return attention_forward_hopper<HS>(out, lse, q, k, v, h, gpu);
+    if constexpr (BF16)
+        if (gpu.hopper && h.room == h.T) {
+            if (h.HS == 64) return attention_forward_hopper<64>(out, lse, q, k, v, h, gpu);
+            if (h.HS == 128) return attention_forward_hopper<128>(out, lse, q, k, v, h, gpu);
+        }
+    with_tiles(h.HS, gpu, [&](auto width, auto shared) {
+        constexpr int W = width.value;
+        constexpr BlockShape shape = forward_shape(W, shared.value);
         auto launch = [&](auto rows) {
-            constexpr int M = rows.value, ROWS = FORWARD_WARPS * M;
-            constexpr int smem = (ROWS + (FORWARD_AHEAD + 1) * FORWARD_KEYS) * STRIDE<WIDTH<HS>> * int(sizeof(SharedX));
-            auto kernel = attention_forward_kernel<HS, M>;
+            constexpr int M = rows.value, WARPS = shape.warps, COLS = shape.cols;
+            constexpr int smem = forward_bytes(W, {WARPS, M, COLS}), tokens = WARPS * M;
+            auto kernel = attention_forward_kernel<W, WARPS, M, COLS>;
             CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
-            attention_forward_kernel<HS, M><<<h.B * h.NH * ceil_div(h.T, ROWS), FORWARD_THREADS, smem, gpu.stream>>>(
-                out, lse, q, k, v, h, 1.0f / sqrtf(float(HS)));
+            attention_forward_kernel<W, WARPS, M, COLS>
+                <<<h.B * h.NH * ceil_div(h.T, tokens), WARPS * WARP_SIZE, smem, gpu.stream>>>(
+                    out, lse, q, k, v, h, 1.0f / sqrtf(float(h.HS)));
             CHECK(cudaGetLastError());
         };
-        h.T <= FEW_ROWS ? launch(std::integral_constant<int, FEW_ROWS>())
-                        : launch(std::integral_constant<int, QUERY_ROWS>());
+        // The serial geometry computes all rows of a tile, so few queries, a token in generation, get one of few rows.
+        if constexpr (SERIAL)
+            if (h.T <= 16) return launch(Constant<16>());
+        launch(Constant<shape.rows>());
     });
 }
 
 // floats of attention_backward's scratch: the sums of dq in tiles of up to 128 queries, delta, the turns
 size_t attention_scratch(Heads h) {
-    const size_t rows = size_t(h.B) * h.NH, tiles = ceil_div(h.T, TURN_QUERIES), padded = ceil_div(h.T, 128) * 128;
-    return rows * (padded * ((h.HS + 15) / 16 * 16) + h.T + tiles);
+    size_t floats = 0;
+    with_tiles(h.HS, Gpu(), [&](auto width, auto) {
+        floats = size_t(h.B) * h.NH * (size_t(ceil_div(h.T, 128)) * 128 * width.value + h.T + head_turns(h.T));
+    });
+    return floats;
 }
 
 // scratch attention_scratch(h) floats; dq, dk, dv in the layouts of q, k, v, dout in that of out; no past
 void attention_backward(floatX* dq, floatX* dk, floatX* dv, float* scratch, const floatX* dout, const floatX* out,
                         const floatX* q, const floatX* k, const floatX* v, const float* lse, Heads h, const Gpu& gpu) {
-    with_head_size(h.HS, [&](auto size) {
-        constexpr int HS = size.value;
+    with_tiles(h.HS, gpu, [&](auto width, auto shared) {
+        constexpr int W = width.value;
         const size_t rows = size_t(h.B) * h.NH;
-        float *sum = scratch, *delta = sum + rows * ceil_div(h.T, 128) * 128 * WIDTH<HS>;
+        float *sum = scratch, *delta = sum + rows * ceil_div(h.T, 128) * 128 * W;
         int* turns = reinterpret_cast<int*>(delta + rows * h.T);
-        const int delta_threads = std::min(256, (h.NH * DELTA_LANES<HS> + 31) / 32 * 32);
-        attention_delta_kernel<HS><<<h.B * h.T, delta_threads, 0, gpu.stream>>>(delta, turns, dout, out, h.T, h.NH);
+        const int delta_threads = std::min(256, (h.NH * DELTA_LANES<W> + 31) / 32 * 32);
+        attention_delta_kernel<W><<<h.B * h.T, delta_threads, 0, gpu.stream>>>(delta, turns, dout, out, h);
         CHECK(cudaGetLastError());
-        if constexpr (BF16 && (HS == 64 || HS == 128))
-            if (gpu.hopper)
-                return attention_backward_hopper<HS>(dq, dk, dv, sum, turns, dout, q, k, v, lse, delta, h, gpu);
-        constexpr int ROWS = (SERIAL ? 3 : 2) * BACKWARD_KEYS + 2 * (BACKWARD_AHEAD + 1) * BACKWARD_QUERIES;
-        constexpr int smem = (ROWS * STRIDE<WIDTH<HS>> + BACKWARD_KEYS * STRIDE<BACKWARD_QUERIES>)*sizeof(SharedX) +
-                             2 * (BACKWARD_AHEAD + 1) * BACKWARD_QUERIES * sizeof(float);
-        CHECK(cudaFuncSetAttribute(attention_backward_kernel<HS>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
-        const int blocks = h.B * h.NKV * (SERIAL ? 1 : ceil_div(h.T, BACKWARD_KEYS));
-        attention_backward_kernel<HS><<<blocks, BACKWARD_THREADS, smem, gpu.stream>>>(
-            dq, dk, dv, sum, turns, dout, q, k, v, lse, delta, h, 1.0f / sqrtf(float(HS)));
+        if constexpr (BF16 && (W == 64 || W == 128))
+            if (gpu.hopper && h.HS == W)
+                return attention_backward_hopper<W>(dq, dk, dv, sum, turns, dout, q, k, v, lse, delta, h, gpu);
+        constexpr BlockShape shape = backward_shape(W, shared.value);
+        constexpr int WARPS = shape.warps, M = shape.rows, COLS = shape.cols, smem = backward_bytes(W, shape);
+        auto kernel = attention_backward_kernel<W, WARPS, M, COLS>;
+        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
+        const int blocks = h.B * h.NKV * BACKWARD_PARTS<W> * (SERIAL ? 1 : ceil_div(h.T, WARPS * M));
+        attention_backward_kernel<W, WARPS, M, COLS><<<blocks, WARPS * WARP_SIZE, smem, gpu.stream>>>(
+            dq, dk, dv, sum, turns, dout, q, k, v, lse, delta, h, 1.0f / sqrtf(float(h.HS)));
         CHECK(cudaGetLastError());
     });
 }

@@ -5,9 +5,9 @@
 
 constexpr float LOG2E = 1.44269504f;
 
-// The backward sums dq over the blocks of keys in their order: blocks take turns at a tile of queries. A tile has at
-// least so many, which is how many turns a head has room for.
-constexpr int TURN_QUERIES = SERIAL || BF16 ? 64 : 32;
+// The backward sums dq over the blocks of keys in their order: blocks take turns at a tile of queries. A head has room
+// for so many: two a tile, which is of 16 queries at least.
+__host__ __device__ inline int head_turns(int T) { return 2 * ceil_div(T, 16); }
 
 // A warp waits until it is `block`'s turn; what the block before it has written is then seen.
 __device__ inline void wait_for_turn(const int* turn, int block) {

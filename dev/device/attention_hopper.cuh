@@ -255,7 +255,7 @@ void attention_forward_hopper(floatX* out, float* lse, const floatX* q, const fl
 // tile adds in registers, scales and rounds. A tile is 2560 clocks of the tensor cores (4096 FLOP each), loads 32 KB
 // and adds 32 KB.
 // sum (B NH, query tiles, QUERIES HS) float, in the order of the threads' registers; turns (B NH,
-// ceil(T / TURN_QUERIES)), 0 at the start, of which a head's first `query tiles` are used. q, k, v, dk, dv (heads,T,HS)
+// head_turns(T)), 0 at the start, of which a head's first `query tiles` are used. q, k, v, dk, dv (heads,T,HS)
 // and dout (B,T,NH HS) come as maps; dq (B,NH,T,HS) floatX; lse, delta (B,NH,T) float.
 template <int HS>
 struct HopperBackward {
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     };
     // where their dq is summed
     auto sum_at = [&](int head, int tile) { return sum + size_t(head * tiles + tile) * QUERIES * HS; };
-    auto turn_of = [&](int head, int tile) { return turns + head * ceil_div(T, TURN_QUERIES) + tile; };
+    auto turn_of = [&](int head, int tile) { return turns + head * head_turns(T) + tile; };
     // whether this block is the last to add there
     auto is_last = [&](int tile) { return block == min(tile * QUERIES + QUERIES - 1, T - 1) / KEYS; };
     // dq goes to memory through two buffers in turn, each with a warp that adds. Named barriers between it and those

@@ -42,26 +42,21 @@ __device__ inline float tile_row_max(float v) {
 }
 
 // Tiles in shared memory: rows of W elements in 16-byte chunks. ldmatrix reads 8 rows of one chunk at once; they fall
-// into different banks, since chunk c of row r lies at c ^ r%8 where a row is a multiple of 128 bytes, and rows are an
-// odd number of chunks apart where it is not. Copies run along rows: 8 lanes write 8 chunks in different banks.
+// into different banks, since chunk c of row r lies at c ^ r%8 where a row has 8 chunks or a power of 2 times that, and rows
+// are an odd number of chunks apart where it has not. Copies run along rows: 8 lanes write 8 chunks in different banks.
 constexpr int VEC16 = 16 / int(sizeof(SharedX));
+__host__ __device__ constexpr bool tile_swizzled(int W) { return !SERIAL && W / VEC16 >= 8 && (W & (W - 1)) == 0; }
+constexpr int tile_stride(int W) { return SERIAL || tile_swizzled(W) || W / VEC16 % 2 ? W : W + VEC16; }
 template <int W>
-constexpr bool SWIZZLED = W / VEC16 % 8 == 0;
-template <int W>
-constexpr int STRIDE = SERIAL || SWIZZLED<W> ? W
-                       : W / VEC16 % 2       ? W
-                                             : W + VEC16;
+constexpr int STRIDE = tile_stride(W);
 // Element (row, col + step): with col below 16 and step a constant multiple of 16 one XOR of the row's address.
 template <int W>
 __device__ inline int shared_at(unsigned row, unsigned col, unsigned step = 0) {
-    if (!SERIAL && SWIZZLED<W>)
+    if (tile_swizzled(W))
         return row * W + ((col / VEC16) ^ (row % 8) ^ (step / VEC16 % 8)) * VEC16 + col % VEC16 +
                step / (8 * VEC16) * (8 * VEC16);
     return row * STRIDE<W> + col + step;
 }
-
-template <int HS>  // of a head in a tile: mma takes 16 columns at a time, those beyond HS are zero
-constexpr int WIDTH = (HS + 15) / 16 * 16;
 
 // What of a score tile is not masked; the serial geometry spares the rest (lanes of a warp would only wait).
 enum Part { ALL, LOWER, UPPER };  // LOWER: columns up to the row; UPPER: columns from the row on
@@ -162,10 +157,12 @@ __device__ inline void mma_nt(Tile<M, N, BY_COLUMN>& c, const Left<W, M, KEPT>& 
     }
 }
 
-// c[r][n] += sum_k a[r][k] b[k][n], k < K; a a tile, b (K,W) in shared memory
-template <int W, int M, int K>
-__device__ inline void mma_nn(Tile<M, W>& c, const Tile<M, K, BY_COLUMN>& a, const SharedX* b, Part part = ALL) {
+// c[r][n] += sum_k a[r][k] b[k][first_col + n], k < K; a a tile, b (K,W) in shared memory
+template <int W, int M, int N, int K>
+__device__ inline void mma_nn(Tile<M, N>& c, const Tile<M, K, BY_COLUMN>& a, const SharedX* b, int first_col,
+                              Part part = ALL) {
     if constexpr (SERIAL) {
+        static_assert(!SERIAL || N == W, "the whole tile");
         serial_mma<M, W, K, 1, M, false>(c.v, a.v, b, part, ALL);
     } else if constexpr (BF16) {  // the accumulators of 16 columns are, as bf16, the fragment of a k16 operand
         #pragma unroll
@@ -179,9 +176,11 @@ __device__ inline void mma_nn(Tile<M, W>& c, const Tile<M, K, BY_COLUMN>& a, con
                     fa[i][x] = pack_bf16(from[0], from[1]);
                 }
             #pragma unroll
-            for (int j = 0; j < W / 16; j++) {
+            for (int j = 0; j < N / 16; j++) {
                 unsigned fb[4];  // k 0-7 and 8-15 of columns 0-7, then of columns 8-15
-                ldmatrix_x4_trans(fb, b + shared_at<W>(16 * k + lane() % 16, lane() / 16 * 8, 16 * j));
+                const unsigned row = 16 * k + lane() % 16, col = lane() / 16 * 8;
+                ldmatrix_x4_trans(fb, b + (N == W ? shared_at<W>(row, col, 16 * j)
+                                                  : shared_at<W>(row, first_col + col + 16 * j)));
                 #pragma unroll
                 for (int i = 0; i < M / 16; i++) {
                     mma_m16n8k16(c.fragment(i, 2 * j), fa[i], fb);
@@ -200,7 +199,7 @@ __device__ inline void mma_nn(Tile<M, W>& c, const Tile<M, K, BY_COLUMN>& a, con
                 #pragma unroll
                 for (int f = 0; f < c.PER_ROW; f++)
                     #pragma unroll
-                    for (int s = 0; s < c.SLOTS; s++) c.at(s, f) += row[s] * float(b[shared_at<W>(k, c.col(f))]);
+                    for (int s = 0; s < c.SLOTS; s++) c.at(s, f) += row[s] * float(b[shared_at<W>(k, first_col + c.col(f))]);
             }
         }
     }
@@ -245,27 +244,37 @@ __device__ inline void mma_tn(Tile<M, N>& c, const SharedX* a, int first_row, co
     }
 }
 
+// Heads of HS columns lie in tiles of W >= HS, zero from HS on.
+
 // Where load_tile leaves the tile: in dst, but the serial geometry reads whole tiles of fp32 rows where they lie.
-template <int HS, int ROWS>
-__device__ inline const SharedX* tile_home(const SharedX* dst, const floatX* src, size_t stride, int valid) {
-    if constexpr (SERIAL && !BF16 && HS == WIDTH<HS>)
-        if (stride == HS && valid >= ROWS) return reinterpret_cast<const SharedX*>(src);
+template <int W, int ROWS>
+__device__ inline const SharedX* tile_home(const SharedX* dst, const floatX* src, int HS, size_t stride, int valid) {
+    if constexpr (SERIAL && !BF16)
+        if (HS == W && stride == W && valid >= ROWS) return reinterpret_cast<const SharedX*>(src);
     return dst;
 }
 
-// dst (ROWS,WIDTH) in shared memory = src (ROWS,HS) of row stride `stride`; zero in rows from `valid` on and in columns
-// from HS on; by the whole block of THREADS. On a GPU the copies are asynchronous: they are there after copy_commit,
+// dst (ROWS,W) in shared memory = src (ROWS,HS) of row stride `stride`; zero in rows from `valid` on and in columns from
+// HS on; by the whole block of THREADS. On a GPU the copies are asynchronous: they are there after copy_commit,
 // copy_wait and a barrier.
-template <int HS, int ROWS, int THREADS>
-__device__ inline void load_tile(SharedX* dst, const floatX* src, size_t stride, int valid) {
-    constexpr int W = WIDTH<HS>, PER_ROW = W / VEC16;
+template <int W, int ROWS, int THREADS>
+__device__ inline void load_tile(SharedX* dst, const floatX* src, int HS, size_t stride, int valid) {
+    constexpr int PER_ROW = W / VEC16;
     if constexpr (SERIAL) {
-        if (tile_home<HS, ROWS>(dst, src, stride, valid) != dst) return;
-        for (int row = 0; row < ROWS; row++)
-            for (int col = 0; col < W; col++)
-                dst[row * W + col] = row < valid && col < HS ? float(src[row * stride + col]) : 0.0f;
+        if (tile_home<W, ROWS>(dst, src, HS, stride, valid) != dst) return;
+        for (int row = 0; row < ROWS; row++) {
+            const int there = row < valid ? HS : 0;
+            for (int col = 0; col < there; col++) dst[row * W + col] = float(src[row * stride + col]);
+            for (int col = there; col < W; col++) dst[row * W + col] = 0.0f;
+        }
+    } else if constexpr (PER_ROW > THREADS) {  // one warp, rows of 192 or 256 floats
+        for (int i = threadIdx.x; i < ROWS * PER_ROW; i += THREADS) {
+            const int row = i / PER_ROW, col = i % PER_ROW * VEC16;
+            const bool there = row < valid && col < HS;
+            copy_async<16>(dst + shared_at<W>(row, col), there ? src + row * stride + col : src, there);
+        }
     } else {
-        constexpr int STEP = THREADS / PER_ROW;  // rows at a time; the threads beyond them are idle (HS 72 only)
+        constexpr int STEP = THREADS / PER_ROW;  // rows at a time; the threads beyond them are idle
         const int first = threadIdx.x / PER_ROW, col = threadIdx.x % PER_ROW * VEC16;
         const floatX* from = src + first * stride + col;
         #pragma unroll
@@ -277,15 +286,17 @@ __device__ inline void load_tile(SharedX* dst, const floatX* src, size_t stride,
     }
 }
 
-// the same for the left operand of mma_nt, which the serial geometry keeps as (WIDTH,ROWS)
-template <int HS, int ROWS, int THREADS>
-__device__ inline void load_transposed(SharedX* dst, const floatX* src, size_t stride, int valid) {
+// the same for the left operand of mma_nt, which the serial geometry keeps as (W,ROWS)
+template <int W, int ROWS, int THREADS>
+__device__ inline void load_transposed(SharedX* dst, const floatX* src, int HS, size_t stride, int valid) {
     if constexpr (SERIAL) {
-        for (int row = 0; row < ROWS; row++)
-            for (int col = 0; col < WIDTH<HS>; col++)
-                dst[col * ROWS + row] = row < valid && col < HS ? float(src[row * stride + col]) : 0.0f;
+        for (int row = 0; row < ROWS; row++) {
+            const int there = row < valid ? HS : 0;
+            for (int col = 0; col < there; col++) dst[col * ROWS + row] = float(src[row * stride + col]);
+            for (int col = there; col < W; col++) dst[col * ROWS + row] = 0.0f;
+        }
     } else {
-        load_tile<HS, ROWS, THREADS>(dst, src, stride, valid);
+        load_tile<W, ROWS, THREADS>(dst, src, HS, stride, valid);
     }
 }
 
@@ -303,26 +314,26 @@ __device__ inline void store_scores(SharedX* dst, int first, const Tile<M, N, BY
     }
 }
 
-// dst (rows,HS) of row stride `stride` = the tile, rows below `valid`, through the warp's own M rows of shared memory
-template <int HS, int M>
-__device__ inline void store_tile(floatX* dst, size_t stride, int valid, const Tile<M, WIDTH<HS>>& tile, SharedX* own) {
-    constexpr int W = WIDTH<HS>, PER_ROW = HS / VEC16;
+// dst (rows,cols) of row stride `stride` = the tile's first rows and columns, through the warp's own M rows of N in
+// shared memory
+template <int M, int N>
+__device__ inline void store_tile(floatX* dst, size_t stride, int rows, int cols, const Tile<M, N>& tile, SharedX* own) {
     if constexpr (SERIAL) {
-        for (int row = 0; row < min(M, valid); row++)
-            for (int col = 0; col < HS; col++) dst[row * stride + col] = tile.v[row * W + col];
+        for (int row = 0; row < min(M, rows); row++)
+            for (int col = 0; col < cols; col++) dst[row * stride + col] = tile.v[row * N + col];
     } else {
         __syncwarp();
         #pragma unroll
         for (int s = 0; s < tile.SLOTS; s++)
             #pragma unroll
             for (int e = 0; e < tile.PER_ROW; e += 2)
-                store_pair(own + shared_at<W>(tile.row(s), tile.col(e)), tile.at(s, e), tile.at(s, e + 1));
+                store_pair(own + shared_at<N>(tile.row(s), tile.col(e)), tile.at(s, e), tile.at(s, e + 1));
         __syncwarp();
-        for (int i = lane(); i < M * PER_ROW; i += WARP_SIZE) {
-            const int row = i / PER_ROW, col = i % PER_ROW * VEC16;
-            if (row < valid)
+        for (int i = lane(); i < M * (N / VEC16); i += WARP_SIZE) {
+            const int row = i / (N / VEC16), col = i % (N / VEC16) * VEC16;
+            if (row < rows && col < cols)
                 *reinterpret_cast<uint4*>(dst + row * stride + col) =
-                    *reinterpret_cast<const uint4*>(own + shared_at<W>(row, col));
+                    *reinterpret_cast<const uint4*>(own + shared_at<N>(row, col));
         }
     }
 }

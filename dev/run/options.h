@@ -134,7 +134,7 @@ inline std::vector<Flag> flags(Options& o) {
     choice("norm", NORMS, "layernorm has no bias (rmsnorm)", [&c](int i) { c.layernorm = i; });
     integer("dim", &c.C, 1, 1 << 20, "width of the residual stream (256)");
     integer("layers", &c.L, 1, 1 << 16, "blocks (6)");
-    integer("heads", &c.NH, 1, 1 << 16, "query heads of dim / heads = 16, 32, 64, 72 or 128 (4)");
+    integer("heads", &c.NH, 1, 1 << 16, "query heads of dim / heads columns, a multiple of 8 up to 256 (4)");
     integer("kv-heads", &c.NKV, 1, 1 << 16, "key/value heads, a divisor of --heads (as many)");
     number("ffn-mult", &c.ffn_mult, 0, 1000, "factor on the feed-forward width 8/3 dim, llama only (1)");
     integer("multiple-of", &c.multiple_of, 1, 1 << 24, "the feed-forward width is rounded up to it, llama only (256)");

@@ -24,7 +24,7 @@ TOLERANCE = {"fp32": (1e-4, 3e-4), "bf16": (1e-2, 1e-2), "random": (2e-4, 3e-4)}
 
 def configuration(r, bf16):
     """Flags of a small model and its training."""
-    llama, size = r.random() < 0.7, r.choice([16, 16, 32, 64, 72, 128])
+    llama, size = r.random() < 0.7, r.choice([8, 16, 16, 32, 64, 72, 128, 256])
     kv = r.randint(1, 2 if size > 64 else 3)
     heads = kv * r.randint(1, 2) if llama else kv
     flags = ["--backbone", "llama" if llama else "nanogpt",

@@ -493,7 +493,7 @@ class Tests:
             ("unknown flavour", small("bad", "--model", "9B"), ["9B", "llama3-8B"]),
             ("unknown variant", small("bad", "--variant", "postnorm"), ["postnorm"]),
             ("dim over heads", small("bad", "--dim", 33), ["33", "2 heads"]),
-            ("head size", small("bad", "--dim", 48), ["head size 24"]),
+            ("head size", small("bad", "--dim", 24), ["head size 12", "multiple of 8"]),
             ("feed-forward width", small("bad", "--dim", 2**20, "--ffn-mult", 999), ["--ffn-mult"]),
             ("kv heads", small("bad", "--dim", 96, "--heads", 6, "--kv-heads", 4), ["6", "4"]),
             ("warmup", small("bad", "--warmup", 100), ["--warmup"]),

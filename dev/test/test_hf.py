@@ -176,7 +176,7 @@ class Convert(Case):
     def test_rotary(self):
         """scores of q and k turned in adjacent pairs by ours, and in halves by Llama's, from the permuted weights"""
         random = np.random.default_rng(1)
-        for hs in (16, 32, 64, 72, 128):
+        for hs in (8, 16, 64, 72, 128, 256):
             c = dict(dim=4 * hs, heads=4, kv_heads=2, hidden=8, vocab_size=3, layers=1)
             rows = {row.ours[0]: row for row in weights.llama_rows(c)}
             x = random.normal(size=(5, 4 * hs))

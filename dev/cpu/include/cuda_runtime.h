@@ -371,7 +371,11 @@ inline void cuda_run_graph(const std::vector<CudaNode>& nodes) {
 // Launches: the geometry runs the blocks, here are the limits that hold for any
 
 constexpr size_t CUDA_SHARED_DEFAULT = 48 << 10;   // bytes a block may have without asking
-constexpr size_t CUDA_SHARED_OPTIN = 227 << 10;    // and after cudaFuncSetAttribute
+// and after cudaFuncSetAttribute; CUDA_CPU_SHARED=bytes takes another device's
+inline size_t cuda_shared_optin = [] {
+    const char* text = getenv("CUDA_CPU_SHARED");
+    return text ? strtoull(text, nullptr, 10) : 227 << 10;
+}();
 
 // A tensor map (cuda.h encodes it): where a box of the bulk tensor copies lies in memory.
 constexpr int CUDA_TENSOR_MAP_MADE = 0x54414d50;
@@ -393,7 +397,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 inline std::map<const void*, size_t> cuda_shared_limit;  // kernels that asked for more than the default
 
 template <class T> cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute, int bytes) {
-    if (bytes < 0 || (size_t)bytes > CUDA_SHARED_OPTIN) return cuda_fail(cudaErrorInvalidValue);
+    if (bytes < 0 || (size_t)bytes > cuda_shared_optin) return cuda_fail(cudaErrorInvalidValue);
     cuda_shared_limit[(const void*)kernel] = bytes;
     return cudaSuccess;
 }
@@ -709,7 +713,7 @@ inline cudaError_t cudaSetDevice(int device) {
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* prop, int device) {
     if (device != 0) return cuda_fail(cudaErrorInvalidDevice);
     size_t free;
-    *prop = {"CPU", 0, CUDA_SHARED_DEFAULT, CUDA_SHARED_OPTIN, 0, 0, 0, WARP_SIZE, 1024};
+    *prop = {"CPU", 0, CUDA_SHARED_DEFAULT, cuda_shared_optin, 0, 0, 0, WARP_SIZE, 1024};
     prop->multiProcessorCount = 16;  // any machine's, so that grids, and with them results, are the same on all
     cudaMemGetInfo(&free, &prop->totalGlobalMem);
     char line[512];

@@ -62,7 +62,7 @@ struct CudaBlock {
     int current, at_barrier, left;
     void (*body)(void*);
     void* body_arg;
-    struct Chunk { const void* key; void* data; };
+    struct Chunk { const void* key; size_t bytes; void* data; };
     std::vector<Chunk> shared;
     void* dynamic;
     size_t dynamic_bytes;
@@ -365,7 +365,12 @@ inline void* cuda_dynamic_shared() { return cuda_block.dynamic; }
 inline void* cuda_static_shared(const void* key, size_t bytes) {
     for (auto& chunk : cuda_block.shared)
         if (chunk.key == key) return chunk.data;
-    cuda_block.shared.push_back({key, cuda_shared_chunk(bytes)});
+    size_t all = cuda_block.dynamic_bytes + bytes;
+    for (auto& chunk : cuda_block.shared) all += chunk.bytes;
+    if (all > cuda_shared_optin)
+        cuda_die("dynamic and static shared memory are " + std::to_string(all) + " bytes, of which a block has " +
+                 std::to_string(cuda_shared_optin));
+    cuda_block.shared.push_back({key, bytes, cuda_shared_chunk(bytes)});
     return cuda_block.shared.back().data;
 }
 #define CUDA_SHARED(name, dims, ...)               \
