@@ -69,8 +69,8 @@ test:  ## all tests that need no GPU
 lint:  ## clang-tidy, cppcheck, shellcheck and pyflakes over everything
 	@dev/ci/lint.sh
 
-gpu-check:  ## on a machine with a GPU: build, tests, compute-sanitizer, short runs, benches
-	@NVCC=$(NVCC) PYTHON=$(PYTHON) dev/ci/gpu_check.sh
+gpu-check:  ## on a machine with a GPU: build, tests, short runs, benches, compute-sanitizer; one page of all
+	@NVCC=$(NVCC) $(PYTHON) dev/ci/gpu_check.py
 
 DEVICE  := $(if $(HAVE_GPU),gpu_bf16,cpu_fp32)
 PART    ?= all

@@ -1,6 +1,6 @@
 // Tests of the trainer: every kernel against float64 loops written from its formula, the model against golden files,
 // the formats. Ordinary CUDA C++: runs on a GPU, and on the CPU stand-in in both geometries.
-//   test_gpt [--filter TEXT] [--golden DIR] [--quick] [--list]
+//   test_gpt [--filter TEXT | --only NAME] [--golden DIR] [--quick] [--list]
 // Outputs are poisoned with NaN before a kernel runs. An error is max |got - want| / max |want|.
 #include "train_gpt.cu"
 
@@ -1907,11 +1907,13 @@ TEST(golden) {
 }
 
 int main(int argc, char** argv) {
-    std::string filter;
+    std::string filter, only;
     for (int i = 1; i < argc; i++) {
         const std::string arg = argv[i];
         if (arg == "--filter" && i + 1 < argc)
             filter = argv[++i];
+        else if (arg == "--only" && i + 1 < argc)
+            only = argv[++i];
         else if (arg == "--golden" && i + 1 < argc)
             golden_dir = argv[++i];
         else if (arg == "--quick")
@@ -1927,7 +1929,7 @@ int main(int argc, char** argv) {
     try {
         gpu = open_device();
         for (const Test& t : tests()) {
-            if (!strstr(t.name, filter.c_str())) continue;
+            if (!strstr(t.name, filter.c_str()) || (!only.empty() && only != t.name)) continue;
             why.clear(), worst = 0;
             const double begin = now();
             try {

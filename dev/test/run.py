@@ -59,6 +59,7 @@ JOBS = {
     "docs": (["build/train_gpt_cpu_fp32"], [sys.executable, "dev/test/test_docs.py", "build/train_gpt_cpu_fp32"], [1]),
     "house": ([], [sys.executable, "dev/test/test_house.py"], [1]),
     "mutate": ([], [sys.executable, "dev/test/test_mutate.py"], [1]),
+    "gpu_check": ([], [sys.executable, "dev/test/test_gpu_check.py"], [1]),
     "plot": ([], [sys.executable, "dev/test/test_plot.py"], [1]),
     "experiments": (["build/train_gpt_cpu_fp32"],
                     [sys.executable, "dev/test/test_experiments.py", "build/train_gpt_cpu_fp32"], [1]),
