@@ -88,13 +88,14 @@ def python_with(module):
 
 def last(text):
     """The last line of an output."""
-    return ([line.strip() for line in text.splitlines() if line.strip()] or ["it said nothing"])[-1][:200]
+    return " ".join(text.rstrip().split("\n")[-1].split())[:200]
 
 
 def complaint(text):
-    """The line of a failed command's output that says why: the first that names an error, or the last."""
-    named = re.search(r"^(FAIL .*|.*\berror\b[: ].*)$", text, re.M)
-    return named[0].strip()[:300] if named else last(text)
+    """The line of a failed command's output that says why: the first that names an error (in the table of steps a
+    variant without numbers), or the last."""
+    named = re.search(r"^(FAIL .*|.*\berror\b[: ].*|train_gpt \w+ +\w+ {2,}[a-z].*)$", text, re.M)
+    return " ".join(named[0].split())[:300] if named else last(text) or "it said nothing"
 
 
 def judge(status, text):
@@ -181,7 +182,7 @@ class Check:
         for target in (*TESTS, TRAINER, BENCH, TRAINERS[1]):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(ROOT, target))  # what does not build shall not run
-            yield Case(target[6:], ["make", f"NVCC={self.nvcc}", arch, target])
+            yield Case(target[6:], ["make", "-s", "--no-print-directory", f"NVCC={self.nvcc}", arch, target])
 
     def tests(self, programs):
         for p in programs:
@@ -337,7 +338,7 @@ class Check:
             elif case.limit and limit < own / 2:
                 what, said = LEFT, f"the stage's time was over after {limit:.3g} s of it"
             else:
-                what, said = FAIL, f"no end within {limit:.3g} s; last: {last(text)}"
+                what, said = FAIL, f"no end within {limit:.3g} s; last: {last(text) or 'nothing'}"
         except Exception as error:
             what, said = FAIL, f"{type(error).__name__}: {error}"
         return Result(what, case.name, round(time.monotonic() - begin, 1), said)
@@ -434,7 +435,7 @@ class Check:
             print("## What passed, what was skipped\n")
             for what in (OK, SKIP):
                 for stage in self.state["stages"]:
-                    told = "; ".join(f"{r.name}: {r.said}" for s, r in self.of(what) if s == stage)
+                    told = "; ".join(f"{r.name}: {r.said}".rstrip(": ") for s, r in self.of(what) if s == stage)
                     if told:
                         print(f"- **{stage}, {what}**: {told}")
             if "sanitize" in self.state["stages"]:

@@ -114,7 +114,10 @@ open("data/gpu/text_manifest.json", "w").close()
     "dev/bench/step.py": """
 if faulty("hang", "step"): time.sleep(%s)
 out = os.path.join(words[words.index("--results") + 1], "steps.json")
-if faulty("torn"): open(out, "w").write("{"), sys.exit(1)
+if faulty("torn"):
+    open(out, "w").write("{")
+    print("train_gpt simplegpt    64   0.4   91085\\ntrain_gpt prenorm      64  no step within 9 s\\ntorch.compile   64")
+    sys.exit(1)
 run = lambda name, speed: {"name": name, "batch_size": "32", "error": None, "tokens_per_s": speed, "mfu": 0.5,
                            "seconds_per_step": 1 / speed, "of_matmul_rate": 0.7, "memory_gib": 9}
 json.dump({"date": time.strftime("%%Y-%%m-%%dT%%H:%%MZ", time.gmtime()), "device": "G", "part": "steps", "model": "1B",
@@ -221,6 +224,7 @@ class GpuCheck(unittest.TestCase):
             self.assertEqual([o for o in options if not re.search(rf'"(--)?{o}"', source)], [], name)
 
     def test_no_failure_hides_what_comes_after_it(self):
+        self.check("build")  # old programs, which must not run where new ones do not build
         cases = self.check(*FIRST, "cli", "models", status=1, faults=[
             "build bench_gpu_bf16", "hang norm test_gpu_bf16", "attention illegal", "cli golden b.safetensors", "torn",
             "memcheck linear race", "cli dev/test/golden", "training"])
@@ -253,6 +257,7 @@ class GpuCheck(unittest.TestCase):
         self.assertEqual(self.sleepers(), [])
         cases = self.check("steps", "kernels", status=1, faults=["torn"])
         self.assertEqual([c[0] for c in cases], ["FAIL", "ok", "FAIL"])  # the map of all results names the torn one
+        self.assertEqual(cases[0][3], "train_gpt prenorm 64 no step within 9 s")
         self.assertIn("slow s is at 33.3%", self.page())
         cases = self.check("kernels", status=1, faults=["bench"])
         self.assertIn(("FAIL", "kernels", "kernels 1B", "bench: CUDA error: out of memory"), cases)
@@ -279,6 +284,7 @@ class GpuCheck(unittest.TestCase):
         left = [c for c in cases if c[0] == "not reached"]
         self.assertGreater(len(left), 4)
         self.assertEqual({c[1] for c in left}, {"sanitize"})
+        self.assertIn("the stage's time was over after 0.", "".join(c[3] for c in left))  # one that had begun
         self.assertEqual([c[0] for c in cases if c[1] == "cli"], 4 * ["ok"])
         self.assertEqual(len(cases), 3 * len(gpu_check.SANITIZED) + 4)
         self.assertIn("sanitize: not reached in time", "\n".join(self.first()))
@@ -320,7 +326,7 @@ class GpuCheck(unittest.TestCase):
         cases = self.check("ranks", faults=["two gpus"])
         self.assertEqual([c[2] for c in cases], ["data", "zero 0", "zero 1", "zero 2", "zero 3"])
         self.assertEqual((self.dir / "calls").read_text().count(" --zero 3 "), 2)
-        cases = self.check("ranks", status=1, faults=["two gpus", "rank 1"])
+        cases = self.check("ranks", status=1, faults=["two gpus", "rank 0"])
         self.assertEqual([c[0] for c in cases], 4 * ["FAIL"])
 
     def test_a_later_call_adds_its_stages(self):
