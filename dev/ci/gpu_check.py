@@ -459,7 +459,8 @@ def main():
         if stage not in STAGES:
             fail(f"'{stage}' is no stage. There are {', '.join(STAGES)}.")
     check = Check(stages or list(STAGES))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: sys.exit(128 + n))
     for stage in stages or STAGES:
         check.run(stage)
     check.now = None

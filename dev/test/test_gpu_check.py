@@ -116,7 +116,7 @@ if faulty("hang", "step"): time.sleep(%s)
 out = os.path.join(words[words.index("--results") + 1], "steps.json")
 if faulty("torn"):
     open(out, "w").write("{")
-    print("train_gpt simplegpt    64   0.4   91085\\ntrain_gpt prenorm      64  no step within 9 s\\ntorch.compile   64")
+    print("train_gpt simplegpt    64   0.4   91085\\ntrain_gpt prenorm      64  no step within 9 s\\ntwin   64")
     sys.exit(1)
 run = lambda name, speed: {"name": name, "batch_size": "32", "error": None, "tokens_per_s": speed, "mfu": 0.5,
                            "seconds_per_step": 1 / speed, "of_matmul_rate": 0.7, "memory_gib": 9}
