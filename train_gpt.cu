@@ -251,7 +251,7 @@ struct TensorTable {
         tensors.push_back(t);
         return t.offset;
     }
-    void align(size_t to = 64) { size = (size + to - 1) / to * to; }  // a matmul's operand begins at 16 bytes at least
+    void align(size_t to = 64) { size = (size + to - 1) / to * to; }
     void end_unit() {
         align(64 * size_t(ranks));
         const Unit last = units.empty() ? Unit{0, 0, 0, 0} : units.back();
@@ -464,6 +464,7 @@ void embedding_backward(Flat dtok, Flat dpos, const floatX* dx, const int* token
 
 constexpr cudaDataType_t CUDA_FLOATX = BF16 ? CUDA_R_16BF : CUDA_R_32F;
 constexpr size_t MATMUL_WORKSPACE = size_t(32) << 20;
+constexpr uint32_t MATMUL_ALIGNMENT = 16;  // bytes, of every operand: the least is a row of C, which is a multiple of 8
 
 inline void check_cublas(cublasStatus_t status, const char* call, const char* file, int line) {
     if (status != CUBLAS_STATUS_SUCCESS)
@@ -533,27 +534,34 @@ struct Matmul {
         transA ? layout(&p.second, CUDA_FLOATX, m, k) : layout(&p.second, CUDA_FLOATX, k, m);
         layout(&p.out, type, n, m);
         auto known = chosen.find(shape);
-        if (known != chosen.end()) {
-            p.algos = {known->second};
-            return plans.emplace(shape, p).first->second;
-        }
+        p.algos = known == chosen.end() ? candidates(p, shape) : std::vector<cublasLtMatmulAlgo_t>{known->second};
+        return plans.emplace(shape, p).first->second;
+    }
+
+    // What the heuristic proposes, the best first.
+    std::vector<cublasLtMatmulAlgo_t> candidates(const Plan& p, const Shape& shape) {
         cublasLtMatmulPreference_t preference = nullptr;
         CHECK_CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
-        CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                          &MATMUL_WORKSPACE, sizeof(MATMUL_WORKSPACE)));
+        auto prefer = [&](cublasLtMatmulPreferenceAttributes_t what, const auto& value) {
+            CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, what, &value, sizeof(value)));
+        };
+        prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, MATMUL_WORKSPACE);
         // where k is split, the parts are added in float, not in D's type
-        const uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-        CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-                                                          &reductions, sizeof(reductions)));
+        prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+        for (auto operand : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                             CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+            prefer(operand, MATMUL_ALIGNMENT);
         cublasLtMatmulHeuristicResult_t results[CANDIDATES];
         int count = 0;
         CHECK_CUBLAS(cublasLtMatmulAlgoGetHeuristic(handle, p.desc, p.first, p.second, p.out, p.out, preference,
                                                     CANDIDATES, results, &count));
         CHECK_CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
+        std::vector<cublasLtMatmulAlgo_t> algos;
         for (int i = 0; i < count; i++)
-            if (results[i].state == CUBLAS_STATUS_SUCCESS) p.algos.push_back(results[i].algo);
-        if (p.algos.empty()) throw Error(format("matmul: cuBLASLt has no algorithm for %d x %d x %d.", m, n, k));
-        return plans.emplace(shape, p).first->second;
+            if (results[i].state == CUBLAS_STATUS_SUCCESS) algos.push_back(results[i].algo);
+        if (algos.empty())
+            throw Error(format("matmul: cuBLASLt has no algorithm for %d x %d x %d.", shape.m, shape.n, shape.k));
+        return algos;
     }
 
     // Puts the plan's fastest algorithm first and drops the others. `run` multiplies with one of them; D may get any

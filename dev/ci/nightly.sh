@@ -25,7 +25,7 @@ done
 expr "$hours" : '[0-9.]*$' >/dev/null || { echo "nightly.sh: --hours: '$hours' is no number." >&2; exit 1; }
 share=$(awk "BEGIN { print int($hours * 3600 / 7) }")  # seconds of each random check
 
-export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 CUDA_CPU_SEED=$seed
+export OMP_NUM_THREADS=1 CUBLASLT_CPU_ALGORITHMS=3 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 CUDA_CPU_SEED=$seed
 python=${PYTHON:-/usr/bin/python3} trainer=build/train_gpt_cpu_fp32 half=build/train_gpt_cpu_bf16
 
 # name | targets of make | command

@@ -270,7 +270,15 @@ static void test_bf16() {
 
 template <class T> constexpr cudaDataType data_type = sizeof(T) == 4 ? CUDA_R_32F : CUDA_R_16BF;
 
-template <class In, class Out> void check_matmul(bool ta, bool tb, float beta, int N, double tolerance) {
+struct Algorithms {  // so many, for a while
+    const int before = cublasLt_algorithms;
+    explicit Algorithms(int count) { cublasLt_algorithms = count; }
+    ~Algorithms() { cublasLt_algorithms = before; }
+};
+
+template <class In, class Out>
+void check_matmul(bool ta, bool tb, float beta, int N, int algorithms, double tolerance) {
+    Algorithms several(algorithms);
     int M = 37, K = 53, pad = 3;
     auto matrix = [&](int rows, int cols, unsigned seed) { return random_floats((size_t)(rows + pad) * cols, seed); };
     int ar = ta ? K : M, ac = ta ? M : K, br = tb ? N : K, bc = tb ? K : N;
@@ -288,7 +296,7 @@ template <class In, class Out> void check_matmul(bool ta, bool tb, float beta, i
     cublasLtMatmulDesc_t desc = nullptr;
     cublasLtMatrixLayout_t la = nullptr, lb = nullptr, ld = nullptr;
     cublasLtMatmulPreference_t preference = nullptr;
-    cublasLtMatmulHeuristicResult_t found = {};
+    std::vector<cublasLtMatmulHeuristicResult_t> found(algorithms + 1);
     int count = 0;
     size_t workspace = 0;
     cublasOperation_t opa = ta ? CUBLAS_OP_T : CUBLAS_OP_N, opb = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -303,12 +311,16 @@ template <class In, class Out> void check_matmul(bool ta, bool tb, float beta, i
     cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
                                          sizeof workspace);
     auto heuristic = [&](cublasLtMatrixLayout_t a_layout) {
-        return cublasLtMatmulAlgoGetHeuristic(handle, desc, a_layout, lb, ld, ld, preference, 1, &found, &count);
+        return cublasLtMatmulAlgoGetHeuristic(handle, desc, a_layout, lb, ld, ld, preference, algorithms + 1, found.data(),
+                                              &count);
     };
-    EXPECT(heuristic(la) == CUBLAS_STATUS_SUCCESS && count == 1, "%s", "no algorithm");
+    EXPECT(heuristic(la) == CUBLAS_STATUS_SUCCESS && count == algorithms, "%d algorithms", count);
+    const cublasLtMatmulAlgo_t last = std::find_if(found.begin(), found.end(), [&](auto& result) {
+                                          return result.algo.data[0] == size_t(algorithms - 1);
+                                      })->algo;
     EXPECT(heuristic(ld) == CUBLAS_STATUS_INVALID_VALUE && count == 0, "%s", "shapes that do not fit are accepted");
     cublasStatus_t status =
-        cublasLtMatmul(handle, desc, &alpha, A, la, B, lb, &beta, D, ld, D, ld, &found.algo, nullptr, 0, nullptr);
+        cublasLtMatmul(handle, desc, &alpha, A, la, B, lb, &beta, D, ld, D, ld, &last, nullptr, 0, nullptr);
     EXPECT(status == CUBLAS_STATUS_SUCCESS, "%s", cublasLtGetStatusName(status));
     cublasLtMatmulPreferenceDestroy(preference);
     for (auto layout : {la, lb, ld}) cublasLtMatrixLayoutDestroy(layout);
@@ -326,7 +338,8 @@ template <class In, class Out> void check_matmul(bool ta, bool tb, float beta, i
             double off = fabs((float)D[j * (M + pad) + i] - want) / (1 + fabs(want));
             worst = off <= worst ? worst : off;  // NaN stays
         }
-    EXPECT(worst < tolerance, "transposes %d%d, beta %g, N %d: off by %.2e", ta, tb, beta, N, worst);
+    EXPECT(worst < tolerance, "transposes %d%d, beta %g, N %d, algorithm %d: off by %.2e", ta, tb, beta, N,
+           algorithms - 1, worst);
     for (int j = 0; j < N; j++)
         for (int i = M; i < M + pad; i++)
             EXPECT((float)D[j * (M + pad) + i] == (float)d[j * (M + pad) + i], "%s", "wrote into the padding");
@@ -336,7 +349,62 @@ template <class In, class Out> void check_matmuls(double tolerance) {
     for (bool ta : {false, true})
         for (bool tb : {false, true})
             for (float beta : {0.0f, 1.0f})
-                for (int N : {29, 1}) check_matmul<In, Out>(ta, tb, beta, N, tolerance);
+                for (int N : {29, 1})
+                    for (int algorithms : {1, 3}) check_matmul<In, Out>(ta, tb, beta, N, algorithms, tolerance);
+}
+
+// Algorithms round differently, events find one of them fast, and none takes what it was not made for.
+static void test_algorithms() {
+    Algorithms several(3);
+    const int n = 64;
+    Device<float> a(random_floats(n * n + 1, 1)), b(random_floats(n * n, 2)), c(n * n);
+    cublasLtMatmulDesc_t desc = nullptr;
+    cublasLtMatrixLayout_t layout = nullptr;
+    cublasLtMatmulPreference_t preference = nullptr;
+    cublasLtMatmulHeuristicResult_t found[3];
+    int count = 0, slow = 0;
+    cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    cublasLtMatrixLayoutCreate(&layout, CUDA_R_32F, n, n, n);
+    cublasLtMatmulPreferenceCreate(&preference);
+    auto heuristic = [&] {
+        cublasLtMatmulAlgoGetHeuristic(nullptr, desc, layout, layout, layout, layout, preference, 3, found, &count);
+        EXPECT(count == 3, "%d algorithms", count);
+    };
+    auto multiply = [&](const cublasLtMatmulAlgo_t& algo, const float* first) {
+        const float alpha = 1, beta = 0;
+        return cublasLtMatmul(nullptr, desc, &alpha, first, layout, b, layout, &beta, c, layout, c, layout, &algo,
+                              nullptr, 0, nullptr);
+    };
+    heuristic();
+    std::vector<std::vector<float>> results;
+    for (auto& result : found) {
+        cudaEvent_t begin = nullptr, end = nullptr;
+        float ms = 0;
+        cudaEventCreate(&begin), cudaEventCreate(&end);
+        cudaEventRecord(begin);
+        EXPECT(multiply(result.algo, a) == CUBLAS_STATUS_SUCCESS, "%s", "refused");
+        cudaEventRecord(end);
+        cudaEventElapsedTime(&ms, begin, end);
+        slow += ms > 900;
+        cudaEventDestroy(begin), cudaEventDestroy(end);
+        results.push_back(c.host());
+    }
+    EXPECT(slow == 2, "%d algorithms of 3 are slow", slow);
+    EXPECT(results[0] != results[1] && results[1] != results[2] && results[2] != results[0], "%s", "the same bits");
+    cublasLtMatmulAlgo_t unknown = found[0].algo, strange = found[0].algo;
+    unknown.data[0] = 3, strange.data[7] = 1;
+    EXPECT(multiply(unknown, a) == CUBLAS_STATUS_NOT_SUPPORTED, "%s", "an unknown algorithm multiplies");
+    EXPECT(multiply(strange, a) == CUBLAS_STATUS_INVALID_VALUE, "%s", "what is no algorithm multiplies");
+    EXPECT(multiply(found[0].algo, a + 1) == CUBLAS_STATUS_NOT_SUPPORTED, "%s", "4 bytes are taken for 256");
+    for (uint32_t alignment : {3, 4})
+        EXPECT((cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &alignment,
+                                                     sizeof alignment) == CUBLAS_STATUS_SUCCESS) == (alignment == 4),
+               "alignment %u", alignment);
+    heuristic();
+    EXPECT(multiply(found[0].algo, a + 1) == CUBLAS_STATUS_SUCCESS, "%s", "4 bytes were promised and are refused");
+    cublasLtMatmulPreferenceDestroy(preference);
+    cublasLtMatrixLayoutDestroy(layout);
+    cublasLtMatmulDescDestroy(desc);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1382,6 +1450,7 @@ int main(int argc, char** argv) {
     test("matmul_float", [] { check_matmuls<float, float>(2e-6); });
     test("matmul_bf16", [] { check_matmuls<__nv_bfloat16, __nv_bfloat16>(4e-3); });  // half an ulp of bf16: 3.9e-3
     test("matmul_bf16_to_float", [] { check_matmuls<__nv_bfloat16, float>(8e-7); });
+    test("algorithms", test_algorithms);
     test("memory", test_memory);
     test("host_api", test_host_api);
     test("missing_wait", test_missing_wait);

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-from launch import Failure, Job, checkpoint, checkpoints, contents, copy, expect, log_bits, write_shard
+from launch import Failure, Job, checkpoint, checkpoints, contents, copy, expect, log_bits, same_matmuls, write_shard
 from test_cli import run_all
 
 FOUND = re.compile(r"^.*(?:Sanitizer|runtime error:|^==\d+==).*$", re.M)
@@ -116,6 +116,7 @@ class Lives:
             if os.path.isdir(self.path(name)):
                 shutil.rmtree(self.path(name))
         self.run(*self.flags(life, "calm"))
+        same_matmuls(self.path("calm"), self.path("run"))
         self.cut(life, "run", 4, signal.SIGKILL)
         self.cut(life, "run", 8, signal.SIGTERM)
         state = os.path.join(checkpoint(self.path("run"), checkpoints(self.path("run"))[-1]), "model.safetensors")
@@ -151,6 +152,7 @@ class Lives:
         for name in ("calm", "run"):
             shutil.rmtree(self.path(name), ignore_errors=True)
         self.run(*self.flags("llama simplegpt", "calm", *flags), ranks=2)
+        same_matmuls(self.path("calm"), self.path("run"))
         job = self.start(*self.flags("llama simplegpt", "run", "--save-async", *flags), ranks=2)
         while job.process.poll() is None and len(checkpoints(self.path("run"))) < 2:
             time.sleep(0.001)

@@ -16,8 +16,8 @@ import sysconfig
 import tempfile
 import time
 
-from launch import (MPI_ENV, Failure, Job, checkpoint, checkpoints, contents, expect, log_bits, read_log, run, verify,
-                    write_shard)
+from launch import (MPI_ENV, Failure, Job, checkpoint, checkpoints, contents, expect, log_bits, read_log, run,
+                    same_matmuls, verify, write_shard)
 
 
 def write_text(path, size=300000):
@@ -148,6 +148,7 @@ class Kills:
         self.out = self.path("run")
         while self.kills < self.args.kills or not self.rounds:
             shutil.rmtree(self.out, ignore_errors=True)
+            same_matmuls(self.path("calm"), self.out)
             while not self.life(log):
                 if time.monotonic() - said > 10:
                     said = time.monotonic()

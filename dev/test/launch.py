@@ -13,7 +13,8 @@ import tempfile
 import threading
 import time
 
-from test_cli import Failure, expect, read_log, read_safetensors, values, write_safetensors, write_shard  # noqa: F401
+from test_cli import (Failure, expect, read_log, read_safetensors, same_matmuls, values, write_safetensors,  # noqa: F401
+                      write_shard)
 
 MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none"]
 # mpirun asks to be told that root may run it; ranks share the cores, so that one that waits must let the others work. One
@@ -267,6 +268,13 @@ class Tests:
             except BaseException as e:
                 future.set_exception(e)
         return future.result()
+
+    def timed(self, *flags):
+        """The folder of a run of one step of this shape, for same_matmuls()."""
+        out = self.path("timed " + " ".join(map(str, flags)))
+        self.once(out, lambda: run(self.exe, [*flags, "--steps", 1, "--train-data", self.path("tokens.bin"), "--out",
+                                              out]))
+        return out
 
     def test(self, name, body, *rest):
         if re.search(self.args.filter, name):

@@ -12,7 +12,7 @@ import math
 import random
 import sys
 
-from launch import Tests, contents, expect, log_bits, losses, read_safetensors, run, values
+from launch import Tests, contents, expect, log_bits, losses, read_safetensors, run, same_matmuls, values
 from test_cli import distance
 
 TOTAL, STEPS = 12, 4  # sequences of a step, which 1 to 4 ranks share
@@ -90,6 +90,7 @@ class Properties(Tests):
         whole = self.trained(name + "1", flags, TOTAL, 0)
         level = r.choice([x for x in ("none", "norm", "ffn", "block") if x not in flags])
         other = [level if f in ("none", "norm", "ffn", "block") else f for f in flags]
+        same_matmuls(self.path(name + "1"), self.path(name + "r"))
         expect(self.trained(name + "r", other, TOTAL, 0)[1] == whole[1], f"--recompute {level} gives other bits")
         split = r.choice([1, 2, 3, 4, 6])
         self.close(self.trained(name + "s", flags, split, 0), whole, f"micro-batches of {split}", flags)
@@ -98,6 +99,7 @@ class Properties(Tests):
             first = None
             for zero in range(4) if self.full else [r.randint(0, 3)]:
                 what = f"{ranks} ranks, --zero {zero}, micro-batches of {micro}"
+                same_matmuls(self.path(f"{name}{ranks}_0"), self.path(f"{name}{ranks}_{zero}"))
                 got = self.trained(f"{name}{ranks}_{zero}", flags, micro, ranks, "--zero", zero)
                 self.close(got, whole, what, flags)
                 first = first or got

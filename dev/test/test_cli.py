@@ -87,6 +87,17 @@ def golden_run(o):
             "--beta2", o["beta2"], "--adam-eps", o["eps"], "--clip", o["clip"]]
 
 
+def same_matmuls(source, target):
+    """A run to come to `target` takes the matmul algorithms that one to `source` has timed, of ranks without a file those
+    of the first: else each run times its own, which round otherwise."""
+    os.makedirs(target, exist_ok=True)
+    for rank in range(4):
+        names = [f"matmul_rank{rank}.txt", "matmul.txt"]
+        there = [name for name in names if os.path.exists(os.path.join(source, name))]
+        if there:
+            shutil.copy(os.path.join(source, there[0]), os.path.join(target, names[rank == 0]))
+
+
 class Failure(Exception):
     pass
 
@@ -220,11 +231,8 @@ class Tests:
                 "--batch-size", 3, "--steps", steps, "--train-data", self.path(data), "--out", self.path(out), *more]
 
     def same_matmuls(self, run, *others):
-        """Runs to come take the algorithms that `run` has timed: on a GPU each folder has its own, which round otherwise."""
         for name in others:
-            os.makedirs(self.path(name), exist_ok=True)
-            if os.path.exists(self.path(run + "/matmul.txt")):
-                shutil.copy(self.path(run + "/matmul.txt"), self.path(name))
+            same_matmuls(self.path(run), self.path(name))
 
     def same_twice(self):
         exports = []

@@ -10,13 +10,15 @@ import subprocess
 import sys
 
 from launch import (Failure, Job, Tests, checkpoint, checkpoints, contents, copy, expect, log_bits, read_log, refuse,
-                    run, verify)
+                    run, same_matmuls, verify)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KINDS = [("ENOSPC", ""), ("EIO", ""), ("SHORT", ""), ("ENOSPC", "1"), ("SHORT", "1")]  # FAULT_ERRNO, FAULT_STICKY
 
 
 class DiskTests(Tests):
+    SHAPE = ["--dim", 32, "--layers", 1, "--heads", 2, "--vocab-size", 65, "--multiple-of", 8, "--seq-len", 16]
+
     def __init__(self, args):
         super().__init__(args)
         self.failures = 0
@@ -25,9 +27,10 @@ class DiskTests(Tests):
                         os.path.join(HERE, "faulty_disk.c"), "-ldl"], check=True)
 
     def flags(self, name, ranks, *more):
-        """A short run that saves after steps 2, 4 and 6, its last."""
-        return ["--dim", 32, "--layers", 1, "--heads", 2, "--vocab-size", 65, "--multiple-of", 8, "--seq-len", 16,
-                "--total-batch", 4, "--batch-size", 4 // max(ranks, 1), "--steps", 6, "--lr", 1e-3, "--train-data",
+        """A short run that saves after steps 2, 4 and 6, its last; all on as many ranks with the same algorithms."""
+        batch = 4 // max(ranks, 1)
+        same_matmuls(self.timed(*self.SHAPE, "--batch-size", batch), self.path(name))
+        return [*self.SHAPE, "--total-batch", 4, "--batch-size", batch, "--steps", 6, "--lr", 1e-3, "--train-data",
                 self.path("tokens.bin"), "--save-every", 2, "--keep", 0, "--out", self.path(name), "--export",
                 self.path(name + ".st"), *more]
 

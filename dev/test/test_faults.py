@@ -17,7 +17,7 @@ import sys
 import time
 
 from launch import (Failure, Job, MPI_ENV, Tests, checkpoint, checkpoints, contents, copy, expect, log_bits, read_safetensors,
-                    refuse, run, verify, WARNING, write_safetensors, write_shard, xxh64)
+                    refuse, run, same_matmuls, verify, WARNING, write_safetensors, write_shard, xxh64)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CALL = re.compile(r"((?:train_gpt|simplenorm|dev/(?:device|run|use)/\w+)\.(?:cu|cuh|h)):\d+: (cuda|cublas|nccl)\w*.*: ")
@@ -432,6 +432,8 @@ class FaultTests(Tests):
 
     def full_table(self):
         """A limit of file sizes is a full disk to activations.csv, which ends with a whole row."""
+        self.begun()
+        same_matmuls(self.path("calm0"), self.path("table"))
         flags = self.flags("table", "--probe", 1, "--probe-batches", 1, "--probe-iterations", 0)
         flags[flags.index("--save-every") + 1] = 0
         ask = [self.exe, *map(str, flags)]
@@ -515,6 +517,7 @@ class FaultTests(Tests):
     def reader_gone(self):
         """Who read the lines is gone, as tee at Ctrl-C: training does not end by that."""
         _, log, weights = self.begun()
+        same_matmuls(self.path("calm0"), self.path("gone"))
         read, write = os.pipe()
         os.close(read)
         try:
@@ -615,8 +618,9 @@ class FaultTests(Tests):
         for kind in ("directory", "pipe", "garbage"):
             self.test(f"table_file {kind} log.csv", self.table_file, kind, "log.csv")
         for body in (self.names, self.linked_checkpoint, self.linked_leftover, self.linked_files, self.damaged_twice,
-                     self.other_data, self.full_table, self.prompt_file, self.reader_gone, self.out_without_rights,
-                     self.not_readable, self.other_step, self.two_lines, self.own_table, self.threads, self.table):
+                     self.other_data, self.full_table, self.prompt_file, self.reader_gone,
+                     self.out_without_rights, self.not_readable, self.other_step, self.two_lines, self.own_table,
+                     self.threads, self.table):
             self.test(body.__name__, body)
         for program, module in (("look/plot.py", "matplotlib"), ("look/plot_probe.py", "matplotlib"),
                                 ("hf/export.py", "numpy"), ("hf/import.py", "numpy"), ("data/prepare.py", "numpy"),

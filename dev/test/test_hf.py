@@ -24,7 +24,8 @@ import numpy as np
 
 import lines
 import test_convert_tokenizer
-from test_cli import golden_model, golden_run, read_log, read_safetensors, values, write_safetensors, write_shard
+from test_cli import (golden_model, golden_run, read_log, read_safetensors, same_matmuls, values, write_safetensors,
+                      write_shard)
 
 ROOT = Path(__file__).resolve().parents[2]
 HF = ROOT / "dev" / "hf"
@@ -165,8 +166,10 @@ class Convert(Case):
                 shard, ends = self.dir / "tokens.bin", []
                 write_shard(shard, values(tensors["tokens"]))
                 for flags in ([*golden_model(c), "--init-from", path], printed):
-                    out, end = self.dir / "run", self.dir / f"end{len(ends)}.st"
+                    out, end = self.dir / f"run{len(ends)}", self.dir / f"end{len(ends)}.st"
                     shutil.rmtree(out, ignore_errors=True)
+                    if ends:
+                        same_matmuls(self.dir / "run0", out)
                     self.train(*flags, *golden_run(o), "--train-data", shard, "--export", end, "--out", out)
                     ends.append(read_safetensors(end)[0])
                     losses = [float(row["loss"]) for row in read_log(out)]

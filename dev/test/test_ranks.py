@@ -15,7 +15,7 @@ import sys
 import time
 
 from launch import (Failure, Job, Trace, checkpoint, checkpoints, contents, copy, expect, log_bits, losses, read_log,
-                    read_safetensors, refuse, run, Tests, values, verify, write_safetensors, write_shard)
+                    read_safetensors, refuse, run, same_matmuls, Tests, values, verify, write_safetensors, write_shard)
 
 STEPS = 6
 # Small and odd: nothing is a multiple of 64, heads share keys, positions are more than the tokens of a sequence.
@@ -89,9 +89,11 @@ class RankTests(Tests):
     # --- a. the same training on any number of ranks
 
     def flags(self, out, *more, shape="llama", steps=STEPS, total=TOTAL, accum=1, ranks=1, save=0):
-        return [*shape_flags(shape), "--total-batch", total, "--batch-size", total // (max(ranks, 1) * accum),
-                "--steps", steps, "--lr", 1e-3, "--train-data", self.path("tokens.bin"), "--out", self.path(out),
-                "--save-every", save, *more]
+        """Of a run whose ranks all take the algorithms that were timed for their shape."""
+        batch = total // (max(ranks, 1) * accum)
+        same_matmuls(self.timed(*shape_flags(shape), "--batch-size", batch), self.path(out))
+        return [*shape_flags(shape), "--total-batch", total, "--batch-size", batch, "--steps", steps, "--lr", 1e-3,
+                "--train-data", self.path("tokens.bin"), "--out", self.path(out), "--save-every", save, *more]
 
     def trained(self, shape, ranks, zero, accum, each, again=0, env=None):
         """(log, bits of the log, export, output, traces) of a run; ranks 0: without mpirun."""

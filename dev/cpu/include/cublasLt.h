@@ -1,5 +1,10 @@
 // The part of cuBLASLt that the trainer uses, over OpenBLAS: D = alpha op(A) op(B) + beta C, column-major, C == D.
 // A and B both float or both bfloat16, D either. bfloat16 passes through float copies: products are exact, sums float.
+//
+// As on a GPU there can be several algorithms, which round differently: number i, from 0, adds k in i + 1 parts. Which of
+// them the heuristic names first depends on the shape, which of them events call the fastest on shape and process.
+// CUBLASLT_CPU_ALGORITHMS=N: that many; else there is one, in the exact geometry two. An algorithm needs the alignment
+// that its preference promised, and only those that the heuristic gives are known: others are refused.
 #pragma once
 #include <cblas.h>
 #include <limits.h>
@@ -7,6 +12,7 @@
 #include <sys/mman.h>
 #include <algorithm>
 #include <memory>
+#include <random>
 #include <vector>
 #include "cuda_bf16.h"
 #include "cuda_runtime.h"
@@ -27,13 +33,20 @@ enum cublasLtMatmulDescAttributes_t { CUBLASLT_MATMUL_DESC_TRANSA = 3, CUBLASLT_
 enum cublasLtMatmulPreferenceAttributes_t {
     CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,
     CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES = 7,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8,
 };
 enum cublasLtReductionScheme_t { CUBLASLT_REDUCTION_SCHEME_NONE = 0, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2 };
 
 struct cublasLtMatmulDescOpaque_t { cublasOperation_t transa, transb; };
 struct cublasLtMatrixLayoutOpaque_t { cudaDataType_t type; uint64_t rows, cols; int64_t ld; };
-struct cublasLtMatmulPreferenceOpaque_t { uint64_t max_workspace; };
-struct cublasLtMatmulAlgo_t { uint64_t data[8]; };
+struct cublasLtMatmulPreferenceOpaque_t {
+    uint64_t max_workspace = 0;
+    uint32_t alignment[4] = {256, 256, 256, 256};  // of A, B, C, D
+};
+struct cublasLtMatmulAlgo_t { uint64_t data[8]; };  // its number, A's to D's alignment, zeros
 struct cublasLtMatmulHeuristicResult_t {
     cublasLtMatmulAlgo_t algo;
     size_t workspaceSize;
@@ -60,12 +73,20 @@ inline const char* cublasLtGetStatusName(cublasStatus_t status) {
 inline const char* cublasLtGetStatusString(cublasStatus_t status) { return cublasLtGetStatusName(status); }
 
 inline size_t cublasLtGetVersion() { return 0; }
-// Algorithms to choose from: there is one, but tests have two of the same kind.
 #ifdef EXACT_GEOMETRY
 constexpr int CUBLASLT_ALGORITHMS = 2;
 #else
 constexpr int CUBLASLT_ALGORITHMS = 1;
 #endif
+inline int cublasLt_algorithms = [] {  // tests may set it
+    const char* text = getenv("CUBLASLT_CPU_ALGORITHMS");
+    const int count = text && *text ? atoi(text) : CUBLASLT_ALGORITHMS;
+    if (count >= 1 && count <= 16) return count;
+    fprintf(stderr, "cublasLt: CUBLASLT_CPU_ALGORITHMS is '%s'. It must be 1 to 16, or not set.\n", text);
+    exit(1);
+}();
+inline const unsigned cublasLt_luck = cublasLt_algorithms > 1 ? std::random_device()() : 0;  // this process's
+
 // OpenBLAS waits for ever where it gets no memory for its buffers, 128 MiB of address space a thread. So they are asked
 // for here: there is none, or the threads have theirs.
 inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
@@ -110,7 +131,7 @@ inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout)
 }
 
 inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference) {
-    *preference = new cublasLtMatmulPreferenceOpaque_t{0};
+    *preference = new cublasLtMatmulPreferenceOpaque_t;
     return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
@@ -119,10 +140,18 @@ inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t
 inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
                                                            cublasLtMatmulPreferenceAttributes_t attribute,
                                                            const void* value, size_t bytes) {
-    if (attribute == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK)  // nothing is split here
-        return value && bytes == sizeof(uint32_t) ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
-    if (value == nullptr || bytes != sizeof preference->max_workspace) return CUBLAS_STATUS_INVALID_VALUE;
-    memcpy(&preference->max_workspace, value, bytes);
+    uint32_t number;
+    if (value == nullptr) return CUBLAS_STATUS_INVALID_VALUE;
+    if (attribute == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) {
+        if (bytes != sizeof preference->max_workspace) return CUBLAS_STATUS_INVALID_VALUE;
+        memcpy(&preference->max_workspace, value, bytes);
+        return CUBLAS_STATUS_SUCCESS;
+    }
+    if (bytes != sizeof number) return CUBLAS_STATUS_INVALID_VALUE;
+    memcpy(&number, value, bytes);
+    if (attribute == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK) return CUBLAS_STATUS_SUCCESS;  // all add in float
+    if (number == 0 || (number & (number - 1))) return CUBLAS_STATUS_INVALID_VALUE;
+    preference->alignment[attribute - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES] = number;
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -140,19 +169,42 @@ inline cublasStatus_t cublasLt_check(cublasLtMatmulDesc_t desc, cublasLtMatrixLa
                                                                        : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 
+// One of the algorithms, by the shape and a seed.
+inline int cublasLt_pick(uint64_t seed, cublasLtMatmulDescOpaque_t desc, cublasLtMatrixLayoutOpaque_t A,
+                         cublasLtMatrixLayoutOpaque_t D) {
+    for (uint64_t x : {uint64_t(desc.transa), uint64_t(desc.transb), A.rows, A.cols, D.rows, D.cols})
+        seed = ((seed ^ x) + 1) * 0x9E3779B97F4A7C15, seed ^= seed >> 29;
+    return int(seed % cublasLt_algorithms);
+}
+
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
                                                      cublasLtMatrixLayout_t A, cublasLtMatrixLayout_t B,
                                                      cublasLtMatrixLayout_t C, cublasLtMatrixLayout_t D,
-                                                     cublasLtMatmulPreference_t, int requested,
+                                                     cublasLtMatmulPreference_t preference, int requested,
                                                      cublasLtMatmulHeuristicResult_t* results, int* returned) {
     if (requested < 1) return CUBLAS_STATUS_INVALID_VALUE;
     const cublasStatus_t state = cublasLt_check(desc, A, B, C, D);
-    *returned = state != CUBLAS_STATUS_SUCCESS ? 0 : std::min(requested, CUBLASLT_ALGORITHMS);
+    const int first = cublasLt_pick(0, *desc, *A, *D);
+    *returned = state != CUBLAS_STATUS_SUCCESS ? 0 : std::min(requested, cublasLt_algorithms);
     for (int i = 0; i < *returned; i++) {
         results[i] = {};
-        results[i].algo.data[0] = i;
+        results[i].algo.data[0] = (first + i) % cublasLt_algorithms;
+        std::copy_n(preference->alignment, 4, results[i].algo.data + 1);
     }
     return state;
+}
+
+// What keeps an algorithm from multiplying these operands.
+inline cublasStatus_t cublasLt_check(const cublasLtMatmulAlgo_t& algo, std::initializer_list<const void*> operands) {
+    if (std::any_of(algo.data + 5, std::end(algo.data), [](uint64_t word) { return word != 0; }))
+        return CUBLAS_STATUS_INVALID_VALUE;
+    if (algo.data[0] >= uint64_t(cublasLt_algorithms)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    const uint64_t* alignment = algo.data + 1;
+    for (const void* p : operands) {
+        if (*alignment == 0) return CUBLAS_STATUS_INVALID_VALUE;
+        if (uintptr_t(p) % *alignment++) return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
+    return CUBLAS_STATUS_SUCCESS;
 }
 
 // A float view of a matrix: itself, or a copy of its bfloat16 with the same leading dimension.
@@ -173,7 +225,7 @@ inline const float* cublasLt_float(std::unique_ptr<float[]>& copy, const void* d
 inline cublasStatus_t cublasLt_run(cublasLtMatmulDescOpaque_t desc, float alpha, const void* A,
                                    cublasLtMatrixLayoutOpaque_t Adesc, const void* B,
                                    cublasLtMatrixLayoutOpaque_t Bdesc, float beta, void* D,
-                                   cublasLtMatrixLayoutOpaque_t Ddesc) {
+                                   cublasLtMatrixLayoutOpaque_t Ddesc, int parts) {
     bool ta = desc.transa != CUBLAS_OP_N, tb = desc.transb != CUBLAS_OP_N;
     std::unique_ptr<float[]> a_copy, b_copy, d_copy;
     const float* a = cublasLt_float(a_copy, A, &Adesc);
@@ -186,21 +238,26 @@ inline cublasStatus_t cublasLt_run(cublasLtMatmulDescOpaque_t desc, float alpha,
     const bool by_cols = cols >= rows;
     const int threads = openblas_get_parallel() == OPENBLAS_OPENMP ? omp_get_max_threads() : 1;
     const int64_t share = ((by_cols ? cols : rows) + 16 * threads - 1) / (16 * threads) * 16;
+    const int64_t K = ta ? Adesc.rows : Adesc.cols;
     #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int t = 0; t < threads; t++) {
         const int64_t row = by_cols ? 0 : t * share, col = by_cols ? t * share : 0;
         const int64_t m = by_cols ? rows : std::min(share, rows - row), n = by_cols ? std::min(share, cols - col) : cols;
         if (m <= 0 || n <= 0) continue;
-        if (cols == 1) {  // a matrix times a vector, for which sgemm would copy the matrix first
-            const int64_t k = ta ? Adesc.rows : Adesc.cols;
-            if (beta == 0.0f) std::fill_n(d + row, m, 0.0f);
-            cblas_sgemv(CblasColMajor, ta ? CblasTrans : CblasNoTrans, ta ? k : m, ta ? m : k, alpha,
-                        a + (ta ? row * Adesc.ld : row), Adesc.ld, b, tb ? Bdesc.ld : 1, beta, d + row, 1);
-            continue;
+        for (int part = 0; part < parts; part++) {
+            const int64_t from = K * part / parts, k = K * (part + 1) / parts - from;
+            const float *ap = a + (ta ? from : from * Adesc.ld), *bp = b + (tb ? from * Bdesc.ld : from);
+            const float keep = part ? 1.0f : beta;
+            if (cols == 1) {  // a matrix times a vector, for which sgemm would copy the matrix first
+                if (keep == 0.0f) std::fill_n(d + row, m, 0.0f);
+                cblas_sgemv(CblasColMajor, ta ? CblasTrans : CblasNoTrans, ta ? k : m, ta ? m : k, alpha,
+                            ap + (ta ? row * Adesc.ld : row), Adesc.ld, bp, tb ? Bdesc.ld : 1, keep, d + row, 1);
+                continue;
+            }
+            cblas_sgemm(CblasColMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, m, n, k, alpha,
+                        ap + (ta ? row * Adesc.ld : row), Adesc.ld, bp + (tb ? col : col * Bdesc.ld), Bdesc.ld, keep,
+                        d + row + col * Ddesc.ld, Ddesc.ld);
         }
-        cblas_sgemm(CblasColMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, m, n,
-                    ta ? Adesc.rows : Adesc.cols, alpha, a + (ta ? row * Adesc.ld : row), Adesc.ld,
-                    b + (tb ? col : col * Bdesc.ld), Bdesc.ld, beta, d + row + col * Ddesc.ld, Ddesc.ld);
     }
     if (Ddesc.type == CUDA_R_32F) return CUBLAS_STATUS_SUCCESS;
     __nv_bfloat16* out = (__nv_bfloat16*)D;
@@ -215,16 +272,20 @@ inline cublasStatus_t cublasLt_status = CUBLAS_STATUS_SUCCESS;  // of the matmul
 inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void* alpha, const void* A,
                                      cublasLtMatrixLayout_t Adesc, const void* B, cublasLtMatrixLayout_t Bdesc,
                                      const void* beta, const void* C, cublasLtMatrixLayout_t Cdesc, void* D,
-                                     cublasLtMatrixLayout_t Ddesc, const cublasLtMatmulAlgo_t*, void*, size_t,
-                                     cudaStream_t stream) {
+                                     cublasLtMatrixLayout_t Ddesc, const cublasLtMatmulAlgo_t* algo, void*,
+                                     size_t, cudaStream_t stream) {
     cublasStatus_t status = cublasLt_check(desc, Adesc, Bdesc, Cdesc, Ddesc);
+    if (status == CUBLAS_STATUS_SUCCESS && algo) status = cublasLt_check(*algo, {A, B, C, D});
     if (status != CUBLAS_STATUS_SUCCESS) return status;
     if (C != D) return CUBLAS_STATUS_NOT_SUPPORTED;
-    auto label = cuda_label("matmul %zu %zu %zu", size_t(Ddesc->rows), size_t(Ddesc->cols),
-                            size_t(desc->transa != CUBLAS_OP_N ? Adesc->rows : Adesc->cols));
+    const size_t m = Ddesc->rows, n = Ddesc->cols, k = desc->transa != CUBLAS_OP_N ? Adesc->rows : Adesc->cols;
+    const int number = algo ? int(algo->data[0]) : 0;
+    const bool slow = number != cublasLt_pick(cublasLt_luck, *desc, *Adesc, *Ddesc);
+    auto label = cuda_label("matmul %zu %zu %zu", m, n, k);
     cuda_enqueue(stream, label, [=, desc = *desc, alpha = *(const float*)alpha, Adesc = *Adesc, Bdesc = *Bdesc,
                                  beta = *(const float*)beta, Ddesc = *Ddesc] {
-        cublasLt_status = cublasLt_run(desc, alpha, A, Adesc, B, Bdesc, beta, D, Ddesc);
+        cublasLt_status = cublasLt_run(desc, alpha, A, Adesc, B, Bdesc, beta, D, Ddesc, number + 1);
+        if (slow) cuda_late += std::chrono::seconds(1);
     });
     return cublasLt_status;
 }
