@@ -1222,6 +1222,7 @@ TEST(slope) {
 TEST(graph_and_algorithms) {
     std::vector<float> last[4];  // launched, captured; timed, read
     std::string text;
+    const std::string machine = matmul_machine();
     for (int way = 0; way < 4; way++) {
         Model m;
         plan(m, gpu, small_config(Backbone::llama, Variant::simplegpt), 2, true);
@@ -1231,14 +1232,14 @@ TEST(graph_and_algorithms) {
         if (way == 2) {
             matmul.forget_plans();
             time_matmuls(m);
-            text = matmul_choices();
+            text = matmul_choices(machine);
             EXPECT(size_t(std::count(text.begin(), text.end(), '\n')) == matmul.chosen.size() + 1);
             for (auto& [shape, p] : matmul.plans) EXPECT(p.algos.size() == 1);
         }
         if (way == 3) {
-            EXPECT(take_matmul_choices(text) && matmul_choices() == text);
-            for (const char* end : {"0 1 2\n", "algorithm 0 1 2\n"}) EXPECT(!take_matmul_choices(text + end));
-            EXPECT(!take_matmul_choices("cublasLt 1\n") && !take_matmul_choices(""));
+            EXPECT(take_matmul_choices(text, machine) && matmul_choices(machine) == text);
+            for (const char* end : {"0 1 2\n", "algorithm 0 1 2\n"}) EXPECT(!take_matmul_choices(text + end, machine));
+            EXPECT(!take_matmul_choices(text, machine + "x") && !take_matmul_choices("", machine));
         }
         two_steps(m, 0);
         two_steps(m, 2);
@@ -1273,7 +1274,7 @@ TEST(least_alignment) {
         loss.push_back(read_float(m, m.loss));
         destroy(m);
     }
-    expect_close({loss[1]}, {loss[0]}, BF16 ? 2e-3 : 1e-6, "loss");
+    expect_close({loss[1]}, {loss[0]}, BF16 ? 1e-3 : 1e-6, "loss");  // measured 1e-7; in bf16 below 1e-5 here
 }
 
 // The model with Hopper's kernels: gradients as with the others, up to rounding, and, whatever is recomputed, the same

@@ -494,8 +494,8 @@ float least_ms(Launch launch, cudaStream_t stream) {
 }
 
 // Handle, workspace, and one plan a shape, made at the first use. A plan's algorithm is the heuristic's first choice;
-// while `timing` is set, the fastest of its first 16. Algorithms differ in the order of their sums, so a run keeps its
-// choices (dev/run/job.h), and a resumed one has the same bits.
+// while `timing` is set, the fastest of its first 16, unless one is known already. Algorithms differ in the order of
+// their sums, so a run keeps its choices (dev/run/job.h), and a resumed one has the same bits.
 struct Matmul {
     struct Shape {
         int transA, transB, m, n, k, type;  // type: that of D
@@ -512,6 +512,7 @@ struct Matmul {
     cublasLtHandle_t handle = nullptr;
     void* workspace = nullptr;
     bool timing = false;
+    int timed = 0;  // shapes, so far
     std::map<Shape, Plan> plans;
     std::map<Shape, cublasLtMatmulAlgo_t> chosen;  // by timing, here or in an earlier part of the run
 
@@ -575,6 +576,7 @@ struct Matmul {
         }
         p.algos.resize(1);
         chosen[shape] = p.algos[0];
+        timed++;
     }
 
     void open() {
@@ -608,7 +610,14 @@ struct Matmul {
                                   workspace, MATMUL_WORKSPACE, gpu.stream);
         };
         if (timing && p.algos.size() > 1) choose(p, shape, gpu.stream, run);
-        check_cublas(run(p.algos[0]), "cublasLtMatmul", __FILE__, __LINE__);
+        cublasStatus_t status = run(p.algos[0]);
+        const bool refused = status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE;
+        if (refused && chosen.erase(shape)) {  // one from a file
+            p.algos = candidates(p, shape);
+            if (timing) choose(p, shape, gpu.stream, run);
+            status = run(p.algos[0]);
+        }
+        check_cublas(status, "cublasLtMatmul", __FILE__, __LINE__);
     }
 };
 inline Matmul matmul;
@@ -1947,8 +1956,8 @@ void forward_backward(Model& m, const int32_t* windows, int B, int T, float weig
     CHECK(cudaGraphLaunch(g.exec, m.gpu.stream));
 }
 
-// Runs one micro-batch of arbitrary tokens in which every matmul chooses its algorithm by time. Gradients and loss are
-// what a step's begin overwrites or clears.
+// Runs one micro-batch of arbitrary tokens in which every matmul whose algorithm is not known chooses it by time.
+// Gradients and loss are what a step's begin overwrites or clears.
 void time_matmuls(Model& m) {
     std::vector<int32_t> windows(size_t(m.B) * (m.c.T + 1));
     for (size_t i = 0; i < windows.size(); i++) windows[i] = int32_t(random_bits(1, 3, i) % m.c.V);

@@ -213,11 +213,12 @@ void log_csv(const Bytes& input) {
 }
 
 void matmul_txt(const Bytes& input) {
-    if (!take_matmul_choices(input)) return;
-    const std::string written = matmul_choices();
+    const std::string machine = "cublasLt 0, CPU, 16 multiprocessors, fp32";
+    if (!take_matmul_choices(input, machine)) return;
+    const std::string written = matmul_choices(machine);
     matmul.chosen.clear();
-    require(take_matmul_choices(written), "what was written cannot be read");
-    require(matmul_choices() == written, "what was read is not what was written");
+    require(take_matmul_choices(written, machine), "what was written cannot be read");
+    require(matmul_choices(machine) == written, "what was read is not what was written");
 }
 
 void questions(const Bytes& input) {

@@ -256,10 +256,20 @@ TrainState set_state(Model& m, const Options& o, DataLoader* data) {
     return state;
 }
 
-// The matmuls' choices as text, a line each: shape, then the algorithm, which cuBLASLt lets be stored and loaded again
-// by the same version of itself; the first line names it.
-std::string matmul_choices() {
-    std::string text = format("cublasLt %zu\n", cublasLtGetVersion());
+// What a choice of algorithms holds for.
+std::string matmul_machine() {
+    int number = 0;
+    cudaDeviceProp device;
+    CHECK(cudaGetDevice(&number));
+    CHECK(cudaGetDeviceProperties(&device, number));
+    return format("cublasLt %zu, %s, %d multiprocessors, %s", cublasLtGetVersion(), device.name,
+                  device.multiProcessorCount, PRECISION);
+}
+
+// The matmuls' choices as text: the machine, then a line each: shape and algorithm, which cuBLASLt lets be stored and
+// loaded again by the same version of itself.
+std::string matmul_choices(const std::string& machine) {
+    std::string text = machine + "\n";
     for (auto& [s, algo] : matmul.chosen) {
         text += format("algorithm %d %d %d %d %d %d", s.transA, s.transB, s.m, s.n, s.k, s.type);
         for (uint64_t word : algo.data) text += format(" %llx", (unsigned long long)word);
@@ -267,10 +277,10 @@ std::string matmul_choices() {
     }
     return text;
 }
-// False, and nothing taken, if the text is another version's or none of ours.
-bool take_matmul_choices(const std::string& text) {
-    size_t version = 0, at = text.find('\n');
-    if (sscanf(text.c_str(), "cublasLt %zu", &version) != 1 || version != cublasLtGetVersion()) return false;
+// False, and nothing taken, if the text is another machine's or none of ours.
+bool take_matmul_choices(const std::string& text, const std::string& machine) {
+    size_t at = text.find('\n');
+    if (text.substr(0, at) != machine) return false;
     std::map<Matmul::Shape, cublasLtMatmulAlgo_t> algorithms;
     while (at != std::string::npos && ++at < text.size()) {
         Matmul::Shape s;
@@ -293,24 +303,27 @@ bool take_matmul_choices(const std::string& text) {
 }
 
 // Has the matmuls' algorithms chosen, unless there is only one. A rank's choices lie in a file beside the log; a run
-// takes them from there, resumed or not, if every rank can.
+// takes them from there, resumed or not, and times what is missing or refused.
 void settle_matmuls(Model& m, const std::string& path, bool resumed) {
     const Config& c = m.c;
     const Matmul::Shape one = {false, true, int(m.N()), c.QKV(), c.C, CUDA_FLOATX};
     if (ranks.most(double(matmul.plan(one).algos.size())) < 2) return;
-    const bool there =
-        access(path.c_str(), R_OK) == 0 && take_matmul_choices(read_file(path)) && matmul.chosen.count(one);
-    if (ranks.least(there)) return matmul.forget_plans();
-    matmul.chosen.clear();
-    if (resumed)
-        printf("%s: is missing, or of another cuBLASLt or batch; matmuls are timed again, sums may round differently\n",
-               path.c_str());
+    matmul.forget_plans();
     const double begin = now();
+    const std::string machine = matmul_machine();
+    const bool there = access(path.c_str(), R_OK) == 0;
+    if (there) take_matmul_choices(read_file(path), machine);
     time_matmuls(m);
+    const double timed = ranks.most(matmul.timed);
+    if (timed == 0) return;
+    if (ranks.most(there || resumed))
+        printf("%s%s: lacks %.0f matmuls of this run on this machine (%s); they are timed again, sums may round "
+               "differently\n",
+               path.c_str(), ranks.size > 1 ? " or another rank's" : "", timed, machine.c_str());
     OutFile file(path);
-    file.write(matmul_choices());
+    file.write(matmul_choices(machine));
     file.commit();
-    printf("timed %zu matmuls in %.1f s\n", matmul.chosen.size(), now() - begin);
+    printf("timed %.0f matmuls in %.1f s\n", timed, now() - begin);
 }
 
 // Bytes of a checkpoint that are a rank's.

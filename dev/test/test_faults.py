@@ -447,6 +447,46 @@ class FaultTests(Tests):
             rows = f.read()
         expect(0 < len(rows) <= 600 and rows.endswith("\n"), f"ends with {rows[-80:]!r}")
 
+    def matmul_file(self):
+        """Choices of algorithms that are not there, not whole, refused or another machine's are made again, with a line;
+        the others stay."""
+        several, name = {"CUBLASLT_CPU_ALGORITHMS": "3"}, "algorithms"
+        file = self.path(name + "/matmul.txt")
+
+        def lacks(step, *more):
+            said = run(self.exe, self.flags(name, *more, steps=step), env=several).out
+            return [int(n) for n in re.findall(r"matmul.txt: lacks (\d+) matmuls of this run on this machine", said)]
+
+        def without(key):
+            return {line for line in contents(file).splitlines() if not line.startswith(key)}
+
+        expect(lacks(1) == [], "a new run lacks choices")
+        good = contents(file)
+        machine, first, *rest = good.splitlines(True)
+        words = first.split()  # "algorithm", the shape's six, the algorithm's eight
+        every, key = 1 + len(rest), b" ".join(words[:7]) + b" "
+        unknown, strange = (b" ".join([*words[:7 + i], b"f", *words[8 + i:]]) + b"\n" for i in (0, 7))
+        others = [machine.replace(a, b) for a, b in ((b" 0,", b" 1,"), (b", 16 ", b", 17 "), (b"\n", b"16\n"),
+                                                     (b"fp32", b"bf16") if b"fp32" in machine else (b"bf16", b"fp32"))]
+        others.append(machine[:12] + b"x" + machine[12:])  # another name
+        for step, (text, most) in enumerate([
+                (good, 0), (None, every), (b"", every), (good[:-9], every), (machine + b"".join(rest), 1),
+                (machine + unknown + b"".join(rest), 1), (machine + strange + b"".join(rest), 1),
+                *((other + first + b"".join(rest), every) for other in others)], 2):
+            what = f"step {step}, {text and text[:400]}: "
+            if text is None:
+                os.remove(file)
+            else:
+                with open(file, "wb") as f:
+                    f.write(text)
+            found = lacks(step, "--resume")
+            expect(found == [most] * (most > 0), f"{what}lacks {found}, not {most}")
+            expect(contents(file).startswith(machine) and contents(file).count(b"\n") == 1 + every, f"{what}{contents(file)}")
+            if most == 1:
+                expect(without(key) == set((machine + b"".join(rest)).splitlines()), f"{what}others were chosen again")
+            if most == 0:
+                expect(contents(file) == good, "it was written again")
+
     def export_kind(self, kind):
         """What is no file is not replaced by one."""
         path = self.path(f"export_{kind}.st")
@@ -618,7 +658,7 @@ class FaultTests(Tests):
         for kind in ("directory", "pipe", "garbage"):
             self.test(f"table_file {kind} log.csv", self.table_file, kind, "log.csv")
         for body in (self.names, self.linked_checkpoint, self.linked_leftover, self.linked_files, self.damaged_twice,
-                     self.other_data, self.full_table, self.prompt_file, self.reader_gone,
+                     self.matmul_file, self.other_data, self.full_table, self.prompt_file, self.reader_gone,
                      self.out_without_rights, self.not_readable, self.other_step, self.two_lines, self.own_table,
                      self.threads, self.table):
             self.test(body.__name__, body)

@@ -1,8 +1,8 @@
 // The part of cuBLASLt that the trainer uses, over OpenBLAS: D = alpha op(A) op(B) + beta C, column-major, C == D.
 // A and B both float or both bfloat16, D either. bfloat16 passes through float copies: products are exact, sums float.
 //
-// As on a GPU there can be several algorithms, which round differently: number i, from 0, adds k in i + 1 parts. Which of
-// them the heuristic names first depends on the shape, which of them events call the fastest on shape and process.
+// As on a GPU there can be several algorithms, which round differently: number i, from 0, adds k in i + 1 parts. The
+// heuristic names one first that depends on the shape, events call one the fastest that depends on shape and process.
 // CUBLASLT_CPU_ALGORITHMS=N: that many; else there is one, in the exact geometry two. An algorithm needs the alignment
 // that its preference promised, and only those that the heuristic gives are known: others are refused.
 #pragma once
