@@ -64,14 +64,17 @@ __device__ inline void row_stats(float2 (&s)[ROWS], float2* stats, const Row<PAC
     }
 }
 
+// What a block may ask for beside block_sums' own: two arrays at most, of two floats for each of 32 warps.
+inline size_t dynamic_room(const Gpu& gpu) { return gpu.shared - 2 * 32 * 2 * sizeof(float); }
+
 // Lets a kernel have this many bytes of dynamic shared memory; returns them.
 template <typename Kernel>
 size_t dynamic_shared(Kernel* kernel, size_t bytes, const Gpu& gpu) {
-    if (bytes > gpu.shared)
+    if (bytes > dynamic_room(gpu))
         throw Error(format(
             "norm backward: the sums of a row's columns need %zu bytes of shared memory, of which a block has %zu "
             "here. Choose a narrower model.",
-            bytes, gpu.shared));
+            bytes, dynamic_room(gpu)));
     CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
     return bytes;
 }
@@ -546,7 +549,7 @@ void ffn_norm_act_backward(floatX* draw, Flat dgain, float* partial, const float
     row_shape<true>(F, [&](auto packs, int threads) {
         constexpr int P = packs.value;
         const size_t stage = BF16 && !SERIAL && P <= 5 ? size_t(gated ? 3 : 2) * P * threads * 16 : 0;
-        const bool staged = stage > 0 && ColumnSums::bytes(W) + stage <= gpu.shared;
+        const bool staged = stage > 0 && ColumnSums::bytes(W) + stage <= dynamic_room(gpu);
         auto shared = [&](auto* kernel) {
             return dynamic_shared(kernel, ColumnSums::bytes(W) + (staged ? stage : 0), gpu);
         };

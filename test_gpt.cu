@@ -292,6 +292,17 @@ TEST(qkv_norm_rope) {
                 }
 }
 
+// A device whose blocks have 99 KB of shared memory, as long as it lives; the stand-in then gives no more.
+struct SmallShared {
+    const size_t shared = std::exchange(gpu.shared, SMALL_SHARED);
+#ifdef __CUDACC__
+    ~SmallShared() { gpu.shared = shared; }
+#else
+    const size_t limit = std::exchange(cuda_shared_optin, SMALL_SHARED);
+    ~SmallShared() { gpu.shared = shared, cuda_shared_optin = limit; }
+#endif
+};
+
 TEST(ffn_norm_act) {
     FewBlocks few;
     for (auto [N, F] : {std::pair{1, 8},
@@ -344,6 +355,26 @@ TEST(ffn_norm_act) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Embedding, matmul, attention, loss
+
+// The widest rows whose columns a block can sum on most cards, and the next, which are refused by name.
+TEST(widest_norm) {
+    if (SERIAL) return;
+    SmallShared small;
+    for (int F : {12600, 12656}) {  // 100 800 and 101 248 bytes of 101 376, of which block_sums has 512
+        DevX raw(2 * F), gain(2 * F), out(F), draw(2 * F);
+        DevF stats(4), dgain(2 * F), partial(size_t(row_blocks(1, F, gpu)) * 2 * F);
+        std::string refused;
+        try {
+            ffn_norm_act_forward(out.p, (float2*)stats.p, raw.p, gain.p, 1, F, true, BOTH_NORMS[0], gpu);
+            ffn_norm_act_backward(draw.p, dgain.p, partial.p, out.p, raw.p, gain.p, (float2*)stats.p, 1, F, true, BOTH_NORMS[0],
+                                  gpu);
+            CHECK(cudaDeviceSynchronize());
+        } catch (const std::exception& e) {
+            refused = e.what();
+        }
+        EXPECT((refused.find("narrower model") != std::string::npos) == (F > 12600));
+    }
+}
 
 TEST(embedding) {
     for (auto [B, T, C, V] : {std::tuple{1, 1, 16, 3}, {2, 13, 48, 7}, {3, 5, 200, 1000}})
@@ -438,17 +469,6 @@ AttentionWant attention_reference(const Heads& h, const Vec& q, const Vec& k, co
             }
     return w;
 }
-
-// A device whose blocks have 99 KB of shared memory, as long as it lives; the stand-in then gives no more.
-struct SmallShared {
-    const size_t shared = std::exchange(gpu.shared, SMALL_SHARED);
-#ifdef __CUDACC__
-    ~SmallShared() { gpu.shared = shared; }
-#else
-    const size_t limit = std::exchange(cuda_shared_optin, SMALL_SHARED);
-    ~SmallShared() { gpu.shared = shared, cuda_shared_optin = limit; }
-#endif
-};
 
 TEST(attention) {
     struct Shape {
