@@ -1480,17 +1480,49 @@ std::string memory_plan(const Model& m) {
 // Whether the code that the device runs has Hopper's instructions: it lacks them if built for sm_90 without the a.
 __global__ void hopper_code_kernel(int* there) { *there = HOPPER_CODE; }
 
+// The GPUs that this process is shown, at least one.
+int count_devices() {
+    int count = 0, driver = 0, runtime = 0;
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    if (status == cudaSuccess && count > 0) return count;
+    CHECK(cudaDriverGetVersion(&driver));
+    CHECK(cudaRuntimeGetVersion(&runtime));
+    const std::string there = driver ? format("the driver is of CUDA %d.%d", driver / 1000, driver % 1000 / 10)
+                                     : std::string("there is no driver");
+    const bool old = status == cudaErrorInsufficientDriver && driver > 0;
+    throw Error(format("device: no CUDA device is visible: %s; %s, this build of CUDA %d.%d. %s",
+                       cudaGetErrorString(status), there.c_str(), runtime / 1000, runtime % 1000 / 10,
+                       old ? "Update the driver, or build with an older CUDA."
+                           : "Check nvidia-smi, or build for the CPU: make cpu."));
+}
+
+// Throws if this build has no code that the current device runs.
+void check_code(const cudaDeviceProp& device) {
+    cudaFuncAttributes code;
+    const cudaError_t status = cudaFuncGetAttributes(&code, hopper_code_kernel);
+    if (status != cudaErrorNoKernelImageForDevice && status != cudaErrorInvalidDeviceFunction &&
+        status != cudaErrorUnsupportedPtxVersion)
+        return check_cuda(status, "cudaFuncGetAttributes(hopper_code_kernel)", __FILE__, __LINE__);
+    const int sm = device.major * 10 + device.minor;
+    if (sm < 80)
+        throw Error(format("device: %s is sm_%d, the kernels need sm_80 or newer. Build for the CPU: make cpu.",
+                           device.name, sm));
+    std::string built;
+    for (int arch : {__CUDA_ARCH_LIST__}) built += format("%ssm_%d", built.empty() ? "" : ", ", arch / 10);
+    throw Error(format("device: %s is sm_%d, this build is for %s. Build it there, or with GPU_ARCH=-arch=sm_%d: make gpu.",
+                       device.name, sm, built.c_str(), sm));
+}
+
 // The GPU of number `local`, which is this process's on its node, or the only one it is shown.
 Gpu open_device(int local = 0) {
-    int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0)
-        throw Error("device: no CUDA device is visible. Check nvidia-smi, or build for the CPU: make cpu.");
+    const int count = count_devices();
     if (count > 1 && local >= count)
         throw Error(format("device: local rank %d, but this node shows %d GPUs. Start a process a GPU.", local, count));
     cudaDeviceProp device;
     const int mine = count > 1 ? local : 0;
     CHECK(cudaSetDevice(mine));
     CHECK(cudaGetDeviceProperties(&device, mine));
+    check_code(device);
     Gpu gpu;
     gpu.sms = device.multiProcessorCount;
     gpu.shared = device.sharedMemPerBlockOptin;

@@ -209,7 +209,11 @@ inline CUtensorMap tensor_map(const void* base, std::array<int64_t, 4> dims, std
     static decltype(&cuTensorMapEncodeTiled) encode = [] {
         void* function = nullptr;
         cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
         CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+#else  // which does not know it
+        CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
+#endif
         if (found != cudaDriverEntryPointSuccess)
             throw Error("device: the driver has no cuTensorMapEncodeTiled. Update it to one of CUDA 12 or later.");
         return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);

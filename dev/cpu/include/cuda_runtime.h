@@ -26,6 +26,9 @@
 #include <string>
 #include <vector>
 
+#define CUDART_VERSION 13000
+#define __CUDA_ARCH_LIST__ 800, 900  // as if built for these
+
 #define __global__
 #define __device__
 #define __host__
@@ -161,7 +164,12 @@ enum cudaError_t {
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
     cudaErrorInvalidConfiguration = 9,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorInvalidDeviceFunction = 98,
+    cudaErrorNoDevice = 100,
     cudaErrorInvalidDevice = 101,
+    cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorUnsupportedPtxVersion = 222,
     cudaErrorInvalidResourceHandle = 400,
     cudaErrorNotReady = 600,
     cudaErrorIllegalAddress = 700,
@@ -186,7 +194,12 @@ inline const char* cudaGetErrorName(cudaError_t error) {
         case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
         case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
         case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
+        case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
+        case cudaErrorInvalidDeviceFunction: return "cudaErrorInvalidDeviceFunction";
+        case cudaErrorNoDevice: return "cudaErrorNoDevice";
         case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+        case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
+        case cudaErrorUnsupportedPtxVersion: return "cudaErrorUnsupportedPtxVersion";
         case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
         case cudaErrorNotReady: return "cudaErrorNotReady";
         case cudaErrorIllegalAddress: return "cudaErrorIllegalAddress";
@@ -203,7 +216,12 @@ inline const char* cudaGetErrorString(cudaError_t error) {
         case cudaErrorInvalidValue: return "invalid argument";
         case cudaErrorMemoryAllocation: return "out of memory";
         case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+        case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
+        case cudaErrorInvalidDeviceFunction: return "invalid device function";
+        case cudaErrorNoDevice: return "no CUDA-capable device is detected";
         case cudaErrorInvalidDevice: return "invalid device ordinal";
+        case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
+        case cudaErrorUnsupportedPtxVersion: return "the provided PTX was compiled with an unsupported toolchain.";
         case cudaErrorInvalidResourceHandle: return "invalid resource handle";
         case cudaErrorNotReady: return "device not ready";
         case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
@@ -694,14 +712,38 @@ inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The device: one, the CPU
+// The device: one, the CPU. For tests of what can be amiss with another, CUDA_CPU_DEVICE: none; driver=11040, its
+// version; sm=75, a capability for which this build has no code.
 
+struct CudaCpuDevice {
+    int count = 1, driver = CUDART_VERSION, sm = 0;
+    bool image = true;  // there is code for it
+};
+inline CudaCpuDevice cuda_cpu_device = [] {
+    CudaCpuDevice device;
+    const char* text = getenv("CUDA_CPU_DEVICE");
+    if (!text) return device;
+    if (strcmp(text, "none") == 0) device.count = 0;
+    else if (sscanf(text, "sm=%d", &device.sm) == 1) device.image = false;
+    else if (sscanf(text, "driver=%d", &device.driver) != 1) {
+        fprintf(stderr, "cuda: CUDA_CPU_DEVICE is '%s'. It must be none, driver=N or sm=N.\n", text);
+        exit(1);
+    }
+    return device;
+}();
 struct cudaDeviceProp {
     char name[256];
     size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin;
     int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock;
 };
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+// these two do not fail after an illegal access either
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = cuda_cpu_device.driver, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+    *count = cuda_cpu_device.count;
+    if (cuda_cpu_device.driver < CUDART_VERSION) return cuda_fail(cudaErrorInsufficientDriver);
+    return *count ? cudaSuccess : cuda_fail(cudaErrorNoDevice);
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 
 // Ranks that are bound to no cores share them out: each with a thread a core they wait for each other.
@@ -715,7 +757,8 @@ inline cudaError_t cudaSetDevice(int device) {
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* prop, int device) {
     if (device != 0) return cuda_fail(cudaErrorInvalidDevice);
     size_t free;
-    *prop = {"CPU", 0, CUDA_SHARED_DEFAULT, cuda_shared_optin, 0, 0, 0, WARP_SIZE, 1024};
+    const int sm = cuda_cpu_device.sm;
+    *prop = {"CPU", 0, CUDA_SHARED_DEFAULT, cuda_shared_optin, sm / 10, sm % 10, 0, WARP_SIZE, 1024};
     prop->multiProcessorCount = 16;  // any machine's, so that grids, and with them results, are the same on all
     cudaMemGetInfo(&free, &prop->totalGlobalMem);
     char line[512];
@@ -723,6 +766,15 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* prop, int device) {
         while (fgets(line, sizeof line, file) && sscanf(line, "model name : %255[^\n]", prop->name) != 1) {}
         fclose(file);
     }
+    return cudaSuccess;
+}
+
+struct cudaFuncAttributes {
+    int ptxVersion, binaryVersion;
+};
+template <class T> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, T*) {
+    if (!cuda_cpu_device.image) return cuda_fail(cudaErrorNoKernelImageForDevice);
+    *attributes = {cuda_cpu_device.sm, cuda_cpu_device.sm};
     return cudaSuccess;
 }
 
@@ -760,6 +812,7 @@ inline bool cuda_fault_due() {
 #define CUDA_MAY_FAIL(call) (cuda_fault_due() ? cuda_fail(cudaErrorIllegalAddress) : (call))
 #define cudaGetLastError(...) CUDA_MAY_FAIL(cudaGetLastError(__VA_ARGS__))
 #define cudaFuncSetAttribute(...) CUDA_MAY_FAIL(cudaFuncSetAttribute(__VA_ARGS__))
+#define cudaFuncGetAttributes(...) CUDA_MAY_FAIL(cudaFuncGetAttributes(__VA_ARGS__))
 #define cudaMemGetInfo(...) CUDA_MAY_FAIL(cudaMemGetInfo(__VA_ARGS__))
 #define cudaMalloc(...) CUDA_MAY_FAIL(cudaMalloc(__VA_ARGS__))
 #define cudaFree(...) CUDA_MAY_FAIL(cudaFree(__VA_ARGS__))
