@@ -6,17 +6,25 @@
 CUDA     ?= /usr/local/cuda
 NVCC     ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA)/bin/nvcc))
 PYTHON   ?= /usr/bin/python3
-GPU_ARCH ?= -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a
+# Code for the GPUs that are there, of those that nvcc knows; without one for all of these, and PTX for what comes later.
+# Hopper's kernels need the a of 90a.
+KNOWN     = $(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch 2>/dev/null))
+THERE     = $(filter $(KNOWN),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+                sed -n -E 's/^([89]|1[0-9])\.([0-9])$$/\1\2/p' | sort -u))
+ARCHS     = $(or $(THERE),80 90 $(filter $(KNOWN),100 120))
+GPU_ARCH ?= $(foreach a,$(ARCHS:90=90a),-gencode=arch=compute_$a,code=sm_$a) \
+            $(if $(THERE),,-gencode=arch=compute_80,code=compute_80)
 SOURCES   = train_gpt.cu simplenorm.cuh dataloader.h tokenizer.h $(wildcard dev/device/*.cuh dev/run/*.h dev/use/*.h)
 STANDIN   = $(wildcard dev/cpu/include/*.h)
 
-NVCCFLAGS = -std=c++17 -O3 -Xcompiler -fopenmp,-pthread,-Wall $(GPU_ARCH)
-# NCCL's folder, with include/ and a lib: beside the toolkit, the system's, or what pip has installed with PyTorch
+NVCCFLAGS = -std=c++17 -O3 --threads 0 -Xcompiler -fopenmp,-pthread,-Wall $(GPU_ARCH)
+# NCCL's folder, with include/ and a lib: beside the toolkit, the system's, or what pip has installed with PyTorch.
+# Without it (NCCL=) the build is for one GPU.
 NCCL     ?= $(or $(patsubst %/include/nccl.h,%,$(firstword \
                 $(wildcard $(CUDA)/include/nccl.h /usr/include/nccl.h /usr/local/include/nccl.h))),$(shell \
                 for p in $(PYTHON) python3; do $$p -c 'import nvidia.nccl as n; print(*n.__path__)' 2>/dev/null && break; done))
-NCCL_LIBS = $(addprefix -L,$(wildcard $(NCCL)/lib $(NCCL)/lib64)) -l:libnccl.so.2 \
-            $(if $(filter-out /usr,$(NCCL)),$(patsubst %,-Xlinker -rpath=%,$(wildcard $(NCCL)/lib $(NCCL)/lib64)))
+NCCL_LIBS = $(if $(NCCL),$(addprefix -L,$(wildcard $(NCCL)/lib $(NCCL)/lib64)) -l:libnccl.so.2 \
+            $(if $(filter-out /usr,$(NCCL)),$(patsubst %,-Xlinker -rpath=%,$(wildcard $(NCCL)/lib $(NCCL)/lib64))))
 # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
 OPTIMIZE ?= -O3
 # Loops with a choice in them are split into one loop a way, so that each vectorises; gcc's limit is too low for some.
@@ -35,8 +43,9 @@ MPI_LIB  := $(filter -L% -l% -Wl%,$(MPI_SHOW))
 MPI      := $(if $(MPI_LIB),-DUSE_MPI $(MPI_INC))
 endif
 MPI_STAMP = build/mpi.flags
+GPU_STAMP = build/gpu.flags
 
-HAVE_GPU := $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | head -n 1))
+HAVE_GPU := $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | grep -m 1 '^GPU'))
 
 .PHONY: FORCE all cpu gpu run test lint gpu-check bench clean help sources nccl
 .DELETE_ON_ERROR:
@@ -54,7 +63,7 @@ endif
 cpu: build/train_gpt_cpu_$(or $(PRECISION),fp32)  ## build ./train_gpt for the CPU
 	ln -sf $< train_gpt
 
-gpu: build/train_gpt_gpu_$(or $(PRECISION),bf16)  ## build ./train_gpt for the GPU (sm_80 and sm_90a)
+gpu: build/train_gpt_gpu_$(or $(PRECISION),bf16)  ## build ./train_gpt for the GPUs that are there, or for all
 	ln -sf $< train_gpt
 
 run:  ## the quick start: prepare real text, train for about five minutes, draw the loss
@@ -109,15 +118,21 @@ sources: $(SOURCES:%=build/src/%)
 nccl:
 	@echo $(GPU_INC)
 
-# changes when MPI comes or goes, so that what was built without it is built again
-$(MPI_STAMP): FORCE
+# these change when MPI, NCCL or the GPUs come or go, so that what was built without them is built again
+$(MPI_STAMP): STAMP = $(MPI) $(MPI_LIB)
+$(GPU_STAMP): STAMP = $(GPU_ARCH) $(GPU_INC) $(GPU_LIBS)
+$(MPI_STAMP) $(GPU_STAMP): FORCE
 	@mkdir -p $(@D)
-	@echo '$(MPI) $(MPI_LIB)' | cmp -s - $@ || echo '$(MPI) $(MPI_LIB)' > $@
+	@echo '$(STAMP)' | cmp -s - $@ || echo '$(STAMP)' > $@
 
 CPU_SOURCES = $(SOURCES:%=build/src/%) $(STANDIN)
 
 build/train_gpt_cpu_%: $(CPU_SOURCES) $(MPI_STAMP)
 	g++ $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/train_gpt.cu -lopenblas $(MPI_LIB) -o $@
+
+# without NCCL, as for one GPU
+build/train_gpt_alone_%: $(CPU_SOURCES) $(MPI_STAMP)
+	g++ $(CXXFLAGS) -O0 -DNO_NCCL $($*) $(MPI) -x c++ build/src/train_gpt.cu -lopenblas $(MPI_LIB) -o $@
 
 # tests, in both geometries and both precisions; exact ones at -O1, what they check is not speed
 build/test_serial_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES) $(MPI_STAMP)
@@ -199,20 +214,21 @@ build/test_tokenizer: dev/test/test_tokenizer.cpp tokenizer.h
 # --- GPU
 
 # /usr/include named once more would hide the C++ headers; nvcc knows neither -pthread nor -Wl,
-GPU_INC   = $(if $(filter-out /usr,$(NCCL)),-isystem $(NCCL)/include) $(filter-out -pthread,$(MPI))
+GPU_INC   = $(if $(NCCL),$(if $(filter-out /usr,$(NCCL)),-isystem $(NCCL)/include),-DNO_NCCL) \
+            $(filter-out -pthread,$(MPI))
 GPU_LIBS  = -lcublasLt $(NCCL_LIBS) $(patsubst -Wl$(comma)%,-Xlinker %,$(filter-out -pthread,$(MPI_LIB)))
 comma    := ,
 
-build/train_gpt_gpu_%: $(SOURCES) $(MPI_STAMP)
+build/train_gpt_gpu_%: $(SOURCES) $(GPU_STAMP)
 	@test -n "$(NVCC)" || { echo "make gpu: nvcc is missing. Install the CUDA Toolkit, or: make cpu" >&2; exit 1; }
-	@test -n "$(NCCL)" || { echo "make gpu: nccl.h is missing. Install NCCL (libnccl-dev), or: NCCL=folder" >&2; exit 1; }
+	@test -n "$(NCCL)" || echo "make gpu: nccl.h is missing: for one GPU. For more install NCCL (libnccl-dev), or: NCCL=folder" >&2
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) $($*) $(GPU_INC) train_gpt.cu $(GPU_LIBS) -o $@
 
-build/test_gpu_%: test_gpt.cu dev/test/frame.h $(SOURCES) $(MPI_STAMP)
+build/test_gpu_%: test_gpt.cu dev/test/frame.h $(SOURCES) $(GPU_STAMP)
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) $($*) $(GPU_INC) test_gpt.cu $(GPU_LIBS) -o $@
 
-build/bench_gpu_%: dev/bench/bench.cu $(SOURCES) $(MPI_STAMP)
+build/bench_gpu_%: dev/bench/bench.cu $(SOURCES) $(GPU_STAMP)
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) $($*) $(GPU_INC) dev/bench/bench.cu $(GPU_LIBS) -o $@

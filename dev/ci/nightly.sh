@@ -53,6 +53,8 @@ clean_valgrind     | build/train_gpt_valgrind_fp32 | $python dev/test/clean_run.
 lint               |                                | dev/ci/lint.sh
 leak               | $trainer | $python dev/test/clean_run.py $trainer --leak 10000
 leak_2_ranks       | $trainer | $python dev/test/clean_run.py $trainer --leak 3000 --ranks 2
+build              |                                | $python dev/test/test_build.py --full
+cuda_headers       |                                | dev/ci/cuda_headers.sh
 house              |                                | $python dev/test/test_house.py --full
 mutations          |                                | $python dev/test/mutate.py --seed $seed --least 0.8
 END

@@ -3,12 +3,35 @@
 // the same order. What a rank sends at the least (n ranks, b bytes in the whole buffer), and a ring sends just that:
 //   reduce-scatter, all-gather   b (n-1)/n          all-reduce   2 b (n-1)/n
 #pragma once
+#ifndef NO_NCCL
 #include <nccl.h>
+#endif
 
 #include <algorithm>
 #include <vector>
 
 #include "../device/base.cuh"
+
+#ifndef NO_NCCL
+constexpr bool HAS_NCCL = true;
+#else  // this build is for one GPU: check_start refuses several ranks, so that none of these is called
+constexpr bool HAS_NCCL = false;
+enum ncclResult_t { ncclSuccess, ncclInProgress, ncclInvalidUsage };
+enum ncclDataType_t { ncclUint64, ncclFloat32, ncclFloat64, ncclBfloat16 };
+enum ncclRedOp_t { ncclSum };
+struct ncclUniqueId { char internal[1]; };
+typedef void* ncclComm_t;
+template <class... A> ncclResult_t no_nccl(A&&...) { return ncclInvalidUsage; }
+#define ncclGetUniqueId no_nccl
+#define ncclCommInitRank no_nccl
+#define ncclCommGetAsyncError no_nccl
+#define ncclCommDestroy no_nccl
+#define ncclAllReduce no_nccl
+#define ncclReduceScatter no_nccl
+#define ncclAllGather no_nccl
+inline const char* ncclGetErrorString(ncclResult_t) { return "this build has no NCCL"; }
+inline const char* ncclGetLastError(ncclComm_t) { return "none"; }
+#endif
 
 constexpr ncclDataType_t NCCL_FLOATX = BF16 ? ncclBfloat16 : ncclFloat32;
 

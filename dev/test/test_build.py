@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Tests of the build for GPUs: the architectures that make chooses, the build without NCCL and, where there is nvcc, that
+it takes the sources. Standard library only.
+
+usage: dev/test/test_build.py [--full]
+
+nvcc compiles the trainer in bf16 for sm_80 and sm_90a, as fast as it can: ptxas does not optimise. --full: in fp32 too,
+without NCCL, for the other architectures, and the tests and the bench.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from lines import run_all
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FULL = "--full" in sys.argv
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+ALONE = "build/train_gpt_alone_fp32"
+# what nvcc --list-gpu-arch knows in CUDA 12.0, and some of what it knows in 13.0
+CUDA_12 = "50 52 53 60 61 62 70 72 75 80 86 87 89 90"
+CUDA_13 = "75 80 86 87 88 89 90 100 110 103 120 121"
+PTX = "-gencode=arch=compute_80,code=compute_80"
+
+
+def make(*words, **env):
+    """make's exit status and what it says"""
+    done = subprocess.run(["make", "-s", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env={**os.environ, **env})
+    return done.returncode, done.stdout
+
+
+def gpu_arch(capabilities, known, *words):
+    """GPU_ARCH where nvidia-smi prints the one and nvcc knows the other"""
+    with tempfile.TemporaryDirectory() as work:
+        for name, text in (("nvidia-smi", capabilities), ("nvcc", "".join(f"compute_{a}\n" for a in known.split()))):
+            Path(work, name).write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
+            Path(work, name).chmod(0o755)
+        return make("--eval=show:;@echo $(GPU_ARCH)", "show", *words, PATH=work + ":" + os.environ["PATH"])[1].split()
+
+
+def codes(*names):
+    return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in names]
+
+
+def nvcc(source, archs, *flags):
+    """what nvcc complains of, "" if all is well"""
+    flags = ["-std=c++17", "-Xptxas", "-O0", "-Xcompiler", "-O0,-fopenmp,-pthread,-Wall", *codes(*archs), *flags]
+    done = subprocess.run([NVCC, *flags, "-c", source, "-o", os.devnull], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True)
+    return done.stdout if done.returncode or "warning" in done.stdout else ""
+
+
+class Build(unittest.TestCase):
+    def test_architectures(self):
+        """those of the GPUs that are there; else all that nvcc knows of those we build for, and PTX"""
+        everything, of_12 = codes("80", "90a", "100", "120") + [PTX], codes("80", "90a") + [PTX]
+        for capabilities, known, want in (
+            ("9.0\n9.0\n", CUDA_13, codes("90a")), ("8.0\n", CUDA_12, codes("80")), ("12.1\n", CUDA_13, codes("121")),
+            ("8.9\n8.6\n", CUDA_13, codes("86", "89")), ("10.3\n", CUDA_13, codes("103")),
+            ("7.5\n8.0\n", CUDA_13, codes("80")),  # what no kernel runs on is left out
+            ("", CUDA_13, everything), ("", CUDA_12, of_12), ("7.5\n", CUDA_13, everything), ("10.0\n", CUDA_12, of_12),
+            ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", CUDA_13, everything),
+        ):
+            with self.subTest(capabilities=capabilities, known=known):
+                self.assertEqual(gpu_arch(capabilities, known), want)
+        self.assertEqual(gpu_arch("9.0\n", CUDA_13, "GPU_ARCH=-arch=sm_86"), ["-arch=sm_86"])
+
+    def test_without_nccl(self):
+        """one rank trains; several are refused, in one line"""
+        self.assertEqual(make(ALONE)[0], 0)
+        with tempfile.TemporaryDirectory() as work:
+            shard = Path(work, "tokens.bin")
+            tokens = bytes([1, 0] * 500)
+            shard.write_bytes(b"".join(n.to_bytes(4, "little") for n in [20240520, 1, 500] + [0] * 253) + tokens)
+            command = [str(ROOT / ALONE), *("--dim 32 --layers 1 --heads 2 --vocab-size 8 --seq-len 16 --batch-size 2 "
+                       "--steps 2 --lr 1e-3 --out run --train-data").split(), str(shard)]
+            for ranks, status in ((1, 0), (2, 1)):
+                env = {"RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": "1"}
+                done = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                      env={**os.environ, **env})
+                self.assertEqual(done.returncode, status, done.stderr)
+                self.assertEqual(done.stderr.count("\n"), status)
+            self.assertRegex(done.stderr, "^train_gpt: .*no NCCL.* Install it .*build again")
+
+    @unittest.skipUnless(NVCC, "there is no nvcc")
+    def test_nvcc_takes_the_trainer(self):
+        flags = make("nccl")[1].split()
+        self.assertEqual(nvcc("train_gpt.cu", ["80", "90a"], "-DPRECISION_BF16", *flags), "")
+
+    @unittest.skipUnless(NVCC and FULL, "is for --full, with nvcc")
+    def test_nvcc_takes_all(self):
+        flags = make("nccl")[1].split()
+        for source in ("test_gpt.cu", "dev/bench/bench.cu"):
+            self.assertEqual(nvcc(source, ["80", "90a"], "-DPRECISION_BF16", *flags), "")
+        self.assertEqual(nvcc("train_gpt.cu", ["80", "90a"], *flags), "")
+        self.assertEqual(nvcc("train_gpt.cu", ["80"], *make("nccl", "NCCL=")[1].split()), "")
+        known = subprocess.run([NVCC, "--list-gpu-arch"], stdout=subprocess.PIPE, text=True).stdout
+        later = [a for a in ("86", "89", "100", "120") if f"compute_{a}\n" in known]
+        self.assertEqual(nvcc("train_gpt.cu", later, "-DPRECISION_BF16", *flags), "")
+
+
+if __name__ == "__main__":
+    sys.exit(run_all("test_build"))
