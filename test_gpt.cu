@@ -1334,6 +1334,32 @@ TEST(hopper_model) {
     gpu.hopper = had_hopper;
 }
 
+#ifndef __CUDACC__  // the stand-in can be any device
+// Hopper's kernels are for compute capability 9.0 alone; a device without code in this build is refused.
+TEST(devices) {
+    const CudaCpuDevice here = cuda_cpu_device;
+    for (int sm : {80, 86, 89, 90, 100, 103, 120, 121}) {
+        cuda_cpu_device.sm = sm;
+        EXPECT(open_device().hopper == (sm == 90));
+    }
+    cuda_cpu_device.image = false;
+    for (int sm : {75, 80, 90, 100}) {
+        cuda_cpu_device.sm = sm;
+        std::string error;
+        try {
+            open_device();
+        } catch (const Error& e) {
+            error = e.what();
+        }
+        EXPECT(error.find(format(" is sm_%d, ", sm)) != std::string::npos);
+        const std::string arch = format("GPU_ARCH=-arch=sm_%d%s: ", sm, sm == 90 ? "a" : "");
+        EXPECT((error.find(arch) != std::string::npos) == (sm >= 80));
+    }
+    cuda_cpu_device = here;
+    cudaGetLastError();
+}
+#endif
+
 // What does not fit is refused with options that would; --batch-size auto takes as much as fits and not one more.
 TEST(memory_advice) {
     Config c = small_config(Backbone::llama, Variant::simplegpt);

@@ -21,7 +21,10 @@ enum ncclDataType_t { ncclUint64, ncclFloat32, ncclFloat64, ncclBfloat16 };
 enum ncclRedOp_t { ncclSum };
 struct ncclUniqueId { char internal[1]; };
 typedef void* ncclComm_t;
-template <class... A> ncclResult_t no_nccl(A&&...) { return ncclInvalidUsage; }
+template <class... A>
+ncclResult_t no_nccl(A&&...) {
+    return ncclInvalidUsage;
+}
 #define ncclGetUniqueId no_nccl
 #define ncclCommInitRank no_nccl
 #define ncclCommGetAsyncError no_nccl

@@ -86,7 +86,7 @@ class Build(unittest.TestCase):
                                       env={**os.environ, **env})
                 self.assertEqual(done.returncode, status, done.stderr)
                 self.assertEqual(done.stderr.count("\n"), status)
-            self.assertRegex(done.stderr, "^train_gpt: .*no NCCL.* Install it .*build again")
+            self.assertRegex(done.stderr, "^train_gpt: .*lacks NCCL.* Install it .*build again")
 
     @unittest.skipUnless(NVCC, "there is no nvcc")
     def test_nvcc_takes_the_trainer(self):

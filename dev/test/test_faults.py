@@ -197,6 +197,11 @@ class FaultTests(Tests):
         line = refuse(self.exe, self.flags("large", "--dim", 8192, "--layers", 2000, "--heads", 64))
         expect("memory: the plan needs" in line and ("Give" in line or "smaller model" in line), line)
 
+    def device(self, what, *words):
+        """A device that cannot be used is named before anything is made."""
+        line = refuse(self.exe, self.flags("no_device"), env={"CUDA_CPU_DEVICE": what})
+        expect(all(word in line for word in words) and not os.path.exists(self.path("no_device")), line)
+
     # --- files
 
     def make(self, kind, path, good):
@@ -645,6 +650,14 @@ class FaultTests(Tests):
         self.test("host_memory", self.host_memory, 1 if self.full else 24)
         self.test("no_thread", self.no_thread)
         self.test("device_memory", self.device_memory)
+        for what, *words in (
+            ("none", "no CUDA-capable device is detected; the driver is of CUDA 13.0, this build of CUDA 13.0. Check nvidia-smi"),
+            ("driver=11040", "driver version is insufficient", "the driver is of CUDA 11.4, this build of CUDA 13.0. Update"),
+            ("driver=0", "; there is no driver, this build of CUDA 13.0. Check nvidia-smi"),
+            ("sm=75", " is sm_75, the kernels need sm_80 or newer. Build for the CPU: make cpu."),
+            ("sm=100", " is sm_100, this build is for sm_80, sm_90. ", "GPU_ARCH=-arch=sm_100"),
+        ):
+            self.test(f"device {what}", self.device, what, *words)
         generate = ["generate", "--checkpoint"]
         flags = [("--train-data", []), ("--val-data", []), ("--tokenizer", []), ("--init-from", []),
                  ("--choices", ["eval", *generate[1:]]), ("--checkpoint", ["generate"])]
