@@ -6,7 +6,7 @@
 CUDA     ?= /usr/local/cuda
 NVCC     ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA)/bin/nvcc))
 PYTHON   ?= /usr/bin/python3
-# Code for the GPUs that are there, of those that nvcc knows; without one for all of these, and PTX for what comes later.
+# Code for the GPUs that are there, of those that nvcc knows; without one for all of these, and PTX for later ones.
 # Hopper's kernels need the a of 90a.
 KNOWN     = $(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch 2>/dev/null))
 THERE     = $(filter $(KNOWN),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
@@ -221,7 +221,7 @@ comma    := ,
 
 build/train_gpt_gpu_%: $(SOURCES) $(GPU_STAMP)
 	@test -n "$(NVCC)" || { echo "make gpu: nvcc is missing. Install the CUDA Toolkit, or: make cpu" >&2; exit 1; }
-	@test -n "$(NCCL)" || echo "make gpu: nccl.h is missing: for one GPU. For more install NCCL (libnccl-dev), or: NCCL=folder" >&2
+	@test -n "$(NCCL)" || echo "make gpu: for one GPU, without NCCL. For more install libnccl-dev, or: NCCL=folder" >&2
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) $($*) $(GPU_INC) train_gpt.cu $(GPU_LIBS) -o $@
 

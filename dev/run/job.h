@@ -362,9 +362,10 @@ double memory_used() {
 // Whether the ranks can come together as they were started.
 void check_start(const Options& o, const World& world) {
     if (world.size > 1 && !HAS_NCCL)
-        throw Error(format("%s: started %d ranks, but this build lacks NCCL, which they need. Install it (libnccl-dev) and "
-                           "build again.",
-                           world.launcher, world.size));
+        throw Error(
+            format("%s: started %d ranks, but this build lacks NCCL, which they need. Install it (libnccl-dev) and "
+                   "build again.",
+                   world.launcher, world.size));
     if (world.size > 1 && !o.rendezvous.empty()) host_and_port(o.rendezvous);
     if (world.size > 1 && strstr(world.launcher, "MPI") && strcmp(world.launcher, BUILT_WITH) && o.rendezvous.empty() &&
         !getenv("MASTER_ADDR") && !getenv("SLURM_JOB_ID"))

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Tests of the build for GPUs: the architectures that make chooses, the build without NCCL and, where there is nvcc, that
-it takes the sources. Standard library only.
+"""Tests of the build for GPUs: the architectures that make chooses, the build without NCCL and, where there is nvcc,
+that it takes the sources. Standard library only.
 
 usage: dev/test/test_build.py [--full]
 
