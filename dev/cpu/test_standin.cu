@@ -964,8 +964,8 @@ static CUtensorMap map_of(const __nv_bfloat16* base, int rows, int cols, int box
 }
 
 enum Slip {  // what tma_matmul_kernel does wrong
-    NONE, EARLY_READ, NO_WAIT, NO_EMPTY, NO_FENCE, NO_ASYNC_FENCE, TOUCH, SHORT_BYTES, TWO_ARRIVALS, NO_INIT_FENCE,
-    THREE_WARPS, NO_STORE_WAIT, OVERWRITE_STORE
+    NONE, EARLY_READ, NO_WAIT, NO_EMPTY, EARLY_EMPTY, NO_FENCE, NO_ASYNC_FENCE, ONE_ASYNC_FENCE, LATE_ASYNC_FENCE,
+    TOUCH, TOUCH_A, SHORT_BYTES, TWO_ARRIVALS, NO_INIT_FENCE, THREE_WARPS, NO_STORE_WAIT, OVERWRITE_STORE
 };
 
 // out (64,N) bf16 = a (64,K) b (K,N): a stored (M,K) or, TA, (K,M); b stored (N,K) or, TB, (K,N). One producer thread
@@ -1000,6 +1000,7 @@ __global__ void tma_matmul_kernel(const __grid_constant__ CUtensorMap out, const
     }
     const int w = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     float c[N / 2];
+    unsigned fa[4][4];
     for (int k = 0, i = 0; k < K; k += 64, i++) {
         char *sa = tma_smem + i % 2 * STAGE, *sb = sa + A_BYTES;
         if (SLIP != NO_WAIT) mbarrier_wait(&full[i % 2], i / 2 % 2);
@@ -1007,20 +1008,21 @@ __global__ void tma_matmul_kernel(const __grid_constant__ CUtensorMap out, const
         if (SLIP != NO_FENCE) wgmma_fence();
         for (int j = 0; j < 4; j++) {
             const int step_a = TA ? 2048 : 32, step_b = TB ? 2048 : 32;
-            unsigned fa[4];
             for (int r = 0; RS && r < 4; r++) {  // element (row, col) of the swizzled tile
                 int row = 16 * w + g + r % 2 * 8, byte = (16 * j + r / 2 * 8 + 2 * t) * 2;
-                memcpy(&fa[r], sa + row * 128 + (byte ^ row % 8 * 16), 4);
+                memcpy(&fa[j][r], sa + row * 128 + (byte ^ row % 8 * 16), 4);
             }
             if (SLIP == THREE_WARPS && w == 3 && k + 64 >= K && j == 3) continue;
-            if (RS) wgmma_rs<N, TB>(c, fa, db + (j * step_b >> 4), k + j > 0);
+            if (RS) wgmma_rs<N, TB>(c, fa[j], db + (j * step_b >> 4), k + j > 0);
             else wgmma_ss<N, TA, TB>(c, da + (j * step_a >> 4), db + (j * step_b >> 4), k + j > 0);
         }
         wgmma_commit();
         if (SLIP == TOUCH) c[3] = 0;
+        if (SLIP == TOUCH_A) fa[2][1]++;
+        if (SLIP == EARLY_EMPTY) mbarrier_arrive(&empty[i % 2]);
         if (SLIP != EARLY_READ || k + 64 < K) wgmma_wait<0>();
         wgmma_registers<N / 2>(c);
-        mbarrier_arrive(&empty[i % 2]);
+        if (SLIP != EARLY_EMPTY) mbarrier_arrive(&empty[i % 2]);
     }
     for (int e = 0; e < N / 2; e += 2) {
         int row = 16 * w + g + e / 2 % 2 * 8, col = e / 4 * 8 + 2 * t, byte = col % 64 * 2 ^ row % 8 * 16;
@@ -1028,9 +1030,11 @@ __global__ void tma_matmul_kernel(const __grid_constant__ CUtensorMap out, const
         memcpy(result + col / 64 * 8192 + row * 128 + byte, &pair, 4);
     }
     if (SLIP == EARLY_READ) wgmma_wait<0>();
-    if (SLIP != NO_ASYNC_FENCE) fence_async_shared();
+    if (SLIP == ONE_ASYNC_FENCE ? threadIdx.x == 0 : SLIP != NO_ASYNC_FENCE && SLIP != LATE_ASYNC_FENCE)
+        fence_async_shared();
     named_barrier_sync(1, 128);
     if (threadIdx.x > 0) return;
+    if (SLIP == LATE_ASYNC_FENCE) fence_async_shared();  // no mistake: it is behind all writes
     for (int n = 0; n < N; n += 64) tma_store(&out, result + n * 128, n, 0);
     tma_store_commit();
     if (SLIP == OVERWRITE_STORE) memset(result, 0, 64);
@@ -1073,6 +1077,7 @@ static void test_tma_wgmma() {  // 200: the last box is half outside
         close(tma_matmul<96, 0, 1, 0, NONE>(K), __LINE__);
         close(tma_matmul<160, 0, 0, 1, NONE>(K), __LINE__);
         close(tma_matmul<256, 0, 1, 1, NONE>(K), __LINE__);
+        close(tma_matmul<64, 0, 0, 0, LATE_ASYNC_FENCE>(K), __LINE__);
     }
 }
 
@@ -1095,7 +1100,7 @@ __global__ void tma_box_kernel(unsigned short* out, const __grid_constant__ CUte
 }
 
 // out (64) = 2 threadIdx.x, by a store and an addition of floats side by side
-__global__ void bulk_kernel(float* out) {
+__global__ void bulk_kernel(float* out, const __grid_constant__ CUtensorMap) {
     extern __shared__ __align__(1024) float bulk_smem[];
     bulk_smem[threadIdx.x] = threadIdx.x;
     fence_async_shared();
@@ -1109,6 +1114,123 @@ __global__ void bulk_kernel(float* out) {
     tma_store_wait_written<0>();
 }
 
+enum TurnSlip {  // what turns_kernel does wrong
+    RIGHT, NO_TURN, NO_READ_WAIT, PLAIN_FLAG, FLAG_BEFORE, READ_WAIT, NO_GLOBAL_FENCE, SHARED_FENCE, WRITE_AFTER_FENCE, ONE_FENCE,
+    SHUFFLE
+};
+
+// Blocks of 32 threads add 1 to data (32), one after the other; the first writes there; the last gives what is there.
+template <int SLIP>
+__global__ void turns_kernel(float* out, float* data, int* turn, const __grid_constant__ CUtensorMap) {
+    extern __shared__ __align__(1024) float turns_smem[];
+    const int block = blockIdx.x;
+    turns_smem[threadIdx.x] = 1;
+    if (SLIP != ONE_FENCE || threadIdx.x == 3) fence_async_shared();
+    if (SLIP == SHUFFLE) __shfl_sync(~0u, 0, 0);
+    else __syncwarp();
+    if (threadIdx.x == 0 && SLIP != NO_TURN)
+        while (flag_read(turn) != block) flag_pause();
+    if (SLIP != SHUFFLE) __syncwarp();
+    if (threadIdx.x == 0) {
+        if (SLIP == SHARED_FENCE) fence_async_shared();
+        else if (SLIP != NO_GLOBAL_FENCE) fence_async_global();
+        if (SLIP == WRITE_AFTER_FENCE) data[5]++;
+        if (block == 0) bulk_store(data, turns_smem, 32 * 4);
+        else bulk_add(data, turns_smem, 32 * 4);
+        tma_store_commit();
+        if (SLIP == FLAG_BEFORE) flag_write(turn, block + 1);
+        if (SLIP == NO_READ_WAIT) turns_smem[7] = 2;
+        if (SLIP == READ_WAIT) tma_store_wait<0>();
+        else tma_store_wait_written<0>();
+        if (SLIP == PLAIN_FLAG) *turn = block + 1;
+        else if (SLIP != FLAG_BEFORE) flag_write(turn, block + 1);
+    }
+    __syncwarp();
+    if (block == (int)gridDim.x - 1) out[threadIdx.x] = __ldcg(data + threadIdx.x);
+}
+template <int SLIP> std::vector<float> turns() {
+    Device<float> out(32), data(random_floats(32, 30));
+    Device<int> turn(std::vector<int>(1, 0));
+    turns_kernel<SLIP><<<7, 32, 32 * 4>>>(out, data, turn, map_of((__nv_bfloat16*)data.data, 1, 64, 1));
+    return out.host();
+}
+
+// out: what a thread of another warp wrote to the tensor's begin, through a bulk copy
+template <int FENCED>
+__global__ void global_write_kernel(int* out, int* data, const __grid_constant__ CUtensorMap map) {
+    extern __shared__ __align__(1024) int global_smem[];
+    uint64_t* bar = (uint64_t*)(global_smem + 32);
+    if (threadIdx.x == 0) {
+        mbarrier_init(bar, 1);
+        mbarrier_fence_init();
+    }
+    if (threadIdx.x == 40) {
+        data[0] = 77;
+        if (FENCED) fence_async_global();
+    }
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    mbarrier_arrive_expect(bar, 128);
+    tma_load(global_smem, &map, bar, 0, 0);
+    mbarrier_wait(bar, 0);
+    *out = global_smem[0];
+}
+template <int FENCED> int global_write() {
+    Device<int> out(1), data(std::vector<int>(32, 0));
+    global_write_kernel<FENCED><<<1, 64, 256>>>(out, data, map_of((__nv_bfloat16*)data.data, 1, 64, 1));
+    return *out.data;
+}
+
+// A store is late: after the wait for its read the memory may still be as it was.
+__global__ void late_kernel(float* out, float* data, const __grid_constant__ CUtensorMap) {
+    extern __shared__ __align__(1024) float late_smem[];
+    for (int i = 0; i < 4; i++) late_smem[i] = 5;
+    fence_async_shared();
+    bulk_store(data, late_smem, 16);
+    tma_store_commit();
+    tma_store_wait<0>();
+    late_smem[2] = 6;  // it has been read
+    out[0] = data[2];
+    tma_store_wait_written<0>();
+    out[1] = data[2];
+}
+
+static void test_order() {
+    for (float x : turns<RIGHT>()) EXPECT(x == 7, "seven turns of 1 gave %g", x);
+    EXPECT(global_write<1>() == 77, "a bulk copy read %d", global_write<1>());
+    Device<float> out(2), data(std::vector<float>(32, 1));
+    late_kernel<<<1, 1, 16>>>(out, data, map_of((__nv_bfloat16*)data.data, 1, 64, 1));
+    EXPECT(out[0] == 1 && out[1] == 5, "before and after the wait for the write %g and %g", out[0], out[1]);
+}
+
+// Blocks are under way together: what one writes between another's read and write is lost.
+__global__ void lost_kernel(int* count) {
+    const int before = *count;
+    __syncthreads();
+    if (threadIdx.x == 0) *count = before + 1;
+}
+// The first block waits for the second.
+__global__ void backward_flag_kernel(int* flag) {
+    if (blockIdx.x == 0)
+        while (flag_read(flag) != 1) flag_pause();
+    else flag_write(flag, 1);
+}
+__global__ void never_kernel(int* flag) {
+    if (threadIdx.x == 9)
+        while (flag_read(flag) != 1) flag_pause();
+}
+__global__ void half_warps_kernel() {
+    if (threadIdx.x % 32 < 16) named_barrier_sync(3, 32);
+}
+__global__ void unwatched_kernel() { fence_async_shared(); }
+
+static void test_blocks_together() {
+    Device<int> count(std::vector<int>(2, 0));
+    lost_kernel<<<500, 32>>>(count);
+    EXPECT(0 < count[0] && count[0] < 500, "500 blocks counted %d", count[0]);
+    backward_flag_kernel<<<2, 32>>>(count + 1);
+}
+
 __global__ void registers_kernel() {  // of 504 for a thread of each group 512
     if (threadIdx.x < 128) registers_less<32>();
     else registers_more<240>();
@@ -1116,7 +1238,8 @@ __global__ void registers_kernel() {  // of 504 for a thread of each group 512
 
 static void test_bulk() {
     Device<float> out(std::vector<float>(65, NAN));
-    bulk_kernel<<<1, 64, 64 * 4>>>(out);
+    Device<__nv_bfloat16> none(64);
+    bulk_kernel<<<1, 64, 64 * 4>>>(out, map_of(none, 1, 64, 1));
     for (int i = 0; i < 64; i++) EXPECT(out[i] == 2 * i, "%d: %g", i, out[i]);
     EXPECT(std::isnan(out[64]), "written beyond the end");
 }
@@ -1272,6 +1395,23 @@ static int mistake(const std::string& name) {
     if (name == "mbarrier_stuck") mbarrier_stuck_kernel<<<1, 32>>>(32);
     if (name == "no_mbarrier") no_mbarrier_kernel<<<1, 32>>>();
     if (name == "named_stuck") named_stuck_kernel<<<1, 64>>>();
+    if (name == "early_empty") tma_matmul<64, 0, 0, 0, EARLY_EMPTY>(456);
+    if (name == "one_async_fence") tma_matmul<64, 0, 0, 0, ONE_ASYNC_FENCE>(128);
+    if (name == "touch_a") tma_matmul<160, 0, 0, 1, TOUCH_A>(128);
+    if (name == "no_turn") turns<NO_TURN>();
+    if (name == "no_read_wait") turns<NO_READ_WAIT>();
+    if (name == "plain_flag") turns<PLAIN_FLAG>();
+    if (name == "flag_before") turns<FLAG_BEFORE>();
+    if (name == "read_wait") turns<READ_WAIT>();
+    if (name == "no_global_fence") turns<NO_GLOBAL_FENCE>();
+    if (name == "shared_fence") turns<SHARED_FENCE>();
+    if (name == "write_after_fence") turns<WRITE_AFTER_FENCE>();
+    if (name == "one_fence") turns<ONE_FENCE>();
+    if (name == "shuffle") turns<SHUFFLE>();
+    if (name == "global_write") global_write<0>();
+    if (name == "never") never_kernel<<<3, 32>>>((int*)f.data);
+    if (name == "half_warps") half_warps_kernel<<<1, 64>>>();
+    if (name == "unwatched") unwatched_kernel<<<1, 1>>>();
     if (name == "dynamic_overrun") dynamic_overrun_kernel<<<1, 33, 128>>>();
     return 0;
 }
@@ -1285,8 +1425,8 @@ static Result run_mistake(const std::string& name, int seed = 1) {
     return {WEXITSTATUS(pclose(pipe)), output};
 }
 
-static void expect_report(const char* name, std::vector<const char*> parts) {
-    Result r = run_mistake(name);
+static void expect_report(const char* name, std::vector<const char*> parts, int seed = 1) {
+    Result r = run_mistake(name, seed);
     EXPECT(r.code == 1, "%s: exit code %d", name, r.code);
     EXPECT(r.output.find('\n') == r.output.size() - 1, "%s: not one line: %s", name, r.output.c_str());
     for (const char* part : parts)
@@ -1312,14 +1452,34 @@ static void test_hopper_reports() {
     expect_report("no_mbarrier", {"is at mbarrier_wait ", "no mbarrier there"});
     expect_report("no_fence", {"no wgmma_fence"});
     expect_report("no_async_fence", {"tma_store", "without fence_async_shared"});
-    expect_report("overwrite_store", {"tma_store", "while it was being read"});
+    expect_report("touch_a", {"is at wgmma_rs", "the registers of A were written to before the wait"});
+    expect_report("half_warps", {"32 threads (0-15,32-47) wait at named_barrier_sync"});
+    expect_report("never", {"1 thread (9) waits at flag_read dev/cpu/test_standin.cu:"});
+    expect_report("unwatched", {"the kernel is not watched"});
+    for (int seed = 1; seed <= 5; seed++) {  // whatever the order in which threads and copies go on
+        expect_report("one_async_fence", {"is at tma_store", "wrote without fence_async_shared on the way"}, seed);
+        expect_report("no_wait", {"kernel tma_matmul_kernel"}, seed);  // whichever comes first
+        expect_report("no_empty", {": thread 128"}, seed);
+        expect_report("early_empty", {"is at tma_load", "that a wgmma of warp"}, seed);
+        expect_report("no_turn", {"global memory"}, seed);
+        expect_report("no_read_wait", {"shared memory at 28 that a bulk copy of thread 0 reads"}, seed);
+        expect_report("plain_flag", {"kernel turns_kernel"}, seed);
+        for (const char* name : {"flag_before", "read_wait"}) expect_report(name, {"not waited for"}, seed);
+        expect_report("no_global_fence", {"is at bulk_add", "that a bulk copy of another block wrote"}, seed);
+        expect_report("shared_fence", {"is at bulk_add", "that a bulk copy of another block wrote"}, seed);
+        expect_report("write_after_fence", {"is at bulk_", "that thread 0 wrote without fence_async_global"}, seed);
+        expect_report("global_write", {"is at tma_load", "that thread 40 wrote without fence_async_global"}, seed);
+        for (const char* name : {"one_fence", "shuffle"})
+            expect_report(name, {"is at bulk_store", "wrote without fence_async_shared"}, seed);
+    }
+    expect_report("overwrite_store", {"is at a store before", "that a bulk copy of thread 0 reads"});
     expect_report("touch", {"written to before the wait"});
     expect_report("short_bytes", {"wait at mbarrier_wait"});
     expect_report("two_arrivals", {"is at mbarrier_arrive", "more arrivals"});
     expect_report("no_init_fence", {"before mbarrier_fence_init"});
     expect_report("three_warps", {"warp 3 left out a wgmma"});
     expect_report("registers", {"the warps ask for 2048 registers together", "of 2016"});
-    for (const char* name : {"early_read", "no_wait", "no_empty", "no_store_wait"}) {  // a copy may always be in time
+    for (const char* name : {"early_read", "no_store_wait"}) {  // a copy may always be in time
         int caught = 0;
         for (int seed = 1; seed <= 5; seed++) {
             Result r = run_mistake(name, seed);
@@ -1475,6 +1635,8 @@ int main(int argc, char** argv) {
     test("tma_boxes", test_tma_boxes);
     test("bulk", test_bulk);
     test("named_barriers", test_named_barriers);
+    test("order", test_order);
+    test("blocks_together", test_blocks_together);
     test("reports", test_reports);
     test("hopper_reports", test_hopper_reports);
     test("seeds", test_seeds);

@@ -72,7 +72,15 @@ inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
 inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 template <class T> T __ldg(const T* p) { return *p; }
 template <class T> T __ldcs(const T* p) { return *p; }
+#ifdef EXACT_GEOMETRY
+inline void cuda_global_read(const void* at, size_t bytes, const char* file, int line);
+template <class T> T __ldcg(const T* p, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    cuda_global_read(p, sizeof(T), file, line);
+    return *p;
+}
+#else
 template <class T> T __ldcg(const T* p) { return *p; }
+#endif
 template <class T> void __stcs(T* p, T value) { *p = value; }
 template <class T> void __stcg(T* p, T value) { *p = value; }
 inline unsigned atomicInc(unsigned* p, unsigned most) {
@@ -442,6 +450,9 @@ template <class F, class... P> CudaKernel<F, P...> cuda_kernel(const char* name,
 #define CUDA_KERNEL(...) \
     cuda_kernel(#__VA_ARGS__, __VA_ARGS__, [=](auto&... args) { __VA_ARGS__(args...); })
 
+inline void cuda_add_map(std::vector<CUtensorMap>& maps, const CUtensorMap& map) { maps.push_back(map); }
+template <class T> void cuda_add_map(std::vector<CUtensorMap>&, const T&) {}
+
 template <class F, class... P>
 auto cuda_launch(CudaKernel<F, P...> kernel, dim3 grid, dim3 block, size_t shared = 0,
                  cudaStream_t stream = 0) {
@@ -452,7 +463,9 @@ auto cuda_launch(CudaKernel<F, P...> kernel, dim3 grid, dim3 block, size_t share
             return;
         }
         cuda_enqueue(stream, cuda_label("kernel %s", kernel.name), [=]() mutable {
-            cuda_run_blocks(kernel.name, grid, block, shared, [&] { kernel.call(args...); });
+            std::vector<CUtensorMap> maps;
+            (cuda_add_map(maps, args), ...);
+            cuda_run_blocks(kernel.name, grid, block, shared, maps, [&] { kernel.call(args...); });
         });
     };
 }

@@ -1,10 +1,10 @@
 // The exact geometry: real grids, blocks and warps of 32, for tests. Each CUDA thread of a block is a fiber with its
-// own stack; blocks run one after another. A thread runs until it waits at a barrier, a shuffle or another warp
-// instruction, then another is picked at random, mostly of the same warp (seed: environment CUDA_CPU_SEED, default 1),
-// so a result that changes with the seed is a race. All lanes of a warp instruction must meet on the same line with the
-// same mask, all threads of the block at each __syncthreads; when nobody can run, a report says who waits where, and
-// the program exits with 1. Shared memory is one heap chunk an array, all NaN at the start of a block, so that
-// AddressSanitizer sees overruns. One host thread launches.
+// own stack. A thread runs until it waits at a barrier, a shuffle or another warp instruction, then another is picked
+// at random, mostly of the same warp (seed: environment CUDA_CPU_SEED, default 1), so a result that changes with the
+// seed is a race. Two to four blocks are under way at a time; they start in order, the next when one ends. All lanes of
+// a warp instruction must meet on the same line with the same mask, all threads of the block at each __syncthreads;
+// when nobody can run, a report says who waits where, and the program exits with 1. Shared memory is one heap chunk an
+// array, all NaN at the start of a block, so that AddressSanitizer sees overruns. One host thread launches.
 #pragma once
 #include <boost/context/detail/fcontext.hpp>
 #include <sys/mman.h>
@@ -31,6 +31,9 @@ inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 
 // A thread of the block. While it waits: for which instruction, where, with which operands. The last lane to arrive
 // calls complete(first lane of the warp, mask), which reads all operands and writes all results.
+struct CudaClock;
+struct CudaPage;
+struct CudaHopper;
 struct CudaThread {
     boost::context::detail::fcontext_t context;
     char* stack;  // lowest byte
@@ -46,6 +49,9 @@ struct CudaThread {
     void (*complete)(CudaThread*, unsigned);
     struct Copy { void* to; const void* from; int bytes; bool valid; };
     std::vector<std::vector<Copy>> copies;  // asynchronous, by group; the last one is not committed
+    std::shared_ptr<const CudaClock> clock;  // what it knows of others, and its own step (order_exact.h)
+    int step;
+    bool op_waits;  // at a named barrier, its warp's lanes having met
 
     bool meets(const CudaThread& other) const {
         auto same = [](const char* a, const char* b) { return a == b || strcmp(a, b) == 0; };
@@ -59,13 +65,20 @@ struct CudaBlock {
     std::vector<CudaThread> threads;
     std::vector<int> ready[32];  // by warp
     unsigned ready_warps;        // a bit for each that has any
-    int current, at_barrier, left;
+    int current, warp, at_barrier, left;  // warp: that ran last
+    uint3 index;
+    int slot;                 // among the blocks under way
+    std::vector<int> paused;  // threads that wait for a flag
     void (*body)(void*);
     void* body_arg;
     struct Chunk { const void* key; size_t bytes; void* data; };
     std::vector<Chunk> shared;
     void* dynamic;
     size_t dynamic_bytes;
+    ptrdiff_t alias;  // if it is watched: to where it lies once more
+    CudaPage* pages;  // and what is known of it, page by page
+    int first_step;
+    CudaHopper* hopper;
     boost::context::detail::fcontext_t scheduler;
     const void* scheduler_stack;
     size_t scheduler_stack_size;
@@ -76,7 +89,9 @@ struct CudaBlock {
         ready_warps |= 1u << (thread / 32);
     }
 };
-inline CudaBlock cuda_block;
+inline std::vector<CudaBlock*> cuda_under_way;
+inline CudaBlock* cuda_running;
+#define cuda_block (*cuda_running)
 
 inline uint64_t cuda_random() {  // xorshift64*
     static uint64_t state = [] {
@@ -87,8 +102,11 @@ inline uint64_t cuda_random() {  // xorshift64*
     return state * 0x2545F4914F6CDD1Du >> 32;
 }
 
+inline void cuda_seal();
+
 // Back from the current thread to the scheduler.
 inline void cuda_yield(bool leaves) {
+    cuda_seal();
     CudaBlock& b = cuda_block;
     CudaThread& me = b.threads[b.current];
     __sanitizer_start_switch_fiber(leaves ? nullptr : &me.asan_stack, b.scheduler_stack, b.scheduler_stack_size);
@@ -130,6 +148,10 @@ inline std::string cuda_where(const char* op, const char* file, int line) {
     return std::string(op) + " " + file + ":" + std::to_string(line);
 }
 
+[[noreturn]] inline void cuda_die_at(const char* op, const char* file, int line, const std::string& what) {
+    cuda_die("thread " + std::to_string(cuda_block.current) + " is at " + cuda_where(op, file, line) + ": " + what);
+}
+
 // "96 threads (32-127) wait at __syncthreads train_gpt.cu:123, but 32 threads (0-31) have left the kernel"
 [[noreturn]] inline void cuda_report_stuck() {
     std::vector<CudaThread>& threads = cuda_block.threads;
@@ -166,6 +188,8 @@ inline std::string cuda_where(const char* op, const char* file, int line) {
     cuda_die(waiting + (left.empty() ? "" : ", but " + left));
 }
 
+#include "order_exact.h"
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Meeting points
 
@@ -187,6 +211,7 @@ inline void cuda_meet(const char* op, unsigned mask, const char* file, int line,
     for (int i = warp; i < end && all; i++)
         if (member(i)) all = i < n && b.threads[i].meets(t);
     if (all) {
+        cuda_seal();
         if (complete) complete(&b.threads[warp], mask);
         for (int i = warp; i < end; i++)
             if (member(i)) b.threads[i].state = CudaThread::RUNS, b.make_ready(i);
@@ -197,8 +222,12 @@ inline void cuda_meet(const char* op, unsigned mask, const char* file, int line,
 
 #define CUDA_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-inline void __syncthreads(CUDA_HERE) { cuda_meet("__syncthreads", 0, file, line); }
-inline void __syncwarp(unsigned mask = ~0u, CUDA_HERE) { cuda_meet("__syncwarp", mask, file, line); }
+inline void __syncthreads(CUDA_HERE) {
+    cuda_meet("__syncthreads", 0, file, line, nullptr, nullptr, nullptr, 0, cuda_join);
+}
+inline void __syncwarp(unsigned mask = ~0u, CUDA_HERE) {
+    cuda_meet("__syncwarp", mask, file, line, nullptr, nullptr, nullptr, 0, cuda_join);
+}
 
 // Lane l gets the value of lane arg; NaN bytes if that one takes no part.
 template <class T> T cuda_shuffle(const char* op, unsigned mask, T value, int source, const char* file, int line) {
@@ -275,13 +304,26 @@ template <int N> void copy_wait() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Flags between blocks. Blocks run one after another, so what a flag is waited for must have been written already.
+// Flags between blocks. Who waits for one looks again when any has been written.
 
-inline int flag_read(const int* flag) { return *flag; }
-inline void flag_write(int* flag, int value) { *flag = value; }
+inline int flag_read(const int* flag) {
+    cuda_flag_read(flag);
+    return *flag;
+}
+inline void flag_write(int* flag, int value) {
+    cuda_flag_written(flag);
+    *flag = value;
+    for (CudaBlock* b : cuda_under_way) {
+        for (int thread : b->paused) b->threads[thread].state = CudaThread::RUNS, b->make_ready(thread);
+        b->paused.clear();
+    }
+}
 inline void flag_pause(CUDA_HERE) {
-    cuda_die("thread " + std::to_string(cuda_block.current) + " waits at " + cuda_where("flag_read", file, line) +
-             " for a block that has not run");
+    CudaThread& t = cuda_me();
+    t.op = "flag_read", t.file = file, t.line = line, t.mask = 0;
+    t.state = CudaThread::WAITS;
+    cuda_block.paused.push_back(cuda_block.current);
+    cuda_yield(false);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -346,7 +388,7 @@ inline void stmatrix_x4(void* row, const unsigned* r, CUDA_HERE) {
     cuda_meet("stmatrix_x4", ~0u, file, line, r, row, nullptr, 0, [](CudaThread* warp, unsigned) {
         for (int l = 0; l < 32; l++)
             for (int m = 0; m < 4; m++)
-                memcpy((char*)warp[8 * m + l / 4].in2 + l % 4 * 4, (const unsigned*)warp[l].in + m, 4);
+                cuda_store((char*)warp[8 * m + l / 4].in2 + l % 4 * 4, (const unsigned*)warp[l].in + m, warp[l]);
     });
 }
 
@@ -384,6 +426,8 @@ inline void* cuda_static_shared(const void* key, size_t bytes) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The grid
 
+constexpr int CUDA_UNDER_WAY = 4;  // blocks at a time, at most
+
 inline char* cuda_new_stack() {  // below it a page that may not be touched
     size_t page = 4096;
     char* p = (char*)mmap(nullptr, CUDA_STACK + page, PROT_READ | PROT_WRITE,
@@ -392,59 +436,97 @@ inline char* cuda_new_stack() {  // below it a page that may not be touched
     return p + page;
 }
 
-inline void cuda_run_block() {
+// The block that is next begins, with threads that have not run.
+inline void cuda_begin_block(int slot, uint3 index, size_t shared) {
     CudaBlock& b = cuda_block;
-    static std::vector<char*> stacks;
+    static std::vector<char*> all_stacks[CUDA_UNDER_WAY];
+    std::vector<char*>& stacks = all_stacks[slot];
     int n = b.threads.size();
     while ((int)stacks.size() < n) stacks.push_back(cuda_new_stack());
-    b.at_barrier = b.left = 0;
+    b.slot = slot, b.index = index;
+    b.current = b.warp = b.at_barrier = b.left = 0;
+    b.alias = 0;
+    b.dynamic_bytes = shared;
+    b.dynamic = cuda_order.on ? cuda_watched_shared(slot, shared) : cuda_shared_chunk(shared);
+    b.first_step = cuda_order.step;
+    static const auto nothing = std::make_shared<const CudaClock>();
     for (int i = 0; i < n; i++) {
         CudaThread& t = b.threads[i];
         t = {};
         t.stack = stacks[i];
         t.context = boost::context::detail::make_fcontext(t.stack + CUDA_STACK, CUDA_STACK, cuda_thread_main);
         t.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+        t.clock = nothing;
+        t.step = ++cuda_order.step;
         b.make_ready(i);
     }
-    // Mostly a lane of the warp that ran last, so that one warp gets far ahead of the others, up to the next barrier;
-    // now and then another warp. With lanes picked evenly warps go in step, and races between them stay hidden.
-    // Bulk copies and wgmma go on meanwhile: one step now and then, or when all threads wait.
-    int warp = 0;
-    cuda_hopper_begin();
-    for (;;) {
-        if (cuda_hopper_pending() && (b.ready_warps ? cuda_random() % 16 == 0 : b.left < n)) cuda_hopper_step();
-        if (b.ready_warps == 0) break;
-        if (!(b.ready_warps >> warp & 1) || cuda_random() % 256 == 0)
-            do warp = cuda_random() % 32;
-            while (!(b.ready_warps >> warp & 1));
-        std::vector<int>& lanes = b.ready[warp];
+    b.hopper = new CudaHopper;
+}
+inline void cuda_end_block() {
+    CudaBlock& b = cuda_block;
+    cuda_hopper_end();
+    delete b.hopper;
+    if (!cuda_order.on) free(b.dynamic);
+    for (auto& chunk : b.shared) free(chunk.data);
+    b.shared.clear();
+}
+
+// Mostly a lane of the warp that ran last, so that one warp gets far ahead of the others, up to the next barrier; now
+// and then another warp. With lanes picked evenly warps go in step, and races between them stay hidden. Bulk copies and
+// wgmma go on meanwhile: one step now and then, or when all threads wait. Blocks are picked as warps are.
+inline void cuda_run_some() {
+    CudaBlock& b = cuda_block;
+    do {
+        if (cuda_hopper_pending() && (b.ready_warps ? cuda_random() % 16 == 0 : b.left < (int)b.threads.size()))
+            cuda_hopper_step();
+        if (b.ready_warps == 0) return;
+        if (!(b.ready_warps >> b.warp & 1) || cuda_random() % 256 == 0)
+            do b.warp = cuda_random() % 32;
+            while (!(b.ready_warps >> b.warp & 1));
+        std::vector<int>& lanes = b.ready[b.warp];
         std::swap(lanes[cuda_random() % lanes.size()], lanes.back());
         int i = lanes.back();
         lanes.pop_back();
-        if (lanes.empty()) b.ready_warps &= ~(1u << warp);
+        if (lanes.empty()) b.ready_warps &= ~(1u << b.warp);
         cuda_resume(i);
-    }
-    if (b.left != n) cuda_report_stuck();
-    cuda_hopper_end();
+    } while (cuda_random() % 256);
 }
 
-template <class F> void cuda_run_blocks(const char* kernel, dim3 grid, dim3 block, size_t shared, F body) {
-    CudaBlock& b = cuda_block;
-    b.kernel = kernel;
-    b.threads.resize(block.x * block.y * block.z);
-    b.body = [](void* f) { (*(F*)f)(); };
-    b.body_arg = &body;
+// maps: among the kernel's parameters
+template <class F>
+void cuda_run_blocks(const char* kernel, dim3 grid, dim3 block, size_t shared, const std::vector<CUtensorMap>& maps,
+                     F body) {
+    static CudaBlock blocks[CUDA_UNDER_WAY];
+    const size_t all = (size_t)grid.x * grid.y * grid.z, most = 2 + cuda_random() % (CUDA_UNDER_WAY - 1);
     gridDim = grid;
     blockDim = block;
-    for (unsigned z = 0; z < grid.z; z++)
-        for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x++) {
-                blockIdx = {x, y, z};
-                b.dynamic = cuda_shared_chunk(shared);
-                b.dynamic_bytes = shared;
-                cuda_run_block();
-                free(b.dynamic);
-                for (auto& chunk : b.shared) free(chunk.data);
-                b.shared.clear();
-            }
+    cuda_running = blocks;
+    cuda_order_begin(maps, block.x * block.y * block.z);
+    std::vector<CudaBlock*>& way = cuda_under_way;
+    for (size_t next = 0; next < all || !way.empty();) {
+        for (int slot = 0; way.size() < most && next < all; slot++) {
+            cuda_running = blocks + slot;
+            if (std::find(way.begin(), way.end(), cuda_running) != way.end()) continue;
+            cuda_block.kernel = kernel;
+            cuda_block.threads.resize(block.x * block.y * block.z);
+            cuda_block.body = [](void* f) { (*(F*)f)(); };
+            cuda_block.body_arg = &body;
+            blockIdx = {unsigned(next % grid.x), unsigned(next / grid.x % grid.y), unsigned(next / grid.x / grid.y)};
+            cuda_begin_block(slot, blockIdx, shared);
+            way.push_back(cuda_running);
+            next++;
+        }
+        auto can_run = [&](size_t i) { return way[i]->ready_warps || cuda_hopper_pending(*way[i]); };
+        size_t pick = cuda_random() % way.size();
+        for (size_t i = 1; i < way.size() && !can_run(pick); i++) pick = (pick + 1) % way.size();
+        const bool stuck = !can_run(pick);
+        cuda_running = way[stuck ? 0 : pick];
+        blockIdx = cuda_block.index;
+        if (stuck) cuda_report_stuck();
+        cuda_run_some();
+        if (cuda_block.left < (int)cuda_block.threads.size()) continue;
+        cuda_end_block();
+        way.erase(way.begin() + pick);
+    }
+    cuda_order_end();
 }

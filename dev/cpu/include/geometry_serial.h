@@ -71,7 +71,8 @@ inline int flag_read(const int* flag) { return __atomic_load_n(flag, __ATOMIC_AC
 inline void flag_write(int* flag, int value) { __atomic_store_n(flag, value, __ATOMIC_RELEASE); }
 inline void flag_pause() {}
 
-template <class F> void cuda_run_blocks(const char*, dim3 grid, dim3, size_t shared, F body) {
+template <class F>
+void cuda_run_blocks(const char*, dim3 grid, dim3, size_t shared, const std::vector<CUtensorMap>&, F body) {
     int64_t blocks = (int64_t)grid.x * grid.y * grid.z;
     auto enter = [&] {
         gridDim = grid;

@@ -1,18 +1,16 @@
 // Hopper's instructions in the exact geometry, with the names of train_gpt.cu's wrappers. What is asynchronous on the
 // device happens here as early or as late as it may, at random (stores as late):
-//   bulk copies   between their start and their mbarrier's phase (loads) or the wait for their group (stores); from the
-//                 start on a load's destination holds NaN
+//   bulk copies   loads between their start and their mbarrier's phase, from the start on their destination holds NaN;
+//                 stores read at the wait for their group, and write at tma_store_wait_written or the block's end
 //   wgmma         between its start and the wait for its group; until then its accumulators hold NaN. Each warp's
 //                 quarter runs for itself, and the four warps of a group must issue the same sequence
-// Reported: threads that wait for ever, accumulators touched before the wait, operands in shared memory that ordinary
-// stores changed without fence_async_shared (the copy engine and wgmma see shared memory as it was at the last fence of
-// any thread), mbarriers used before mbarrier_fence_init or with too many arrivals, groups of wgmma without a fence,
-// and work still under way when the block ends. An address in shared memory is the offset from the dynamic array's
-// begin.
+// Reported: threads that wait for ever, accumulators or A's registers touched before the wait, what copies and wgmma
+// touch without an order (order_exact.h), a load over what a wgmma reads that was not waited for, mbarriers used before
+// mbarrier_fence_init or with too many arrivals, groups of wgmma without a fence, and work still under way when the
+// block ends. An address in shared memory is the offset from the dynamic array's begin.
 #pragma once
 #include <array>
 #include <deque>
-#include <memory>
 
 struct CudaAccumulators {  // of one warp: where they belong, and their values until the wait
     int n;                 // columns
@@ -28,10 +26,19 @@ struct CudaMma {
     CudaAccumulators* c;
     const char* file;
     int line;
+    std::vector<std::shared_ptr<const CudaClock>> clocks;  // the lanes', each once
+};
+struct CudaRegisters {  // of A, in use by a group of wgmma
+    int group;
+    const unsigned* at[32];
+    std::array<unsigned, 4> values[32];
+    const char* file;
+    int line;
 };
 struct CudaMmaWarp {
     std::deque<CudaMma> queue;
     std::vector<std::unique_ptr<CudaAccumulators>> accumulators;
+    std::vector<CudaRegisters> registers;
     int committed = 0;  // groups
     bool fenced = false;
     size_t issued = 0;
@@ -46,28 +53,41 @@ struct CudaCopy {
     float* to = nullptr;  // bulk_store and bulk_add, which have no map
     int bytes = 0;
     bool add = false;
+    CudaWriter writer = {};                            // a load's: its mbarrier and the phase
+    std::shared_ptr<const CudaClock> clock = nullptr;  // the thread's
+    std::vector<char> data = {};                       // a store's, once read
+    const char* file = "";
+    int line = 0;
 };
 struct CudaNamedBarrier {
     int threads = 0, arrived = 0;
     std::vector<int> waiting;
+    CudaClock clock;
+};
+struct CudaBar {  // what those who arrive at an mbarrier have seen, and what who waits for it then sees
+    int component, phase = 0;
+    CudaClock arrived, done;
+    CudaLast last;
+};
+struct CudaSource {  // read when the thread that stores has waited
+    size_t end;
+    CudaWriter reader;
 };
 struct CudaHopper {
     std::vector<CudaCopy> loads, stores;         // under way
+    std::map<const void*, CudaBar> bars;
+    std::map<size_t, std::array<int, 32>> reads;  // of each 1024 bytes: the last group of a warp's wgmma, from 1
+    std::map<size_t, CudaSource> sources;         // of stores, by their offset
     std::map<int, int> store_groups;             // committed by a thread
     std::vector<std::pair<uint64_t*, int>> waiting;  // at an mbarrier: which, which thread
     std::vector<uint64_t*> unfenced;             // mbarriers initialised, not yet fenced
     CudaNamedBarrier named[16];
     CudaMmaWarp warps[32];
     std::vector<uint64_t> sequence[8];           // of wgmma, by warpgroup
-    std::vector<char> seen;                      // dynamic shared memory as the copy engine and wgmma see it
     int queued = 0;                              // wgmma not yet run
     int registers[32] = {};                      // a thread, by warp; 0: as at the start
 };
-inline CudaHopper cuda_hopper;
-
-[[noreturn]] inline void cuda_die_at(const char* op, const char* file, int line, const std::string& what) {
-    cuda_die("thread " + std::to_string(cuda_block.current) + " is at " + cuda_where(op, file, line) + ": " + what);
-}
+#define cuda_hopper (*cuda_block.hopper)
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Waiting
@@ -90,7 +110,7 @@ struct CudaMbarrier {  // the 64 bits of an mbarrier; all ones (fresh shared mem
 static_assert(sizeof(CudaMbarrier) == 8);
 
 inline CudaMbarrier& cuda_mbarrier(uint64_t* bar, const char* op, const char* file, int line) {
-    CudaMbarrier& m = *(CudaMbarrier*)bar;
+    CudaMbarrier& m = *(CudaMbarrier*)cuda_alias(bar);
     if ((uintptr_t)bar % 8 || m.arrivals == 0 || m.arrivals == 0xFFFFF || m.pending > m.arrivals)
         cuda_die_at(op, file, line, "no mbarrier there");
     for (uint64_t* u : cuda_hopper.unfenced)
@@ -98,15 +118,22 @@ inline CudaMbarrier& cuda_mbarrier(uint64_t* bar, const char* op, const char* fi
     return m;
 }
 // arrivals and bytes expected, or bytes that came
-inline void cuda_mbarrier_update(CudaMbarrier& m, unsigned arrivals, int64_t bytes) {
+inline void cuda_mbarrier_update(uint64_t* bar, unsigned arrivals, int64_t bytes) {
+    CudaMbarrier& m = *(CudaMbarrier*)cuda_alias(bar);
     m.pending -= arrivals;
     m.bytes += bytes;
     if (m.pending != 0 || m.bytes != 0) return;
     m.phase ^= 1;
     m.pending = m.arrivals;
+    if (cuda_order.on) {
+        CudaBar& b = cuda_hopper.bars.at(bar);
+        cuda_set(b.arrived.seen, b.component, ++b.phase);
+        b.done = b.arrived;
+        b.last = {};
+    }
     auto& waiting = cuda_hopper.waiting;
     for (size_t i = waiting.size(); i-- > 0;) {
-        if ((CudaMbarrier*)waiting[i].first != &m) continue;
+        if (waiting[i].first != bar) continue;
         cuda_wake(waiting[i].second);
         waiting.erase(waiting.begin() + i);
     }
@@ -114,15 +141,25 @@ inline void cuda_mbarrier_update(CudaMbarrier& m, unsigned arrivals, int64_t byt
 inline void cuda_mbarrier_arrive(uint64_t* bar, unsigned bytes, const char* op, const char* file, int line) {
     CudaMbarrier& m = cuda_mbarrier(bar, op, file, line);
     if (m.pending == 0) cuda_die_at(op, file, line, "more arrivals in a phase than the mbarrier counts");
-    cuda_mbarrier_update(m, 1, bytes);
+    cuda_seal();
+    if (cuda_order.on) cuda_release(cuda_hopper.bars.at(bar).arrived, cuda_block.current);
+    cuda_mbarrier_update(bar, 1, bytes);
 }
 
 inline void mbarrier_init(uint64_t* bar, unsigned arrivals, CUDA_HERE) {
     if (arrivals == 0 || arrivals >= 0xFFFFF) cuda_die_at("mbarrier_init", file, line, "arrivals out of range");
-    *(CudaMbarrier*)bar = {0, arrivals, arrivals, 0};
-    cuda_hopper.unfenced.push_back(bar);
+    *(CudaMbarrier*)cuda_alias(bar) = {0, arrivals, arrivals, 0};
+    CudaHopper& h = cuda_hopper;
+    h.unfenced.push_back(bar);
+    if (!cuda_order.on) return;
+    const int number = h.bars.size();
+    if (number == CUDA_OTHERS - 32) cuda_die_at("mbarrier_init", file, line, "more mbarriers than can be watched");
+    h.bars[bar] = {cuda_component(cuda_block.threads.size() + number), 0, {}, {}, {}};
 }
-inline void mbarrier_fence_init() { cuda_hopper.unfenced.clear(); }
+inline void mbarrier_fence_init() {
+    cuda_hopper.unfenced.clear();
+    if (cuda_order.on) cuda_fence(true, true);
+}
 inline void mbarrier_arrive(uint64_t* bar, CUDA_HERE) { cuda_mbarrier_arrive(bar, 0, "mbarrier_arrive", file, line); }
 inline void mbarrier_arrive_expect(uint64_t* bar, unsigned bytes, CUDA_HERE) {
     cuda_mbarrier_arrive(bar, bytes, "mbarrier_arrive_expect", file, line);
@@ -134,22 +171,49 @@ inline void mbarrier_wait(uint64_t* bar, unsigned parity, CUDA_HERE) {
         cuda_hopper.waiting.push_back({bar, cuda_block.current});
         cuda_wait("mbarrier_wait", file, line);
     }
+    if (!cuda_order.on) return;
+    CudaBar& b = cuda_hopper.bars.at(bar);
+    cuda_acquire(cuda_me(), b.done, b.last);
 }
 
+// By warps, whose lanes all come (bar.sync and bar.arrive are .aligned).
+struct CudaNamedArguments {
+    int id, threads;
+    bool waits;
+};
+inline void cuda_named_arrive(CudaThread* lanes, unsigned) {
+    const CudaNamedArguments& a = *(const CudaNamedArguments*)lanes[0].in;
+    const int first = lanes - &cuda_block.threads[0];
+    CudaNamedBarrier& n = cuda_hopper.named[a.id];
+    auto die = [&](const char* what) { cuda_die_at(lanes[0].op, lanes[0].file, lanes[0].line, what); };
+    if (n.arrived && n.threads != a.threads) die("others gave another number of threads");
+    n.threads = a.threads;
+    for (int l = 0; l < 32; l++) {
+        const CudaNamedArguments& x = *(const CudaNamedArguments*)lanes[l].in;
+        if (x.id != a.id || x.threads != a.threads) die("the lanes disagree");
+        if (cuda_order.on) cuda_release(n.clock, first + l);
+        *(bool*)lanes[l].out = a.waits;
+        if (a.waits) n.waiting.push_back(first + l);
+    }
+    if ((n.arrived += 32) < a.threads) return;
+    const auto all = std::make_shared<const CudaClock>(n.clock);
+    for (int thread : n.waiting) {
+        CudaThread& t = cuda_block.threads[thread];
+        if (cuda_order.on) t.clock = all;
+        *(bool*)t.out = false;
+        if (thread / 32 != first / 32 && t.op_waits) cuda_wake(thread);
+    }
+    n = CudaNamedBarrier();
+}
 inline void cuda_named_barrier(int id, int threads, bool waits, const char* op, const char* file, int line) {
     if (id < 1 || id > 15 || threads <= 0 || threads % 32) cuda_die_at(op, file, line, "no such barrier");
-    CudaNamedBarrier& n = cuda_hopper.named[id];
-    if (n.arrived && n.threads != threads) cuda_die_at(op, file, line, "others gave another number of threads");
-    n.threads = threads;
-    if (waits) n.waiting.push_back(cuda_block.current);
-    if (++n.arrived == threads) {
-        for (int thread : n.waiting) cuda_wake(thread);
-        n.arrived = 0;
-        n.waiting.clear();
-        if (waits) cuda_yield(false);
-    } else if (waits) {
-        cuda_wait(op, file, line);
-    }
+    CudaNamedArguments a{id, threads, waits};
+    volatile bool more;  // to wait for
+    cuda_meet(op, ~0u, file, line, &a, nullptr, (void*)&more, 0, cuda_named_arrive);
+    if (!more) return;
+    cuda_me().op_waits = true;
+    cuda_wait(op, file, line);
+    cuda_me().op_waits = false;
 }
 inline void named_barrier_sync(int id, int threads, CUDA_HERE) {
     cuda_named_barrier(id, threads, true, "named_barrier_sync", file, line);
@@ -168,18 +232,34 @@ inline size_t cuda_shared_offset(const void* p, const char* op, const char* file
     if (offset >= cuda_block.dynamic_bytes) cuda_die_at(op, file, line, "not in dynamic shared memory");
     return offset;
 }
-inline void fence_async_shared() {
-    memcpy(cuda_hopper.seen.data(), cuda_block.dynamic, cuda_block.dynamic_bytes);
+inline void cuda_must_be_watched(const char* op, const char* file, int line) {
+    if (!cuda_order.on) cuda_die_at(op, file, line, "the kernel is not watched: no tensor map among its parameters");
 }
-inline void fence_async_global() {}
-// n bytes at an address; all of them were there when a thread last said fence_async_shared
-inline const char* cuda_seen(size_t address, size_t n, const char* op, const char* file, int line) {
-    if (address + n > cuda_block.dynamic_bytes) cuda_die(cuda_where(op, file, line) + " reads beyond shared memory");
-    const char* p = &cuda_hopper.seen[address];
-    if (memcmp(p, (const char*)cuda_block.dynamic + address, n) != 0)
-        cuda_die(cuda_where(op, file, line) + " reads shared memory at " + std::to_string(address) +
-                 " that was written without fence_async_shared, or while it was being read");
-    return p;
+inline void fence_async_shared(CUDA_HERE) {
+    cuda_must_be_watched("fence_async_shared", file, line);
+    cuda_fence(true, false);
+}
+inline void fence_async_global(CUDA_HERE) {
+    cuda_must_be_watched("fence_async_global", file, line);
+    cuda_fence(false, true);
+}
+
+// Thread i writes there: what wgmma and stores read must be behind it.
+inline void cuda_written_over(size_t offset, size_t bytes, int i, const char* op, const char* file, int line) {
+    CudaHopper& h = cuda_hopper;
+    const CudaClock& c = *cuda_block.threads[i].clock;
+    auto die = [&](const std::string& reader) {
+        cuda_block.current = i;
+        cuda_die_at(op, file, line, "it writes to shared memory at " + std::to_string(offset) + " that " + reader +
+                                        " reads, which was not waited for or not passed on to it");
+    };
+    for (auto r = h.reads.lower_bound(offset / 1024); r != h.reads.end() && r->first * 1024 < offset + bytes; r++)
+        for (int warp = 0; warp < 32; warp++)
+            if (r->second[warp] > cuda_at(c.seen, cuda_component(cuda_order.stride - 32 + warp)))
+                die("a wgmma of warp " + std::to_string(warp));
+    for (auto& [from, source] : h.sources)
+        if (from < offset + bytes && offset < source.end && !cuda_ordered(source.reader, c, i, CUDA_GENERIC))
+            die("a bulk copy of thread " + std::to_string(source.reader.who % cuda_order.stride));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -190,47 +270,77 @@ inline size_t cuda_copy_rows(const CUtensorMap& map) { return size_t(map.box[1])
 inline CudaCopy cuda_copy(bool load, const CUtensorMap* map, const void* smem, int c0, int c1, int c2, int c3,
                           const char* file, int line) {
     const char* op = load ? "tma_load" : "tma_store";
+    cuda_must_be_watched(op, file, line);
+    cuda_seal();
     size_t offset = cuda_shared_offset(smem, op, file, line);
     if (map->made != CUDA_TENSOR_MAP_MADE) cuda_die_at(op, file, line, "no tensor map");
     if (offset % 1024) cuda_die_at(op, file, line, "the tile is not aligned to 1024 bytes");
     if (offset + cuda_copy_rows(*map) * 128 > cuda_block.dynamic_bytes)
         cuda_die_at(op, file, line, "the box leaves shared memory");
-    return {load, *map, (char*)smem, {c0, c1, c2, c3}, nullptr, cuda_block.current, 0};
+    CudaCopy copy{load, *map, (char*)smem, {c0, c1, c2, c3}, nullptr, cuda_block.current, 0};
+    copy.clock = cuda_me().clock, copy.file = file, copy.line = line;
+    return copy;
 }
 
-inline void cuda_run_copy(const CudaCopy& copy) {
-    if (copy.to) {
-        const char* op = copy.add ? "bulk_add" : "bulk_store";
-        const float* from = (const float*)cuda_seen(copy.smem - (char*)cuda_block.dynamic, copy.bytes, op, "", 0);
-        for (int i = 0; i < copy.bytes / 4; i++) copy.to[i] = (copy.add ? copy.to[i] : 0.0f) + from[i];
-        return;
-    }
+// f(row, memory, first, end): the row's elements from `first` to before `end` are within the tensor, the first there
+template <class F> void cuda_copy_each_row(const CudaCopy& copy, F f) {
     const CUtensorMap& m = copy.map;
-    char* shared = (char*)cuda_block.dynamic;
-    const size_t base = copy.smem - shared;
     for (size_t row = 0; row < cuda_copy_rows(m); row++) {
         const int64_t at[4] = {copy.at[0], copy.at[1] + int64_t(row % m.box[1]),
                                copy.at[2] + int64_t(row / m.box[1] % m.box[2]),
                                copy.at[3] + int64_t(row / m.box[1] / m.box[2])};
         bool inside = true;
         for (int d = 1; d < 4; d++) inside &= at[d] >= 0 && at[d] < (int64_t)m.dims[d];
+        const int64_t first = std::clamp<int64_t>(-at[0], 0, 64);
+        const int64_t end = std::clamp<int64_t>(m.dims[0] - at[0], first, 64);
         char* global = m.base + at[1] * (int64_t)m.strides[1] + at[2] * (int64_t)m.strides[2] +
-                       at[3] * (int64_t)m.strides[3];
-        for (int i = 0; i < 64; i++) {
-            const int64_t x = at[0] + i;
-            const size_t address = cuda_swizzle(base + row * 128 + i * 2);
-            const bool valid = inside && x >= 0 && x < (int64_t)m.dims[0];
-            if (copy.load) {
-                if (valid) memcpy(shared + address, global + x * 2, 2);
-                else memset(shared + address, 0, 2);
-                memcpy(&cuda_hopper.seen[address], shared + address, 2);
-            } else if (valid) {
-                memcpy(global + x * 2, cuda_seen(address, 2, "tma_store", "", 0), 2);
-            }
-        }
+                       at[3] * (int64_t)m.strides[3] + (at[0] + first) * 2;
+        f(row, global, (int)first, inside ? (int)end : (int)first);
     }
-    if (copy.load)
-        cuda_mbarrier_update(*(CudaMbarrier*)copy.bar, 0, -(int64_t)(cuda_copy_rows(m) * 128));
+}
+// in memory, of a tensor's box or of floats side by side
+template <class F> void cuda_copy_each_piece(const CudaCopy& copy, F f) {
+    if (copy.to) return f((char*)copy.to, (size_t)copy.bytes);
+    cuda_copy_each_row(copy, [&](size_t, char* global, int first, int end) {
+        if (first < end) f(global, size_t(end - first) * 2);
+    });
+}
+inline const char* cuda_copy_name(const CudaCopy& copy) {
+    return copy.load ? "tma_load" : !copy.to ? "tma_store" : copy.add ? "bulk_add" : "bulk_store";
+}
+inline void cuda_copy_touches(const CudaCopy& copy, const void* at, size_t bytes, CudaProxy proxy) {
+    cuda_touch(at, bytes, *copy.clock, copy.thread, proxy, cuda_copy_name(copy), copy.file, copy.line);
+}
+
+inline void cuda_run_load(const CudaCopy& copy) {
+    const size_t base = copy.smem - (char*)cuda_block.dynamic, bytes = cuda_copy_rows(copy.map) * 128;
+    cuda_copy_each_row(copy, [&](size_t row, char* global, int first, int end) {
+        if (first < end) cuda_copy_touches(copy, global, size_t(end - first) * 2, CUDA_GLOBAL);
+        char line[128] = {};
+        memcpy(line + first * 2, global, size_t(end - first) * 2);
+        char* shared = (char*)cuda_block.dynamic + cuda_block.alias;
+        for (int i = 0; i < 8; i++) memcpy(shared + cuda_swizzle(base + row * 128 + i * 16), line + i * 16, 16);
+    });
+    cuda_mark(copy.smem, bytes, copy.writer);
+    cuda_mbarrier_update(copy.bar, 0, -(int64_t)bytes);
+}
+inline void cuda_run_read(CudaCopy& copy) {
+    const size_t bytes = copy.to ? copy.bytes : cuda_copy_rows(copy.map) * 128;
+    cuda_copy_touches(copy, copy.smem, bytes, CUDA_TO_SHARED);  // what nobody wrote may lie outside the tensor
+    copy.data.assign(copy.smem, copy.smem + bytes);
+    cuda_hopper.sources[copy.smem - (char*)cuda_block.dynamic].reader.when = cuda_block.threads[copy.thread].step;
+}
+inline void cuda_run_write(const CudaCopy& copy) {
+    if (copy.to) {
+        const float* from = (const float*)copy.data.data();
+        for (int i = 0; i < copy.bytes / 4; i++) copy.to[i] = (copy.add ? copy.to[i] : 0.0f) + from[i];
+        return;
+    }
+    const size_t base = copy.smem - (char*)cuda_block.dynamic;
+    cuda_copy_each_row(copy, [&](size_t row, char* global, int first, int end) {
+        for (int i = first; i < end; i++)
+            memcpy(global + (i - first) * 2, &copy.data[cuda_swizzle(base + row * 128 + i * 2) - base], 2);
+    });
 }
 
 inline void tma_load(void* smem, const CUtensorMap* map, uint64_t* bar, int c0, int c1, int c2 = 0, int c3 = 0,
@@ -238,23 +348,40 @@ inline void tma_load(void* smem, const CUtensorMap* map, uint64_t* bar, int c0, 
     CudaCopy copy = cuda_copy(true, map, smem, c0, c1, c2, c3, file, line);
     cuda_mbarrier(bar, "tma_load", file, line);
     copy.bar = bar;
-    size_t bytes = cuda_copy_rows(*map) * 128;
-    memset(smem, 0xFF, bytes);
-    memset(&cuda_hopper.seen[(char*)smem - (char*)cuda_block.dynamic], 0xFF, bytes);
-    cuda_hopper.loads.push_back(copy);
+    const size_t bytes = cuda_copy_rows(*map) * 128;
+    CudaHopper& h = cuda_hopper;
+    const CudaBar& b = h.bars.at(bar);
+    copy.writer = {b.component | CUDA_ASYNC, b.phase + 1};
+    cuda_copy_touches(copy, smem, bytes, CUDA_TO_SHARED);
+    cuda_written_over((char*)smem - (char*)cuda_block.dynamic, bytes, copy.thread, "tma_load", file, line);
+    memset(cuda_alias((char*)smem), 0xFF, bytes);
+    cuda_mark(smem, bytes, copy.writer);
+    h.loads.push_back(copy);
+}
+inline void cuda_issue_store(CudaCopy& copy, size_t bytes) {
+    const size_t from = copy.smem - (char*)cuda_block.dynamic;
+    cuda_hopper.sources[from] = {from + bytes, {cuda_component(copy.thread), CUDA_NEVER}};
+    cuda_copy_each_piece(copy, [&](char* global, size_t bytes) {
+        cuda_watch(global, bytes);
+        cuda_copy_touches(copy, global, bytes, CUDA_GLOBAL);
+        cuda_mark(global, bytes, {cuda_component(copy.thread) | CUDA_ASYNC, CUDA_NEVER});
+    });
+    copy.group = cuda_hopper.store_groups[copy.thread];
+    cuda_hopper.stores.push_back(copy);
 }
 inline void tma_store(const CUtensorMap* map, const void* smem, int c0, int c1, int c2 = 0, int c3 = 0, CUDA_HERE) {
     CudaCopy copy = cuda_copy(false, map, smem, c0, c1, c2, c3, file, line);
-    copy.group = cuda_hopper.store_groups[copy.thread];
-    cuda_hopper.stores.push_back(copy);
+    cuda_issue_store(copy, cuda_copy_rows(*map) * 128);
 }
 inline void cuda_bulk(float* to, const float* from, int bytes, bool add, const char* file, int line) {
     const char* op = add ? "bulk_add" : "bulk_store";
+    cuda_must_be_watched(op, file, line);
+    cuda_seal();
     if ((cuda_shared_offset(from, op, file, line) | (uintptr_t)to | bytes) % 16)
         cuda_die_at(op, file, line, "an address or the size is not a multiple of 16");
     CudaCopy copy{false, {}, (char*)from, {}, nullptr, cuda_block.current, 0, to, bytes, add};
-    copy.group = cuda_hopper.store_groups[copy.thread];
-    cuda_hopper.stores.push_back(copy);
+    copy.clock = cuda_me().clock, copy.file = file, copy.line = line;
+    cuda_issue_store(copy, bytes);
 }
 inline void bulk_store(float* to, const float* from, int bytes, CUDA_HERE) {
     cuda_bulk(to, from, bytes, false, file, line);
@@ -263,19 +390,33 @@ inline void bulk_add(float* to, const float* from, int bytes, CUDA_HERE) {
     cuda_bulk(to, from, bytes, true, file, line);
 }
 inline void tma_store_commit() { cuda_hopper.store_groups[cuda_block.current]++; }
-template <int N> void tma_store_wait() {
+// All but the newest N groups of the thread have been read, and, if that is asked for, written.
+inline void cuda_store_wait(int newest, bool written) {
     auto& copies = cuda_hopper.stores;
-    const int me = cuda_block.current, done = cuda_hopper.store_groups[me] - N;  // groups
+    const int me = cuda_block.current, done = cuda_hopper.store_groups[me] - newest;
     for (size_t i = 0; i < copies.size();) {
-        if (copies[i].thread != me || copies[i].group >= done) {
+        CudaCopy& copy = copies[i];
+        const bool waited_for = copy.thread == me && copy.group < done;
+        if (waited_for && copy.data.empty()) cuda_run_read(copy);
+        if (!waited_for || !written) {
             i++;
             continue;
         }
-        cuda_run_copy(copies[i]);
+        cuda_run_write(copy);
+        cuda_copy_each_piece(copy, [&](char* global, size_t bytes) {
+            cuda_mark(global, bytes, {cuda_component(me) | CUDA_ASYNC, cuda_me().step});
+        });
         copies.erase(copies.begin() + i);
     }
 }
-template <int N> void tma_store_wait_written() { tma_store_wait<N>(); }
+template <int N> void tma_store_wait() {
+    cuda_seal();
+    cuda_store_wait(N, false);
+}
+template <int N> void tma_store_wait_written() {
+    cuda_seal();
+    cuda_store_wait(N, true);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // wgmma: c (64,N) += a (64,16) b (16,N). Warp w of the group has rows 16w + lane/4 and 8 further, columns 8j +
@@ -294,13 +435,25 @@ inline uint64_t wgmma_descriptor(const void* smem, int leading_bytes, int stride
     return address >> 4 | uint64_t(leading_bytes >> 4) << 16 | uint64_t(stride_bytes >> 4) << 32 | uint64_t(1) << 62;
 }
 
-inline float cuda_wgmma_element(uint64_t descriptor, int trans, int mn, int k, const CudaMma& op) {
+inline size_t cuda_wgmma_address(uint64_t descriptor, int trans, int mn, int k) {
     const size_t start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4,
                  stride = (descriptor >> 32 & 0x3FFF) << 4;
-    const size_t address = trans ? start + mn / 64 * leading + mn % 64 * 2 + k / 8 * stride + k % 8 * 128
-                                 : start + mn / 8 * stride + mn % 8 * 128 + k * 2;
+    return trans ? start + mn / 64 * leading + mn % 64 * 2 + k / 8 * stride + k % 8 * 128
+                 : start + mn / 8 * stride + mn % 8 * 128 + k * 2;
+}
+// The matrix's element, which all lanes' clocks must let the warp read; `last`: the writer before this one
+inline float cuda_wgmma_element(uint64_t descriptor, int trans, int mn, int k, const CudaMma& op, int warp,
+                                CudaWriter& last) {
+    const size_t address = cuda_swizzle(cuda_wgmma_address(descriptor, trans, mn, k));
+    const char* p = (const char*)cuda_block.dynamic + address;
+    if (address + 2 > cuda_block.dynamic_bytes)
+        cuda_die(cuda_where("wgmma", op.file, op.line) + " reads beyond shared memory");
+    const CudaWriter w = cuda_shared_writer(address);
+    if (w != last)
+        for (auto& clock : op.clocks) cuda_touch(p, 2, *clock, warp * 32, CUDA_FROM_SHARED, "wgmma", op.file, op.line);
+    last = w;
     uint16_t bits;
-    memcpy(&bits, cuda_seen(cuda_swizzle(address), 2, "wgmma", op.file, op.line), 2);
+    memcpy(&bits, p, 2);
     return __builtin_bit_cast(float, (unsigned)bits << 16);
 }
 
@@ -317,17 +470,19 @@ __attribute__((optimize("O3"))) inline void cuda_wgmma_product(float* c, const f
 inline void cuda_run_wgmma(int warp) {
     CudaMmaWarp& w = cuda_hopper.warps[warp];
     CudaMma& op = w.queue.front();
+    CudaWriter last{-2};
     float a[16 * 16];
     std::vector<float> b(16 * op.n), c(16 * op.n);
     for (int i = 0; i < 16; i++)
         for (int k = 0; k < 16; k++) {
             // lane and number of the element in the A fragment of mma.m16n8k16
             int lane = i % 8 * 4 + k % 8 / 2, e = k / 8 * 4 + i / 8 * 2 + k % 2;
-            a[i * 16 + k] = op.from_registers ? cuda_half_word(op.registers[lane].data(), e)
-                                              : cuda_wgmma_element(op.a, op.trans_a, warp % 4 * 16 + i, k, op);
+            a[i * 16 + k] = op.from_registers
+                                ? cuda_half_word(op.registers[lane].data(), e)
+                                : cuda_wgmma_element(op.a, op.trans_a, warp % 4 * 16 + i, k, op, warp, last);
         }
     for (int k = 0; k < 16; k++)
-        for (int j = 0; j < op.n; j++) b[k * op.n + j] = cuda_wgmma_element(op.b, op.trans_b, j, k, op);
+        for (int j = 0; j < op.n; j++) b[k * op.n + j] = cuda_wgmma_element(op.b, op.trans_b, j, k, op, warp, last);
     cuda_wgmma_product(c.data(), a, b.data(), op.n);
     for (int l = 0; l < 32; l++)
         for (int e = 0; e < op.n / 2; e++) {
@@ -351,6 +506,7 @@ inline void cuda_wgmma_issue(CudaThread* lanes, unsigned) {
     const int warp = (lanes - &cuda_block.threads[0]) / 32, group = warp / 4;
     CudaMmaWarp& w = h.warps[warp];
     auto die = [&](const std::string& what) { cuda_die_at("wgmma", op.file, op.line, what); };
+    cuda_must_be_watched("wgmma", op.file, op.line);
     if ((group + 1) * 128 > (int)cuda_block.threads.size()) die("the block ends within the warpgroup");
     if (!w.fenced) die("no wgmma_fence since the last commit or wait");
     if ((!op.from_registers && (op.a >> 62 != 1 || op.a >> 49 & 7)) || op.b >> 62 != 1 || op.b >> 49 & 7)
@@ -362,11 +518,24 @@ inline void cuda_wgmma_issue(CudaThread* lanes, unsigned) {
     else if (h.sequence[group][w.issued] != sum) die("another warp of the group has another wgmma here");
     w.issued++;
 
+    for (int k = 0; k < 16; k += 8) {
+        auto reads = [&](uint64_t descriptor, int trans, int mn) {
+            h.reads[cuda_wgmma_address(descriptor, trans, mn, k) / 1024][warp] = w.committed + 1;
+        };
+        // of a all rows: whose rows a warp reads is not said
+        for (int mn = 0; !op.from_registers && mn < 64; mn += 8) reads(op.a, op.trans_a, mn);
+        for (int mn = 0; mn < op.n; mn += 8) reads(op.b, op.trans_b, mn);
+    }
+    if (op.from_registers) w.registers.push_back({w.committed, {}, {}, op.file, op.line});
     CudaAccumulators* found = nullptr;
     for (int l = 0; l < 32; l++) {
+        if (op.clocks.empty() || op.clocks.back() != lanes[l].clock) op.clocks.push_back(lanes[l].clock);
         const CudaMmaArguments& x = *(const CudaMmaArguments*)lanes[l].in;
         if (x.op.a != op.a || x.op.b != op.b || x.op.accumulate != op.accumulate) die("the lanes disagree");
-        if (op.from_registers) memcpy(op.registers[l].data(), x.registers, 16);
+        if (op.from_registers) {
+            memcpy(op.registers[l].data(), x.registers, 16);
+            w.registers.back().at[l] = x.registers, w.registers.back().values[l] = op.registers[l];
+        }
         for (auto& acc : w.accumulators) {
             if (x.c + op.n / 2 <= acc->c[l] || acc->c[l] + acc->n / 2 <= x.c) continue;
             if (x.c != acc->c[l] || op.n != acc->n || (l && found != acc.get()))
@@ -395,10 +564,11 @@ template <int N> void cuda_wgmma(const CudaMma& op, float* c, const unsigned* a,
     cuda_meet(name, ~0u, op.file, op.line, &x, nullptr, nullptr, 0, cuda_wgmma_issue);
 }
 template <int N, int TRANS_A, int TRANS_B> void wgmma_ss(float* c, uint64_t a, uint64_t b, int accumulate, CUDA_HERE) {
-    cuda_wgmma<N>({N, TRANS_A, TRANS_B, accumulate, 0, false, a, b, {}, nullptr, file, line}, c, nullptr, "wgmma_ss");
+    cuda_wgmma<N>({N, TRANS_A, TRANS_B, accumulate, 0, false, a, b, {}, nullptr, file, line, {}}, c, nullptr,
+                  "wgmma_ss");
 }
 template <int N, int TRANS_B> void wgmma_rs(float* c, const unsigned* a, uint64_t b, int accumulate, CUDA_HERE) {
-    cuda_wgmma<N>({N, 0, TRANS_B, accumulate, 0, true, 0, b, {}, nullptr, file, line}, c, a, "wgmma_rs");
+    cuda_wgmma<N>({N, 0, TRANS_B, accumulate, 0, true, 0, b, {}, nullptr, file, line, {}}, c, a, "wgmma_rs");
 }
 inline void wgmma_fence(CUDA_HERE) {
     cuda_meet("wgmma_fence", ~0u, file, line, nullptr, nullptr, nullptr, 0, [](CudaThread* lanes, unsigned) {
@@ -419,6 +589,20 @@ template <int N> void wgmma_wait(CUDA_HERE) {
         const int done = w.committed - lanes[0].arg;  // groups
         while (!w.queue.empty() && w.queue.front().group < done) cuda_run_wgmma(warp);
         w.fenced = false;
+        for (size_t i = w.registers.size(); i-- > 0;) {
+            const CudaRegisters& r = w.registers[i];
+            if (r.group >= done) continue;
+            for (int l = 0; l < 32; l++)
+                if (memcmp(r.at[l], r.values[l].data(), 16) != 0)
+                    cuda_die_at("wgmma_rs", r.file, r.line, "the registers of A were written to before the wait");
+            w.registers.erase(w.registers.begin() + i);
+        }
+        if (cuda_order.on) {
+            CudaClock waited;
+            cuda_set(waited.seen, cuda_component(cuda_order.stride - 32 + warp), done);
+            CudaLast last;
+            for (int l = 0; l < 32; l++) cuda_acquire(lanes[l], waited, last);
+        }
         for (size_t i = w.accumulators.size(); i-- > 0;) {
             CudaAccumulators& acc = *w.accumulators[i];
             if (acc.last >= done) continue;
@@ -445,11 +629,8 @@ template <int R> void registers_less() { registers_more<R>(); }
 // ---------------------------------------------------------------------------------------------------------------------
 // What the scheduler calls
 
-inline void cuda_hopper_begin() {
-    cuda_hopper = CudaHopper();
-    cuda_hopper.seen.assign((const char*)cuda_block.dynamic, (const char*)cuda_block.dynamic + cuda_block.dynamic_bytes);
-}
-inline bool cuda_hopper_pending() { return !cuda_hopper.loads.empty() || cuda_hopper.queued > 0; }
+inline bool cuda_hopper_pending(const CudaBlock& b) { return !b.hopper->loads.empty() || b.hopper->queued > 0; }
+inline bool cuda_hopper_pending() { return cuda_hopper_pending(cuda_block); }
 
 // One thing under way happens. When no thread can run, loads go on until one can.
 inline void cuda_hopper_step() {
@@ -459,7 +640,7 @@ inline void cuda_hopper_step() {
         if (pick < n) {
             CudaCopy copy = h.loads[pick];
             h.loads.erase(h.loads.begin() + pick);
-            cuda_run_copy(copy);
+            cuda_run_load(copy);
         } else {
             int warp = cuda_random() % 32;
             while (h.warps[warp].queue.empty()) warp = (warp + 1) % 32;
@@ -472,8 +653,15 @@ inline void cuda_hopper_end() {
     CudaHopper& h = cuda_hopper;
     for (auto* copies : {&h.loads, &h.stores})
         for (const CudaCopy& copy : *copies)
-            cuda_die("thread " + std::to_string(copy.thread) + " left without waiting for its " +
-                     (copy.load ? "tma_load" : "tma_store"));
+            if (copy.data.empty())
+                cuda_die("thread " + std::to_string(copy.thread) + " left without waiting for its " +
+                         cuda_copy_name(copy));
+    for (const CudaCopy& copy : h.stores) {
+        cuda_run_write(copy);
+        cuda_copy_each_piece(copy, [&](char* global, size_t bytes) {
+            cuda_mark(global, bytes, {cuda_component(copy.thread) | CUDA_ASYNC, CUDA_NEVER});
+        });
+    }
     for (size_t warp = 0; warp * 32 < cuda_block.threads.size(); warp++) {
         if (!h.warps[warp].accumulators.empty())
             cuda_die("warp " + std::to_string(warp) + " left without waiting for its wgmma");
