@@ -266,7 +266,7 @@ void environment(const Bytes& input) {
         if (!line.empty()) setenv(names[(unsigned char)line[0] % std::size(names)], line.c_str() + 1, 1);
     guarded("", [] {
         const World w = find_world();
-        require(w.rank >= 0 && w.rank < w.size && w.local >= 0, "a rank is out of range");
+        require(w.rank >= 0 && w.rank < w.size && w.local >= (w.size > 1 ? -1 : 0), "a rank is out of range");
     });
     guarded("", [] { default_address(); });
 }

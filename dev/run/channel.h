@@ -20,6 +20,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <random>
 #include <sstream>
@@ -31,7 +32,7 @@
 #include "error.h"
 
 struct World {
-    int rank = 0, size = 1, local = 0;
+    int rank = 0, size = 1, local = 0;  // local: among the ranks of its host; -1: not said, counted when the ranks meet
     const char* launcher = "";
 };
 
@@ -48,7 +49,8 @@ inline int64_t environment_number(const char* name, int64_t fallback, int64_t le
     return n;
 }
 
-// The first launcher whose variables are all there; without one, a world of one rank.
+// The first launcher whose variables are all there, else the first that says rank and size (Kubeflow's PyTorchJob, old
+// MPICH); without one, a world of one rank.
 inline World find_world() {
     static const char* const launchers[][4] = {
         {"torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"},
@@ -56,13 +58,20 @@ inline World find_world() {
         {"MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"},
         {"Slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"}};  // STEP: srun's, not the batch script's
     World w;
-    for (auto& [launcher, rank, size, local] : launchers) {
-        if (!getenv(rank) || !getenv(size) || !getenv(local)) continue;
-        w.size = int(environment_number(size, 1, 1, 1 << 20, "number of ranks"));
-        w.rank = int(environment_number(rank, 0, 0, w.size - 1, "rank of this world"));
-        w.local = int(environment_number(local, 0, 0, w.size - 1, "local rank of this world"));
-        w.launcher = launcher;
-        break;
+    for (const bool whole : {true, false})
+        for (auto& [launcher, rank, size, local] : launchers) {
+            if (!getenv(rank) || !getenv(size) || (whole && !getenv(local))) continue;
+            w.size = int(environment_number(size, 1, 1, 1 << 20, "number of ranks"));
+            w.rank = int(environment_number(rank, 0, 0, w.size - 1, "rank of this world"));
+            w.local = int(environment_number(local, w.size > 1 ? -1 : 0, 0, w.size - 1, "local rank of this world"));
+            w.launcher = launcher;
+            return w;
+        }
+    for (auto& [launcher, rank, size, local] : launchers) {  // half of what is needed, where it is not a batch script's
+        const char *r = getenv(rank), *n = getenv(size);
+        if (n ? strcmp(n, "1") != 0 : r && strcmp(launcher, "Slurm") != 0)
+            throw Error(format("%s=%s: is set, %s is not. Set both, or unset it to run alone.", n ? size : rank,
+                               n ? n : r, n ? rank : size));
     }
     return w;
 }
@@ -198,6 +207,9 @@ struct Channel {
         for (;;) sleep(1000);  // the thread ends the process
     }
 
+    // This rank among those of its host, once they have met.
+    int local() const { return me.local; }
+
     // All ranks come here; none leaves before all have come. A rank that does not come is found by the watch.
     void close() { leave(leaving); }
     ~Channel() { leave(abandoned); }
@@ -205,7 +217,7 @@ struct Channel {
 private:
     enum Kind : uint32_t { GREETING = 1, HELLO, GO, BEAT, FAIL, REPORT, BYE, STOP };
     static constexpr uint32_t MAGIC = 0x53677000, MOST = 1 << 20;  // head of each frame, above its kind; bytes in one
-    static constexpr int VERSION = 1;
+    static constexpr int VERSION = 2;
 
     struct Place {
         long long moves = 0, calls = 0, step = 0, stage = 0;  // calls of collectives; stage within the step
@@ -478,8 +490,12 @@ private:
         for (Peer& g : guests) g.rank > 0 ? std::swap(peers[g.rank], g) : drop(g, "a stranger");
         int second = 1;  // the first rank on another host than rank 0
         while (second < me.size && peers[second].host == peers[0].host) second++;
+        std::map<std::string, int> lower;  // ranks so far on a host
+        if (me.local < 0) me.local = 0;
+        lower[peers[0].host] = 1;
         for (int r = 1; r < me.size; r++)
-            put(peers[r], GO, format("%d %s\n", r == 1 || r == second, peers[0].name.c_str()) + id);
+            put(peers[r], GO,
+                format("%d %d %s\n", r == 1 || r == second, lower[peers[r].host]++, peers[0].name.c_str()) + id);
     }
 
     // The others: try every address of rank 0 until one lets them in.
@@ -524,15 +540,19 @@ private:
             while (take(p, kind, body)) {
                 if (kind == STOP) _exit(1);  // rank 0 says why
                 const size_t line = body.find('\n');
+                int speaker = 0, local = 0, name = 0;
                 if (kind == GREETING && !greeted) {
                     greeted = true;
                     put(p, HELLO,
                         format("%d %s %d %d %d %s", VERSION, cookie.c_str(), me.rank, me.size, int(getpid()),
                                host_name().c_str()));
                     until = now() + limit + 2;  // rank 0 decides within its own limit
-                } else if (kind == GO && greeted && line != std::string::npos && line >= 2) {
-                    speaks = body[0] == '1';
-                    p.name = body.substr(2, line - 2);
+                } else if (kind == GO && greeted && line != std::string::npos &&
+                           sscanf(body.c_str(), "%d %d %n", &speaker, &local, &name) == 2 && name &&
+                           size_t(name) <= line && local >= 0) {
+                    speaks = speaker;
+                    if (me.local < 0) me.local = local;
+                    p.name = body.substr(name, line - name);
                     id = body.substr(line + 1);
                     peers = std::move(door);
                     return true;

@@ -140,7 +140,7 @@ Gpu open_job(const Options& o, const World& world) {
     channel.open(world, o.rendezvous, o.timeout, broadcast, id);
     memcpy(&nccl, id.data(), sizeof(nccl));
     channel.progress("opening the device", 0);
-    const Gpu gpu = open_device(world.local);
+    const Gpu gpu = open_device(channel.local());
     if (world.size == 1) return gpu;
     channel.progress("opening NCCL", 0);
     ranks.open(nccl, world.rank, world.size);

@@ -211,15 +211,26 @@ std::string meeting(const Env& env) {
 TEST(find_world) {
     EXPECT(world({}) == "0/1/0 ");
     EXPECT(world({{"RANK", "5"}, {"WORLD_SIZE", "8"}, {"LOCAL_RANK", "1"}}) == "5/8/1 torchrun");
-    EXPECT(world({{"RANK", "5"}}) == "0/1/0 ");
+    EXPECT(world({{"RANK", "5"}, {"WORLD_SIZE", "8"}}) == "5/8/-1 torchrun");
+    EXPECT(world({{"RANK", "0"}, {"WORLD_SIZE", "1"}}) == "0/1/0 torchrun");
+    EXPECT(world({{"RANK", "5"}}) == "! RANK=5: is set, WORLD_SIZE is not. Set both, or unset it to run alone.");
+    EXPECT(world({{"RANK", "0"}, {"LOCAL_RANK", "0"}}).rfind("! RANK=0: is set, WORLD_SIZE is not.", 0) == 0);
+    EXPECT(world({{"WORLD_SIZE", "2"}}).rfind("! WORLD_SIZE=2: is set, RANK is not.", 0) == 0);
+    EXPECT(world({{"WORLD_SIZE", "1"}}) == "0/1/0 ");
     Env ompi = {{"OMPI_COMM_WORLD_RANK", "2"}, {"OMPI_COMM_WORLD_SIZE", "3"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "0"}};
     EXPECT(world(ompi) == "2/3/0 Open MPI");
     ompi["RANK"] = "7";  // incomplete
     EXPECT(world(ompi) == "2/3/0 Open MPI");
+    ompi["WORLD_SIZE"] = "8";
+    EXPECT(world(ompi) == "2/3/0 Open MPI");
     EXPECT(world({{"PMI_RANK", "1"}, {"PMI_SIZE", "2"}, {"MPI_LOCALRANKID", "1"}}) == "1/2/1 MPICH");
+    EXPECT(world({{"PMI_RANK", "1"}, {"PMI_SIZE", "2"}}) == "1/2/-1 MPICH");
+    EXPECT(world({{"PMI_RANK", "1"}}).rfind("! PMI_RANK=1: is set, PMI_SIZE is not.", 0) == 0);
     Env slurm = {{"SLURM_PROCID", "0"}, {"SLURM_NTASKS", "4"}, {"SLURM_LOCALID", "0"}};  // a batch script
     EXPECT(world(slurm) == "0/1/0 ");
     slurm["SLURM_STEP_NUM_TASKS"] = "4", slurm["SLURM_PROCID"] = "3", slurm["SLURM_LOCALID"] = "2";
+    EXPECT(world(slurm) == "3/4/2 Slurm");
+    slurm["PMI_RANK"] = "3", slurm["PMI_SIZE"] = "4";  // srun --mpi=pmi2
     EXPECT(world(slurm) == "3/4/2 Slurm");
     for (auto& [rank, size] : std::map<std::string, std::string>{
              {"4", "4"}, {"-1", "4"}, {"x", "4"}, {"", "4"}, {"1x", "4"}, {" 1", "4"}, {"99999999999999999999", "4"}})
@@ -283,6 +294,21 @@ TEST(rank_0_is_late) {
     job.wait(3);
     job.expect_clean();
     EXPECT(shared->opened == 3);
+}
+TEST(local_ranks) {  // counted among the lower ranks of a host by those whose launcher did not say theirs
+    Job job;
+    job.start(5, [&](const World& w) {
+        const std::string host = w.rank % 2 ? "odd" : "even";
+        if (unshare(CLONE_NEWUTS) || sethostname(host.c_str(), host.size())) _exit(77);  // not root
+        if (w.rank != 3) unsetenv("LOCAL_RANK");
+        job.open(find_world());
+        if (channel.local() != (w.rank == 3 ? 3 : w.rank / 2)) throw Error(format("local rank %d", channel.local()));
+        channel.close();
+    });
+    job.wait(3);
+    if (job.status[0] == 77) return (void)puts("local_ranks: left out, needs root");
+    job.expect_clean();
+    EXPECT(shared->opened == 5);
 }
 TEST(one_rank_alone) {
     Job job;

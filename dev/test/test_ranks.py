@@ -538,6 +538,24 @@ class RankTests(Tests):
         _, log, weights, _, _ = self.trained("llama", 2, 1, 1, False)
         expect(log_bits(self.path(name)) == log and contents(self.path(name + ".st")) == weights, "other bits")
 
+    def no_local_rank(self, rank, size):
+        """Rank and size by the launcher's variables, no local rank: the ranks meet, and train one model."""
+        name = f"no_local_{rank}"
+        host, port = "127.0.0.1", self.free_port()
+        flags = self.flags(name, "--zero", 1, "--export", self.path(name + ".st"), "--check-every", 0, accum=1, ranks=2)
+        sets = [f"{rank}=$OMPI_COMM_WORLD_RANK", f"{size}=$OMPI_COMM_WORLD_SIZE", f"MASTER_ADDR={host}",
+                f"MASTER_PORT={port}"]
+        start = f"export {' '.join(sets)}; unset ${{!OMPI_COMM_WORLD_*}}; exec {self.exe} \"$@\""
+        job = Job("/bin/bash", ["-c", start, "train_gpt", *flags], 2).wait()
+        expect(job.status == 0, f"exit {job.status}: {job.text()}")
+        _, log, weights, _, _ = self.trained("llama", 2, 1, 1, False)
+        expect(log_bits(self.path(name)) == log and contents(self.path(name + ".st")) == weights, "other bits")
+
+    def half_a_world(self, variable, missing):
+        """What must say so, for every process of the job would train a model alone."""
+        error = refuse(self.exe, self.flags("half_a_world"), env={variable: "2"})
+        expect(f"{variable}=2: is set, {missing} is not" in error, error)
+
     def bad_option(self, flags, words):
         error = refuse(self.exe, flags, 2)
         for word in words:
@@ -679,6 +697,10 @@ class RankTests(Tests):
                 ("busy port", [(0, 2)], ["port"], 1, True)):
             test(f"f rendezvous: {name}", self.rendezvous, name, worlds, words, lines, busy)
         test("f --rendezvous under mpirun", self.by_address)
+        for rank, size in (("RANK", "WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
+            test(f"f {rank} and {size}, no local rank", self.no_local_rank, rank, size)
+            test(f"f {rank} alone", self.half_a_world, rank, size)
+            test(f"f {size} alone", self.half_a_world, size, rank)
         for name, flags, words in (("unknown", ["--nonsense"], ["--nonsense"]),
                                    ("batch", self.flags("odd", ranks=2) + ["--total-batch", 7], ["7", "2 ranks"]),
                                    ("graph", self.flags("odd", "--graph", ranks=2), ["--graph"]),
