@@ -1387,6 +1387,15 @@ TEST(memory_advice) {
         EXPECT(largest_batch(o, gpu, bytes(B, {})) == (B == 7 || B == 8 ? 6 : std::min(B, 12)));
         o.total_batch = 0;
     }
+    for (bool on_gpu : {false, true}) {  // which loads code and buffers yet
+        const size_t free = bytes(7, {}) + (on_gpu ? size_t(1) << 30 : 0);
+        auto chosen = [&](size_t free) {
+            o.batch_size = 0;
+            on_gpu == !SERIAL ? choose_batch(o, gpu, free) : choose_batch(o, gpu, free, on_gpu);
+            return o.batch_size;
+        };
+        EXPECT(chosen(free) == 7 && chosen(free - 1) == 6 && chosen(1000) == 1);
+    }
 }
 
 // Bounds of the 7B worked out by hand: parameters, FLOPs and AdamW's bytes.

@@ -2368,9 +2368,7 @@ void run(Options& o, const World& world) {
     size_t free = 0, total = 0;
     CHECK(cudaMemGetInfo(&free, &total));
     const double used_before = memory_used();
-    // with several ranks a GiB is left to NCCL, which may take more later
-    const double reserve = ranks.size > 1 && !SERIAL ? 1 << 30 : 0;
-    choose_batch(o, gpu, size_t(std::max(0.0, ranks.least(double(free)) - reserve)));
+    choose_batch(o, gpu, size_t(ranks.least(double(free))));
 
     const int B = o.batch_size, n = ranks.size;
     std::unique_ptr<DataLoader> data, val;

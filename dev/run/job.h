@@ -103,9 +103,14 @@ int largest_batch(const Options& o, const Gpu& gpu, size_t room) {
     return int(fits);
 }
 
-// Settles --batch-size auto, --total-batch and what follows from them; room: the device's free bytes.
-void choose_batch(Options& o, const Gpu& gpu, size_t room) {
+// Bytes of a GPU that --batch-size auto leaves: kernels' code and cuBLASLt's come with their first use, NCCL may take
+// more than ranks.open() had it take.
+constexpr size_t KEPT_BACK = size_t(1) << 30;
+
+// Settles --batch-size auto, --total-batch and what follows from them; free: the device's free bytes.
+void choose_batch(Options& o, const Gpu& gpu, size_t free, bool on_gpu = !SERIAL) {
     const int n = o.storage.ranks;
+    const size_t room = free - (on_gpu ? std::min(free, KEPT_BACK) : 0);
     if (o.total_batch % n)
         throw Error(
             format("--total-batch: %d sequences cannot be shared by %d ranks. Choose a multiple.", o.total_batch, n));

@@ -218,7 +218,7 @@ inline void print_plan(Options& o) {
     const Device device = parse_device(o.device);
     Gpu gpu;
     gpu.sms = 132;  // sizes a little scratch; an H200's
-    choose_batch(o, gpu, size_t(device.memory));
+    choose_batch(o, gpu, size_t(device.memory), true);
     Model m;
     plan_training(m, gpu, o, o.batch_size);
     print_run(m, o);
