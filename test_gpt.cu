@@ -53,6 +53,9 @@ constexpr double TOL_ADDED = BF16 ? 5e-3 : TOL;  // to what is there, by cuBLASL
 constexpr double TOL_ADDED = TOL;
 #endif
 constexpr double TOL_FLOAT = 8e-7;  // sums that stay float; measured 4.6e-7
+// fp32 where functions are as inexact as a GPU's may be, and matmuls of other shapes add in another order: measured in the
+// exact geometry over 224 seeds 8.4e-7 and 1.15e-6
+constexpr double TOL_ACT = SERIAL || BF16 ? TOL : 1e-6, TOL_CAUSAL = SERIAL || BF16 ? TOL : 1.4e-6;
 // products of products: out and dv (fp32 3.6e-6, bf16 3.7e-3), dk and dq (2.3e-6, 8.9e-3), dlogits (1.1e-6, 1.8e-3)
 // logits with a cache against those without (fp32 3.8e-6, bf16 2.7e-2)
 constexpr double TOL_CACHED = BF16 ? 4e-2 : 1e-5;
@@ -347,8 +350,8 @@ TEST(ffn_norm_act) {
                     }
                 }
                 std::string what = format("N %d F %d gated %d gain %d", N, F, gated, gain);
-                expect_close(out.get(), want, TOL, "forward " + what);
-                expect_close(draw.get(), want_d, TOL, "backward " + what);
+                expect_close(out.get(), want, TOL_ACT, "forward " + what);
+                expect_close(draw.get(), want_d, TOL_ACT, "backward " + what);
                 expect_close(dg.get(), want_dg, TOL_FLOAT, "dgain " + what);
             }
 }
@@ -1518,7 +1521,8 @@ TEST(causal) {
         CHECK(cudaDeviceSynchronize());
         CHECK(cudaMemcpy(logits[i].data(), m.logits, m.c.V * sizeof(floatX), cudaMemcpyDeviceToHost));
     }
-    expect_close(Vec(logits[0].begin(), logits[0].end()), Vec(logits[1].begin(), logits[1].end()), TOL, "row 10");
+    expect_close(Vec(logits[0].begin(), logits[0].end()), Vec(logits[1].begin(), logits[1].end()), TOL_CAUSAL,
+                 "row 10");
     destroy(m);
 }
 

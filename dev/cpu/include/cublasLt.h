@@ -236,27 +236,31 @@ inline cublasStatus_t cublasLt_run(cublasLtMatmulDescOpaque_t desc, float alpha,
     // each thread has a block of D, cut along its longer side. (OpenBLAS with threads other than OpenMP's cannot know.)
     const int64_t rows = Ddesc.rows, cols = Ddesc.cols;
     const bool by_cols = cols >= rows;
+    const int64_t inner = ta ? Adesc.rows : Adesc.cols;
+#ifdef EXACT_GEOMETRY  // pieces are summed, of another length for each shape, as a GPU's algorithms do
+    const int64_t piece = (8 << cuda_draw(uint64_t(rows * 0x10001 + cols) << 24 ^ inner) % 6) + 8 * (parts - 1);
+#else
+    const int64_t piece = (inner + parts - 1) / parts;
+#endif
     const int threads = openblas_get_parallel() == OPENBLAS_OPENMP ? omp_get_max_threads() : 1;
     const int64_t share = ((by_cols ? cols : rows) + 16 * threads - 1) / (16 * threads) * 16;
-    const int64_t K = ta ? Adesc.rows : Adesc.cols;
     #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int t = 0; t < threads; t++) {
         const int64_t row = by_cols ? 0 : t * share, col = by_cols ? t * share : 0;
         const int64_t m = by_cols ? rows : std::min(share, rows - row), n = by_cols ? std::min(share, cols - col) : cols;
         if (m <= 0 || n <= 0) continue;
-        for (int part = 0; part < parts; part++) {
-            const int64_t from = K * part / parts, k = K * (part + 1) / parts - from;
-            const float *ap = a + (ta ? from : from * Adesc.ld), *bp = b + (tb ? from * Bdesc.ld : from);
-            const float keep = part ? 1.0f : beta;
+        for (int64_t at = 0; at < inner; at += piece) {
+            const int64_t k = std::min(piece, inner - at);
+            const float *left = a + (ta ? row * Adesc.ld + at : row + at * Adesc.ld), add = at ? 1.0f : beta;
+            const float* right = b + (tb ? col + at * Bdesc.ld : col * Bdesc.ld + at);
             if (cols == 1) {  // a matrix times a vector, for which sgemm would copy the matrix first
-                if (keep == 0.0f) std::fill_n(d + row, m, 0.0f);
-                cblas_sgemv(CblasColMajor, ta ? CblasTrans : CblasNoTrans, ta ? k : m, ta ? m : k, alpha,
-                            ap + (ta ? row * Adesc.ld : row), Adesc.ld, bp, tb ? Bdesc.ld : 1, keep, d + row, 1);
+                if (add == 0.0f) std::fill_n(d + row, m, 0.0f);
+                cblas_sgemv(CblasColMajor, ta ? CblasTrans : CblasNoTrans, ta ? k : m, ta ? m : k, alpha, left,
+                            Adesc.ld, right, tb ? Bdesc.ld : 1, add, d + row, 1);
                 continue;
             }
             cblas_sgemm(CblasColMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, m, n, k, alpha,
-                        ap + (ta ? row * Adesc.ld : row), Adesc.ld, bp + (tb ? col : col * Bdesc.ld), Bdesc.ld, keep,
-                        d + row + col * Ddesc.ld, Ddesc.ld);
+                        left, Adesc.ld, right, Bdesc.ld, add, d + row + col * Ddesc.ld, Ddesc.ld);
         }
     }
     if (Ddesc.type == CUDA_R_32F) return CUBLAS_STATUS_SUCCESS;

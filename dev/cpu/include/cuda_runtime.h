@@ -90,13 +90,58 @@ inline unsigned atomicInc(unsigned* p, unsigned most) {
     return old;
 }
 
-inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fdividef(float x, float y) { return x / y; }
 
 // Of a NaN and a number, the number. (libm's, which gcc calls, do not vectorise.)
 inline float cuda_cpu_fmaxf(float a, float b) { return b > a || a != a ? b : a; }
 inline float cuda_cpu_fminf(float a, float b) { return b < a || a != a ? b : a; }
+
+#ifdef EXACT_GEOMETRY
+// A GPU's functions are off by units in the last place, at most by as many as the CUDA C++ Programming Guide says
+// (Mathematical Functions; of ex2.approx the PTX ISA). So are these, in another way with each CUDA_CPU_SEED: a part of
+// the error is the same for all arguments, the rest depends on the argument.
+
+inline const uint64_t cuda_seed = [] {
+    const char* seed = getenv("CUDA_CPU_SEED");
+    return seed ? strtoull(seed, nullptr, 10) : 1;
+}();
+
+// 32 bits of the seed and of what they are for: splitmix64
+inline uint32_t cuda_draw(uint64_t what) {
+    what += (cuda_seed + 1) * 0x9E3779B97F4A7C15u;
+    what = (what ^ what >> 30) * 0xBF58476D1CE4E5B9u;
+    what = (what ^ what >> 27) * 0x94D049BB133111EBu;
+    return uint32_t((what ^ what >> 31) >> 32);
+}
+inline float cuda_inexact(double exact, double ulps, uint64_t function, uint64_t argument) {
+    const float y = float(exact);
+    if (y == 0 || !std::isfinite(y)) return y;
+    auto part = [](uint64_t what) { return cuda_draw(what) / 2147483647.5 - 1; };
+    const double common = part(function), own = part(function << 48 ^ argument);
+    const double most = ulps * (y - nextafterf(y, 0));
+    const float off = float(y + most * (common + (1 - fabs(common)) * own));
+    return fabs(double(off) - y) > fabs(most) ? nextafterf(off, y) : off;  // above, floats may be further apart
+}
+inline float rsqrtf(float x) { return cuda_inexact(1 / sqrt((double)x), 2, 1, __float_as_uint(x)); }
+inline float __fdividef(float x, float y) {
+    const float divisor = fabsf(y) > 0x1p126f ? INFINITY : y;
+    return cuda_inexact((double)x / divisor, 2, 2, __float_as_uint(x) * 0x9E3779B1u + __float_as_uint(y));
+}
+inline float cuda_cpu_logf(float x) { return cuda_inexact(log((double)x), 1, 3, __float_as_uint(x)); }
+inline float cuda_cpu_erff(float x) {
+    const float e = cuda_inexact(erf((double)x), 2, 4, __float_as_uint(x));
+    return fabsf(e) > 1 ? copysignf(1, e) : e;
+}
+inline float cuda_exponential(double exact, double ulps, uint64_t function, float x) {
+    if (exact < 0x1p-126) return 0;
+    return x == 0 ? 1 : cuda_inexact(exact, ulps, function, __float_as_uint(x));
+}
+inline float cuda_cpu_expf(float x) { return cuda_exponential(exp((double)x), 2 + floor(fabs(1.173 * x)), 5, x); }
+inline float fast_exp2(float x) { return cuda_exponential(exp2((double)x), 2, 6, x); }
+#define logf cuda_cpu_logf
+#else
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 
 // e^x to 2 ulp: x = n ln2 + f, |f| <= ln2/2, e^f by a polynomial, n added to the exponent's bits.
 // Results below the smallest normal number are 0.
@@ -154,6 +199,7 @@ inline float cuda_cpu_erff(float x) {
     e = x < 0.0f ? -e : e;
     return x != x ? x : e;
 }
+#endif
 
 #define erff cuda_cpu_erff
 #define fmaxf cuda_cpu_fmaxf

@@ -1,10 +1,11 @@
 // The exact geometry: real grids, blocks and warps of 32, for tests. Each CUDA thread of a block is a fiber with its
 // own stack. A thread runs until it waits at a barrier, a shuffle or another warp instruction, then another is picked
-// at random, mostly of the same warp (seed: environment CUDA_CPU_SEED, default 1), so a result that changes with the
-// seed is a race. Two to four blocks are under way at a time; they start in order, the next when one ends. All lanes of
-// a warp instruction must meet on the same line with the same mask, all threads of the block at each __syncthreads;
-// when nobody can run, a report says who waits where, and the program exits with 1. Shared memory is one heap chunk an
-// array, all NaN at the start of a block, so that AddressSanitizer sees overruns. One host thread launches.
+// at random, mostly of the same warp (seed: environment CUDA_CPU_SEED, default 1), so a result that changes from
+// launch to launch is a race. Two to four blocks are under way at a time; they start in order, the next when one ends.
+// All lanes of a warp instruction must meet on the same line with the same mask, all threads of the block at each
+// __syncthreads; when nobody can run, a report says who waits where, and the program exits with 1. Shared memory is one
+// heap chunk an array, all NaN at the start of a block, so that AddressSanitizer sees overruns. One host thread
+// launches.
 #pragma once
 #include <boost/context/detail/fcontext.hpp>
 #include <sys/mman.h>
@@ -94,10 +95,7 @@ inline CudaBlock* cuda_running;
 #define cuda_block (*cuda_running)
 
 inline uint64_t cuda_random() {  // xorshift64*
-    static uint64_t state = [] {
-        const char* seed = getenv("CUDA_CPU_SEED");
-        return (seed ? strtoull(seed, nullptr, 10) : 1) * 0x9E3779B97F4A7C15u | 1;
-    }();
+    static uint64_t state = cuda_seed * 0x9E3779B97F4A7C15u | 1;
     state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
     return state * 0x2545F4914F6CDD1Du >> 32;
 }
