@@ -643,9 +643,9 @@ void linear_backward(floatX* dinp, bool add, Flat dw, float beta, const floatX* 
 // backward knows none. Exponentials are powers of 2 of scores times `scale2` = scale log2(e). On Hopper, bf16 and head
 // sizes 64 and 128 have kernels of their own (dev/device/attention_hopper.cuh).
 
-// A block has `warps` warps, each `rows` of the queries (forward) or keys (backward), and goes over the others `cols` at
-// a time. With bf16 the forward has two rows of fragments a warp where registers allow, so that a fragment of k or v,
-// read from shared memory, feeds two mma.
+// A block has `warps` warps, each `rows` of the queries (forward) or keys (backward), and goes over the other side
+// `cols` at a time. With bf16 the forward has two rows of fragments a warp where registers allow, so that a fragment of
+// k or v, read from shared memory, feeds two mma.
 struct BlockShape {
     int warps, rows, cols;
 };
@@ -662,8 +662,8 @@ constexpr int backward_bytes(int W, BlockShape b) {
            2 * cols * int(sizeof(float));
 }
 
-// What a block may count on: 99 KB on GeForce cards from the RTX 30 on, A10, L4, L40S; 163 KB on an A100, and the H100 and
-// B200 have more. The shape is the first that fits.
+// What a block may count on: 99 KB on GeForce cards from the RTX 30 on, A10, L4, L40S; 163 KB on an A100, and the H100
+// and B200 have more. The shape is the first that fits.
 constexpr int SMALL_SHARED = 99 << 10, LARGE_SHARED = SERIAL ? 227 << 10 : 163 << 10;
 constexpr BlockShape forward_shape(int W, int shared) {
     const int warps = SERIAL ? 1 : 4, rows = SERIAL ? 64 : BF16 && W <= 128 ? 32 : 16;
@@ -672,8 +672,9 @@ constexpr BlockShape forward_shape(int W, int shared) {
     return {2, 16, 16};
 }
 constexpr BlockShape backward_shape(int W, int shared) {
-    const BlockShape serial[] = {{1, 64, 64}, {1, 32, 32}}, half[] = {{8, 16, 64}, {4, 16, 64}, {4, 16, 32}, {2, 16, 32}},
-                     full[] = {{4, 16, 32}, {2, 16, 32}, {2, 16, 16}, {1, 16, 16}};
+    const BlockShape serial[] = {{1, 64, 64}, {1, 32, 32}};
+    const BlockShape half[] = {{8, 16, 64}, {4, 16, 64}, {4, 16, 32}, {2, 16, 32}};
+    const BlockShape full[] = {{4, 16, 32}, {2, 16, 32}, {2, 16, 16}, {1, 16, 16}};
     const BlockShape *b = SERIAL ? serial : BF16 ? half : full;
     while (backward_bytes(W, *b) > shared) b++;
     return *b;
@@ -803,9 +804,9 @@ __global__ void attention_delta_kernel(float* delta, int* turns, const floatX* d
 // memory in the order of the keys, so that its bits are the same in every run: blocks take turns at a query tile,
 // turns[2 tile + part] is whose it is. A block waits only for blocks of lower number, which are on the machine before
 // it. Heads' first blocks start together, and each later one follows a tile behind, without waiting. sum (B NH, query
-// tiles, COLS W) float, in the order of the threads' registers; turns (B NH, head_turns(T)), 0 at the start; the others in
-// the forward's layouts, delta in that of lse. A warp has M of the keys. In the serial geometry one block does all keys
-// of a head, in order.
+// tiles, COLS W) float, in the order of the threads' registers; turns (B NH, head_turns(T)), 0 at the start; the others
+// in the forward's layouts, delta in that of lse. A warp has M of the keys. In the serial geometry one block does all
+// keys of a head, in order.
 template <int W>
 constexpr int BACKWARD_PARTS = SERIAL || W <= 128 ? 1 : 2;
 

@@ -42,8 +42,8 @@ __device__ inline float tile_row_max(float v) {
 }
 
 // Tiles in shared memory: rows of W elements in 16-byte chunks. ldmatrix reads 8 rows of one chunk at once; they fall
-// into different banks, since chunk c of row r lies at c ^ r%8 where a row has 8 chunks or a power of 2 times that, and rows
-// are an odd number of chunks apart where it has not. Copies run along rows: 8 lanes write 8 chunks in different banks.
+// into different banks, since chunk c of row r lies at c ^ r%8 where a row has 8 chunks or a power of 2 times that, and
+// rows are an odd number of chunks apart where it has not. Copies run along rows: 8 lanes write 8 chunks in different banks.
 constexpr int VEC16 = 16 / int(sizeof(SharedX));
 __host__ __device__ constexpr bool tile_swizzled(int W) { return !SERIAL && W / VEC16 >= 8 && (W & (W - 1)) == 0; }
 constexpr int tile_stride(int W) { return SERIAL || tile_swizzled(W) || W / VEC16 % 2 ? W : W + VEC16; }
@@ -199,7 +199,8 @@ __device__ inline void mma_nn(Tile<M, N>& c, const Tile<M, K, BY_COLUMN>& a, con
                 #pragma unroll
                 for (int f = 0; f < c.PER_ROW; f++)
                     #pragma unroll
-                    for (int s = 0; s < c.SLOTS; s++) c.at(s, f) += row[s] * float(b[shared_at<W>(k, first_col + c.col(f))]);
+                    for (int s = 0; s < c.SLOTS; s++)
+                        c.at(s, f) += row[s] * float(b[shared_at<W>(k, first_col + c.col(f))]);
             }
         }
     }
@@ -254,8 +255,8 @@ __device__ inline const SharedX* tile_home(const SharedX* dst, const floatX* src
     return dst;
 }
 
-// dst (ROWS,W) in shared memory = src (ROWS,HS) of row stride `stride`; zero in rows from `valid` on and in columns from
-// HS on; by the whole block of THREADS. On a GPU the copies are asynchronous: they are there after copy_commit,
+// dst (ROWS,W) in shared memory = src (ROWS,HS) of row stride `stride`; zero in rows from `valid` on and in columns
+// from HS on; by the whole block of THREADS. On a GPU the copies are asynchronous: they are there after copy_commit,
 // copy_wait and a barrier.
 template <int W, int ROWS, int THREADS>
 __device__ inline void load_tile(SharedX* dst, const floatX* src, int HS, size_t stride, int valid) {
@@ -317,7 +318,8 @@ __device__ inline void store_scores(SharedX* dst, int first, const Tile<M, N, BY
 // dst (rows,cols) of row stride `stride` = the tile's first rows and columns, through the warp's own M rows of N in
 // shared memory
 template <int M, int N>
-__device__ inline void store_tile(floatX* dst, size_t stride, int rows, int cols, const Tile<M, N>& tile, SharedX* own) {
+__device__ inline void store_tile(floatX* dst, size_t stride, int rows, int cols, const Tile<M, N>& tile,
+                                  SharedX* own) {
     if constexpr (SERIAL) {
         for (int row = 0; row < min(M, rows); row++)
             for (int col = 0; col < cols; col++) dst[row * stride + col] = tile.v[row * N + col];

@@ -644,8 +644,8 @@ Kernel attention_kernel(Random& r) {
     const double scale = r.pick<double>({1, 1, 4, 10});
     const size_t wide = size_t(h.T) * h.width(0), narrow = size_t(h.T) * h.width(1);
     Kernel k;
-    k.what = format("attention B %d T %d NH %d NKV %d HS %d scale %g hopper %d small %d blocks %d", h.B, h.T, NH, NKV, HS,
-                    scale, use_hopper, small, gpu.sms);
+    k.what = format("attention B %d T %d NH %d NKV %d HS %d scale %g hopper %d small %d blocks %d", h.B, h.T, NH, NKV,
+                    HS, scale, use_hopper, small, gpu.sms);
     k.B = h.B;
     // an error of scores is one of their exponentials; ds, which multiplies q, is rounded to bf16: measured 3.1e-2 at
     // scale 4, 4.6e-2 at 10
