@@ -1343,14 +1343,14 @@ TEST(devices) {
     const CudaCpuDevice here = cuda_cpu_device;
     for (int sm : {80, 86, 89, 90, 100, 103, 120, 121}) {
         cuda_cpu_device.sm = sm;
-        EXPECT(open_device().hopper == (sm == 90));
+        EXPECT(find_device(0).hopper == (sm == 90));
     }
     cuda_cpu_device.image = false;
     for (int sm : {75, 80, 90, 100}) {
         cuda_cpu_device.sm = sm;
         std::string error;
         try {
-            open_device();
+            find_device(0);
         } catch (const Error& e) {
             error = e.what();
         }

@@ -643,42 +643,7 @@ void linear_backward(floatX* dinp, bool add, Flat dw, float beta, const floatX* 
 // backward knows none. Exponentials are powers of 2 of scores times `scale2` = scale log2(e). On Hopper, bf16 and head
 // sizes 64 and 128 have kernels of their own (dev/device/attention_hopper.cuh).
 
-// A block has `warps` warps, each `rows` of the queries (forward) or keys (backward), and goes over the other side
-// `cols` at a time. With bf16 the forward has two rows of fragments a warp where registers allow, so that a fragment of
-// k or v, read from shared memory, feeds two mma.
-struct BlockShape {
-    int warps, rows, cols;
-};
-// Tiles under way while one is worked on: each of the forward's stream k, v, k, v..; each pair of q and dout.
-constexpr int FORWARD_AHEAD = SERIAL ? 0 : 2, BACKWARD_AHEAD = SERIAL ? 0 : 1;
-
-// bytes of shared memory, with tiles of W columns
-constexpr int forward_bytes(int W, BlockShape b) {
-    return (b.warps * b.rows + (FORWARD_AHEAD + 1) * b.cols) * tile_stride(W) * int(sizeof(SharedX));
-}
-constexpr int backward_bytes(int W, BlockShape b) {
-    const int keys = b.warps * b.rows, cols = (BACKWARD_AHEAD + 1) * b.cols;
-    return (((SERIAL ? 3 : 2) * keys + 2 * cols) * tile_stride(W) + keys * tile_stride(b.cols)) * int(sizeof(SharedX)) +
-           2 * cols * int(sizeof(float));
-}
-
-// What a block may count on: 99 KB on GeForce cards from the RTX 30 on, A10, L4, L40S; 163 KB on an A100, and the H100
-// and B200 have more. The shape is the first that fits.
-constexpr int SMALL_SHARED = 99 << 10, LARGE_SHARED = SERIAL ? 227 << 10 : 163 << 10;
-constexpr BlockShape forward_shape(int W, int shared) {
-    const int warps = SERIAL ? 1 : 4, rows = SERIAL ? 64 : BF16 && W <= 128 ? 32 : 16;
-    for (int cols : {64, 32, 16})
-        if (forward_bytes(W, {warps, rows, cols}) <= shared) return {warps, rows, cols};
-    return {2, 16, 16};
-}
-constexpr BlockShape backward_shape(int W, int shared) {
-    const BlockShape serial[] = {{1, 64, 64}, {1, 32, 32}};
-    const BlockShape half[] = {{8, 16, 64}, {4, 16, 64}, {4, 16, 32}, {2, 16, 32}};
-    const BlockShape full[] = {{4, 16, 32}, {2, 16, 32}, {2, 16, 16}, {1, 16, 16}};
-    const BlockShape *b = SERIAL ? serial : BF16 ? half : full;
-    while (backward_bytes(W, *b) > shared) b++;
-    return *b;
-}
+// The shapes of blocks and tiles: dev/device/attention.cuh.
 
 // A warp has M queries, a block ROWS of one head, those with the most keys first; what a thread has of a tile says
 // dev/device/tile.cuh.
@@ -959,28 +924,6 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, 1)
     }
 }
 
-template <int N>
-using Constant = std::integral_constant<int, N>;
-
-// Calls f with two constants: the columns of the tiles that heads of HS columns lie in, mma takes 16 at a time; and the
-// shared memory that the blocks' shapes may count on.
-template <typename F>
-void with_tiles(int HS, const Gpu& gpu, F f) {
-    auto with_width = [&](auto width) {
-        if constexpr (!SERIAL)
-            if (gpu.shared < LARGE_SHARED) return f(width, Constant<SMALL_SHARED>());
-        f(width, Constant<LARGE_SHARED>());
-    };
-    if (HS <= 16) return with_width(Constant<16>());
-    if (HS <= 32) return with_width(Constant<32>());
-    if (HS <= 64) return with_width(Constant<64>());
-    if (HS <= 80) return with_width(Constant<80>());
-    if (HS <= 96) return with_width(Constant<96>());
-    if (HS <= 128) return with_width(Constant<128>());
-    if (HS <= 192) return with_width(Constant<192>());
-    with_width(Constant<256>());
-}
-
 void attention_forward(floatX* out, float* lse, const floatX* q, const floatX* k, const floatX* v, Heads h,
                        const Gpu& gpu) {
     if constexpr (BF16)
@@ -988,9 +931,9 @@ void attention_forward(floatX* out, float* lse, const floatX* q, const floatX* k
             if (h.HS == 64) return attention_forward_hopper<64>(out, lse, q, k, v, h, gpu);
             if (h.HS == 128) return attention_forward_hopper<128>(out, lse, q, k, v, h, gpu);
         }
-    with_tiles(h.HS, gpu, [&](auto width, auto shared) {
+    with_tiles(h.HS, gpu, [&](auto width, auto) {
         constexpr int W = width.value;
-        constexpr BlockShape shape = forward_shape(W, shared.value);
+        constexpr BlockShape shape = forward_shape(W);
         auto launch = [&](auto rows) {
             constexpr int M = rows.value, WARPS = shape.warps, COLS = shape.cols;
             constexpr int smem = forward_bytes(W, {WARPS, M, COLS}), tokens = WARPS * M;

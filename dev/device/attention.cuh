@@ -1,5 +1,5 @@
 // What the attention kernels share, those for every GPU (train_gpt.cu) and Hopper's (attention_hopper.cuh): the order
-// of the blocks, the turns of the backward, the online softmax.
+// of the blocks, the turns of the backward, the online softmax. And the shapes of the former's blocks.
 #pragma once
 #include "tile.cuh"
 
@@ -76,4 +76,67 @@ __device__ inline void softmax_exp(Tile<M, N, BY_COLUMN>& p, const float* top, f
             p.at(s, e) = x;
             sum[s] += x;
         }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Blocks and tiles of train_gpt.cu's kernels
+
+// A block has `warps` warps, each `rows` of the queries (forward) or keys (backward), and goes over the other side
+// `cols` at a time. With bf16 the forward has two rows of fragments a warp where registers allow, so that a fragment of
+// k or v, read from shared memory, feeds two mma.
+struct BlockShape {
+    int warps, rows, cols;
+};
+// Tiles under way while one is worked on: each of the forward's stream k, v, k, v..; each pair of q and dout.
+constexpr int FORWARD_AHEAD = SERIAL ? 0 : 2, BACKWARD_AHEAD = SERIAL ? 0 : 1;
+
+// bytes of shared memory, with tiles of W columns
+constexpr int forward_bytes(int W, BlockShape b) {
+    return (b.warps * b.rows + (FORWARD_AHEAD + 1) * b.cols) * tile_stride(W) * int(sizeof(SharedX));
+}
+constexpr int backward_bytes(int W, BlockShape b) {
+    const int keys = b.warps * b.rows, cols = (BACKWARD_AHEAD + 1) * b.cols;
+    return (((SERIAL ? 3 : 2) * keys + 2 * cols) * tile_stride(W) + keys * tile_stride(b.cols)) * int(sizeof(SharedX)) +
+           2 * cols * int(sizeof(float));
+}
+
+// What a block may count on: 99 KB on GeForce cards from the RTX 30 on, A10, L4, L40S; 163 KB on an A100, and the H100
+// and B200 have more. The shape is the first that fits; the forward's always fits the smaller, of which an A100 has
+// room for two.
+constexpr int SMALL_SHARED = 99 << 10, LARGE_SHARED = SERIAL ? 227 << 10 : 163 << 10;
+constexpr BlockShape forward_shape(int W) {
+    if (SERIAL) return {1, 64, 64};
+    for (int cols : {64, 32, 16})
+        if (BlockShape b = {4, BF16 && W <= 128 ? 32 : 16, cols}; forward_bytes(W, b) <= SMALL_SHARED) return b;
+    return {2, 16, 16};
+}
+constexpr BlockShape backward_shape(int W, int shared) {
+    const BlockShape serial[] = {{1, 64, 64}, {1, 32, 32}};
+    const BlockShape half[] = {{8, 16, 64}, {4, 16, 64}, {4, 16, 32}, {2, 16, 32}};
+    const BlockShape full[] = {{4, 16, 32}, {2, 16, 32}, {2, 16, 16}, {1, 16, 16}};
+    const BlockShape *b = SERIAL ? serial : BF16 ? half : full;
+    while (backward_bytes(W, *b) > shared) b++;
+    return *b;
+}
+
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
+// Calls f with two constants: the columns of the tiles that heads of HS columns lie in, mma takes 16 at a time; and the
+// shared memory that the backward's blocks may count on. The serial geometry has fewer widths: each takes g++ seconds.
+template <typename F>
+void with_tiles(int HS, const Gpu& gpu, F f) {
+    auto with_width = [&](auto width) {
+        if constexpr (!SERIAL)
+            if (gpu.shared < LARGE_SHARED) return f(width, Constant<SMALL_SHARED>());
+        f(width, Constant<LARGE_SHARED>());
+    };
+    if (HS <= 16) return with_width(Constant<16>());
+    if (HS <= 32) return with_width(Constant<32>());
+    if (HS <= 64) return with_width(Constant<64>());
+    if (HS <= 80) return with_width(Constant<80>());
+    if (!SERIAL && HS <= 96) return with_width(Constant<SERIAL ? 128 : 96>());
+    if (HS <= 128) return with_width(Constant<128>());
+    if (!SERIAL && HS <= 192) return with_width(Constant<SERIAL ? 256 : 192>());
+    with_width(Constant<256>());
 }

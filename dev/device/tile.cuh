@@ -43,7 +43,8 @@ __device__ inline float tile_row_max(float v) {
 
 // Tiles in shared memory: rows of W elements in 16-byte chunks. ldmatrix reads 8 rows of one chunk at once; they fall
 // into different banks, since chunk c of row r lies at c ^ r%8 where a row has 8 chunks or a power of 2 times that, and
-// rows are an odd number of chunks apart where it has not. Copies run along rows: 8 lanes write 8 chunks in different banks.
+// rows are an odd number of chunks apart where it has not. Copies run along rows: 8 lanes write 8 chunks in different
+// banks.
 constexpr int VEC16 = 16 / int(sizeof(SharedX));
 __host__ __device__ constexpr bool tile_swizzled(int W) { return !SERIAL && W / VEC16 >= 8 && (W & (W - 1)) == 0; }
 constexpr int tile_stride(int W) { return SERIAL || tile_swizzled(W) || W / VEC16 % 2 ? W : W + VEC16; }

@@ -237,11 +237,10 @@ inline cublasStatus_t cublasLt_run(cublasLtMatmulDescOpaque_t desc, float alpha,
     const int64_t rows = Ddesc.rows, cols = Ddesc.cols;
     const bool by_cols = cols >= rows;
     const int64_t inner = ta ? Adesc.rows : Adesc.cols;
-#ifdef EXACT_GEOMETRY  // pieces are summed, of another length for each shape, as a GPU's algorithms do
-    const int64_t piece = (8 << cuda_draw(uint64_t(rows * 0x10001 + cols) << 24 ^ inner) % 6) + 8 * (parts - 1);
-#else
-    const int64_t piece = (inner + parts - 1) / parts;
+#ifdef EXACT_GEOMETRY  // more of them by the shape, as a GPU's algorithms have
+    parts += int(inner / (8 << cuda_draw(uint64_t(rows * 0x10001 + cols) << 24 ^ inner) % 6));
 #endif
+    const int64_t piece = (inner + parts - 1) / parts;
     const int threads = openblas_get_parallel() == OPENBLAS_OPENMP ? omp_get_max_threads() : 1;
     const int64_t share = ((by_cols ? cols : rows) + 16 * threads - 1) / (16 * threads) * 16;
     #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
