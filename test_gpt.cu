@@ -53,8 +53,8 @@ constexpr double TOL_ADDED = BF16 ? 5e-3 : TOL;  // to what is there, by cuBLASL
 constexpr double TOL_ADDED = TOL;
 #endif
 constexpr double TOL_FLOAT = 8e-7;  // sums that stay float; measured 4.6e-7
-// fp32 where functions are as inexact as a GPU's may be, and matmuls of other shapes add in another order: measured in the
-// exact geometry over 224 seeds 8.4e-7 and 1.15e-6
+// fp32 where functions are as inexact as a GPU's may be, and matmuls of other shapes add in another order: measured in
+// the exact geometry over 224 seeds 8.4e-7 and 1.15e-6
 constexpr double TOL_ACT = SERIAL || BF16 ? TOL : 1e-6, TOL_CAUSAL = SERIAL || BF16 ? TOL : 1.4e-6;
 // products of products: out and dv (fp32 3.6e-6, bf16 3.7e-3), dk and dq (2.3e-6, 8.9e-3), dlogits (1.1e-6, 1.8e-3)
 // logits with a cache against those without (fp32 3.8e-6, bf16 2.7e-2)
@@ -264,7 +264,13 @@ Vec qkv_backward_f64(const Vec& dout, const Vec& raw, const Vec& g, int gains, c
 
 TEST(qkv_norm_rope) {
     FewBlocks few;
-    for (Heads h : {Heads{2, 5, 4, 4, 16}, {1, 7, 6, 2, 32}, {2, 3, 2, 1, 64}, {1, 3, 2, 2, 72}, {1, 35, 4, 1, 128}, {2, 3, 2, 1, 8}, {1, 3, 2, 1, 256}})
+    for (Heads h : {Heads{2, 5, 4, 4, 16},
+                    {1, 7, 6, 2, 32},
+                    {2, 3, 2, 1, 64},
+                    {1, 3, 2, 2, 72},
+                    {1, 35, 4, 1, 128},
+                    {2, 3, 2, 1, 8},
+                    {1, 3, 2, 1, 256}})
         for (Norm norm : BOTH_NORMS)
             for (int gains : {0, 2, 3})
                 for (bool turned : {false, true}) {
@@ -369,8 +375,8 @@ TEST(widest_norm) {
         std::string refused;
         try {
             ffn_norm_act_forward(out.p, (float2*)stats.p, raw.p, gain.p, 1, F, true, BOTH_NORMS[0], gpu);
-            ffn_norm_act_backward(draw.p, dgain.p, partial.p, out.p, raw.p, gain.p, (float2*)stats.p, 1, F, true, BOTH_NORMS[0],
-                                  gpu);
+            ffn_norm_act_backward(draw.p, dgain.p, partial.p, out.p, raw.p, gain.p, (float2*)stats.p, 1, F, true,
+                                  BOTH_NORMS[0], gpu);
             CHECK(cudaDeviceSynchronize());
         } catch (const std::exception& e) {
             refused = e.what();
