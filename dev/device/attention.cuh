@@ -123,7 +123,7 @@ template <int N>
 using Constant = std::integral_constant<int, N>;
 
 // Calls f with two constants: the columns of the tiles that heads of HS columns lie in, mma takes 16 at a time; and the
-// shared memory that the backward's blocks may count on. The serial geometry has fewer widths: each takes g++ seconds.
+// shared memory that the backward's blocks may count on.
 template <typename F>
 void with_tiles(int HS, const Gpu& gpu, F f) {
     auto with_width = [&](auto width) {
@@ -135,8 +135,6 @@ void with_tiles(int HS, const Gpu& gpu, F f) {
     if (HS <= 32) return with_width(Constant<32>());
     if (HS <= 64) return with_width(Constant<64>());
     if (HS <= 80) return with_width(Constant<80>());
-    if (!SERIAL && HS <= 96) return with_width(Constant<SERIAL ? 128 : 96>());
     if (HS <= 128) return with_width(Constant<128>());
-    if (!SERIAL && HS <= 192) return with_width(Constant<SERIAL ? 256 : 192>());
     with_width(Constant<256>());
 }

@@ -269,7 +269,7 @@ __device__ inline void load_tile(SharedX* dst, const floatX* src, int HS, size_t
             for (int col = 0; col < there; col++) dst[row * W + col] = float(src[row * stride + col]);
             for (int col = there; col < W; col++) dst[row * W + col] = 0.0f;
         }
-    } else if constexpr (PER_ROW > THREADS) {  // one warp, rows of 192 or 256 floats
+    } else if constexpr (PER_ROW > THREADS) {  // one warp, rows of 256 floats
         for (int i = threadIdx.x; i < ROWS * PER_ROW; i += THREADS) {
             const int row = i / PER_ROW, col = i % PER_ROW * VEC16;
             const bool there = row < valid && col < HS;

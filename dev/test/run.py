@@ -24,7 +24,6 @@ MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none"]
 
 # name: make targets, command, seeds of the lanes' order (one run each); the long ones first
 JOBS = {
-    "sanitized_fp32": (["build/test_sanitized_fp32"], ["build/test_sanitized_fp32", "--quick"], [1]),
     "sanitized_bf16": (["build/test_sanitized_bf16"], ["build/test_sanitized_bf16", "--quick"], [2]),
     "exact_fp32": (["build/test_exact_fp32"], ["build/test_exact_fp32"], [4]),
     "exact_bf16": (["build/test_exact_bf16"], ["build/test_exact_bf16"], [5]),

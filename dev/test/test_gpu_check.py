@@ -183,7 +183,7 @@ class GpuCheck(unittest.TestCase):
         found = []
         for pid in filter(str.isdigit, os.listdir("/proc")):
             try:
-                found += [pid] * (NAP in Path("/proc", pid, "cmdline").read_text().split("\0"))
+                found += [pid] * (NAP in Path("/proc", pid, "cmdline").read_text(errors="replace").split("\0"))
             except OSError:
                 pass
         return found
