@@ -104,7 +104,7 @@ class Build(unittest.TestCase):
         self.assertEqual(nvcc("train_gpt.cu", ["80"], *fast, *make("nccl")[1].split()), "")
         self.assertEqual(nvcc("-", ["90a"], "-x", "cu", stdin=HOPPER), "")
 
-    @unittest.skipUnless(NVCC and FULL, "is for --full, with nvcc")
+    @unittest.skipUnless(NVCC and FULL, "is for --full")
     def test_nvcc_takes_all(self):
         flags = make("nccl")[1].split()
         for source in ("train_gpt.cu", "test_gpt.cu", "dev/bench/bench.cu"):
