@@ -111,7 +111,7 @@ CUDA_NO_ASAN __attribute__((optimize("O3"))) inline bool cuda_differ(const char*
 
 // Nobody has written there yet. `alias`: the same memory, always writable.
 CUDA_NO_ASAN inline void cuda_watch(char* at, size_t bytes, const char* alias = nullptr) {
-    char *first = (char*)((uintptr_t)at / CUDA_PAGE * CUDA_PAGE), *end = at + bytes;
+    char *first = at - (uintptr_t)at % CUDA_PAGE, *end = at + bytes;
     for (char* p = first; p < end; p += CUDA_PAGE) {
         unsigned* entry = cuda_pages.find(p);
         if (*entry && !alias) continue;
@@ -163,7 +163,7 @@ CUDA_NO_ASAN inline void cuda_mark(const void* at, size_t bytes, CudaWriter writ
     const char *p = (const char*)at, *end = p + bytes;
     while (p < end) {
         CudaPage* page = cuda_page(p);
-        const char* stop = std::min(end, (const char*)((uintptr_t)p / CUDA_PAGE * CUDA_PAGE) + CUDA_PAGE);
+        const char* stop = std::min(end, p - (uintptr_t)p % CUDA_PAGE + CUDA_PAGE);
         if (page)
             for (int w = (uintptr_t)p % CUDA_PAGE / 4; w <= int((uintptr_t)(stop - 1) % CUDA_PAGE / 4); w++) {
                 page->writers[w] = writer;
@@ -281,7 +281,7 @@ inline void cuda_touch(const void* at, size_t bytes, const CudaClock& c, int i, 
     CudaWriter last{-2};
     while (p < end) {
         const CudaPage* page = cuda_page(p);
-        const char* stop = std::min(end, (const char*)((uintptr_t)p / CUDA_PAGE * CUDA_PAGE) + CUDA_PAGE);
+        const char* stop = std::min(end, p - (uintptr_t)p % CUDA_PAGE + CUDA_PAGE);
         for (; page && p < stop; p += 4) {
             const CudaWriter w = page->writers[(uintptr_t)p % CUDA_PAGE / 4];
             if (!(w != last)) continue;
