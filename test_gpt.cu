@@ -1057,7 +1057,7 @@ TEST(same_bits_and_checkpoint) {
     for (auto [variant, storage] : {std::make_pair(Variant::simplegpt, Storage()),
                                     {Variant::prenorm, Storage()},
                                     {Variant::simplegpt, Storage{Recompute::norm, BF16, true, BF16}}}) {
-        if (quick && variant == Variant::prenorm) continue;
+        if (quick && storage.recompute == Recompute::none) continue;
         const std::string dir = temporary("run");
         mkdir(dir.c_str(), 0777);
         std::vector<float> last[3];  // whole run, whole run again, saved and resumed
@@ -1986,7 +1986,7 @@ TEST(golden) {
     }
     std::sort(files.begin(), files.end());
     EXPECT(!files.empty());
-    for (const std::string& path : files) golden(path);
+    for (size_t i = 0; i < files.size(); i += quick ? 3 : 1) golden(files[i]);
 }
 
 int main(int argc, char** argv) {

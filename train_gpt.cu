@@ -641,9 +641,8 @@ void linear_backward(floatX* dinp, bool add, Flat dw, float beta, const floatX* 
 // q (B,NH,T,HS); k, v (B,NKV,room,HS), query head h reads k/v head h NKV / NH; out (B,T,NH HS); all floatX. lse
 // (B,NH,T) float, kept for the backward. `past` keys are those of tokens before these (a cache, in generation); the
 // backward knows none. Exponentials are powers of 2 of scores times `scale2` = scale log2(e). On Hopper, bf16 and head
-// sizes 64 and 128 have kernels of their own (dev/device/attention_hopper.cuh).
-
-// The shapes of blocks and tiles: dev/device/attention.cuh.
+// sizes 64 and 128 have kernels of their own (dev/device/attention_hopper.cuh). Heads lie in tiles of W >= HS columns,
+// zero from HS on; W and the shapes of blocks are chosen in dev/device/attention.cuh.
 
 // A warp has M queries, a block ROWS of one head, those with the most keys first; what a thread has of a tile says
 // dev/device/tile.cuh.
@@ -761,20 +760,20 @@ __global__ void attention_delta_kernel(float* delta, int* turns, const floatX* d
     }
 }
 
+template <int W>
+constexpr int BACKWARD_PARTS = SERIAL || W <= 128 ? 1 : 2;
+
 // dv_j = sum_i p_ij dout_i,  dk_j = sum_i ds_ij q_i,  over the queries i >= j of all heads that share k and v;
 // dq_i = sum_{j <= i} ds_ij k_j;   ds_ij = scale p_ij (dout_i . v_j - delta_i)
 // One block KEYS keys of a k/v head; its score tiles are transposed: rows are keys, columns queries. Queries come from
 // the last tile down to the keys' own. dk and dv stay in registers, which have no room for more than 128 columns: two
 // blocks share wider ones, and both compute p and ds. dq, to which every block at or before a query adds, is summed in
 // memory in the order of the keys, so that its bits are the same in every run: blocks take turns at a query tile,
-// turns[2 tile + part] is whose it is. A block waits only for blocks of lower number, which are on the machine before
-// it. Heads' first blocks start together, and each later one follows a tile behind, without waiting. sum (B NH, query
-// tiles, COLS W) float, in the order of the threads' registers; turns (B NH, head_turns(T)), 0 at the start; the others
-// in the forward's layouts, delta in that of lse. A warp has M of the keys. In the serial geometry one block does all
-// keys of a head, in order.
-template <int W>
-constexpr int BACKWARD_PARTS = SERIAL || W <= 128 ? 1 : 2;
-
+// turns[PARTS tile + part] is whose it is. A block waits only for blocks of lower number, which are on the machine
+// before it. Heads' first blocks start together, and each later one follows a tile behind, without waiting. sum (B NH,
+// query tiles, COLS W) float, in the order of the threads' registers; turns (B NH, head_turns(T)), 0 at the start; the
+// others in the forward's layouts, delta in that of lse. A warp has M of the keys. In the serial geometry one block
+// does all keys of a head, in order.
 template <int W, int WARPS, int M, int COLS>
 __global__ void __launch_bounds__(WARPS* WARP_SIZE, 1)
     attention_backward_kernel(floatX* dq, floatX* dk, floatX* dv, float* sum, int* turns, const floatX* dout,

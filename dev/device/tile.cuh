@@ -246,8 +246,6 @@ __device__ inline void mma_tn(Tile<M, N>& c, const SharedX* a, int first_row, co
     }
 }
 
-// Heads of HS columns lie in tiles of W >= HS, zero from HS on.
-
 // Where load_tile leaves the tile: in dst, but the serial geometry reads whole tiles of fp32 rows where they lie.
 template <int W, int ROWS>
 __device__ inline const SharedX* tile_home(const SharedX* dst, const floatX* src, int HS, size_t stride, int valid) {

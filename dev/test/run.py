@@ -40,7 +40,7 @@ JOBS = {
     "generate_bf16": (["build/train_gpt_cpu_bf16"], [*GENERATE, "build/train_gpt_cpu_bf16", "--bf16"], [1]),
     "disk": (["build/train_gpt_cpu_fp32"], [sys.executable, "dev/test/test_disk.py", "build/train_gpt_cpu_fp32"], [1]),
     "kill": (["build/train_gpt_cpu_fp32"], [*KILL, "build/train_gpt_cpu_fp32", "--kills", "6"], [1]),
-    "fuzz": ([], [sys.executable, "dev/fuzz/run.py", "--seconds", "40"], [1]),
+    "fuzz": ([], [sys.executable, "dev/fuzz/run.py", "--seconds", "30"], [1]),
     "faults": (["build/train_gpt_cpu_fp32"],
                [sys.executable, "dev/test/test_faults.py", "build/train_gpt_cpu_fp32"], [1]),
     "properties": (["build/properties_fp32"], ["build/properties_fp32", "--cases", "6"], [6]),
@@ -112,9 +112,10 @@ def main():
     shared += ["build/test_nccl"] * any(n.startswith("nccl") for n in names)
     subprocess.run(["make", "--no-print-directory", *shared], check=True, stdout=subprocess.DEVNULL)
     passed = failed = 0
-    # "channel" waits for time-outs most of its time, so it goes beside the two
+    # these wait most of their time, so they go beside the two
+    waits = ("channel", "gpu_check")
     with concurrent.futures.ThreadPoolExecutor(2) as pool, concurrent.futures.ThreadPoolExecutor(1) as waiting:
-        for done in concurrent.futures.as_completed([(waiting if n == "channel" else pool).submit(job, n) for n in names]):
+        for done in concurrent.futures.as_completed([(waiting if n in waits else pool).submit(job, n) for n in names]):
             name, ok, bad, seconds, lines = done.result()
             passed, failed = passed + ok, failed + bad
             print(f"{name:16} {ok:5} passed {bad:4} failed {seconds:7.1f} s", flush=True)
