@@ -27,9 +27,19 @@ NCCL_LIBS = $(if $(NCCL),$(addprefix -L,$(wildcard $(NCCL)/lib $(NCCL)/lib64)) -
             $(if $(filter-out /usr,$(NCCL)),$(patsubst %,-Xlinker -rpath=%,$(wildcard $(NCCL)/lib $(NCCL)/lib64))))
 # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
 OPTIMIZE ?= -O3
+# CXX=clang++ builds as well, CXX=aarch64-linux-gnu-g++ for another machine. TUNE: the processor to build for.
+TARGET   := $(shell $(CXX) -dumpmachine 2>/dev/null)
+TUNE     ?= $(if $(filter x86_64%,$(TARGET)),-march=native -mprefer-vector-width=512,-mcpu=native)
 # Loops with a choice in them are split into one loop a way, so that each vectorises; gcc's limit is too low for some.
-CXXFLAGS  = -std=c++17 $(OPTIMIZE) -march=native -mprefer-vector-width=512 --param max-unswitch-insns=200 \
-            -fopenmp -pthread -fno-strict-aliasing -fno-math-errno -fno-trapping-math -fassociative-math \
+GNU      := $(if $(findstring clang,$(CXX)),,--param max-unswitch-insns=200 -fopenmp)
+# What multiplies on a CPU (dev/cpu/include/gemm.h), onednn or openblas.
+ifndef MATMUL
+MATMUL   := $(if $(filter x86_64%,$(TARGET)),$(shell \
+                echo '\#include <oneapi/dnnl/dnnl.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 && echo onednn))
+endif
+GEMM      = $(if $(filter onednn,$(MATMUL)),-ldnnl -lgomp,-lopenblas)
+CXXFLAGS  = -std=c++17 $(OPTIMIZE) $(TUNE) $(GNU) $(if $(filter onednn,$(MATMUL)),-DUSE_ONEDNN) \
+            -pthread -fno-strict-aliasing -fno-math-errno -fno-trapping-math -fassociative-math \
             -fno-signed-zeros -Wall -Wextra -Wno-unknown-pragmas -Werror=format -Idev/cpu/include -I.
 bf16      = -DPRECISION_BF16
 
@@ -42,7 +52,7 @@ MPI_INC  := $(patsubst -I%,-isystem %,$(filter -I%,$(MPI_SHOW)))
 MPI_LIB  := $(filter -L% -l% -Wl%,$(MPI_SHOW))
 MPI      := $(if $(MPI_LIB),-DUSE_MPI $(MPI_INC))
 endif
-MPI_STAMP = build/mpi.flags
+CPU_STAMP = build/cpu.flags
 GPU_STAMP = build/gpu.flags
 
 HAVE_GPU := $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | grep -m 1 '^GPU'))
@@ -118,80 +128,81 @@ sources: $(SOURCES:%=build/src/%)
 nccl:
 	@echo $(GPU_INC)
 
-# these change when MPI, NCCL or the GPUs come or go, so that what was built without them is built again
-$(MPI_STAMP): STAMP = $(MPI) $(MPI_LIB)
+# these change when a library or the GPUs come or go, so that what was built without them is built again
+$(CPU_STAMP): STAMP = $(CXX) $(TUNE) $(GEMM) $(MPI) $(MPI_LIB)
 $(GPU_STAMP): STAMP = $(GPU_ARCH) $(GPU_INC) $(GPU_LIBS)
-$(MPI_STAMP) $(GPU_STAMP): FORCE
+$(CPU_STAMP) $(GPU_STAMP): FORCE
 	@mkdir -p $(@D)
 	@echo '$(STAMP)' | cmp -s - $@ || echo '$(STAMP)' > $@
 
 CPU_SOURCES = $(SOURCES:%=build/src/%) $(STANDIN)
 
-build/train_gpt_cpu_%: $(CPU_SOURCES) $(MPI_STAMP)
-	g++ $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/train_gpt.cu -lopenblas $(MPI_LIB) -o $@
+build/train_gpt_cpu_%: $(CPU_SOURCES) $(CPU_STAMP)
+	$(CXX) $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/train_gpt.cu $(GEMM) $(MPI_LIB) -o $@
 
-# without NCCL, as for one GPU
-build/train_gpt_alone_%: $(CPU_SOURCES) $(MPI_STAMP)
-	g++ $(CXXFLAGS) -O0 -DNO_NCCL $($*) $(MPI) -x c++ build/src/train_gpt.cu -lopenblas $(MPI_LIB) -o $@
+# without NCCL, as for one GPU, and without oneDNN
+build/train_gpt_alone_%: MATMUL = openblas
+build/train_gpt_alone_%: $(CPU_SOURCES) $(CPU_STAMP)
+	$(CXX) $(CXXFLAGS) -O0 -DNO_NCCL $($*) $(MPI) -x c++ build/src/train_gpt.cu $(GEMM) $(MPI_LIB) -o $@
 
 # tests, in both geometries and both precisions; exact ones at -O1, what they check is not speed
-build/test_serial_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES) $(MPI_STAMP)
-	g++ $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/test_gpt.cu -lopenblas $(MPI_LIB) -o $@
+build/test_serial_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES) $(CPU_STAMP)
+	$(CXX) $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/test_gpt.cu $(GEMM) $(MPI_LIB) -o $@
 
-build/test_exact_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES) $(MPI_STAMP)
-	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY $($*) $(MPI) -x c++ build/src/test_gpt.cu -lopenblas $(MPI_LIB) \
+build/test_exact_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES) $(CPU_STAMP)
+	$(CXX) $(CXXFLAGS) -O1 -DEXACT_GEOMETRY $($*) $(MPI) -x c++ build/src/test_gpt.cu $(GEMM) $(MPI_LIB) \
 	    -lboost_context -o $@
 
 # null and object-size: AddressSanitizer stops there too, and they cost a sixth of the build
 SANITIZED = -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=undefined
 
 build/test_sanitized_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES)
-	g++ $(CXXFLAGS) -O1 $(SANITIZED) -DEXACT_GEOMETRY $($*) -x c++ build/src/test_gpt.cu -lopenblas -lboost_context -o $@
+	$(CXX) $(CXXFLAGS) -O1 $(SANITIZED) -DEXACT_GEOMETRY $($*) -x c++ build/src/test_gpt.cu $(GEMM) -lboost_context -o $@
 
 # properties at random shapes
 PROPERTIES = build/src/dev/test/properties.cu dev/test/reference.h dev/test/frame.h $(CPU_SOURCES)
 
 build/properties_%: $(PROPERTIES)
-	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY $($*) -x c++ $< -lopenblas -lboost_context -o $@
+	$(CXX) $(CXXFLAGS) -O1 -DEXACT_GEOMETRY $($*) -x c++ $< $(GEMM) -lboost_context -o $@
 
 build/properties_serial_%: $(PROPERTIES)
-	g++ $(CXXFLAGS) $($*) -x c++ $< -lopenblas -o $@
+	$(CXX) $(CXXFLAGS) $($*) -x c++ $< $(GEMM) -o $@
 
 build/properties_sanitized_%: $(PROPERTIES)
-	g++ $(CXXFLAGS) -O1 $(SANITIZED) -DEXACT_GEOMETRY $($*) -x c++ $< -lopenblas -lboost_context -o $@
+	$(CXX) $(CXXFLAGS) -O1 $(SANITIZED) -DEXACT_GEOMETRY $($*) -x c++ $< $(GEMM) -lboost_context -o $@
 
 build/test_standin_serial: build/src/dev/cpu/test_standin.cu dev/cpu/expect.h $(STANDIN)
-	g++ $(CXXFLAGS) -x c++ $< -lopenblas -o $@
+	$(CXX) $(CXXFLAGS) -x c++ $< $(GEMM) -o $@
 
 build/test_standin_exact: build/src/dev/cpu/test_standin.cu dev/cpu/expect.h $(STANDIN)
-	g++ $(CXXFLAGS) -O1 -DEXACT_GEOMETRY -x c++ $< -lopenblas -lboost_context -o $@
+	$(CXX) $(CXXFLAGS) -O1 -DEXACT_GEOMETRY -x c++ $< $(GEMM) -lboost_context -o $@
 
 # what has threads of its own runs under ThreadSanitizer: the channel, the loader, and the trainer that clean_run.py
-# watches. It does not know libgomp: without -fopenmp a launch has one thread
-UNTHREADED = $(filter-out -fopenmp,$(CXXFLAGS)) -O1 -g1 -fsanitize=thread
+# watches. It does not know libgomp.
+THREADED = $(filter-out -fopenmp,$(CXXFLAGS)) -O1 -g1 -fsanitize=thread
 
 build/test_channel: build/src/dev/test/test_channel.cu dev/test/frame.h $(CPU_SOURCES)
-	g++ $(UNTHREADED) -x c++ build/src/dev/test/test_channel.cu -lopenblas -lgomp -o $@
+	$(CXX) $(THREADED) -x c++ build/src/dev/test/test_channel.cu $(GEMM) -o $@
 
 build/train_gpt_tsan_%: $(CPU_SOURCES)
-	g++ $(UNTHREADED) $($*) -x c++ build/src/train_gpt.cu -lopenblas -lgomp -o $@
+	$(CXX) $(THREADED) $($*) -x c++ build/src/train_gpt.cu $(GEMM) -o $@
 
 build/test_dataloader_tsan: dev/test/test_dataloader.cpp dataloader.h
-	g++ -std=c++17 -O1 -g1 -pthread -Wall -Wextra -fsanitize=thread -I. $< -o $@
+	$(CXX) -std=c++17 -O1 -g1 -pthread -Wall -Wextra -fsanitize=thread -I. $< -o $@
 
 # the other trainers that clean_run.py watches. At -O0 AddressSanitizer's is built in half the time; valgrind knows no
 # AVX-512
-build/train_gpt_asan_%: $(CPU_SOURCES) $(MPI_STAMP)
-	g++ $(CXXFLAGS) -O0 $(SANITIZED) $($*) $(MPI) -x c++ build/src/train_gpt.cu -lopenblas $(MPI_LIB) -o $@
+build/train_gpt_asan_%: $(CPU_SOURCES) $(CPU_STAMP)
+	$(CXX) $(CXXFLAGS) -O0 $(SANITIZED) $($*) $(MPI) -x c++ build/src/train_gpt.cu $(GEMM) $(MPI_LIB) -o $@
 
 build/train_gpt_valgrind_%: $(CPU_SOURCES)
-	g++ $(CXXFLAGS) -O1 -g1 -march=x86-64-v3 $($*) -x c++ build/src/train_gpt.cu -lopenblas -o $@
+	$(CXX) $(CXXFLAGS) -O1 -g1 -march=x86-64-v3 $($*) -x c++ build/src/train_gpt.cu $(GEMM) -o $@
 
-build/test_nccl: dev/cpu/test_nccl.cpp dev/cpu/expect.h $(STANDIN) $(MPI_STAMP)
-	g++ $(CXXFLAGS) $(MPI) $< $(MPI_LIB) -o $@
+build/test_nccl: dev/cpu/test_nccl.cpp dev/cpu/expect.h $(STANDIN) $(CPU_STAMP)
+	$(CXX) $(CXXFLAGS) $(MPI) $< $(MPI_LIB) -o $@
 
-build/bench_cpu_%: build/src/dev/bench/bench.cu $(CPU_SOURCES) $(MPI_STAMP)
-	g++ $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/dev/bench/bench.cu -lopenblas $(MPI_LIB) -o $@
+build/bench_cpu_%: build/src/dev/bench/bench.cu $(CPU_SOURCES) $(CPU_STAMP)
+	$(CXX) $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/dev/bench/bench.cu $(GEMM) $(MPI_LIB) -o $@
 
 # the readers under libFuzzer. -O0: at -O1 clang takes minutes. It lacks the barrier of g++, which only guards a rounding,
 # and omp.h, which is taken from there and says of a function what frees its memory
@@ -199,17 +210,17 @@ FUZZ_FLAGS = -std=c++17 -O0 -g1 -fsanitize=fuzzer,address,undefined -fno-sanitiz
     -pthread -w '-D__builtin_assoc_barrier(x)=(x)' -Idev/cpu/include -I. \
     '-D__malloc__(...)=__malloc__' -idirafter $(dir $(shell g++ -print-file-name=include/omp.h))
 build/fuzz: build/src/dev/fuzz/fuzz.cu $(CPU_SOURCES)
-	clang++ $(FUZZ_FLAGS) -x c++ $< -lopenblas -lgomp -o $@
+	clang++ $(FUZZ_FLAGS) -x c++ $< $(GEMM) -o $@
 
 # what test_bench.py runs: it looks at the program, not at times
-build/test_bench: build/src/dev/bench/bench.cu $(CPU_SOURCES) $(MPI_STAMP)
-	g++ $(CXXFLAGS) -O1 $(MPI) -x c++ build/src/dev/bench/bench.cu -lopenblas $(MPI_LIB) -o $@
+build/test_bench: build/src/dev/bench/bench.cu $(CPU_SOURCES) $(CPU_STAMP)
+	$(CXX) $(CXXFLAGS) -O1 $(MPI) -x c++ build/src/dev/bench/bench.cu $(GEMM) $(MPI_LIB) -o $@
 
 build/test_dataloader: dev/test/test_dataloader.cpp dataloader.h
-	g++ -std=c++17 -O1 -g1 -pthread -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined -I. $< -o $@
+	$(CXX) -std=c++17 -O1 -g1 -pthread -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined -I. $< -o $@
 
 build/test_tokenizer: dev/test/test_tokenizer.cpp tokenizer.h
-	g++ -std=c++17 -O1 -g1 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined -I. $< -o $@
+	$(CXX) -std=c++17 -O1 -g1 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined -I. $< -o $@
 
 # --- GPU
 

@@ -10,9 +10,8 @@
 // copy larger than the caches passes through them, under which also the launch's own cost is hidden.
 #include "../use/plan.h"
 
-#include <omp.h>
-
 #include <ctime>
+#include <thread>
 
 // =====================================================================================================================
 // Data and time
@@ -183,14 +182,8 @@ Ceilings measure_ceilings(Clock& clock, const Config& c, int N, int logit_rows) 
         add("a kernel", [=] { copy(to, from, bytes); });
         // a CPU's cache reads a line before it is written, which is free only if the line was to be read anyway
         add("a kernel, in place", [=] { copy(from, from, bytes); });
-        add("cudaMemcpyAsync", [=] {  // on a CPU each core copies its part
-            const int parts = SERIAL ? omp_get_max_threads() : 1;
-            const size_t part = bytes / parts / 64 * 64;
-            #pragma omp parallel for num_threads(parts)
-            for (int i = 0; i < parts; i++)
-                CHECK(cudaMemcpyAsync(to + i * part, from + i * part, i + 1 < parts ? part : bytes - i * part,
-                                      cudaMemcpyDeviceToDevice, gpu.stream));
-        });
+        add("cudaMemcpyAsync",
+            [=] { CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, gpu.stream)); });
     }
     const int side = clock.quick ? 128 : SERIAL ? 2048 : 8192;
     std::vector<Linear> all = linears(c, N, logit_rows);
@@ -481,13 +474,26 @@ std::string utc(const char* pattern) {
     return text;
 }
 
+// On a CPU, those that share a kernel's blocks.
+int threads() {
+#ifdef CUDA_CPU
+    return cuda_threads.threads;
+#else
+    return 1;
+#endif
+}
+
 // Cores' worth of time that threads which never rest get of the machine.
 double free_cores() {
     const double begin = now();
     const clock_t used = clock();
-    #pragma omp parallel
-    while (now() - begin < 0.3) {
-    }
+    std::vector<std::thread> all(threads());
+    for (std::thread& t : all)
+        t = std::thread([=] {
+            while (now() - begin < 0.3) {
+            }
+        });
+    for (std::thread& t : all) t.join();
     return double(clock() - used) / CLOCKS_PER_SEC / (now() - begin);
 }
 
@@ -537,7 +543,7 @@ struct Bench {
     std::string json() const {
         std::string s =
             format("{\n \"date\": \"%s\",\n \"device\": %s,\n \"precision\": \"%s\",\n \"threads\": %d,\n",
-                   utc("%Y-%m-%dT%H:%MZ").c_str(), quoted(device).c_str(), PRECISION, omp_get_max_threads());
+                   utc("%Y-%m-%dT%H:%MZ").c_str(), quoted(device).c_str(), PRECISION, threads());
         s += format(" \"cores\": %.2f,\n \"part\": \"%s\",\n \"model\": %s,\n \"batch_size\": %d,\n \"seq_len\": %d,\n",
                     cores, part.c_str(), quoted(model).c_str(), B, config.T);
         s += format(" \"copy_gb_s\": %.6g,\n \"matmul_tflops\": %.6g,\n", copy_rate / 1e9, matmul_rate / 1e12);
@@ -584,9 +590,9 @@ struct Bench {
         CHECK(cudaGetDeviceProperties(&properties, 0));
         device = properties.name;
         if (SERIAL) cores = free_cores();
-        if (SERIAL && cores < 0.9 * omp_get_max_threads())
+        if (SERIAL && cores < 0.9 * threads())
             fprintf(stderr, "bench: other work leaves %.1f of %d cores: times are too long.\n", cores,
-                    omp_get_max_threads());
+                    threads());
         matmul.timing = true;
         Clock clock;
         clock.open(quick);

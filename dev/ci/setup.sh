@@ -9,12 +9,12 @@ fail() {
     exit 1
 }
 
+# what multiplies: oneDNN has its fast code for x86 only
+[ "$(uname -m)" = x86_64 ] && blas=libdnnl-dev || blas=libopenblas-openmp-dev
+needed="g++ $blas python3 python3-numpy python3-matplotlib"
 case "${1-}" in
-run) needed="g++ libopenblas-openmp-dev python3 python3-numpy python3-matplotlib" ;;
-test)
-    needed="g++ libopenblas-openmp-dev python3 python3-numpy python3-matplotlib"
-    needed="$needed libboost-context-dev libopenmpi-dev openmpi-bin clang libclang-rt-dev"
-    ;;
+run) ;;
+test) needed="$needed libopenblas-openmp-dev libboost-context-dev libopenmpi-dev openmpi-bin clang libclang-rt-dev" ;;
 *) fail "'${1-}' is neither run nor test. Say what to set up for." ;;
 esac
 
@@ -44,10 +44,10 @@ has() { printf '#include <%s>\n' "$1" | g++ -E -x c++ - >/dev/null 2>&1; }
 
 missing=
 if command -v g++ >/dev/null; then
-    has cblas.h || missing="$missing, OpenBLAS with cblas.h"
+    has oneapi/dnnl/dnnl.h || has cblas.h || missing="$missing, oneDNN (on x86) or OpenBLAS with cblas.h"
     [ "$1" = run ] || has boost/context/detail/fcontext.hpp || missing="$missing, Boost.Context"
 else
-    missing=", g++, OpenBLAS with cblas.h"
+    missing=", g++, oneDNN (on x86) or OpenBLAS with cblas.h"
 fi
 ${PYTHON:-/usr/bin/python3} -c 'import numpy, matplotlib' 2>/dev/null ||
     missing="$missing, python3 with numpy and matplotlib"

@@ -318,7 +318,7 @@ static void test_memory_share() {
     EXPECT(cuda_local_ranks() == size_t(ranks), "%zu", cuda_local_ranks());
     setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "100000", 1);
     cudaSetDevice(0);
-    EXPECT(getenv("OMP_NUM_THREADS") || omp_get_max_threads() == 1, "%d threads", omp_get_max_threads());
+    EXPECT(getenv("OMP_NUM_THREADS") || cuda_threads.threads == 1, "%d threads", cuda_threads.threads);
     setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "1", 1);
     cudaMemGetInfo(&free, &total);
     setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "4", 1);

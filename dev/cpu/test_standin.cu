@@ -286,7 +286,7 @@ struct Algorithms {  // so many, for a while
 };
 
 template <class In, class Out>
-void check_matmul(bool ta, bool tb, float beta, int N, int algorithms, double tolerance) {
+void check_matmul(bool ta, bool tb, float alpha, float beta, int N, int algorithms, double tolerance) {
     Algorithms several(algorithms);
     int M = 37, K = 53, pad = 3;
     auto matrix = [&](int rows, int cols, unsigned seed) { return random_floats((size_t)(rows + pad) * cols, seed); };
@@ -299,7 +299,6 @@ void check_matmul(bool ta, bool tb, float beta, int N, int algorithms, double to
             for (int i = 0; i < M; i++) d[j * (M + pad) + i] = NAN;
     Device<In> A(a), B(b);
     Device<Out> D(d);
-    float alpha = 0.5f;
 
     cublasLtHandle_t handle = nullptr;
     cublasLtMatmulDesc_t desc = nullptr;
@@ -347,8 +346,8 @@ void check_matmul(bool ta, bool tb, float beta, int N, int algorithms, double to
             double off = fabs((float)D[j * (M + pad) + i] - want) / (1 + fabs(want));
             worst = off <= worst ? worst : off;  // NaN stays
         }
-    EXPECT(worst < tolerance, "transposes %d%d, beta %g, N %d, algorithm %d: off by %.2e", ta, tb, beta, N,
-           algorithms - 1, worst);
+    EXPECT(worst < 2 * alpha * tolerance, "transposes %d%d, alpha %g, beta %g, N %d, algorithm %d: off by %.2e", ta, tb, alpha, beta,
+           N, algorithms - 1, worst);
     for (int j = 0; j < N; j++)
         for (int i = M; i < M + pad; i++)
             EXPECT((float)D[j * (M + pad) + i] == (float)d[j * (M + pad) + i], "%s", "wrote into the padding");
@@ -357,9 +356,11 @@ void check_matmul(bool ta, bool tb, float beta, int N, int algorithms, double to
 template <class In, class Out> void check_matmuls(double tolerance) {
     for (bool ta : {false, true})
         for (bool tb : {false, true})
-            for (float beta : {0.0f, 1.0f})
-                for (int N : {29, 1})
-                    for (int algorithms : {1, 3}) check_matmul<In, Out>(ta, tb, beta, N, algorithms, tolerance);
+            for (float alpha : {1.0f, 0.5f})  // products of bfloat16 that the processor has are for 1 alone
+                for (float beta : {0.0f, 1.0f})
+                    for (int N : {29, 1})
+                        for (int algorithms : {1, 3})
+                            check_matmul<In, Out>(ta, tb, alpha, beta, N, algorithms, tolerance);
 }
 
 // Algorithms round differently, events find one of them fast, and none takes what it was not made for.
@@ -459,6 +460,58 @@ static void test_memory() {
     EXPECT(cudaMalloc(&p, big / 4) == cudaSuccess, "%s", "a quarter of ulimit -v is refused");
     setrlimit(RLIMIT_AS, &old);
     cudaFree(p);
+}
+
+// All shares are done, and once: also a share's own, and those of two who ask at a time.
+static void test_shares() {
+    const int before = cuda_threads.threads;
+    cuda_threads.threads = 4;
+    for (int64_t count : {0, 1, 7, 4096}) {
+        for (int64_t chunk : {1, 3}) {
+            std::vector<std::atomic<int>> done(count);
+            cuda_share(count, chunk, [&](int64_t i) {
+                done[i]++;
+                cuda_share(3, 1, [&](int64_t j) { done[i] += j == 1; });
+            });
+            for (auto& times : done) EXPECT(times == 2, "a share of %ld was done %d times", long(count), times.load());
+        }
+    }
+    std::atomic<int> sum{0};
+    auto ask = [&] {
+        for (int n = 0; n < 200; n++) cuda_share(50, 1, [&](int64_t) { sum++; });
+    };
+    std::thread second(ask);
+    ask();
+    second.join();
+    EXPECT(sum == 2 * 200 * 50, "two askers: %d", sum.load());
+    cuda_threads.threads = before;
+}
+
+// In each thread, in its own instructions and in the library's.
+static void test_subnormals() {
+    const int before = cuda_threads.threads;
+    cuda_threads.threads = 4;
+    std::atomic<int> there{0}, flushed{0};
+    cuda_share(4, 1, [&](int64_t) {
+        for (there++; there < 4;) sched_yield();  // so that each thread has one
+        volatile float small = 1e-20f, subnormal = 0;
+        memcpy((void*)&subnormal, "\1\0\0", 4);
+        bool zero = small * small == 0 && subnormal * 1e30f == 0;
+        constexpr int n = 64;
+        std::vector<float> a(n * n, 1e-20f), d(n * n, 1.0f);
+        gemm({false, false, n, n, n, 1, n, n, 0, n}, a.data(), a.data(), d.data());
+        zero = zero && std::all_of(d.begin(), d.end(), [](float x) { return x == 0; });
+        if (gemm_has_bf16()) {
+            std::vector<__nv_bfloat16> b(n * n, 1e-20f);
+            std::fill(d.begin(), d.end(), 1.0f);
+            gemm({false, false, n, n, n, 1, n, n, 0, n}, (const uint16_t*)b.data(), (const uint16_t*)b.data(), d.data(),
+                 true);
+            zero = zero && std::all_of(d.begin(), d.end(), [](float x) { return x == 0; });
+        }
+        flushed += zero;
+    });
+    EXPECT(flushed == 4, "%d of 4 threads flush subnormals", flushed.load());
+    cuda_threads.threads = before;
 }
 
 static void test_host_api() {
@@ -1646,6 +1699,8 @@ int main(int argc, char** argv) {
     test("matmul_bf16", [] { check_matmuls<__nv_bfloat16, __nv_bfloat16>(4e-3); });  // half an ulp of bf16: 3.9e-3
     test("matmul_bf16_to_float", [] { check_matmuls<__nv_bfloat16, float>(8e-7); });
     test("algorithms", test_algorithms);
+    test("shares", test_shares);
+    test("subnormals", test_subnormals);
     test("memory", test_memory);
     test("host_api", test_host_api);
     test("missing_wait", test_missing_wait);

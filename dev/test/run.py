@@ -108,7 +108,7 @@ def main():
     os.makedirs("build/log", exist_ok=True)
     names = [n for n in JOBS if not sys.argv[1:] or any(word in n for word in sys.argv[1:])]
     # what several jobs share is made once, before they start
-    shared = ["sources", "build/src/test_gpt.cu", "build/mpi.flags"]
+    shared = ["sources", "build/src/test_gpt.cu", "build/cpu.flags"]
     shared += ["build/test_nccl"] * any(n.startswith("nccl") for n in names)
     subprocess.run(["make", "--no-print-directory", *shared], check=True, stdout=subprocess.DEVNULL)
     passed = failed = 0

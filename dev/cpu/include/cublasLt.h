@@ -1,21 +1,20 @@
-// The part of cuBLASLt that the trainer uses, over OpenBLAS: D = alpha op(A) op(B) + beta C, column-major, C == D.
-// A and B both float or both bfloat16, D either. bfloat16 passes through float copies: products are exact, sums float.
+// The part of cuBLASLt that the trainer uses, over a CPU's library (gemm.h): D = alpha op(A) op(B) + beta C,
+// column-major, C == D. A and B both float or both bfloat16, D either. Products of bfloat16 are exact, sums float; where
+// the library has none they pass through float copies.
 //
 // As on a GPU there can be several algorithms, which round differently: number i, from 0, adds k in i + 1 parts. The
 // heuristic names one first that depends on the shape, events call one the fastest that depends on shape and process.
 // CUBLASLT_CPU_ALGORITHMS=N: that many; else there is one, in the exact geometry two. An algorithm needs the alignment
 // that its preference promised, and only those that the heuristic gives are known: others are refused.
 #pragma once
-#include <cblas.h>
 #include <limits.h>
-#include <omp.h>
-#include <sys/mman.h>
 #include <algorithm>
 #include <memory>
 #include <random>
 #include <vector>
 #include "cuda_bf16.h"
 #include "cuda_runtime.h"
+#include "gemm.h"
 
 enum cublasStatus_t {
     CUBLAS_STATUS_SUCCESS = 0,
@@ -87,20 +86,9 @@ inline int cublasLt_algorithms = [] {  // tests may set it
 }();
 inline const unsigned cublasLt_luck = cublasLt_algorithms > 1 ? std::random_device()() : 0;  // this process's
 
-// OpenBLAS waits for ever where it gets no memory for its buffers, 128 MiB of address space a thread. So they are asked
-// for here: there is none, or the threads have theirs.
 inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
-    const size_t bytes = size_t(omp_get_max_threads()) * (size_t(136) << 20);
-    void* room = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (room == MAP_FAILED) return CUBLAS_STATUS_ALLOC_FAILED;
-    munmap(room, bytes);
-    #pragma omp parallel
-    {
-        constexpr int n = 128;  // smaller ones do without a buffer
-        std::vector<float> a(n * n), b(n * n);
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, n, n, n, 1.0f, a.data(), n, a.data(), n, 0.0f, b.data(), n);
-    }
-    return *handle = nullptr, CUBLAS_STATUS_SUCCESS;
+    *handle = nullptr;
+    return gemm_get_room(cuda_threads.threads) ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_ALLOC_FAILED;
 }
 inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t) { return CUBLAS_STATUS_SUCCESS; }
 
@@ -215,9 +203,9 @@ inline const float* cublasLt_float(std::unique_ptr<float[]>& copy, const void* d
     const __nv_bfloat16* from = (const __nv_bfloat16*)data;
     float* to = copy.get();
     if (to == nullptr || !filled) return to;
-    #pragma omp parallel for
-    for (uint64_t col = 0; col < x->cols; col++)
-        for (uint64_t row = 0; row < x->rows; row++) to[col * x->ld + row] = from[col * x->ld + row];
+    cuda_share(x->cols, 16, [=, rows = x->rows, ld = x->ld](int64_t col) {
+        for (uint64_t row = 0; row < rows; row++) to[col * ld + row] = from[col * ld + row];
+    });
     return to;
 }
 
@@ -226,47 +214,46 @@ inline cublasStatus_t cublasLt_run(cublasLtMatmulDescOpaque_t desc, float alpha,
                                    cublasLtMatrixLayoutOpaque_t Adesc, const void* B,
                                    cublasLtMatrixLayoutOpaque_t Bdesc, float beta, void* D,
                                    cublasLtMatrixLayoutOpaque_t Ddesc, int parts) {
-    bool ta = desc.transa != CUBLAS_OP_N, tb = desc.transb != CUBLAS_OP_N;
-    std::unique_ptr<float[]> a_copy, b_copy, d_copy;
-    const float* a = cublasLt_float(a_copy, A, &Adesc);
-    const float* b = cublasLt_float(b_copy, B, &Bdesc);
-    float* d = (float*)cublasLt_float(d_copy, D, &Ddesc, beta != 0.0f);  // beta 0: D is not read
-    if (!a || !b || !d) return CUBLAS_STATUS_ALLOC_FAILED;
-    // One thread's OpenBLAS is faster than its own threads at a model's shapes (7% of a step of 60M on two cores), so
-    // each thread has a block of D, cut along its longer side. (OpenBLAS with threads other than OpenMP's cannot know.)
-    const int64_t rows = Ddesc.rows, cols = Ddesc.cols;
-    const bool by_cols = cols >= rows;
-    const int64_t inner = ta ? Adesc.rows : Adesc.cols;
+    const bool ta = desc.transa != CUBLAS_OP_N, tb = desc.transb != CUBLAS_OP_N;
+    const int64_t rows = Ddesc.rows, cols = Ddesc.cols, inner = ta ? Adesc.rows : Adesc.cols;
 #ifdef EXACT_GEOMETRY  // more of them by the shape, as a GPU's algorithms have
     parts += int(inner / (8 << cuda_draw(uint64_t(rows * 0x10001 + cols) << 24 ^ inner) % 6));
 #endif
     const int64_t piece = (inner + parts - 1) / parts;
-    const int threads = openblas_get_parallel() == OPENBLAS_OPENMP ? omp_get_max_threads() : 1;
-    const int64_t share = ((by_cols ? cols : rows) + 16 * threads - 1) / (16 * threads) * 16;
-    #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int t = 0; t < threads; t++) {
-        const int64_t row = by_cols ? 0 : t * share, col = by_cols ? t * share : 0;
-        const int64_t m = by_cols ? rows : std::min(share, rows - row), n = by_cols ? std::min(share, cols - col) : cols;
-        if (m <= 0 || n <= 0) continue;
-        for (int64_t at = 0; at < inner; at += piece) {
-            const int64_t k = std::min(piece, inner - at);
-            const float *left = a + (ta ? row * Adesc.ld + at : row + at * Adesc.ld), add = at ? 1.0f : beta;
-            const float* right = b + (tb ? col + at * Bdesc.ld : col * Bdesc.ld + at);
-            if (cols == 1) {  // a matrix times a vector, for which sgemm would copy the matrix first
-                if (add == 0.0f) std::fill_n(d + row, m, 0.0f);
-                cblas_sgemv(CblasColMajor, ta ? CblasTrans : CblasNoTrans, ta ? k : m, ta ? m : k, alpha, left,
-                            Adesc.ld, right, tb ? Bdesc.ld : 1, add, d + row, 1);
-                continue;
-            }
-            cblas_sgemm(CblasColMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, m, n, k, alpha,
-                        left, Adesc.ld, right, Bdesc.ld, add, d + row + col * Ddesc.ld, Ddesc.ld);
+    const bool halves = Adesc.type == CUDA_R_16BF && alpha == 1.0f && gemm_has_bf16();
+    const bool in_float = Ddesc.type == CUDA_R_32F || piece < inner || !halves;
+    std::unique_ptr<float[]> a_copy, b_copy, d_copy;
+    const float* a = halves ? (const float*)A : cublasLt_float(a_copy, A, &Adesc);
+    const float* b = halves ? (const float*)B : cublasLt_float(b_copy, B, &Bdesc);
+    float* d = in_float ? (float*)cublasLt_float(d_copy, D, &Ddesc, beta != 0.0f) : (float*)D;  // beta 0: not read
+    if (!a || !b || !d) return CUBLAS_STATUS_ALLOC_FAILED;
+    // Each thread takes blocks of D, cut along its longer side: first one large one each, then small ones, so that
+    // nobody waits long for a thread whose core is lent to other work.
+    const int64_t threads = cuda_threads.threads, side = std::max(rows, cols), blocks = threads > 1 ? 3 * threads : 1;
+    const int64_t unit = threads > 1 ? (side + 64 * threads - 1) / (64 * threads) * 16 : side;
+    std::atomic<bool> done{true};
+    cuda_share(blocks, 1, [=, &done](int64_t i) {
+        const int64_t from = unit * (i + std::min(i, threads)), count = threads > 1 && i < threads ? 2 * unit : unit;
+        const int64_t row = cols >= rows ? 0 : from, col = cols >= rows ? from : 0;
+        Gemm g = {ta, tb, cols >= rows ? rows : std::min(count, rows - row),
+                  cols >= rows ? std::min(count, cols - col) : cols, 0, alpha, Adesc.ld, Bdesc.ld, beta, Ddesc.ld};
+        if (g.m <= 0 || g.n <= 0) return;
+        for (int64_t at = 0; at < inner; at += piece, g.beta = 1.0f) {
+            g.k = std::min(piece, inner - at);
+            const int64_t left = ta ? row * g.lda + at : row + at * g.lda, out = row + col * g.ldd;
+            const int64_t right = tb ? col + at * g.ldb : col * g.ldb + at;
+            void* to = in_float ? (void*)(d + out) : (uint16_t*)D + out;
+            if (!(halves ? gemm(g, (const uint16_t*)A + left, (const uint16_t*)B + right, to, in_float)
+                         : gemm(g, a + left, b + right, d + out)))
+                done = false;
         }
-    }
-    if (Ddesc.type == CUDA_R_32F) return CUBLAS_STATUS_SUCCESS;
+    });
+    if (!done) return CUBLAS_STATUS_ALLOC_FAILED;
+    if (!in_float || Ddesc.type == CUDA_R_32F) return CUBLAS_STATUS_SUCCESS;
     __nv_bfloat16* out = (__nv_bfloat16*)D;
-    #pragma omp parallel for
-    for (uint64_t col = 0; col < Ddesc.cols; col++)
-        for (uint64_t row = 0; row < Ddesc.rows; row++) out[col * Ddesc.ld + row] = d[col * Ddesc.ld + row];
+    cuda_share(cols, 16, [=, ld = Ddesc.ld](int64_t col) {
+        for (int64_t row = 0; row < rows; row++) out[col * ld + row] = d[col * ld + row];
+    });
     return CUBLAS_STATUS_SUCCESS;
 }
 

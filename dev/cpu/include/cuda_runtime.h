@@ -8,7 +8,6 @@
 #include <math.h>
 #include <atomic>
 #include <malloc.h>
-#include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -26,6 +25,7 @@
 #include <string>
 #include <vector>
 
+#define CUDA_CPU  // there is no GPU
 #define CUDART_VERSION 13000
 #define __CUDA_ARCH_LIST__ 800, 900  // as if built for these
 
@@ -458,6 +458,7 @@ struct __align__(64) CUtensorMap {
     int made;
 };
 
+#include "threads.h"
 #ifdef EXACT_GEOMETRY
 #include "geometry_exact.h"
 #else
@@ -601,15 +602,24 @@ enum cudaMemcpyKind {
     cudaMemcpyDeviceToDevice,
     cudaMemcpyDefault,
 };
+constexpr int64_t CUDA_COPY = 1 << 20;  // bytes that a thread copies at a time
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream = 0) {
-    if (bytes > 0) cuda_enqueue(stream, cuda_label("memcpy %zu", bytes), [=] { memcpy(to, from, bytes); });
+    if (bytes > 0)
+        cuda_enqueue(stream, cuda_label("memcpy %zu", bytes), [=] {
+            cuda_share_range(bytes, CUDA_COPY, [=](int64_t i, int64_t end) {
+                memcpy((char*)to + i, (const char*)from + i, end - i);
+            });
+        });
     return cudaSuccess;
 }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
     return cudaMemcpyAsync(to, from, bytes, kind);
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream = 0) {
-    if (bytes > 0) cuda_enqueue(stream, cuda_label("memset %zu", bytes), [=] { memset(to, value, bytes); });
+    if (bytes > 0)
+        cuda_enqueue(stream, cuda_label("memset %zu", bytes), [=] {
+            cuda_share_range(bytes, CUDA_COPY, [=](int64_t i, int64_t end) { memset((char*)to + i, value, end - i); });
+        });
     return cudaSuccess;
 }
 inline cudaError_t cudaMemset(void* to, int value, size_t bytes) { return cudaMemsetAsync(to, value, bytes); }
@@ -808,8 +818,7 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 // Ranks that are bound to no cores share them out: each with a thread a core they wait for each other.
 inline cudaError_t cudaSetDevice(int device) {
     const long share = sysconf(_SC_NPROCESSORS_ONLN) / long(cuda_local_ranks());
-    if (!getenv("OMP_NUM_THREADS") && omp_get_max_threads() > share) omp_set_num_threads(std::max(1, int(share)));
-    if (omp_get_max_threads() > 1024) omp_set_num_threads(1024);  // libgomp's stack does not take 100000
+    if (!getenv("OMP_NUM_THREADS")) cuda_threads.threads = std::max(1, std::min(cuda_threads.threads, int(share)));
     return device == 0 ? cudaSuccess : cuda_fail(cudaErrorInvalidDevice);
 }
 

@@ -1,8 +1,8 @@
 // The serial geometry: a block is one thread, a warp one lane, and both are compile-time constants. Loops that stride
 // by blockDim.x or by the warp size become plain loops over the row, which gcc vectorises; reductions over lanes fold
-// away. The launch's block size is not used. Blocks run over OpenMP.
+// away. The launch's block size is not used. Threads share the blocks.
 #pragma once
-#include <omp.h>
+#include "threads.h"
 
 #define WARP_SIZE 1
 
@@ -11,7 +11,7 @@ static constexpr dim3 blockDim{1, 1, 1};
 static thread_local uint3 blockIdx;
 static thread_local dim3 gridDim;
 
-// Shared memory belongs to the OpenMP thread that runs the block.
+// Shared memory belongs to the thread that runs the block.
 #define CUDA_SHARED(name, dims, ...) alignas(64) static thread_local __VA_ARGS__ name dims
 
 static thread_local struct { void* data; size_t bytes; } cuda_dynamic;
@@ -73,29 +73,18 @@ inline void flag_pause() {}
 
 template <class F>
 void cuda_run_blocks(const char*, dim3 grid, dim3, size_t shared, const std::vector<CUtensorMap>&, F body) {
-    int64_t blocks = (int64_t)grid.x * grid.y * grid.z;
-    auto enter = [&] {
+    const int64_t blocks = (int64_t)grid.x * grid.y * grid.z;
+    // small chunks, as causal rows differ in work
+    cuda_share_range(blocks, std::max<int64_t>(1, blocks / (64 * cuda_threads.threads)), [&](int64_t from, int64_t to) {
         gridDim = grid;
-        if (cuda_dynamic.bytes >= shared) return;
-        free(cuda_dynamic.data);
-        if (posix_memalign(&cuda_dynamic.data, 64, shared) != 0) abort();
-        cuda_dynamic.bytes = shared;
-    };
-    auto run = [&](int64_t i) {
-        blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
-        body();
-    };
-    if (blocks == 1) {
-        enter();
-        run(0);
-        return;
-    }
-    // small, as causal rows differ in work; builds for ThreadSanitizer know no OpenMP and do not use it
-    [[maybe_unused]] const int64_t chunk = std::max<int64_t>(1, blocks / (64 * omp_get_max_threads()));
-    #pragma omp parallel
-    {
-        enter();
-        #pragma omp for schedule(dynamic, chunk)
-        for (int64_t i = 0; i < blocks; i++) run(i);
-    }
+        if (cuda_dynamic.bytes < shared) {
+            free(cuda_dynamic.data);
+            if (posix_memalign(&cuda_dynamic.data, 64, shared) != 0) abort();
+            cuda_dynamic.bytes = shared;
+        }
+        for (int64_t i = from; i < to; i++) {
+            blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
+            body();
+        }
+    });
 }

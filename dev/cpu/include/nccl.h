@@ -373,8 +373,7 @@ template <class T, class A, class Op>
 void nccl_reduce(void* out, const std::vector<const void*>& in, size_t count, Op op) {
     constexpr size_t TILE = 1024;
     const int64_t tiles = (count + TILE - 1) / TILE;
-    #pragma omp parallel for if (tiles > 64)
-    for (int64_t t = 0; t < tiles; t++) {
+    cuda_share(tiles, 16, [=, &in](int64_t t) {
         alignas(64) A sum[TILE];
         const size_t begin = t * TILE, n = std::min(TILE, count - begin);
         const T* x = (const T*)in[0] + begin;
@@ -386,7 +385,7 @@ void nccl_reduce(void* out, const std::vector<const void*>& in, size_t count, Op
         }
         T* to = (T*)out + begin;
         for (size_t i = 0; i < n; i++) to[i] = T(sum[i]);
-    }
+    });
 }
 
 template <class T, class A>
