@@ -37,8 +37,9 @@ ifndef MATMUL
 MATMUL   := $(if $(filter x86_64%,$(TARGET)),$(shell \
                 echo '\#include <oneapi/dnnl/dnnl.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 && echo onednn))
 endif
+ONEDNN    = $(if $(filter onednn,$(MATMUL)),-DUSE_ONEDNN)
 GEMM      = $(if $(filter onednn,$(MATMUL)),-ldnnl -lgomp,-lopenblas)
-CXXFLAGS  = -std=c++17 $(OPTIMIZE) $(TUNE) $(GNU) $(if $(filter onednn,$(MATMUL)),-DUSE_ONEDNN) \
+CXXFLAGS  = -std=c++17 $(OPTIMIZE) $(TUNE) $(GNU) $(ONEDNN) \
             -pthread -fno-strict-aliasing -fno-math-errno -fno-trapping-math -fassociative-math \
             -fno-signed-zeros -Wall -Wextra -Wno-unknown-pragmas -Werror=format -Idev/cpu/include -I.
 bf16      = -DPRECISION_BF16
@@ -141,7 +142,7 @@ build/train_gpt_cpu_%: $(CPU_SOURCES) $(CPU_STAMP)
 	$(CXX) $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/train_gpt.cu $(GEMM) $(MPI_LIB) -o $@
 
 # without NCCL, as for one GPU, and without oneDNN
-build/train_gpt_alone_%: MATMUL = openblas
+build/train_gpt_alone_%: private MATMUL = openblas
 build/train_gpt_alone_%: $(CPU_SOURCES) $(CPU_STAMP)
 	$(CXX) $(CXXFLAGS) -O0 -DNO_NCCL $($*) $(MPI) -x c++ build/src/train_gpt.cu $(GEMM) $(MPI_LIB) -o $@
 
@@ -207,7 +208,7 @@ build/bench_cpu_%: build/src/dev/bench/bench.cu $(CPU_SOURCES) $(CPU_STAMP)
 # the readers under libFuzzer. -O0: at -O1 clang takes minutes. It lacks the barrier of g++, which only guards a rounding,
 # and omp.h, which is taken from there and says of a function what frees its memory
 FUZZ_FLAGS = -std=c++17 -O0 -g1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -fno-access-control \
-    -pthread -w '-D__builtin_assoc_barrier(x)=(x)' -Idev/cpu/include -I. \
+    -pthread -w $(ONEDNN) '-D__builtin_assoc_barrier(x)=(x)' -Idev/cpu/include -I. \
     '-D__malloc__(...)=__malloc__' -idirafter $(dir $(shell g++ -print-file-name=include/omp.h))
 build/fuzz: build/src/dev/fuzz/fuzz.cu $(CPU_SOURCES)
 	clang++ $(FUZZ_FLAGS) -x c++ $< $(GEMM) -o $@

@@ -6,6 +6,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <cublasLt.h>
+#include <sys/time.h>
 #include <functional>
 #include <random>
 #include <vector>
@@ -346,8 +347,8 @@ void check_matmul(bool ta, bool tb, float alpha, float beta, int N, int algorith
             double off = fabs((float)D[j * (M + pad) + i] - want) / (1 + fabs(want));
             worst = off <= worst ? worst : off;  // NaN stays
         }
-    EXPECT(worst < 2 * alpha * tolerance, "transposes %d%d, alpha %g, beta %g, N %d, algorithm %d: off by %.2e", ta, tb, alpha, beta,
-           N, algorithms - 1, worst);
+    EXPECT(worst < 2 * alpha * tolerance, "transposes %d%d, alpha %g, beta %g, N %d, algorithm %d: off by %.2e", ta, tb,
+           alpha, beta, N, algorithms - 1, worst);
     for (int j = 0; j < N; j++)
         for (int i = M; i < M + pad; i++)
             EXPECT((float)D[j * (M + pad) + i] == (float)d[j * (M + pad) + i], "%s", "wrote into the padding");
@@ -512,6 +513,27 @@ static void test_subnormals() {
     });
     EXPECT(flushed == 4, "%d of 4 threads flush subnormals", flushed.load());
     cuda_threads.threads = before;
+}
+
+// A signal in the middle of a product disturbs nothing.
+static void test_signals() {
+    struct sigaction count = {}, before;
+    static volatile sig_atomic_t signals = 0;
+    count.sa_handler = [](int) { signals = signals + 1; };
+    count.sa_flags = SA_RESTART;
+    sigaction(SIGALRM, &count, &before);
+    const itimerval often = {{0, 100}, {0, 100}}, never = {};
+    constexpr int m = 333, n = 64, k = 128;
+    const auto a = random_floats(m * k, 1), b = random_floats(n * k, 2);
+    std::vector<float> want(m * n), got(m * n);
+    auto product = [&](std::vector<float>& d) { gemm({false, false, m, n, k, 1, m, k, 0, m}, a.data(), b.data(), d.data()); };
+    product(want);
+    setitimer(ITIMER_REAL, &often, nullptr);
+    int wrong = 0;
+    for (int i = 0; signals < 3000 && i < 1000000; i++) product(got), wrong += got != want;
+    setitimer(ITIMER_REAL, &never, nullptr);
+    sigaction(SIGALRM, &before, nullptr);
+    EXPECT(wrong == 0 && signals >= 3000, "%d products are wrong at %d signals", wrong, int(signals));
 }
 
 static void test_host_api() {
@@ -1701,6 +1723,7 @@ int main(int argc, char** argv) {
     test("algorithms", test_algorithms);
     test("shares", test_shares);
     test("subnormals", test_subnormals);
+    test("signals", test_signals);
     test("memory", test_memory);
     test("host_api", test_host_api);
     test("missing_wait", test_missing_wait);

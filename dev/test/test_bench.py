@@ -92,6 +92,16 @@ class Bench(unittest.TestCase):
         with open(os.path.join(ROOT, "dev", "bench", "results", "costs.md")) as f:
             self.assertEqual(f.read(), run(sys.executable, REPORT, "--map").stdout)
 
+    def test_libraries_that_are_here_are_compared(self):
+        tool = [sys.executable, os.path.join(ROOT, "dev", "bench", "libraries.py")]
+        done = run(*tool, *"--rounds 1 --threads 2 --shapes 96x64x32 --results".split(), self.dir.name)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertRegex(done.stdout, r"OpenBLAS .*\n.*\n\| 96 x 64 x 32( \| [0-9]+ [0-9]+ [0-9]+)+ \|\n")
+        (path,) = os.listdir(self.dir.name)
+        with open(os.path.join(self.dir.name, path)) as f:
+            self.assertTrue(done.stdout.startswith(f.read()))
+        self.refused(run(*tool, "--shapes", "96x64"), "libraries.py: --shapes: '96x64' is none of", "nor NxKxM")
+
     def test_bad_input_is_one_line(self):
         self.refused(run(BENCH, "--part", "bounds"), "--device", "--part bounds")
         self.refused(run(BENCH, "--part", "bounds", "--device", "abacus"), "--device", "abacus")

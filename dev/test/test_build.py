@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Tests of the build for GPUs: the architectures that make chooses, the build without NCCL and, where there is nvcc,
-that it takes the sources. Standard library only.
+"""Tests of the build: for GPUs the architectures that make chooses, what nvcc, where there is one, says of the sources,
+and the build without NCCL; for CPUs that a library which does not know the processor is reported. Standard library
+only.
 
 usage: dev/test/test_build.py [--full]
 
-nvcc compiles the trainer in bf16 for sm_80, optimising nothing, and for sm_90a what is Hopper's alone. --full: all of it
-for sm_90a, in fp32 too, without NCCL, for the other architectures, and the tests and the bench.
+nvcc compiles the trainer in bf16 for sm_80, optimising nothing, and for sm_90a what is Hopper's alone. --full: all of
+it for sm_90a, in fp32 too, without NCCL, for the other architectures, and the tests and the bench.
 """
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -21,7 +23,8 @@ from lines import run_all
 ROOT = Path(__file__).resolve().parent.parent.parent
 FULL = "--full" in sys.argv
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-ALONE = "build/train_gpt_alone_fp32"
+ALONE, TRAINER = "build/train_gpt_alone_fp32", "build/train_gpt_cpu_fp32"
+CPU = Path("/proc/cpuinfo").read_text()
 # what nvcc --list-gpu-arch knows in CUDA 12.0, and some of what it knows in 13.0
 CUDA_12 = "50 52 53 60 61 62 70 72 75 80 86 87 89 90"
 CUDA_13 = "75 80 86 87 88 89 90 100 110 103 120 121"
@@ -80,23 +83,43 @@ class Build(unittest.TestCase):
                 self.assertEqual(gpu_arch(capabilities, known), want)
         self.assertEqual(gpu_arch("9.0\n", CUDA_13, "GPU_ARCH=-arch=sm_86"), ["-arch=sm_86"])
 
-    def test_without_nccl(self):
-        """one rank trains; several are refused, in one line"""
-        self.assertEqual(make(ALONE)[0], 0)
+    def train(self, trainer, **env):
+        """Two steps of a small model."""
         with tempfile.TemporaryDirectory() as work:
             shard = Path(work, "tokens.bin")
             tokens = bytes([1, 0] * 500)
             shard.write_bytes(b"".join(n.to_bytes(4, "little") for n in [20240520, 1, 500] + [0] * 253) + tokens)
-            command = [str(ROOT / ALONE), *("--dim 32 --layers 1 --heads 2 --vocab-size 8 --seq-len 16 --batch-size 2 "
-                       "--steps 2 --lr 1e-3 --out run --train-data").split(), str(shard)]
-            for ranks, status in ((1, 0), (2, 1)):
-                env = {"RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": "1"}
-                done = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                      env={**os.environ, **env})
-                self.assertEqual(done.returncode, status, done.stderr)
-                self.assertEqual(done.stderr.count("\n"), status)
-            self.assertRegex(done.stderr, "^train_gpt: .*lacks NCCL.* Install it .*build again")
+            options = "--dim 32 --layers 1 --heads 2 --vocab-size 8 --seq-len 16 --batch-size 2 --steps 2 --lr 1e-3"
+            command = [str(ROOT / trainer), *options.split(), "--out", "run", "--train-data", str(shard)]
+            return subprocess.run(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                  env={**os.environ, **env})
+
+    def test_without_nccl(self):
+        """one rank trains; several are refused, in one line"""
+        self.assertEqual(make(ALONE)[0], 0)
+        for ranks, status in ((1, 0), (2, 1)):
+            done = self.train(ALONE, RANK="0", WORLD_SIZE=str(ranks), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT="1")
+            self.assertEqual(done.returncode, status, done.stderr)
+            self.assertEqual(done.stderr.count("\n"), status)
+        self.assertRegex(done.stderr, "^train_gpt: .*lacks NCCL.* Install it .*build again")
+
+    @unittest.skipUnless(platform.machine() == "x86_64" and " avx2 " in CPU, "this processor has no AVX2")
+    def test_slow_library(self):
+        """one that takes this processor for an old one is named, its remedy helps; so is oneDNN, told to be old"""
+        self.assertEqual(make(ALONE)[0], 0)
+        old = self.train(ALONE, OPENBLAS_CORETYPE="Prescott")  # what it takes where it does not know the model
+        self.assertIn("\nmatmul: OpenBLAS ", old.stdout)
+        remedy = re.fullmatch(
+            r"train_gpt: warning: matmul: OpenBLAS \S+ Prescott reaches \d+% of the processor's rate. "
+            r"Install oneDNN \(libdnnl-dev\) and make again, or set (\w+)=(\w+).\n", old.stderr)
+        self.assertTrue(remedy, old.stderr)
+        self.assertEqual(self.train(ALONE, **{remedy[1]: remedy[2]}).stderr, "")
+        if (ROOT / TRAINER).exists() and "oneDNN" in (done := self.train(TRAINER)).stdout:
+            self.assertRegex(done.stdout, "\nmatmul: oneDNN .* AVX.*, [1-9][0-9]* thread")
+            self.assertEqual(done.stderr, "")
+            old = self.train(TRAINER, ONEDNN_MAX_CPU_ISA="SSE41")
+            self.assertRegex(old.stderr, "matmul: oneDNN .* SSE4.1 reaches .*% of the processor's rate. Unset ONEDNN")
 
     @unittest.skipUnless(NVCC, "there is no nvcc")
     def test_nvcc_takes_the_trainer(self):

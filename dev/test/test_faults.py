@@ -154,11 +154,11 @@ class FaultTests(Tests):
     # --- memory
 
     def host_memory(self, every):
-        """Address space that is too small; below 200 MiB OpenBLAS waits for more before the program begins."""
-        ask = [self.exe, *map(str, self.flags("tight"))]
+        """Address space that is too small, from where the program can begin at all."""
+        train = [self.exe, *map(str, self.flags("tight"))]
         env = {**os.environ, **MPI_ENV, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
-        def limited(mib):
+        def limited(mib, ask=train):
             def limit():
                 resource.setrlimit(resource.RLIMIT_AS, (mib << 20, mib << 20))
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -167,7 +167,8 @@ class FaultTests(Tests):
                                   errors="replace", env=env, timeout=60)
 
         refused = 0
-        for mib in range(200, 2000, every):
+        begins = next(mib for mib in range(32, 2000, 4) if limited(mib, [self.exe, "--help"]).returncode == 0)
+        for mib in range(begins, 2000, every):
             done = limited(mib)
             if done.returncode == 0:
                 break
@@ -647,7 +648,7 @@ class FaultTests(Tests):
                           phase if self.full else 3 * i)
         self.test("ranks_calls", self.ranks_calls, 7 if self.full else 280)
         self.test("generating_calls", self.generating_calls, 1 if self.full else 17)
-        self.test("host_memory", self.host_memory, 1 if self.full else 24)
+        self.test("host_memory", self.host_memory, 1 if self.full else 4)
         self.test("no_thread", self.no_thread)
         self.test("device_memory", self.device_memory)
         for what, *words in (

@@ -1,6 +1,6 @@
 // The part of cuBLASLt that the trainer uses, over a CPU's library (gemm.h): D = alpha op(A) op(B) + beta C,
-// column-major, C == D. A and B both float or both bfloat16, D either. Products of bfloat16 are exact, sums float; where
-// the library has none they pass through float copies.
+// column-major, C == D. A and B both float or both bfloat16, D either. Products of bfloat16 are exact, sums float;
+// where the library has none they pass through float copies.
 //
 // As on a GPU there can be several algorithms, which round differently: number i, from 0, adds k in i + 1 parts. The
 // heuristic names one first that depends on the shape, events call one the fastest that depends on shape and process.
