@@ -36,6 +36,7 @@ struct CudaThreads {
     int started = 1;  // of them
 
     CudaThreads() {
+        cpu_set_t cores;
         const char* text = getenv("OMP_NUM_THREADS");
         const int asked = text ? atoi(text) : 0;
         threads = asked > 0 ? asked : sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
@@ -63,7 +64,6 @@ private:
     static constexpr uint64_t OPEN = 1 << 16;
     static uint64_t number(uint64_t gate) { return gate / (2 * OPEN); }
     std::atomic<uint64_t> gate{0};
-    cpu_set_t cores;
     std::atomic<int> asker_core{-1};
     std::atomic<int64_t> next{0};
     std::mutex asking, guard;
@@ -73,10 +73,12 @@ private:
 
     // With other work beside, the system may leave two of ours on one core and that work alone on another.
     void move_off(int core) {
-        if (sched_getcpu() != core) return;
-        cpu_set_t others = cores;
-        CPU_CLR(core, &others);
-        if (sched_setaffinity(0, sizeof others, &others) == 0) sched_setaffinity(0, sizeof cores, &cores);
+        cpu_set_t mine, others;
+        if (sched_getcpu() != core || sched_getaffinity(0, sizeof mine, &mine) != 0) return;
+        CPU_ZERO(&others);
+        CPU_SET(core, &others);
+        CPU_XOR(&others, &mine, &others);
+        if (sched_setaffinity(0, sizeof others, &others) == 0) sched_setaffinity(0, sizeof mine, &mine);
     }
     void take() {
         inside_one = true;
