@@ -2326,6 +2326,7 @@ void run(Options& o, const World& world) {
     fflush(stdout);
     channel.progress("allocating memory", 0);
     create_or_advise(m);
+    if (ranks.rank == 0) print_matmul();
     m.use_graphs = o.graph;
     const TrainState state = set_state(m, o, data.get());
     const std::string choices = ranks.rank ? format("/matmul_rank%d.txt", ranks.rank) : "/matmul.txt";

@@ -337,18 +337,6 @@ double saved_bytes(const Model& m) {
     return width * double(m.table.shard_size());
 }
 
-// What multiplies, for people; warns if it is slow.
-std::string matmul_library() {
-#ifdef CUDA_CPU
-    const std::string warning = gemm_warning();
-    if (!warning.empty()) warn(warning);
-    return gemm_about();
-#else
-    const size_t version = cublasLtGetVersion();
-    return format("cuBLASLt %zu.%zu.%zu", version / 10000, version / 100 % 100, version % 100);
-#endif
-}
-
 void print_run(const Model& m, const Options& o) {
     const Config& c = m.c;
     printf("%s %s, %s: dim %d, %d layers, %d heads of %d (%d key/value), hidden %d, vocabulary %d, T %d; %s\n",
@@ -356,10 +344,21 @@ void print_run(const Model& m, const Options& o) {
            c.NH, c.HS(), c.NKV, c.F(), c.V, c.T, PRECISION);
     const std::string many =
         o.storage.ranks > 1 ? format(" on %d ranks, ZeRO %d", o.storage.ranks, o.storage.zero) : "";
-    printf("%zu parameters; %lld steps of %d x %d sequences%s\n", m.table.parameters, (long long)o.steps,
-           o.grad_accum, o.batch_size, many.c_str());
-    printf("matmul: %s\n%s", matmul_library().c_str(), memory_plan(m).c_str());
+    printf("%zu parameters; %lld steps of %d x %d sequences%s\n%s", m.table.parameters, (long long)o.steps,
+           o.grad_accum, o.batch_size, many.c_str(), memory_plan(m).c_str());
     if (o.save_async) printf("  and on the host, for --save-async %10.1f MiB\n", saved_bytes(m) / 1048576.0);
+}
+
+// What multiplies; warns if it is slow.
+void print_matmul() {
+#ifdef CUDA_CPU
+    const std::string warning = gemm_warning();
+    if (!warning.empty()) warn(warning);
+    printf("matmul: %s\n", gemm_about().c_str());
+#else
+    const size_t version = cublasLtGetVersion();
+    printf("matmul: cuBLASLt %zu.%zu.%zu\n", version / 10000, version / 100 % 100, version % 100);
+#endif
 }
 
 // Bytes in use: of the device; on a CPU, whose memory processes share, this one's.
