@@ -425,10 +425,8 @@ __global__ void __launch_bounds__(ROW_THREADS)
     each<PACKS>(F, [&](int p, int e, int f) {
         float u[PARTS];
         #pragma unroll
-        for (int i = 0; i < PARTS; i++) {
-            u[i] = normalize(x[i](p, e), s[i]);
-            if (gain) u[i] *= g[i](gain + i * F + f, e);
-        }
+        for (int i = 0; i < PARTS; i++)
+            u[i] = (gain ? g[i](gain + i * F + f, e) : 1.0f) * normalize(x[i](p, e), s[i]);
         write(out + f, e, GATED ? swiglu(u[0], u[PARTS - 1]).f : gelu(u[0]).f);
     });
 }

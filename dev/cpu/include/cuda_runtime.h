@@ -92,9 +92,9 @@ inline unsigned atomicInc(unsigned* p, unsigned most) {
 
 inline float __frcp_rn(float x) { return 1.0f / x; }
 
-// Of a NaN and a number, the number. (libm's, which gcc calls, do not vectorise.)
-inline float cuda_cpu_fmaxf(float a, float b) { return b > a || a != a ? b : a; }
-inline float cuda_cpu_fminf(float a, float b) { return b < a || a != a ? b : a; }
+// Of a NaN and a number, the number. (libm's, which gcc calls, do not vectorise, nor do branches.)
+inline float cuda_cpu_fmaxf(float a, float b) { return (b > a) | (a != a) ? b : a; }
+inline float cuda_cpu_fminf(float a, float b) { return (b < a) | (a != a) ? b : a; }
 
 #ifdef EXACT_GEOMETRY
 // A GPU's functions are off by units in the last place, at most by as many as the CUDA C++ Programming Guide says
@@ -143,24 +143,21 @@ inline float fast_exp2(float x) { return cuda_exponential(exp2((double)x), 2, 6,
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 
-// e^x to 2 ulp: x = n ln2 + f, |f| <= ln2/2, e^f by a polynomial, n added to the exponent's bits.
-// Results below the smallest normal number are 0.
+// e^x to 1.2 ulp from -87.3 to 88.7: x = n ln2 + f, |f| <= ln2/2, e^f by a polynomial, n added to the exponent's bits.
+// What must not be reordered is in fmaf: gcc forgets barriers and parentheses where it vectorises.
+inline float cuda_cpu_exp_within(float x) {
+    const float round = 0x1.8p23f;  // a float of this size has the integer n in its lowest bits
+    const float t = fmaf(x, 1.44269504f, round), n = t - round;
+    const float f = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, x)), s = f * f;  // ln2 in two parts
+    float p = fmaf(1.38145371e-3f, s, fmaf(8.36874638e-3f, f, 4.16683927e-2f));
+    p = fmaf(p, s, fmaf(1.66665211e-1f, f, 0.5f));
+    p = fmaf(p, s, f) + 1.0f;
+    return __uint_as_float(__float_as_uint(p) + (__float_as_uint(t) << 23));
+}
+// of any x; results below the smallest normal number are 0
 inline float cuda_cpu_expf(float x) {
-    float y = x > -88.0f ? x : -88.0f;  // also where x is NaN
-    y = y < 89.0f ? y : 89.0f;
-    float n = rintf(y * 1.44269504f);
-    float f = __builtin_assoc_barrier(y - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts, not to be joined
-    float p = 1.9875691e-4f;
-    p = p * f + 1.3981999e-3f;
-    p = p * f + 8.3334519e-3f;
-    p = p * f + 4.1665796e-2f;
-    p = p * f + 1.6666665e-1f;
-    p = p * f + 0.5f;
-    p = p * f * f + f + 1.0f;
-    float e = __int_as_float(__float_as_int(p) + (int)n * (1 << 23));
-    e = x < -87.3365448f ? 0.0f : e;
-    e = x > 88.7228391f ? INFINITY : e;
-    return x != x ? x : e;
+    const float e = x < -87.3365448f ? 0.0f : cuda_cpu_exp_within(x);
+    return x <= 88.7228391f ? e : x + INFINITY;  // NaN stays
 }
 
 // 2^x to 1 ulp for x below 128; from 2^-126 down it stays 2^-126. x = n + f, |f| <= 1/2, as in cuda_cpu_expf.
@@ -177,27 +174,19 @@ inline float fast_exp2(float x) {
     return __uint_as_float(__float_as_uint(p) + ((unsigned)(int)n << 23));
 }
 
-// erf, absolute error below 2e-7: x P(x^2) up to 1, then 1 - e^Q(|x|), the polynomials fitted by minimax.
+// erf, absolute error below 2e-7: x P(x^2) up to 1, then 1 - e^Q(|x|), the polynomials fitted by minimax. The choice is
+// one of bits: gcc would make a branch of it and not vectorise.
 inline float cuda_cpu_erff(float x) {
-    float t = fabsf(x) < 4.0f ? fabsf(x) : 4.0f, s = t * t;
-    float p = 7.8891151e-5f;
-    p = p * s - 8.0208400e-4f;
-    p = p * s + 5.1895352e-3f;
-    p = p * s - 2.6854445e-2f;
-    p = p * s + 1.1283600e-1f;
-    p = p * s - 3.7612627e-1f;
-    p = p * s + 1.1283792f;
-    float q = 1.3316268e-4f;
-    q = q * t - 2.4018248e-3f;
-    q = q * t + 1.9578741e-2f;
-    q = q * t - 9.8264091e-2f;
-    q = q * t - 6.4382650e-1f;
-    q = q * t - 1.1236224f;
-    q = q * t - 1.2026743e-3f;
-    float tail = 1.0f - cuda_cpu_expf(q);
-    float e = t < 1.0f ? t * p : tail;
-    e = x < 0.0f ? -e : e;
-    return x != x ? x : e;
+    const float t = fabsf(x) < 4.0f ? fabsf(x) : 4.0f, s = t * t, s2 = s * s;
+    float p = fmaf(fmaf(7.8891151e-5f, s, -8.0208400e-4f), s2, fmaf(5.1895352e-3f, s, -2.6854445e-2f));
+    p = fmaf(p, s2, fmaf(1.1283600e-1f, s, -3.7612627e-1f));
+    p = fmaf(p, s, 1.1283792f);
+    float q = fmaf(1.3316268e-4f, s, fmaf(-2.4018248e-3f, t, 1.9578741e-2f));
+    q = fmaf(q, s, fmaf(-9.8264091e-2f, t, -6.4382650e-1f));
+    q = fmaf(q, s, fmaf(-1.1236224f, t, -1.2026743e-3f));
+    const unsigned near = __float_as_uint(t * p), far = __float_as_uint(1.0f - cuda_cpu_exp_within(q));
+    const unsigned mask = -unsigned(t < 1.0f), sign = __float_as_uint(x) & 0x80000000u;
+    return x != x ? x : __uint_as_float((near & mask) | (far & ~mask) | sign);
 }
 #endif
 
