@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
 #include <algorithm>
@@ -566,8 +567,10 @@ template <class T> cudaError_t cudaMalloc(T** pointer, size_t bytes) {
     size_t free, total;
     void* memory = nullptr;
     cudaMemGetInfo(&free, &total);
-    if (bytes > free || (bytes > 0 && posix_memalign(&memory, 256, bytes) != 0))
+    const size_t huge = size_t(2) << 20;  // bytes of a large page; the system may have none
+    if (bytes > free || (bytes > 0 && posix_memalign(&memory, bytes < 2 * huge ? 256 : huge, bytes) != 0))
         return cuda_fail(cudaErrorMemoryAllocation);
+    if (bytes >= 2 * huge) madvise(memory, bytes, MADV_HUGEPAGE);
     if (memory) cuda_allocated += malloc_usable_size(memory);
 #ifdef EXACT_GEOMETRY
     if (memory) memset(memory, 0xFF, bytes);  // NaN in any type
