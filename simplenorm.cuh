@@ -88,13 +88,18 @@ constexpr int GAIN_COLUMNS = SERIAL ? 256 : 32;
 
 template <typename G>
 __global__ void gain_grad_kernel(G* dgain, const float* partial, int blocks, int W, int stride) {
+    constexpr int OWN = GAIN_COLUMNS / WARP_SIZE;  // columns of a lane
     __shared__ float sums[8][GAIN_COLUMNS];
     const int first = blockIdx.x * GAIN_COLUMNS, end = min(W, first + GAIN_COLUMNS);
-    for (int c = first + lane(); c < end; c += WARP_SIZE) {
-        float sum = 0.0f;
-        for (int b = warp(); b < blocks; b += num_warps()) sum += partial[size_t(b) * stride + c];
-        sums[warp()][c - first] = sum;
-    }
+    float sum[OWN] = {};
+    for (int b = warp(); b < blocks; b += num_warps())
+        #pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const int c = first + i * WARP_SIZE + lane();
+            if (c < end) sum[i] += partial[size_t(b) * stride + c];
+        }
+    #pragma unroll
+    for (int i = 0; i < OWN; i++) sums[warp()][i * WARP_SIZE + lane()] = sum[i];
     __syncthreads();
     for (int c = first + threadIdx.x; c < end; c += blockDim.x) {
         float sum = 0.0f;
@@ -150,6 +155,26 @@ void norm_forward(floatX* out, float2* stats, const floatX* x, const floatX* gai
     if (gain) norm_residual_forward(out, stats, x, nullptr, gain, N, C, norm, gpu);
 }
 
+// A row's dx by the formula at the top, W elements of which d(p, e, c) are dy; given to write(p, e, c, dx).
+template <int PACKS, typename D, typename Write>
+__device__ inline void norm_backward_row(const Row<PACKS>& x, const floatX* gain, float2 s, ColumnSums& dg, int W,
+                                         Norm norm, D d, Write write) {
+    PackReader g;
+    float sum_gd = 0.0f, sum_gdx = 0.0f;
+    each<PACKS>(W, [&](int p, int e, int c) {
+        const float xh = normalize(x(p, e), s), gd = g(gain + c, e) * d(p, e, c);
+        sum_gd += gd;
+        sum_gdx += gd * xh;
+        dg.add(c, e, d(p, e, c) * xh);
+    });
+    float means[2] = {sum_gd, sum_gdx};
+    block_sums(means);
+    const float c1 = norm.center ? means[0] / W : 0.0f, c2 = means[1] / W;
+    each<PACKS>(W, [&](int p, int e, int c) {
+        write(p, e, c, s.y * (g(gain + c, e) * d(p, e, c) - c1 - normalize(x(p, e), s) * c2));
+    });
+}
+
 // Norm backward: dx[n,c] = plus[n,c] + (dx of the formula at the top). dx, dy, x, plus (N,C) floatX, plus null
 // for nothing, may be dx itself; gain (C) floatX, stats (N); dgain (C), added to; partial (row_blocks(N, C), C) float
 // scratch.
@@ -161,29 +186,17 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
     partial += size_t(blockIdx.x) * C;
     ColumnSums dg(SERIAL ? partial : column_sums);
     dg.zero(C);
-    for (size_t n = blockIdx.x; n < size_t(N); n += gridDim.x) {
+    const BlockRows rows(N);
+    for (size_t n = rows.first; n < rows.end; n += rows.step) {
         Row<PACKS> row, d, add;
-        PackReader g;
         row.load(x + n * C, C);
         d.load(dy + n * C, C);
         if (plus) add.load(plus + n * C, C);
-        const float2 s = stats[n];
-        float sum_gd = 0.0f, sum_gdx = 0.0f;
-        each<PACKS>(C, [&](int p, int e, int c) {
-            const float xh = normalize(row(p, e), s), gd = g(gain + c, e) * d(p, e);
-            sum_gd += gd;
-            sum_gdx += gd * xh;
-            dg.add(c, e, d(p, e) * xh);
-        });
-        float means[2] = {sum_gd, sum_gdx};
-        block_sums(means);
-        const float c1 = norm.center ? means[0] / C : 0.0f, c2 = means[1] / C;
         floatX* out = dx + n * C;
         PackWriter write;
-        each<PACKS>(C, [&](int p, int e, int c) {
-            const float v = s.y * (g(gain + c, e) * d(p, e) - c1 - normalize(row(p, e), s) * c2);
-            write(out + c, e, plus ? add(p, e) + v : v);
-        });
+        norm_backward_row(
+            row, gain, stats[n], dg, C, norm, [&](int p, int e, int) { return d(p, e); },
+            [&](int p, int e, int c, float v) { write(out + c, e, plus ? add(p, e) + v : v); });
     }
     dg.write(partial, C);
 }
@@ -318,7 +331,8 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
     partial += blockIdx.x * QKV;
     float* sums = SERIAL ? partial : column_sums;
     ColumnSums(sums).zero(QKV);
-    for (size_t n = blockIdx.x; n < size_t(h.B) * h.T; n += gridDim.x)
+    const BlockRows rows(size_t(h.B) * h.T);
+    for (size_t n = rows.first; n < rows.end; n += rows.step)
         for (int part = 0; part < 3; part++) {
             const int W = h.width(part);
             const floatX* gain = gains.of(part);
@@ -334,6 +348,20 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
                 const float2 d = make_float2(dy(p, e, at), dy(p, e + 1, at + 1));
                 return angle ? rotate(d, make_float2(angle[i].x, -angle[i].y)) : d;
             };
+            floatX* out = draw + n * QKV + h.begin(part);
+            PackWriter write;
+            if constexpr (SERIAL) {
+                if (gain) {  // the row is turned once, and then is like any other
+                    each_pair<PACKS>(part, h, [&](int p, int e, int c, size_t at, int i) {
+                        const float2 d = gradient(p, e, at, i);
+                        column_sums[c] = d.x, column_sums[c + 1] = d.y;
+                    });
+                    norm_backward_row(
+                        x, gain, s, dg, W, norm, [&](int, int, int c) { return column_sums[c]; },
+                        [&](int, int e, int c, float v) { write(out + c, e, v); });
+                    continue;
+                }
+            }
             PackReader g;
             float c1 = 0.0f, c2 = 0.0f;
             if (gain) {
@@ -351,8 +379,6 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
                 block_sums(means);
                 c1 = norm.center ? means[0] / W : 0.0f, c2 = means[1] / W;
             }
-            floatX* out = draw + n * QKV + h.begin(part);
-            PackWriter write;
             each_pair<PACKS>(part, h, [&](int p, int e, int c, size_t at, int i) {
                 float2 d = gradient(p, e, at, i);
                 if (gain) {
@@ -472,8 +498,9 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
             }
         copy_commit();
     };
-    fetch(blockIdx.x);
-    for (size_t n = blockIdx.x; n < size_t(N); n += gridDim.x) {
+    const BlockRows rows(N);
+    fetch(rows.first);
+    for (size_t n = rows.first; n < rows.end; n += rows.step) {
         Row<PACKS> row[PARTS + 1];  // x of each part, dy
         if (staged) copy_wait<0>();
         #pragma unroll
@@ -514,25 +541,33 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
                     gd[i] += a.g[i] * a.d[i];
                     gdx[i] += a.g[i] * a.d[i] * a.xh[i];
                     dg[i].add(f, e, a.d[i] * a.xh[i]);
+                    if (SERIAL) column_sums[i * F + f] = a.g[i] * a.d[i];
                 }
             });
             #pragma unroll
             for (int i = 0; i < PARTS; i++) means[2 * i] = gd[i], means[2 * i + 1] = gdx[i];
             block_sums(means);
         }
-        if (gain) fetch(n + gridDim.x);  // this thread's packs of the row have been used: their slots are free
+        if (gain) fetch(n + rows.step);  // this thread's packs of the row have been used: their slots are free
         float c1[PARTS], c2[PARTS];
         #pragma unroll
         for (int i = 0; i < PARTS; i++) c1[i] = norm.center ? means[2 * i] / F : 0.0f, c2[i] = means[2 * i + 1] / F;
         PackWriter write[PARTS];
         floatX* out = draw + n * PARTS * F;
-        each<PACKS, HELD>(F, [&](int p, int e, int f) {
+        if (SERIAL && gain)
+            each<PACKS>(F, [&](int p, int e, int f) {
+                #pragma unroll
+                for (int i = 0; i < PARTS; i++)
+                    write[i](out + i * F + f, e,
+                             s[i].y * (column_sums[i * F + f] - c1[i] - normalize(row[i](p, e), s[i]) * c2[i]));
+            });
+        else each<PACKS, HELD>(F, [&](int p, int e, int f) {
             const Point a = point(p, e, f);
             #pragma unroll
             for (int i = 0; i < PARTS; i++)
                 write[i](out + i * F + f, e, s[i].y * (a.g[i] * a.d[i] - c1[i] - a.xh[i] * c2[i]));
         });
-        if (!gain) fetch(n + gridDim.x);
+        if (!gain) fetch(n + rows.step);
     }
     if (gain)
         #pragma unroll

@@ -94,11 +94,11 @@ struct PackWriter {
 
 // Sums over the rows that a block walks, a column each, in shared memory (in the serial geometry in its line of
 // `partial`). A column is always the same thread's. Of the two 16-byte halves of a pack's sums every other four lanes
-// take the second first: 8 lanes then reach all banks.
+// take the second first: 8 lanes then reach all banks. (The serial geometry keeps a row in this room, between passes.)
 struct ColumnSums {
     float* sum;
     float now[PACK];
-    static size_t bytes(int W) { return SERIAL ? 0 : W * sizeof(float); }
+    static size_t bytes(int W) { return W * sizeof(float); }
     __device__ static int at(int c) { return SERIAL || !BF16 ? c : c ^ c / 32 % 2 * 4; }
 
     __device__ explicit ColumnSums(float* sum = nullptr) : sum(sum) {}
@@ -156,6 +156,16 @@ void row_shape(int W, F f) {
 // a multiprocessor, by its __launch_bounds__: with few packs a thread twice, since then registers allow it.
 template <int PACKS>
 constexpr int ROW_RESIDENT = PACKS <= 2 ? 2 : 1;
+
+// Rows of N that such a kernel's block walks: on a GPU every gridDim.x-th, in the serial geometry neighbours, so that
+// memory is read in order.
+struct BlockRows {
+    size_t first, end, step;
+    __device__ explicit BlockRows(size_t N)
+        : first(SERIAL ? N * blockIdx.x / gridDim.x : blockIdx.x),
+          end(SERIAL ? N * (blockIdx.x + 1) / gridDim.x : N),
+          step(SERIAL ? 1 : gridDim.x) {}
+};
 
 // Blocks of such a kernel over N rows of W elements: what is resident at a time.
 inline int row_blocks(int N, int W, const Gpu& gpu) {
