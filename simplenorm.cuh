@@ -155,10 +155,11 @@ void norm_forward(floatX* out, float2* stats, const floatX* x, const floatX* gai
     if (gain) norm_residual_forward(out, stats, x, nullptr, gain, N, C, norm, gpu);
 }
 
-// A row's dx by the formula at the top, W elements of which d(p, e, c) are dy; given to write(p, e, c, dx).
-template <int PACKS, typename D, typename Write>
+// A row's dx by the formula at the top, W elements of which d(p, e, c) are dy; given to write(p, e, c, dx). `ahead` are
+// rows that are needed soon.
+template <int PACKS, typename D, typename Write, typename... Ahead>
 __device__ inline void norm_backward_row(const Row<PACKS>& x, const floatX* gain, float2 s, ColumnSums& dg, int W,
-                                         Norm norm, D d, Write write) {
+                                         Norm norm, D d, Write write, Ahead... ahead) {
     PackReader g;
     float sum_gd = 0.0f, sum_gdx = 0.0f;
     each<PACKS>(W, [&](int p, int e, int c) {
@@ -170,9 +171,10 @@ __device__ inline void norm_backward_row(const Row<PACKS>& x, const floatX* gain
     float means[2] = {sum_gd, sum_gdx};
     block_sums(means);
     const float c1 = norm.center ? means[0] / W : 0.0f, c2 = means[1] / W;
-    each<PACKS>(W, [&](int p, int e, int c) {
+    auto gradient = [&](int p, int e, int c) {
         write(p, e, c, s.y * (g(gain + c, e) * d(p, e, c) - c1 - normalize(x(p, e), s) * c2));
-    });
+    };
+    each<PACKS>(W, gradient, ahead...);
 }
 
 // Norm backward: dx[n,c] = plus[n,c] + (dx of the formula at the top). dx, dy, x, plus (N,C) floatX, plus null
@@ -255,12 +257,16 @@ struct HeadRow : Row<PACKS> {
 //   p, e   the pack, and the pair's first element in it      c   its first column
 //   at     where it lies in memory that is split into heads, from the row's begin
 //   i      its number within the head
+// What is needed soon: row_ahead a row, split_ahead one that is split into heads.
 template <int PACKS, typename F>
-__device__ inline void each_pair(int part, Heads h, F f) {
+__device__ inline void each_pair(int part, Heads h, F f, const floatX* row_ahead = nullptr,
+                                 const floatX* split_ahead = nullptr) {
     const int W = h.width(part);
     const size_t next = size_t(h.rows(part)) * h.HS;
     if constexpr (SERIAL) {
         for (int head = 0; head < W / h.HS; head++) {
+            expect(row_ahead + head * h.HS, h.HS);
+            expect(split_ahead + head * next, h.HS);
             #pragma GCC ivdep
             for (int i = 0; i < h.HS / 2; i++) {
                 const int c = head * h.HS + 2 * i;
@@ -296,7 +302,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
         floatX* out = (part == 0 ? q : part == 1 ? k : v) + h.at(part, n);
         PackReader g;
         PackWriter write;
-        each_pair<PACKS>(part, h, [&](int p, int e, int c, size_t at, int i) {
+        auto pair = [&](int p, int e, int c, size_t at, int i) {
             float2 y = make_float2(x[part](p, e), x[part](p, e + 1));
             if (gain) {
                 y.x = g(gain + c, e) * normalize(y.x, s[part]);
@@ -305,7 +311,8 @@ __global__ void __launch_bounds__(ROW_THREADS)
             if (angle) y = rotate(y, angle[i]);
             write(out + at, e, y.x);
             write(out + at + 1, e + 1, y.y);
-        });
+        };
+        each_pair<PACKS>(part, h, pair, x[part].x + h.qkv(), out + h.HS);
     }
 }
 
@@ -350,17 +357,16 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
             };
             floatX* out = draw + n * QKV + h.begin(part);
             PackWriter write;
-            if constexpr (SERIAL) {
-                if (gain) {  // the row is turned once, and then is like any other
-                    each_pair<PACKS>(part, h, [&](int p, int e, int c, size_t at, int i) {
-                        const float2 d = gradient(p, e, at, i);
-                        column_sums[c] = d.x, column_sums[c + 1] = d.y;
-                    });
-                    norm_backward_row(
-                        x, gain, s, dg, W, norm, [&](int, int, int c) { return column_sums[c]; },
-                        [&](int, int e, int c, float v) { write(out + c, e, v); });
-                    continue;
-                }
+            if (SERIAL && gain) {  // the row is turned once, and then is like any other
+                auto turn = [&](int p, int e, int c, size_t at, int i) {
+                    const float2 d = gradient(p, e, at, i);
+                    column_sums[c] = d.x, column_sums[c + 1] = d.y;
+                };
+                each_pair<PACKS>(part, h, turn, x.x + QKV, dy.x + h.HS);
+                norm_backward_row(
+                    x, gain, s, dg, W, norm, [&](int, int, int c) { return column_sums[c]; },
+                    [&](int, int e, int c, float v) { write(out + c, e, v); }, out + QKV);
+                continue;
             }
             PackReader g;
             float c1 = 0.0f, c2 = 0.0f;
@@ -379,7 +385,7 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
                 block_sums(means);
                 c1 = norm.center ? means[0] / W : 0.0f, c2 = means[1] / W;
             }
-            each_pair<PACKS>(part, h, [&](int p, int e, int c, size_t at, int i) {
+            auto pair = [&](int p, int e, int c, size_t at, int i) {
                 float2 d = gradient(p, e, at, i);
                 if (gain) {
                     d.x = s.y * (g(gain + c, e) * d.x - c1 - normalize(x(p, e), s) * c2);
@@ -387,7 +393,8 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
                 }
                 write(out + c, e, d.x);
                 write(out + c + 1, e + 1, d.y);
-            });
+            };
+            each_pair<PACKS>(part, h, pair, out + QKV, dy.x + h.HS);
         }
     for (int part = 0; part < 3; part++) ColumnSums(sums + h.begin(part)).write(partial + h.begin(part), h.width(part));
 }
@@ -448,13 +455,14 @@ __global__ void __launch_bounds__(ROW_THREADS)
     out += n * F;
     PackReader g[PARTS];
     PackWriter write;
-    each<PACKS>(F, [&](int p, int e, int f) {
+    auto activate = [&](int p, int e, int f) {
         float u[PARTS];
         #pragma unroll
         for (int i = 0; i < PARTS; i++)
             u[i] = (gain ? g[i](gain + i * F + f, e) : 1.0f) * normalize(x[i](p, e), s[i]);
         write(out + f, e, GATED ? swiglu(u[0], u[PARTS - 1]).f : gelu(u[0]).f);
-    });
+    };
+    each<PACKS>(F, activate, x[0].x + PARTS * F, x[PARTS - 1].x + PARTS * F, out + F);
 }
 
 void ffn_norm_act_forward(floatX* out, float2* stats, const floatX* raw, const floatX* gain, int N, int F, bool gated,
@@ -531,19 +539,23 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
             for (int i = 0; i < PARTS; i++) a.d[i] = d * (i == 0 ? act.du : act.dv);
             return a;
         };
+        floatX* out = draw + n * PARTS * F;
+        const floatX *x = raw + (n + 1) * PARTS * F, *dy = dout + (n + 1) * F, *next = out + PARTS * F;  // needed soon
+        const int last = (PARTS - 1) * F;
         float means[2 * PARTS] = {};  // of g dy and of g dy xh, for each part
         if (gain) {
             float gd[PARTS] = {}, gdx[PARTS] = {};
-            each<PACKS, HELD>(F, [&](int p, int e, int f) {
+            auto sum = [&](int p, int e, int f) {
                 const Point a = point(p, e, f);
                 #pragma unroll
                 for (int i = 0; i < PARTS; i++) {
                     gd[i] += a.g[i] * a.d[i];
                     gdx[i] += a.g[i] * a.d[i] * a.xh[i];
                     dg[i].add(f, e, a.d[i] * a.xh[i]);
-                    if (SERIAL) column_sums[i * F + f] = a.g[i] * a.d[i];
+                    if (SERIAL) column_sums[i * F + f] = a.g[i] * a.d[i];  // kept: an exponential and a division
                 }
-            });
+            };
+            each<PACKS, HELD>(F, sum, x, x + last, dy, next, next + last);
             #pragma unroll
             for (int i = 0; i < PARTS; i++) means[2 * i] = gd[i], means[2 * i + 1] = gdx[i];
             block_sums(means);
@@ -553,20 +565,20 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
         #pragma unroll
         for (int i = 0; i < PARTS; i++) c1[i] = norm.center ? means[2 * i] / F : 0.0f, c2[i] = means[2 * i + 1] / F;
         PackWriter write[PARTS];
-        floatX* out = draw + n * PARTS * F;
-        if (SERIAL && gain)
-            each<PACKS>(F, [&](int p, int e, int f) {
-                #pragma unroll
-                for (int i = 0; i < PARTS; i++)
-                    write[i](out + i * F + f, e,
-                             s[i].y * (column_sums[i * F + f] - c1[i] - normalize(row[i](p, e), s[i]) * c2[i]));
-            });
-        else each<PACKS, HELD>(F, [&](int p, int e, int f) {
+        auto gradient = [&](int p, int e, int f) {
             const Point a = point(p, e, f);
             #pragma unroll
             for (int i = 0; i < PARTS; i++)
                 write[i](out + i * F + f, e, s[i].y * (a.g[i] * a.d[i] - c1[i] - a.xh[i] * c2[i]));
-        });
+        };
+        auto kept_gradient = [&](int p, int e, int f) {
+            #pragma unroll
+            for (int i = 0; i < PARTS; i++)
+                write[i](out + i * F + f, e,
+                         s[i].y * (column_sums[i * F + f] - c1[i] - normalize(row[i](p, e), s[i]) * c2[i]));
+        };
+        if (!SERIAL || !gain) each<PACKS, HELD>(F, gradient, x, x + last, dy, next, next + last);
+        else each<PACKS>(F, kept_gradient);
         if (!gain) fetch(n + rows.step);
     }
     if (gain)

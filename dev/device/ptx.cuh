@@ -41,6 +41,10 @@ template <int N>
 __device__ inline void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+// the memory at `at` comes to L2
+__device__ inline void prefetch(const void* at) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)));
+}
 // 2^x to 2 ulp, x below 128; results below the smallest normal number are 0
 __device__ inline float fast_exp2(float x) {
     float y;

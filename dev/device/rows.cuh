@@ -10,12 +10,25 @@ constexpr int PACK = 16 / int(sizeof(floatX));
 constexpr int ROW_THREADS = 384;  // a block's most: 3 warps a quarter of a multiprocessor, 168 registers a thread
 constexpr int MAX_ROW = 4 * ROW_THREADS * PACK, MAX_FFN_ROW = 10 * ROW_THREADS * PACK;  // widest rows, elements
 
-// f(p, e, c) for each element of this thread's: element e of pack p, column c. Packs in registers need UNROLLED.
-template <int PACKS, bool UNROLLED = true, typename F>
-__device__ inline void each(int W, F f) {
+// Elements from `at` on are needed soon: in the serial geometry they are asked for, as a core does not see a row's end
+// and the next one's begin coming while it waits for sums.
+template <typename F>
+__device__ inline void expect(const F* at, int elements) {
+    for (int i = 0; SERIAL && i < elements; i += 64 / int(sizeof(F))) prefetch(at + i);
+}
+
+// f(p, e, c) for each element of this thread's: element e of pack p, column c. Packs in registers need UNROLLED. In the
+// serial geometry, with each strip of the row the same strip of the rows `ahead` is expected.
+template <int PACKS, bool UNROLLED = true, typename F, typename... Ahead>
+__device__ inline void each(int W, F f, Ahead... ahead) {
     if constexpr (SERIAL) {
-        #pragma GCC ivdep
-        for (int c = 0; c < W; c++) f(0, c, c);
+        const int strip = sizeof...(ahead) > 0 ? 64 : W;
+        for (int first = 0; first < W; first += strip) {
+            const int end = min(first + strip, W);
+            (expect(ahead + first, end - first), ...);
+            #pragma GCC ivdep
+            for (int c = first; c < end; c++) f(0, c, c);
+        }
     } else {
         #pragma unroll(UNROLLED ? PACKS : 1)
         for (int p = 0; p < PACKS; p++) {
