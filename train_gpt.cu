@@ -379,6 +379,7 @@ template <int PACKS>
 __global__ void __launch_bounds__(ROW_THREADS)
     embedding_forward_kernel(floatX* x, const int* tokens, const floatX* tok, const floatX* pos, int T, int C) {
     const size_t n = blockIdx.x, token = tokens[n], t = n % T;
+    if (SERIAL && n + 2 < gridDim.x) expect(tok + size_t(tokens[n + 2]) * C, C);
     PackReader a, b;
     PackWriter write;
     each<PACKS>(C, [&](int, int e, int c) {
@@ -422,15 +423,20 @@ __global__ void embedding_backward_kernel(G* dtok, const floatX* dx, const int* 
     int first = begin[blockIdx.x], last = begin[blockIdx.x + 1];
     if (first == last) return;
     G* out = dtok + size_t(tokens[places[first]]) * C;
-    for (int c = threadIdx.x; c < C; c += blockDim.x) {
-        float sum = out[c];
-        for (int i = first; i < last; i++) sum += float(dx[size_t(places[i]) * C + c]);
-        out[c] = sum;
+    if (const size_t soon = places[min(last + 1, begin[gridDim.x] - 1)]; SERIAL)
+        expect(dx + soon * C, C), expect(dtok + size_t(tokens[soon]) * C, C);
+    constexpr int OWN = SERIAL ? 64 : 1;  // columns at a time, to be vectorised
+    for (int c = threadIdx.x * OWN; c < C; c += blockDim.x * OWN) {
+        float sum[OWN] = {};
+        const int columns = min(OWN, C - c);
+        for (int j = 0; j < columns; j++) sum[j] = out[c + j];
+        for (int i = first; i < last; i++)
+            for (int j = 0; j < columns; j++) sum[j] += float(dx[size_t(places[i]) * C + c + j]);
+        for (int j = 0; j < columns; j++) out[c + j] = sum[j];
     }
 }
 
-// dpos[t,c] += sum_b dx[b,t,c]. One block a position, threads stride over the columns. dpos
-// (max_T,C) G; dx (B,T,C) floatX.
+// dpos[t,c] += sum_b dx[b,t,c]. One block a position, threads stride over the columns. dpos (max_T,C) G; dx (B,T,C).
 template <typename G>
 __global__ void position_backward_kernel(G* dpos, const floatX* dx, int B, int T, int C) {
     size_t t = blockIdx.x;
@@ -1000,19 +1006,11 @@ __global__ void __launch_bounds__(1024) cross_entropy_kernel(float* losses, floa
     const int target = targets[n];
     const float target_logit = x[target];   // read by all before the barriers of block_max, so before it is overwritten
     constexpr bool KEPT = SERIAL && !BF16;  // the exponentials, in the logits' place
+    Exponentials serial(V);
     float top = -INFINITY, sum = 0.0f;
     if constexpr (SERIAL) {
-        float most[16];  // apart, so that the loop vectorises
-        for (float& m : most) m = -INFINITY;
-        for (int v = 0; v < V / 16 * 16; v += 16)
-            for (int j = 0; j < 16; j++) most[j] = fmaxf(most[j], float(x[v + j]));
-        for (int v = V / 16 * 16; v < V; v++) most[0] = fmaxf(most[0], float(x[v]));
-        for (float m : most) top = fmaxf(top, m);
-        for (int v = 0; v < V; v++) {
-            const float e = __expf(float(x[v]) - top);
-            if (KEPT && backward) x[v] = e;
-            sum += e;
-        }
+        sum = serial.sum(x, KEPT && backward);
+        top = serial.top;
     } else {
         for (int v = threadIdx.x * PACK; v < V; v += blockDim.x * PACK) {
             float logit[PACK], highest = top;
@@ -1037,7 +1035,7 @@ __global__ void __launch_bounds__(1024) cross_entropy_kernel(float* losses, floa
     if (!backward) return;
     auto gradient = [&](float logit, int v) { return weight * (__expf(logit - lse) - (v == target ? 1.0f : 0.0f)); };
     if constexpr (KEPT) {
-        for (int v = 0; v < V; v++) x[v] = float(x[v]) * (weight / sum);
+        serial.scale(x, weight / sum);
         for (int v = V; v < Vp; v++) x[v] = 0.0f;
         x[target] = float(x[target]) - weight;
     } else if constexpr (SERIAL) {

@@ -105,6 +105,50 @@ struct PackWriter {
     }
 };
 
+// The serial geometry's way to the exponentials of a long row x (n): by one thread, in pieces for the first cache, each
+// relative to the largest element up to its end.
+struct Exponentials {
+    static constexpr int PIECES = 64;
+    const int n, piece;
+    float top = -3.4e38f;  // not below, as a piece may be all minus infinities
+    float tops[PIECES];
+    __device__ explicit Exponentials(int n) : n(n), piece(ceil_div(max(n, PIECES * 2048), PIECES * 64) * 64) {}
+
+    // The larger of `top` and the largest of x (n), NaN left out: in 64 parts, as gcc vectorises neither 1 nor 16.
+    __device__ static float largest(const floatX* x, int n, float top) {
+        float most[64];
+        for (float& m : most) m = top;
+        for (int i = 0; i < n / 64 * 64; i += 64)
+            for (int j = 0; j < 64; j++) most[j] = float(x[i + j]) > most[j] ? float(x[i + j]) : most[j];
+        for (int i = n / 64 * 64; i < n; i++) most[0] = fmaxf(most[0], float(x[i]));
+        for (int half = 32; half > 0; half /= 2)
+            for (int j = 0; j < half; j++) most[j] = most[j + half] > most[j] ? most[j + half] : most[j];
+        return most[0];
+    }
+    // the sum of exp(x - top), all n; with `keep` x becomes the exponentials, as they are
+    __device__ float sum(floatX* x, bool keep) {
+        float sum = 0.0f;
+        for (int first = 0; first < n; first += piece) {
+            const float before = top;
+            tops[first / piece] = top = largest(x + first, min(piece, n - first), top);
+            sum *= __expf(before - top);
+            for (int i = first; i < min(first + piece, n); i++) {
+                const float e = __expf(float(x[i]) - top);
+                if (keep) x[i] = e;
+                sum += e;
+            }
+        }
+        return sum;
+    }
+    // x, which was kept, becomes factor exp(x - top)
+    __device__ void scale(floatX* x, float factor) const {
+        for (int first = 0; first < n; first += piece) {
+            const float f = factor * __expf(tops[first / piece] - top);
+            for (int i = first; i < min(first + piece, n); i++) x[i] = float(x[i]) * f;
+        }
+    }
+};
+
 // Sums over the rows that a block walks, a column each, in shared memory (in the serial geometry in its line of
 // `partial`). A column is always the same thread's. Of the two 16-byte halves of a pack's sums every other four lanes
 // take the second first: 8 lanes then reach all banks. (The serial geometry keeps a row in this room, between passes.)
