@@ -39,8 +39,8 @@ inline bool gemm_room(size_t bytes) {
 
 constexpr size_t GEMM_ROOM = 24 << 20, GEMM_THREAD_ROOM = 16 << 20;  // the code it makes; a thread's
 
-// oneDNN takes one thread in here, its own are not wanted. And no signal's handler runs, as 2.6's AVX-512 code for small
-// matrices keeps what it needs below the stack's pointer.
+// oneDNN takes one thread in here, its own are not wanted. And no signal's handler runs, as 2.6's AVX-512 code for
+// small matrices keeps what it needs below the stack's pointer.
 struct GemmAlone {
     const int threads = omp_get_max_threads();
     sigset_t before;
