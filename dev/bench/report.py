@@ -32,16 +32,19 @@ def load(path):
             record = json.load(f)
     except (OSError, ValueError) as error:
         fail(f"{path}: cannot be read: {error}.")
-    return record if isinstance(record, dict) and record.get("part") in PARTS else None
+    if not isinstance(record, dict) or record.get("part") not in PARTS:
+        return None
+    record.setdefault("precision", "bf16" if "NVIDIA" in record["device"] else "fp32")  # older steps do not say
+    return record
 
 
 def newest(results):
-    """Of all results the last of each part, device and model; names begin with the date."""
+    """Of all results the last of each part, device, model and precision; names begin with the date."""
     found = {}
     for path in sorted(glob.glob(os.path.join(results, "*.json"))):
         record = load(path)
         if record:
-            found[record["part"], record["device"], record["model"]] = record
+            found[record["part"], record["device"], record["model"], record["precision"]] = record
     return list(found.values())
 
 
@@ -121,7 +124,7 @@ a kernel is its FLOPs at the matmul rate or its bytes at the copy speed (that of
 writes), whichever takes longer; *lost* is the time above it, what a perfect kernel would save. Each kernel was timed alone, with nothing in the caches. `dev/bench/report.py --map` made
 this page of the results beside it; `make bench` measures them and makes it anew.
 """)
-    whole = {(r["device"], r["model"], run["batch_size"], r["seq_len"]): run["seconds_per_step"]
+    whole = {(r["device"], r["model"], r["precision"], run["batch_size"], r["seq_len"]): run["seconds_per_step"]
              for r in records if r["part"] == "steps" for run in r["runs"]
              if run["name"] == "train_gpt simplegpt" and not run["error"]}
     on_gpu = {r["model"] for r in records if r["part"] == "kernels" and "NVIDIA" in r["device"]}
@@ -146,7 +149,8 @@ this page of the results beside it; `make bench` measures them and makes it anew
                     ([percent(1 - lost / all_ms), f"{lost:.4g}"] if measured else []))
         table(["kernel", "shape", "limited by", "times", "ms a step" if measured else "least ms a step", "share"] +
               (["of its limit", "ms lost"] if measured else []), rows)
-        seconds = whole.get((record["device"], record["model"], record["batch_size"], record["seq_len"]))
+        seconds = whole.get((record["device"], record["model"], record["precision"], record["batch_size"],
+                             record["seq_len"]))
         if measured and seconds:
             print(f"The whole step took {1e3 * seconds:.4g} ms; its kernels are {percent(all_ms / seconds / 1e3)} of that.\n")
     if not on_gpu:
@@ -154,7 +158,8 @@ this page of the results beside it; `make bench` measures them and makes it anew
 
 
 def steps(record):
-    title(record, f"Training steps of {record['model']}, T {record['seq_len']} {' '.join(record['options'])}".rstrip())
+    title(record, f"Training steps of {record['model']}, {record['precision']}, T {record['seq_len']} "
+                  f"{' '.join(record['options'])}".rstrip())
     first = record["runs"][0]
     rows = []
     for run in record["runs"]:

@@ -4,8 +4,8 @@
 usage: dev/bench/step.py [--model 162M 1B 7B llama3-8B] [--variant simplegpt prenorm preqknorm] [--minutes 8.5]
                          [--torch compile eager] [--device cpu|cuda] [--bench build/bench_...] [--results DIR] ...
 
-One step: forward, backward, clipping, AdamW on random tokens. CPU in fp32, GPU in bf16; the twin (dev/reference) then
-by autocast, with fused AdamW and flash attention; for models whose float32 weights and moments would fill the GPU
+One step: forward, backward, clipping, AdamW on random tokens, in the trainer's precision; the twin (dev/reference) in
+bf16 by autocast, with fused AdamW and, on a GPU, flash attention; for models whose float32 weights and moments would fill the GPU
 wholly in bf16, which spares it the masters that the trainer keeps. They take turns, as many as the minutes allow; what
 finds no time or memory is named in the table, and if it is the trainer, the exit status is 1. The twin has the
 trainer's batch, or the largest half, quarter, .. of it that fits.
@@ -63,6 +63,12 @@ def device_name(device):
         return output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").split("\n")[0]
     with open("/proc/cpuinfo") as f:
         return re.search(r"model name\s*: (.*)", f.read())[1]
+
+
+def precision(trainer, model):
+    """The trainer's, fp32 or bf16."""
+    found = re.search("; (fp32|bf16)$", output(trainer, "--plan", "--model", model, "--batch-size", "1"), re.M)
+    return found[1] if found else fail(f"--trainer: {trainer} does not say its precision. Build it anew: make.")
 
 
 def gpu_mib():
@@ -176,7 +182,8 @@ class Twin:
         how = ("torch.compile" if mode == "compile" else "torch eager") + (" bf16" if weights == "bf16" else "")
         self.name = f"{how} {variant}"
         self.job = dict(config=dict(config, variant=variant, max_seq_len=seq_len), mode=mode, seq_len=seq_len,
-                        device=args.device, threads=args.threads, attention=args.torch_attention, weights=weights)
+                        device=args.device, threads=args.threads, attention=args.torch_attention, weights=weights,
+                        autocast=args.precision == "bf16" and weights == "fp32")
         self.batch, self.seq_len, self.process, self.lines = "0", seq_len, None, None
         self.seconds, self.error, self.memory_gib, self.version = [], None, 0.0, None
 
@@ -259,7 +266,7 @@ def work(job):
         model.init_weights()
         if job["weights"] == "bf16":
             model.to(torch.bfloat16)
-        autocast = torch.autocast(job["device"], torch.bfloat16, enabled=cuda and job["weights"] == "fp32")
+        autocast = torch.autocast(job["device"], torch.bfloat16, enabled=job["autocast"])
         adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         loss_of = torch.compile(model.loss) if job["mode"] == "compile" else model.loss
         for line in sys.stdin:
@@ -326,7 +333,7 @@ def measure(args, model, ceilings, deadline):
     flops_per_token = Trainer(args, model, args.variant[0], "1", seq_len, options).plan(ceilings)["flops_per_token"]
     peak = args.peak or next((p for name, p in PEAK_TFLOPS.items() if name in args.device_name), None)
     record = {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
-              "device": args.device_name, "part": "steps",
+              "device": args.device_name, "part": "steps", "precision": args.precision,
               "commit": output("git", "-C", ROOT, "describe", "--always", "--dirty").strip(),
               "model": model, "seq_len": seq_len, "options": options, "threads": args.threads,
               "torch": next((t.version for t in twins if t.version), None), "torch_attention": args.torch_attention,
@@ -353,7 +360,8 @@ def print_table(record):
         return f"{100 * x:.1f}%" if x else ""
 
     first = record["runs"][0]
-    print(f"\n{' '.join([record['model'] + ', T', str(record['seq_len']), *record['options']])}; {record['device']}")
+    options = " ".join(record["options"])
+    print(f"\n{record['model']}, {record['precision']}, T {record['seq_len']} {options}; {record['device']}")
     print("MFU: of the datasheet's peak; of rate: of the measured matmul rate; GiB: the most; of plan: least time over "
           "time; first is: as fast")
     print(f"{'':30}{'B':>5}{'s/step':>10}{'tokens/s':>11}{'MFU':>8}{'of rate':>9}{'GiB':>8}{'of plan':>9}"
@@ -407,6 +415,7 @@ def main():
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     for model in args.model:
         flavour(args.trainer, model)  # names are known before the first run
+    args.precision = precision(args.trainer, args.model[0])
     ceilings = measured_ceilings(os.path.abspath(args.bench)) if args.bench else None
     os.makedirs(args.results, exist_ok=True)
     failed = False
@@ -414,6 +423,7 @@ def main():
         now = time.monotonic()
         record = measure(args, model, ceilings, now + (deadline - now) / (len(args.model) - i))
         name = f"{record['date'][:10]}-steps-{record['device']}-{model}".lower()
+        name += "-bf16" if cpu and args.precision == "bf16" else ""
         path = os.path.join(args.results, re.sub(r"[^a-z0-9.-]", "-", name) + ".json")
         with open(path, "w") as f:
             json.dump(record, f, indent=1)
