@@ -205,11 +205,9 @@ build/test_nccl: dev/cpu/test_nccl.cpp dev/cpu/expect.h $(STANDIN) $(CPU_STAMP)
 build/bench_cpu_%: build/src/dev/bench/bench.cu $(CPU_SOURCES) $(CPU_STAMP)
 	$(CXX) $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/dev/bench/bench.cu $(GEMM) $(MPI_LIB) -o $@
 
-# the readers under libFuzzer. -O0: at -O1 clang takes minutes. It lacks the barrier of g++, which only guards a rounding,
-# and omp.h, which is taken from there and says of a function what frees its memory
+# the readers under libFuzzer. -O0: at -O1 clang takes minutes
 FUZZ_FLAGS = -std=c++17 -O0 -g1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -fno-access-control \
-    -pthread -w $(ONEDNN) '-D__builtin_assoc_barrier(x)=(x)' -Idev/cpu/include -I. \
-    '-D__malloc__(...)=__malloc__' -idirafter $(dir $(shell g++ -print-file-name=include/omp.h))
+    -pthread -w $(ONEDNN) -Idev/cpu/include -I.
 build/fuzz: build/src/dev/fuzz/fuzz.cu $(CPU_SOURCES)
 	clang++ $(FUZZ_FLAGS) -x c++ $< $(GEMM) -o $@
 

@@ -52,7 +52,12 @@ constexpr double TOL_ADDED = BF16 ? 5e-3 : TOL;  // to what is there, by cuBLASL
 #else
 constexpr double TOL_ADDED = TOL;
 #endif
-constexpr double TOL_FLOAT = 8e-7;  // sums that stay float; measured 4.6e-7
+// sums that stay float; measured 4.6e-7, and where one thread adds up 28672 numbers in 4 or 8 lanes 1.8e-6
+#if defined __AVX512F__ || defined __CUDACC__ || defined EXACT_GEOMETRY
+constexpr double TOL_FLOAT = 8e-7;
+#else
+constexpr double TOL_FLOAT = 2.5e-6;
+#endif
 // fp32 where functions are as inexact as a GPU's may be, and matmuls of other shapes add in another order: measured in
 // the exact geometry over 224 seeds 8.4e-7 and 1.15e-6
 constexpr double TOL_ACT = SERIAL || BF16 ? TOL : 1e-6, TOL_CAUSAL = SERIAL || BF16 ? TOL : 1.4e-6;
@@ -1756,7 +1761,7 @@ TEST(questions) {
         std::vector<int32_t> bad = file;
         bad[at] = value;
         put(bad);
-        const std::string error = error_of([&, &at = at] { read_questions(path, V, 24); });
+        const std::string error = error_of([&] { read_questions(path, V, 24); });
         if (error.find(path) != 0) fail(format("number %d as %d: '%s'", at, value, error.c_str()));
     }
     unlink(path.c_str());

@@ -1886,7 +1886,7 @@ void time_matmuls(Model& m) {
 }
 
 float read_float(const Model& m, const float* p) {
-    float x;
+    float x = 0;
     CHECK(cudaMemcpyAsync(&x, p, sizeof(x), cudaMemcpyDeviceToHost, m.gpu.stream));
     CHECK(cudaStreamSynchronize(m.gpu.stream));
     return x;

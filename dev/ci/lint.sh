@@ -35,11 +35,11 @@ sources="test_gpt.cu dev/test/test_channel.cu dev/cpu/test_standin.cu dev/bench/
 make -s sources $(for f in $sources; do echo "build/src/$f"; done) || exit 1
 mpi=$(mpicxx -show 2>/dev/null | tr ' ' '\n' | sed -n 's/^-I/-isystem/p')
 
-tidy() {  # tidy FILE FLAGS...; clang 14 lacks one builtin of gcc's
+tidy() {  # tidy FILE FLAGS...
     file=$1
     shift
     check "clang-tidy $file $*" clang-tidy-14 --quiet --warnings-as-errors='*' "$file" $more -- -x c++ -std=c++17 \
-        -pthread -fno-strict-aliasing -Wno-unknown-pragmas '-D__builtin_assoc_barrier=' -Idev/cpu/include -I. "$@"
+        -pthread -fno-strict-aliasing -Wno-unknown-pragmas -Idev/cpu/include -I. "$@"
 }
 
 for part in ${*:-tidy cppcheck shell python}; do

@@ -56,6 +56,9 @@ leak               | $trainer | $python dev/test/clean_run.py $trainer --leak 10
 leak_2_ranks       | $trainer | $python dev/test/clean_run.py $trainer --leak 3000 --ranks 2
 build              |                                | $python dev/test/test_build.py --full
 cuda_headers       |                                | dev/ci/cuda_headers.sh
+arm64              |                                | dev/ci/machines.sh arm64
+clang              |                                | dev/ci/machines.sh clang
+old_x86            |                                | dev/ci/machines.sh old
 house              |                                | $python dev/test/test_house.py --full
 mutations          |                                | $python dev/test/mutate.py --seed $seed --least 0.8
 END

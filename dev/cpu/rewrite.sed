@@ -2,7 +2,10 @@
 #   kernel<T><<<grid, block, smem>>>(args);        cuda_launch(CUDA_KERNEL(kernel<T>), grid, block, smem)(args);
 #   __shared__ float tile[32][33];                 CUDA_SHARED(tile, [32][33], float);
 #   extern __shared__ __align__(16) float rows[];  float* rows = (float*)cuda_dynamic_shared();
+#   #pragma unroll                                 nothing: clang++ heeds it, in loops that are a warp's on a GPU
 # A launch may span lines, also before <<<; the kernel's name and its template arguments stand on one line.
+
+s/^ *#pragma unroll.*//
 
 /__shared__/ {
     s/(__align__|alignas)\([^()]*\) *//g

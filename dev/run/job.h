@@ -191,7 +191,7 @@ int64_t find_checkpoint(const std::string& out) {
         } catch (const Error& e) {
             trouble = e.what();
         }
-        if (ranks.least(trouble.empty())) return step;
+        if (ranks.least(trouble.empty()) != 0) return step;
         // a trouble that all have, as with state.json, is told by the first
         const bool common = ranks.exchange(!trouble.empty())[0];
         if (!trouble.empty() && (ranks.rank == 0 || !common))
@@ -321,7 +321,7 @@ void settle_matmuls(Model& m, const std::string& path, bool resumed) {
     time_matmuls(m);
     const double timed = ranks.most(matmul.timed);
     if (timed == 0) return;
-    if (ranks.most(there || resumed))
+    if (ranks.most(there || resumed) != 0)
         printf("%s%s: lacks %.0f matmuls of this run on this machine (%s); they are timed again, sums may round "
                "differently\n",
                path.c_str(), ranks.size > 1 ? " or another rank's" : "", timed, machine.c_str());

@@ -963,7 +963,7 @@ void flat_case(Random& r) {
                                              reinterpret_cast<unsigned*>(words.data()), odd);
         hash_sum_kernel<<<1, 512>>>(reinterpret_cast<unsigned long long*>(hash.data()),
                                     reinterpret_cast<unsigned long long*>(parts.data()), blocks);
-        unsigned long long value;
+        unsigned long long value = 0;
         CHECK(cudaMemcpy(&value, hash.data(), 8, cudaMemcpyDeviceToHost));
         return value;
     };

@@ -315,6 +315,7 @@ template <class... A> std::string cuda_label(const char* format, A... args) {
     snprintf(text, sizeof text, format, args...);
     return text;
 }
+inline std::string cuda_label(const char* text) { return cuda_trace ? text : ""; }
 inline void cuda_trace_line(const char* what, int stream, const std::string& work) {
     fprintf(cuda_trace, "%s %d %s\n", what, stream, work.c_str());
     fflush(cuda_trace);

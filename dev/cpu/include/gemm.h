@@ -179,13 +179,8 @@ inline bool gemm_get_room(int threads) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Is it as fast as the processor lets expect?
 
-// GFLOP/s of one core that multiplies and adds in registers as wide as this build's target has them; also where
-// nothing else is optimised.
-#ifdef __clang__
-inline double gemm_peak() {
-#else
-__attribute__((optimize("O3"))) inline double gemm_peak() {
-#endif
+// GFLOP/s of one core that multiplies and adds in registers as wide as this build's target has them.
+CUDA_FAST inline double gemm_peak() {
 #if defined __AVX512F__
     constexpr int WIDTH = 16;
 #elif defined __AVX__

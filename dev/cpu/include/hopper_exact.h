@@ -457,7 +457,7 @@ inline float cuda_wgmma_element(uint64_t descriptor, int trans, int mn, int k, c
     return __builtin_bit_cast(float, (unsigned)bits << 16);
 }
 
-__attribute__((optimize("O3"))) inline void cuda_wgmma_product(float* c, const float* a, const float* b, int n) {
+CUDA_FAST inline void cuda_wgmma_product(float* c, const float* a, const float* b, int n) {
     for (int row = 0; row < 16; row++)
         for (int j = 0; j < n; j++) {
             float sum = 0.0f;

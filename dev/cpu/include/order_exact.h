@@ -103,7 +103,7 @@ CUDA_NO_ASAN inline void cuda_fault(int, siginfo_t* info, void*) {
 CUDA_NO_ASAN inline void cuda_copy_page(char* to, const char* from) {
     for (int i = 0; i < CUDA_PAGE / 8; i++) ((uint64_t*)to)[i] = ((const uint64_t*)from)[i];
 }
-CUDA_NO_ASAN __attribute__((optimize("O3"))) inline bool cuda_differ(const char* a, const char* b) {
+CUDA_NO_ASAN CUDA_FAST inline bool cuda_differ(const char* a, const char* b) {
     uint64_t any = 0;
     for (int i = 0; i < CUDA_PAGE / 8; i++) any |= ((const uint64_t*)a)[i] ^ ((const uint64_t*)b)[i];
     return any != 0;
@@ -176,7 +176,7 @@ CUDA_NO_ASAN inline void cuda_mark(const void* at, size_t bytes, CudaWriter writ
 // ---------------------------------------------------------------------------------------------------------------------
 // Clocks
 
-__attribute__((optimize("O3"))) inline void cuda_add(std::vector<int>& to, const std::vector<int>& from) {
+CUDA_FAST inline void cuda_add(std::vector<int>& to, const std::vector<int>& from) {
     if (to.size() < from.size()) to.resize(from.size());
     int *t = to.data(), n = from.size();
     const int* f = from.data();

@@ -16,6 +16,12 @@
 #include <immintrin.h>
 #endif
 
+#ifdef __clang__
+#define CUDA_FAST
+#else
+#define CUDA_FAST __attribute__((optimize("O3")))  // also where nothing else is optimised
+#endif
+
 // Subnormal numbers are 0 in every thread, as in a GPU's fast paths: a processor computes with them in microcode, a
 // hundred times slower. Set before main; a new thread has its maker's setting.
 __attribute__((constructor)) inline void cuda_flush_subnormals() {
