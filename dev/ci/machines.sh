@@ -1,12 +1,12 @@
 #!/bin/bash
-# The same source on other machines and with another compiler, each built by the project's Makefile in a copy of its own:
+# The same source on other machines and with another compiler, built by the project's Makefile in copies of the tree:
 #   dev/ci/machines.sh [arm64] [clang] [old]      all of them
 #   arm64  g++ for arm64; tests, golden files, training and generate under qemu
 #   clang  clang++ for this machine: tests
-#   old    an x86-64 without AVX: training and generate here, and under qemu on processors that oneDNN and OpenBLAS must
-#          tell apart by their features
-# One line a step with its seconds; ends at the first that fails, whose log is build/machines/NAME.txt. What is missing is
-# installed on Debian, if root. Libraries for arm64 are unpacked beside, the system has its own only.
+#   old    an x86-64 without AVX: training and generate here, and under qemu on a processor without AVX and on one with
+#          AVX2 of a model that nobody knows
+# One line a step with its seconds; ends at the first that fails, whose log is build/machines/NAME.txt. What is missing
+# is installed on Debian, if root. Libraries for arm64 are unpacked beside, the system has its own only.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 root=$PWD machines=$PWD/build/machines
@@ -21,7 +21,7 @@ fail() {
 }
 
 step() {  # step NAME COMMAND...: in the copy
-    local name=$part-${1// /-} what=$part\ $1 start=$SECONDS log=$machines/$part-${1// /-}.txt
+    local what=$part\ $1 start=$SECONDS log=$machines/$part-${1// /-}.txt
     shift
     if (cd "$machines/$part" && "$@") >"$log" 2>&1 </dev/null; then
         count=$((count + 1))
@@ -85,6 +85,16 @@ trains() {  # trains TRAINER [TEXT]: golden files, those whose name holds TEXT, 
     step "$1 generates" "$python" dev/test/test_generate.py "build/$1" --filter greedy
 }
 
+says() {  # says TRAINER PATTERN: in one step of training
+    rm -rf build/run
+    "$python" -c 'import sys; sys.path.insert(0, "dev/test"); import test_cli
+test_cli.write_shard("build/data.bin", [*range(256)] * 2)'
+    "build/$1" --dim 16 --heads 1 --layers 1 --multiple-of 16 --tokenizer bytes --seq-len 16 --batch-size 1 --steps 1 \
+        --train-data build/data.bin --out build/run >build/says.txt 2>&1
+    cat build/says.txt
+    grep -q "$2" build/says.txt
+}
+
 arm64() {
     need aarch64-linux-gnu-g++ g++-aarch64-linux-gnu qemu-aarch64-static qemu-user-static
     local apt=$machines/apt to=$machines/arm64-root
@@ -129,11 +139,12 @@ old() {
     flags=(MPICXX= TUNE=-march=x86-64)
     step build make_them train_gpt_cpu_fp32
     trains train_gpt_cpu_fp32
-    # one without AVX; and one with AVX2, of a model that nobody knows
     emulated nehalem train_gpt_cpu_fp32 qemu-x86_64-static -cpu Nehalem
-    emulated unknown train_gpt_cpu_fp32 qemu-x86_64-static -cpu max,family=6,model=207
-    trains nehalem simplegpt_hs16
-    trains unknown simplegpt_hs16
+    emulated unknown train_gpt_cpu_fp32 qemu-x86_64-static -cpu max,vendor=GenuineIntel,family=6,model=250
+    step 'nehalem multiplies' says nehalem '^matmul: oneDNN .* SSE4.1'
+    step 'unknown multiplies' says unknown '^matmul: oneDNN .* AVX2'
+    trains nehalem hs
+    trains unknown hs
 }
 
 for part in ${*:-arm64 clang old}; do
