@@ -2,7 +2,7 @@
 # The same source on other machines and with another compiler, built by the project's Makefile in copies of the tree:
 #   dev/ci/machines.sh [arm64] [clang] [old]      all of them
 #   arm64  g++ for arm64; tests, golden files, training and generate under qemu
-#   clang  clang++ for this machine: tests
+#   clang  clang++ for this machine: the same tests but for the longest
 #   old    an x86-64 without AVX: training and generate here, and under qemu on a processor without AVX and on one with
 #          AVX2 of a model that nobody knows
 # One line a step with its seconds; ends at the first that fails, whose log is build/machines/NAME.txt. What is missing
@@ -128,10 +128,11 @@ $include/aarch64-linux-gnu/openblas-openmp -L$lib -L$lib/openblas-openmp -Wl,-rp
 clang() {
     need clang++ clang
     flags=(MPICXX= CXX=clang++)
-    step build make_them test_standin_serial test_standin_exact test_serial_fp32
+    step build make_them test_standin_serial test_standin_exact test_serial_fp32 train_gpt_cpu_fp32
     step standin_serial build/test_standin_serial
     step standin_exact build/test_standin_exact
     step serial_fp32 build/test_serial_fp32
+    trains train_gpt_cpu_fp32
 }
 
 old() {
