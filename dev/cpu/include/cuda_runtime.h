@@ -95,8 +95,8 @@ inline unsigned atomicInc(unsigned* p, unsigned most) {
 inline float __frcp_rn(float x) { return 1.0f / x; }
 
 // Of a NaN and a number, the number. (libm's, which gcc calls, do not vectorise, nor do branches.)
-inline float cuda_cpu_fmaxf(float a, float b) { return (b > a) | (a != a) ? b : a; }
-inline float cuda_cpu_fminf(float a, float b) { return (b < a) | (a != a) ? b : a; }
+inline float cuda_cpu_fmaxf(float a, float b) { return ((b > a) | (a != a)) ? b : a; }
+inline float cuda_cpu_fminf(float a, float b) { return ((b < a) | (a != a)) ? b : a; }
 
 #ifdef EXACT_GEOMETRY
 // A GPU's functions are off by units in the last place, at most by as many as the CUDA C++ Programming Guide says
