@@ -147,7 +147,7 @@ inline float __fdividef(float x, float y) { return x / y; }
 
 // a b + c, rounded once, or nearly so where the processor has no such instruction: libm's fmaf takes 50 times as long.
 inline float cuda_fmaf(float a, float b, float c) {
-#ifdef __FP_FAST_FMAF
+#if defined __FMA__ || defined __aarch64__
     return fmaf(a, b, c);
 #else
     return float(double(a) * b + c);
