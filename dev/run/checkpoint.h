@@ -405,7 +405,7 @@ int64_t verify_checkpoint(const std::string& dir, bool weights_only = false) {
     for (size_t i = ranks.rank; i < m.files.size(); i += ranks.size) {
         if (weights_only && m.files[i].name.compare(0, 5, "model")) continue;
         const std::string path = dir + "/" + m.files[i].name;
-        const std::unique_ptr<FILE, decltype(&fclose)> f(open_regular(path), &fclose);
+        const std::unique_ptr<FILE, int (*)(FILE*)> f(open_regular(path), &fclose);
         struct stat info;
         if (fstat(fileno(f.get()), &info) || uint64_t(info.st_size) != m.files[i].bytes)
             throw Error(path + format(": has %llu bytes, %llu were written.", (unsigned long long)info.st_size,

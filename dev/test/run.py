@@ -40,7 +40,7 @@ JOBS = {
     "generate_bf16": (["build/train_gpt_cpu_bf16"], [*GENERATE, "build/train_gpt_cpu_bf16", "--bf16"], [1]),
     "disk": (["build/train_gpt_cpu_fp32"], [sys.executable, "dev/test/test_disk.py", "build/train_gpt_cpu_fp32"], [1]),
     "kill": (["build/train_gpt_cpu_fp32"], [*KILL, "build/train_gpt_cpu_fp32", "--kills", "6"], [1]),
-    "fuzz": ([], [sys.executable, "dev/fuzz/run.py", "--seconds", "30"], [1]),
+    "fuzz": ([], [sys.executable, "dev/fuzz/run.py", "--seconds", "20"], [1]),
     "faults": (["build/train_gpt_cpu_fp32"],
                [sys.executable, "dev/test/test_faults.py", "build/train_gpt_cpu_fp32"], [1]),
     "properties": (["build/properties_fp32"], ["build/properties_fp32", "--cases", "6"], [6]),

@@ -129,6 +129,7 @@ inline std::string gemm_library() {
     return "oneDNN " + std::to_string(version->major) + "." + std::to_string(version->minor) + " " + gemm_features();
 }
 inline std::string gemm_remedy() { return "Unset ONEDNN_MAX_CPU_ISA and DNNL_MAX_CPU_ISA, or take a newer oneDNN"; }
+
 #else
 
 inline bool gemm(const Gemm& g, const float* a, const float* b, float* d) {
