@@ -465,7 +465,7 @@ void embedding_backward(Flat dtok, Flat dpos, const floatX* dx, const int* token
 }
 
 // =====================================================================================================================
-// Matmul through cuBLASLt (the CPU stand-in's is OpenBLAS): D (m,n) = op(A) op(B) + beta D, all row-major, accumulated
+// Matmul through cuBLASLt (on a CPU oneDNN or OpenBLAS): D (m,n) = op(A) op(B) + beta D, all row-major, accumulated
 // in float. op(A) is (m,k): A is stored (m,k), or (k,m) if transA;
 // op(B) is (k,n): B is stored (k,n), or (n,k) if transB.
 
