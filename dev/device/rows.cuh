@@ -131,12 +131,13 @@ struct Exponentials {
         for (int first = 0; first < n; first += piece) {
             const float before = top;
             tops[first / piece] = top = largest(x + first, min(piece, n - first), top);
-            sum *= __expf(before - top);
+            float of_piece = 0.0f;  // whatever a compiler makes of the loop, not too many are added one by one
             for (int i = first; i < min(first + piece, n); i++) {
                 const float e = __expf(float(x[i]) - top);
                 if (keep) x[i] = e;
-                sum += e;
+                of_piece += e;
             }
+            sum = sum * __expf(before - top) + of_piece;
         }
         return sum;
     }
