@@ -66,7 +66,11 @@ struct CudaThreads {
     }
 
 private:
-    struct Job { int64_t count, chunk; void (*work)(void*, int64_t, int64_t); void* context; } job;
+    struct Job {
+        int64_t count = 0, chunk = 1;
+        void (*work)(void*, int64_t, int64_t) = nullptr;
+        void* context = nullptr;
+    } job;
     // The job's number, whether it is open, and how many workers are inside.
     static constexpr uint64_t OPEN = 1 << 16;
     static uint64_t number(uint64_t gate) { return gate / (2 * OPEN); }
