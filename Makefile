@@ -1,5 +1,6 @@
 # The SimpleGPT trainer. `make help` lists what can be made.
 #   PRECISION=fp32|bf16   of ./train_gpt (fp32 on a CPU, bf16 on a GPU)
+#   MATMUL=onednn|openblas  what multiplies on a CPU (oneDNN on x86, if it is there, else OpenBLAS)
 #   TEXT=path             a file or folder to train on with `make run` (the sources of Python's standard library)
 #   PART=ceilings|kernels|steps|all, MODEL=flavour   of `make bench` (all; flavours that fit the device)
 

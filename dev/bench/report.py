@@ -121,8 +121,9 @@ def cost_map(records):
 
 The kernels of one training step of SimpleGPT (one micro-batch, nothing recomputed), those that cost most first. The limit of
 a kernel is its FLOPs at the matmul rate or its bytes at the copy speed (that of a copy in place, or elsewhere, as the kernel
-writes), whichever takes longer; *lost* is the time above it, what a perfect kernel would save. Each kernel was timed alone, with nothing in the caches. `dev/bench/report.py --map` made
-this page of the results beside it; `make bench` measures them and makes it anew.
+writes), whichever takes longer; *lost* is the time above it, what a perfect kernel would save. Each kernel was timed alone,
+with nothing in the caches. `dev/bench/report.py --map` made this page of the results beside it; `make bench` measures them and
+makes it anew.
 """)
     whole = {(r["device"], r["model"], r["precision"], run["batch_size"], r["seq_len"]): run["seconds_per_step"]
              for r in records if r["part"] == "steps" for run in r["runs"]
