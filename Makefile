@@ -151,9 +151,19 @@ build/train_gpt_alone_%: $(CPU_SOURCES) $(CPU_STAMP)
 build/test_serial_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES) $(CPU_STAMP)
 	$(CXX) $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/test_gpt.cu $(GEMM) $(MPI_LIB) -o $@
 
-build/test_exact_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES) $(CPU_STAMP)
-	$(CXX) $(CXXFLAGS) -O1 -DEXACT_GEOMETRY $($*) $(MPI) -x c++ build/src/test_gpt.cu $(GEMM) $(MPI_LIB) \
-	    -lboost_context -o $@
+# the exact one also runs PTX (CUDA_CPU_PTX), by the kernels' names
+build/test_exact_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES) $(CPU_STAMP) build/ptx.o
+	$(CXX) $(CXXFLAGS) -O1 -DEXACT_GEOMETRY -DUSE_PTX -rdynamic $($*) $(MPI) -x c++ build/src/test_gpt.cu \
+	    -x none build/ptx.o $(GEMM) $(MPI_LIB) -lboost_context -ldl -o $@
+
+# the machine that runs PTX: floats exactly as written
+build/ptx.o: $(wildcard dev/ptx/*.h) dev/ptx/machine.cpp
+	@mkdir -p build
+	$(CXX) -std=c++17 -O2 -ftree-vectorize $(TUNE) -ffp-contract=off -fno-math-errno -Wall -Wextra -c dev/ptx/machine.cpp -o $@
+
+build/%.sm_90a.fp32.ptx build/%.sm_80.fp32.ptx build/%.sm_90a.bf16.ptx build/%.sm_80.bf16.ptx: %.cu $(SOURCES)
+	@mkdir -p build
+	$(NVCC) -std=c++17 -O3 -ptx -lineinfo -arch=$(word 2,$(subst ., ,$(@F))) $($(word 3,$(subst ., ,$(@F)))) $(GPU_INC) $< -o $@
 
 # null and object-size: AddressSanitizer stops there too, and they cost a sixth of the build
 SANITIZED = -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=undefined

@@ -44,7 +44,7 @@ struct Options {
     int under_way = 4;     // blocks at a time, at most; they begin in order
     int registers = 0;     // a thread's, at launch, as ptxas -v says (0: from .maxntid and .minnctapersm)
 };
-inline Options options;
+extern Options options;
 
 // What a launch did, of the blocks that ran.
 struct Counts {
@@ -68,7 +68,6 @@ bool has(const Module& module, const std::string& kernel);
 // Global memory: kernels may touch what lies in these, and the module's own variables. Addresses are the host's.
 void allocated(const void* at, size_t bytes);
 void freed(const void* at);
-void host_wrote(const void* at, size_t bytes);  // the order of what was done before a launch is known
 
 Counts run(Module& module, const std::string& kernel, const Launch& launch);  // throws Report
 

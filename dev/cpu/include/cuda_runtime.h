@@ -452,16 +452,18 @@ inline size_t cuda_shared_optin = [] {
 
 // A tensor map (cuda.h encodes it): where a box of the bulk tensor copies lies in memory.
 constexpr int CUDA_TENSOR_MAP_MADE = 0x54414d50;
-struct __align__(64) CUtensorMap {
+struct __align__(64) CUtensorMap_st {  // as CUDA calls it: kernels' names hold it
     char* base;
     uint64_t dims[4], strides[4];  // elements; bytes
     uint32_t box[4];
     int made;
 };
+typedef CUtensorMap_st CUtensorMap;
 
 #include "threads.h"
 #ifdef EXACT_GEOMETRY
 #include "geometry_exact.h"
+#include "geometry_ptx.h"
 #else
 #include "geometry_serial.h"
 #endif
@@ -511,6 +513,10 @@ auto cuda_launch(CudaKernel<F, P...> kernel, dim3 grid, dim3 block, size_t share
             return;
         }
         cuda_enqueue(stream, cuda_label("kernel %s", kernel.name), [=]() mutable {
+#ifdef USE_PTX
+            if (cuda_ptx) return cuda_ptx_run((const void*)kernel.address, kernel.name, grid, block, shared,
+                                              {{&args, sizeof args}...});
+#endif
             std::vector<CUtensorMap> maps;
             (cuda_add_map(maps, args), ...);
             cuda_run_blocks(kernel.name, grid, block, shared, maps, [&] { kernel.call(args...); });
@@ -585,6 +591,7 @@ template <class T> cudaError_t cudaMalloc(T** pointer, size_t bytes) {
     if (memory) cuda_allocated += malloc_usable_size(memory);
 #ifdef EXACT_GEOMETRY
     if (memory) memset(memory, 0xFF, bytes);  // NaN in any type
+    cuda_ptx_allocated(memory, bytes);
 #endif
     *pointer = (T*)memory;
     return cudaSuccess;
@@ -592,6 +599,9 @@ template <class T> cudaError_t cudaMalloc(T** pointer, size_t bytes) {
 inline cudaError_t cudaFree(void* pointer) {
     cuda_drain(true);  // as CUDA's, which waits for the device
     if (pointer) cuda_allocated -= malloc_usable_size(pointer);
+#ifdef EXACT_GEOMETRY
+    cuda_ptx_freed(pointer);
+#endif
     free(pointer);
     return cudaSuccess;
 }
