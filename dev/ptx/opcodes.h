@@ -248,6 +248,13 @@ template <class WIDE, class HALF> void unpack(Warp& w, const Instr& in, uint32_t
 // ---------------------------------------------------------------------------------------------------------------------
 // Loads and stores
 
+// A loaded value to a register, which may be wider than it.
+inline void put(Warp& w, Slot s, int lane, uint64_t x, const Instr& in) {
+    if (in.is_signed) x = uint64_t(int64_t(x << (64 - 8 * in.width)) >> (64 - 8 * in.width));
+    if (s.bytes == 8) w.reg<uint64_t>(s)[lane] = x;
+    else w.reg<uint32_t>(s)[lane] = uint32_t(x);
+}
+
 inline void load_param(Warp& w, const Instr& in, uint32_t lanes) {
     const Slot base = in.s[in.count];
     EACH_LANE(l) {
@@ -257,9 +264,7 @@ inline void load_param(Warp& w, const Instr& in, uint32_t lanes) {
         for (int i = 0; i < in.count; i++) {
             uint64_t x = 0;
             memcpy(&x, params.data() + at + i * in.width, in.width);
-            if (in.is_signed && in.width < 4) x = uint64_t(int64_t(x << (64 - 8 * in.width)) >> (64 - 8 * in.width));
-            if (in.width == 8) w.reg<uint64_t>(in.s[i])[l] = x;
-            else w.reg<uint32_t>(in.s[i])[l] = uint32_t(x);
+            put(w, in.s[i], l, x, in);
         }
     }
     for (int i = 0; i < in.count; i++) w.set_poison(in.s[i], 0, lanes);
@@ -286,7 +291,7 @@ template <bool SHARED, bool STORE> void memory(Warp& w, const Instr& in, uint32_
         for (int i = 0; i < in.count; i++) {
             const Slot s = in.s[STORE ? i + 1 : i];
             if (STORE) {
-                if (in.width == 8) memcpy(data + i * 8, w.reg<uint64_t>(s) + l, 8);
+                if (s.bytes == 8) memcpy(data + i * in.width, w.reg<uint64_t>(s) + l, in.width);
                 else memcpy(data + i * in.width, w.reg<uint32_t>(s) + l, in.width);
                 bad |= w.poison[s.id] >> l & 1;
             }
@@ -303,9 +308,7 @@ template <bool SHARED, bool STORE> void memory(Warp& w, const Instr& in, uint32_
         for (int i = 0; i < in.count; i++) {
             uint64_t x = 0;
             memcpy(&x, p + i * in.width, in.width);
-            if (in.is_signed && in.width < 4) x = uint64_t(int64_t(x << (64 - 8 * in.width)) >> (64 - 8 * in.width));
-            if (in.width == 8) w.reg<uint64_t>(in.s[i])[l] = x;
-            else w.reg<uint32_t>(in.s[i])[l] = uint32_t(x);
+            put(w, in.s[i], l, x, in);
             w.set_poison(in.s[i], SHARED && !w.shared_written(at[l] + i * in.width, in.width) ? ~0u : 0, 1u << l);
         }
     }

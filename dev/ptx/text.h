@@ -17,10 +17,11 @@ struct Warp;
 struct Instr;
 typedef void (*Run)(Warp&, const Instr&, uint32_t lanes);
 
-// A register, or a constant: where its 32 lanes lie in a warp's file (4 or 8 bytes each; predicates: one word of bits),
-// and its number.
+// A register, or a constant: where its 32 lanes lie in a warp's file (4 or 8 bytes each, even of 16 bits; predicates: one
+// word of bits), its number, its bytes (0: a predicate).
 struct Slot {
     uint32_t at = 0, id = 0;
+    uint8_t bytes = 0;
 };
 
 enum Class : uint8_t { TENSOR, FLOAT, INTEGER, SPECIAL, MEMORY, CONTROL };
@@ -179,14 +180,14 @@ struct Parser {
     Slot make(int bytes) {
         const uint32_t size = bytes == 8 ? 256 : bytes == 0 ? 4 : 128;
         kernel.file_bytes = (kernel.file_bytes + (bytes ? 63 : 3)) & ~(bytes ? 63u : 3u);
-        Slot slot = {kernel.file_bytes, kernel.slots++};
+        Slot slot = {kernel.file_bytes, kernel.slots++, uint8_t(bytes)};
         kernel.file_bytes += size;
         return slot;
     }
     Slot constant(uint64_t value, int bytes) {
         auto [it, fresh] = constants.insert({{value, bytes == 8 ? 8 : bytes ? 4 : 0}, {}});
         if (fresh) {
-            it->second = {make(bytes).at, 0};
+            it->second = {make(bytes).at, 0, uint8_t(bytes)};
             (bytes == 8 ? kernel.constants64 : kernel.constants32).push_back({it->second.at, value});
             if (bytes == 0) kernel.constants32.back().second = uint64_t(-(value != 0)) | uint64_t(1) << 63;  // one word
         }
@@ -260,7 +261,7 @@ struct Parser {
         for (int i = 0; i < 14; i++) {
             if (name != known[i]) continue;
             if (!kernel.special[i]) kernel.special[i] = make(4).at;
-            slot = {kernel.special[i], 0};
+            slot = {kernel.special[i], 0, 4};
             return true;
         }
         return false;
