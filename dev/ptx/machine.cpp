@@ -302,6 +302,7 @@ static void run_warp(Warp& w) {
             }
             continue;
         }
+        grid.counts.instructions++;
         if (counts) {
             grid.at[g.pc][0]++;
             Counts& c = grid.counts;

@@ -46,9 +46,9 @@ struct Options {
 };
 extern Options options;
 
-// What a launch did, of the blocks that ran.
+// What a launch did, of the blocks that ran; all but the first line only with options.counts.
 struct Counts {
-    uint64_t blocks = 0, warps = 0;
+    uint64_t blocks = 0, warps = 0, instructions = 0;  // of warps
     uint64_t tensor = 0, floats = 0, integers = 0, special = 0, memory = 0, control = 0;  // instructions, a warp each
     uint64_t tensor_flops = 0;
     uint64_t sectors = 0, sectors_needed = 0;          // of 32 bytes: that requests fetch, that their bytes would fill

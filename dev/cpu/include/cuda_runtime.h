@@ -514,8 +514,9 @@ auto cuda_launch(CudaKernel<F, P...> kernel, dim3 grid, dim3 block, size_t share
         }
         cuda_enqueue(stream, cuda_label("kernel %s", kernel.name), [=]() mutable {
 #ifdef USE_PTX
-            if (cuda_ptx) return cuda_ptx_run((const void*)kernel.address, kernel.name, grid, block, shared,
-                                              {{&args, sizeof args}...});
+            if (cuda_ptx && cuda_ptx_run((const void*)kernel.address, kernel.name, grid, block, shared,
+                                         {{&args, sizeof args}...}))
+                return;
 #endif
             std::vector<CUtensorMap> maps;
             (cuda_add_map(maps, args), ...);
