@@ -55,6 +55,7 @@ lint               |                                | dev/ci/lint.sh
 leak               | $trainer | $python dev/test/clean_run.py $trainer --leak 10000
 leak_2_ranks       | $trainer | $python dev/test/clean_run.py $trainer --leak 3000 --ranks 2
 build              |                                | $python dev/test/test_build.py --full
+sass               |                                | $python dev/test/test_sass.py --fetch
 cuda_headers       |                                | dev/ci/cuda_headers.sh
 arm64              |                                | dev/ci/machines.sh arm64
 clang              |                                | dev/ci/machines.sh clang

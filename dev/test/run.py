@@ -55,6 +55,7 @@ JOBS = {
                   [sys.executable, "dev/test/clean_run.py", "build/train_gpt_asan_fp32", "--quick"], [1]),
     "tokenizer": (["build/test_tokenizer"], ["build/test_tokenizer", "dev/test/tokenizer"], [1]),
     "build": (["build/train_gpt_alone_fp32"], [sys.executable, "dev/test/test_build.py"], [1]),
+    "sass": ([], [sys.executable, "dev/test/test_sass.py", "--quick"], [1]),
     "bench": (["build/test_bench"], [sys.executable, "dev/test/test_bench.py", "build/test_bench"], [1]),
     "docs": (["build/train_gpt_cpu_fp32"], [sys.executable, "dev/test/test_docs.py", "build/train_gpt_cpu_fp32"], [1]),
     "house": ([], [sys.executable, "dev/test/test_house.py"], [1]),
