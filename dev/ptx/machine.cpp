@@ -167,7 +167,8 @@ static bool memory_instruction(Instr& in, std::vector<std::string> p) {
     if (is(p, {"param"}) && !store) in.run = load_param;
     else if (is(p, {"volatile", "shared"})) in.strong = true, in.run = store ? memory<true, true> : memory<true, false>;
     else if (is(p, {"shared"})) in.run = store ? memory<true, true> : memory<true, false>;
-    else if (is(p, {"global"}) || is(p, {"global", "cg"}) || is(p, {"global", "cs"}) || is(p, {"global", "nc"}))
+    else if (is(p, {"global"}) || is(p, {"global", "cg"}) || is(p, {"global", "cs"}) || is(p, {"global", "wb"}) ||
+             is(p, {"global", "nc"}))
         in.run = store ? memory<false, true> : memory<false, false>;
     else if (is(p, {"volatile", "global"})) in.strong = true, in.run = store ? memory<false, true> : memory<false, false>;
     else if (store && is(p, {"release", "gpu", "global"})) in.strong = true, in.run = store_release;

@@ -84,6 +84,7 @@ template <class T> T __ldcg(const T* p) { return *p; }
 #endif
 template <class T> void __stcs(T* p, T value) { *p = value; }
 template <class T> void __stcg(T* p, T value) { *p = value; }
+template <class T> void __stwb(T* p, T value) { *p = value; }
 inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }  // not to L1
 inline unsigned atomicInc(unsigned* p, unsigned most) {
     unsigned old = *p;
