@@ -213,6 +213,11 @@ build/train_gpt_valgrind_%: $(CPU_SOURCES)
 build/test_nccl: dev/cpu/test_nccl.cpp dev/cpu/expect.h $(STANDIN) $(CPU_STAMP)
 	$(CXX) $(CXXFLAGS) $(MPI) $< $(MPI_LIB) -o $@
 
+# the machine that executes PTX: each instruction by the manual, and what it must report
+build/test_ptx: dev/ptx/test_ptx.cpp dev/ptx/test_async.cpp dev/ptx/test_checks.cpp dev/ptx/test.h dev/ptx/ptx.h \
+                dev/test/frame.h build/ptx.o
+	$(CXX) -std=c++17 -O1 -g1 -Wall -Wextra $(filter %.cpp %.o,$^) -o $@
+
 build/bench_cpu_%: build/src/dev/bench/bench.cu $(CPU_SOURCES) $(CPU_STAMP)
 	$(CXX) $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/dev/bench/bench.cu $(GEMM) $(MPI_LIB) -o $@
 
