@@ -160,7 +160,7 @@ TEST(logic) {
     table("prmt.b32 $R, $A, $B, 8452;", "rrr", {{0x33221155, 0x44332211, 0x88776655}});
     table("prmt.b32 $R, $A, $B, $C;", "rrrr",
           {{0x44332211, 0x44332211, 0x88776655, 0x3210}, {0x88776655, 0x44332211, 0x88776655, 0x7654},
-           {0xff00ff00, 0x80018001, 0, 0xba98 ^ 0x1111}, {0x88112211, 0x44332211, 0x88776655, 0x7010}});
+           {0x00ff00ff, 0x80018001, 0, 0xba98 ^ 0x1111}, {0x88112211, 0x44332211, 0x88776655, 0x7010}});
 }
 
 // 9.7.9 cvt: truncation and extension by the source's type; to floating point by .rn; floats to integers saturate
