@@ -73,8 +73,9 @@ struct Uniform {  // random numbers, the same everywhere
 };
 
 // A kernel named tried. Parameters are `.u64, .u32, .align 64 .b8 [128]` and so on; before the body those of .u64 are
-// in %a<i> as global addresses, those of .u32 in %u<i>, and %tx, %bx, %warp and %lane are there. `WAIT bar, parity` in a
-// body is the loop that waits for an mbarrier. Lines count from some thousand, so that a report names no other number.
+// in %a<i> as global addresses, those of .u32 in %u<i>, and %tx, %bx, %warp and %lane are there. `WAIT bar, parity` in
+// a body is the loop that waits for an mbarrier. Lines count from some thousand, so that a report names no other
+// number.
 struct Text {
     std::string params, body, before = "", tuning = "";
 };
@@ -209,7 +210,8 @@ inline void reports(const std::string& kinds, const std::string& text, const ptx
         if (("|" + kinds + "|").find("|" + outcome.kind + "|") == std::string::npos)
             return fail(
                 format("seed %d: %s, not %s: %.600s", seed, outcome.kind.c_str(), kinds.c_str(), outcome.text.c_str()));
-        if ((outcome.kind != "parse" && outcome.text.find("tried") == std::string::npos) || outcome.text.find('\n') != std::string::npos)
+        bool names = outcome.kind == "parse" || outcome.text.find("tried") != std::string::npos;
+        if (!names || outcome.text.find('\n') != std::string::npos)
             return fail(format("seed %d: not one line with the kernel: %.600s", seed, outcome.text.c_str()));
         for (int line : places(text))
             if (!has_number(outcome.text, line))

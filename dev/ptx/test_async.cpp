@@ -1,6 +1,6 @@
 // What asynchronous instructions and those of matrices compute: cp.async, mbarriers, bulk and tensor copies, ldmatrix,
-// stmatrix, mma and wgmma. Expected values are from the PTX ISA manual 9.0: layouts are written down once more, from its
-// figures, as plain loops.
+// stmatrix, mma and wgmma. Expected values are from the PTX ISA manual 9.0: layouts are written down once more, from
+// its figures, as plain loops.
 #include "test.h"
 
 using std::vector;
@@ -12,7 +12,8 @@ static uint16_t bf16(int x) {  // exact: small integers
     return u >> 16;
 }
 
-// 9.7.14 ldmatrix, stmatrix: addresses of rows 0..7 of matrix i are those of lanes 8i..8i+7; a lane holds of each matrix the elements 2 (lane % 4) and the next of row lane / 4, of the transposed matrix with .trans
+// 9.7.14 ldmatrix, stmatrix: addresses of rows 0..7 of matrix i are those of lanes 8i..8i+7; a lane holds of each
+// matrix the elements 2 (lane % 4) and the next of row lane / 4, of the transposed matrix with .trans
 TEST(ldmatrix) {
     const char* body = R"(
 	mul.wide.u32 	%rd1, %tx, 16;

@@ -268,7 +268,7 @@ static void flag_pair(const char* first, const char* spin) {
     pair("race", {".u64, .u64", body}, launch(32, {data, flag}, 2));
 }
 
-TEST(race_flag_weak) {  // 8: a flag is written by st.release and read by ld.acquire; weak ones race themselves
+TEST(race_flag_weak) {  // chapter 8: a flag is written by st.release and read by ld.acquire; weak ones race themselves
     const char* data = "\tst.global.u32 \t[%a0], %r1;\n";
     const char* acquire = "+\tld.acquire.gpu.global.s32 %r3, [%a1];\n-\tld.acquire.gpu.global.s32 %r3, [%a1]; //A";
     std::string body = flag_body;

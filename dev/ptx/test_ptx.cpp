@@ -1,4 +1,5 @@
-// What instructions compute: expected bits are from the PTX ISA manual 9.0 (its sections are named) or from plain loops. The checks' tests are in test_checks.cpp, those of asynchronous instructions in test_async.cpp.
+// What instructions compute: expected bits are from the PTX ISA manual 9.0 (its sections are named) or from plain
+// loops. The checks' tests are in test_checks.cpp, those of asynchronous instructions in test_async.cpp.
 #include "test.h"
 
 #include <algorithm>
@@ -192,10 +193,9 @@ TEST(conversions) {
     table("cvt.rzi.f64.f64 $R, $A;", "DD",
           {{bits(2.0), bits(2.7)}, {bits(-2.0), bits(-2.7)}, {1ull << 63, bits(-0.5)}, {0, bits(0.5)},
            {bits(0x1p60), bits(0x1p60)}, {bits(-INFINITY * 1.0), bits(-INFINITY * 1.0)}});
-    // NaN: zero if the source is not .f64 and the destination not of 64 bits, else 1 << 31
     table("cvt.rzi.s32.f64 $R, $A;", "rD",
           {{2, bits(2.9)}, {0xfffffffe, bits(-2.9)}, {0x7fffffff, bits(1e10)}, {0x80000000, bits(-1e10)},
-           {0x7fffffff, 0x7ff0000000000000}, {0x80000000, 0x7ff8000000000000}, {0, bits(-0.9)}});
+           {0x7fffffff, 0x7ff0000000000000}, {0, bits(-0.9)}});
     // ties to even; the largest floats overflow; NaN becomes 0x7fff
     const vector<Row> bf16 = {{0x3f80, 0x3f800000}, {0x3f80, 0x3f808000}, {0x3f82, 0x3f818000}, {0x3f81, 0x3f808001},
                               {0x3f80, 0x3f807fff}, {0x7f80, 0x7f7fffff}, {0x7f7f, 0x7f7f7fff}, {0x7f80, 0x7f7f8000},
@@ -221,6 +221,12 @@ TEST(conversions) {
     table("mov.b32 $R, $A;", "rf", {{0x7f812345, 0x7f812345}});
     table("mov.b32 $R, $A;", "fr", {{0xff812345, 0xff812345}});
     table("mov.b64 $R, $A;", "dD", {{0x7ff0000000000001, 0x7ff0000000000001}});
+}
+
+// 9.7.9 cvt, of NaN to integers: zero if the source is not .f64 and the destination not of 64 bits, else 1 << (width -
+// 1)
+TEST(conversion_of_nan) {
+    table("cvt.rzi.s32.f64 $R, $A;", "rD", {{0x80000000, 0x7ff8000000000000}, {0x80000000, 0xfff8000000000001}});
 }
 
 // 9.7.3 Floating point: rounded to nearest even, subnormals kept without .ftz, single precision gives the canonical NaN
@@ -321,10 +327,16 @@ TEST(doubles) {
     }
 }
 
+TEST(ex2_of_subnormals) {  // +1.0 by the table of ex2
+    for (const char* op : {"ex2.approx.f32 $R, $A;", "ex2.approx.ftz.f32 $R, $A;"})
+        table(op, "ff",
+              {{0x3f800000, 0x80000001}, {0x3f800000, 1}, {0x3f800000, 0x007fffff}, {0x3f800000, 0x807fffff}});
+}
+
 // 9.7.3, approximate functions: special values as the manual's tables have them, others within its errors, with several
 // seeds. div: 2 ulp for 2^-126 <= |b| <= 2^126, beyond it 0, or NaN of infinity. rsqrt: relative 2^-22.4. ex2: relative
-// 2^-22, which every edition's bound is within. rcp.approx.ftz.f64 takes the upper 32 bits and gives as many, so 20 bits of
-// mantissa.
+// 2^-22, which every edition's bound is within. rcp.approx.ftz.f64 takes the upper 32 bits and gives as many, so 20
+// bits of mantissa.
 static void within(const char* op, const char* types, const vector<Row>& rows, double relative) {
     for (int seed = 1; seed < 4; seed++) {
         vector<u64> got = evaluate(op, types, rows, seed);  // want: the exact result as a double
@@ -341,7 +353,7 @@ TEST(approximate) {
     const u64 nan = 0x7fffffff, inf = 0x7f800000, one = 0x3f800000, minus = 0x80000000;
     for (const char* op : {"ex2.approx.f32 $R, $A;", "ex2.approx.ftz.f32 $R, $A;"})
         table(op, "ff",
-              {{0, inf | minus}, {one, 0x80000001}, {one, minus}, {one, 0}, {one, 1}, {inf, inf}, {nan, 0x7fc00000},
+              {{0, inf | minus}, {one, minus}, {one, 0}, {inf, inf}, {nan, 0x7fc00000},
                {inf, 0x43000000}, {0, 0xc3960000}});
     table("ex2.approx.ftz.f32 $R, $A;", "ff", {{0, 0xc3020000}, {0, 0xc3110000}});  // 2^-130 and 2^-145 are subnormal
     table("rsqrt.approx.f32 $R, $A;", "ff",
@@ -827,7 +839,7 @@ $L__BB0_2:
         if (out[t] != power(power(t, 0.5), t)) fail(format("thread %d: %g", t, out[t]));
 }
 
-// 9.7.13 barriers: producer and consumer with bar.arrive, over several rounds; warps that have gone do not count
+// 9.7.13 barriers: producer and consumer with bar.arrive, over several rounds
 TEST(barriers) {
     Text k = {".u64", R"(
 	mov.u32 	%r1, cell;
@@ -839,7 +851,7 @@ TEST(barriers) {
 	mov.u32 	%r6, 2;
 	mov.u32 	%r7, 64;
 	setp.eq.s32 	%p1, %warp, 2;
-	@%p1 bra 	GONE;
+	@%p1 bra 	JOIN;
 	setp.eq.s32 	%p1, %warp, 1;
 	@%p1 bra 	CONSUMER;
 PRODUCER:
@@ -865,8 +877,7 @@ CONSUMER:
 	add.s64 	%rd2, %a0, %rd1;
 	st.global.u32 	[%rd2], %r4;
 JOIN:
-	bar.sync 	0;
-GONE:)",
+	bar.sync 	0;)",
               ".shared .align 128 .b8 cell[128];"};
     Buffer<uint32_t> out(32);
     ptx::Launch launch;
@@ -880,6 +891,24 @@ GONE:)",
             if (out[t] != want) fail(format("lane %u: %u, not %u", t, out[t], want));
         }
     }
+}
+
+// 9.7.13 barrier: it waits for the non-exited threads of the warps that take part
+TEST(barriers_without_exited) {
+    Text k = {".u64", R"(
+	setp.eq.s32 	%p1, %warp, 2;
+	@%p1 bra 	GONE;
+	bar.sync 	0;
+	mul.wide.u32 	%rd1, %tx, 4;
+	add.s64 	%rd2, %a0, %rd1;
+	st.global.u32 	[%rd2], %tx;
+GONE:)"};
+    Buffer<uint32_t> out(64, 7);
+    ptx::Launch launch;
+    launch.block.x = 96;
+    launch.args = {out};
+    for (int seed = 1; seed < 9; seed++)
+        if (runs(module(k), launch, seed) && (out[0] != 0 || out[63] != 63)) fail("not stored");
 }
 
 // A flag between blocks: 8, release and acquire; the second block waits, asleep in between
