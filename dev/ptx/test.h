@@ -221,6 +221,7 @@ inline void reports(const std::string& kinds, const std::string& text, const ptx
 
 // The wrong kernel is reported with every seed, the right one with none.
 inline void pair(const std::string& kinds, const Text& text, const ptx::Launch& launch) {
+    if (!why.empty()) return;
     Text one = text;
     one.body = choose(text.body, '-');
     reports(kinds, module(one), launch);

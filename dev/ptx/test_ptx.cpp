@@ -2,6 +2,9 @@
 // loops. The checks' tests are in test_checks.cpp, those of asynchronous instructions in test_async.cpp.
 #include "test.h"
 
+#include <signal.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -975,6 +978,12 @@ TEST(many_blocks) {  // all of a grid run, each once, and again in another order
     }
 }
 
+static void hangs(int) {
+    printf("FAIL %s: no end after a minute\n", current.c_str());
+    fflush(stdout);
+    _exit(1);
+}
+
 int main(int argc, char** argv) {
     const char* only = nullptr;
     for (int i = 1; i + 1 < argc; i += 2)
@@ -985,11 +994,13 @@ int main(int argc, char** argv) {
         else
             return fprintf(stderr, "usage: %s [--only NAME] [--write FOLDER]\n", argv[0]), 2;
     int passed = 0, failed = 0;
+    signal(SIGALRM, hangs);
     for (const Test& test : tests()) {
         if (only && strcmp(only, test.name) != 0) continue;
         why.clear();
         current = test.name;
         written = 0;
+        alarm(60);
         try {
             test.body();
         } catch (const std::exception& error) {
