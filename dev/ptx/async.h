@@ -17,6 +17,16 @@ inline uint32_t uniform(Warp& w, uint32_t lanes, Slot s, const char* what) {  //
 // ---------------------------------------------------------------------------------------------------------------------
 // bar.sync, bar.arrive: counts in threads, a warp counts whole
 
+inline void barrier_check(Block& block, Barrier& b) {  // whether all have come; without a count those that have left are
+    if (b.arrived == 0 || b.arrived + (b.of_all ? 32 * block.left : 0) < b.expected) return;
+    for (int i : b.waiting) {
+        Warp& other = *block.warps[i];
+        other.state = Warp::RUNS;
+        if (options.races) other.acquire(other.live, [&](Clock& clock) { clock.merge(b.clock); });
+    }
+    b = {};
+    block.grid->events++;
+}
 template <bool SYNC> void barrier(Warp& w, const Instr& in, uint32_t lanes) {
     Block& block = w.block;
     const uint32_t id = uniform(w, lanes, in.s[0], "the barrier");
@@ -27,7 +37,7 @@ template <bool SYNC> void barrier(Warp& w, const Instr& in, uint32_t lanes) {
     if (count % 32 || count == 0 || count > all)
         w.report("barrier", l, "a count of " + std::to_string(count) + " threads; the block has " + std::to_string(all));
     Barrier& b = block.barriers[id];
-    if (b.arrived == 0) b.expected = count, b.pc = w.pc;
+    if (b.arrived == 0) b.expected = count, b.pc = w.pc, b.of_all = in.s.size() == 1;
     if (b.expected != count)
         w.report("barrier", l, "barrier " + std::to_string(id) + " with a count of " + std::to_string(count) +
                                    ", but at " + w.place(b.pc) + " with " + std::to_string(b.expected));
@@ -37,14 +47,7 @@ template <bool SYNC> void barrier(Warp& w, const Instr& in, uint32_t lanes) {
     if (options.races) w.release(lanes, b.clock);
     b.arrived += 32;
     if (SYNC) b.waiting.push_back(w.number), w.state = Warp::AT_BARRIER;
-    if (b.arrived < b.expected) return;
-    for (int i : b.waiting) {
-        Warp& other = *block.warps[i];
-        other.state = Warp::RUNS;
-        if (options.races) other.acquire(other.live, [&](Clock& clock) { clock.merge(b.clock); });
-    }
-    b = {};
-    block.grid->events++;
+    barrier_check(block, b);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -186,9 +189,7 @@ inline void copy_wait(Warp& w, const Instr& in, uint32_t lanes) {
     const uint32_t left = *w.reg<uint32_t>(in.s[0]);
     EACH_LANE(l) {
         if (w.copies[l].size() <= left) continue;
-        const Known done = {0, w.copies[l][w.copies[l].size() - 1 - left], 1u << l};
-        Clock& clock = lanes == w.live ? w.clock : w.own.insert({l, w.clock}).first->second;
-        clock.of[COPIES + w.number].merge(done);
+        w.waited[l].copies = std::max(w.waited[l].copies, w.copies[l][w.copies[l].size() - 1 - left]);
     }
 }
 
@@ -322,6 +323,7 @@ inline void bulk_begin(Warp& w, int lane, Bulk& bulk, uint32_t bytes) {
     bulk.warp = w.number, bulk.lane = lane, bulk.pc = w.pc;
     Access smem = w.access(lane), gmem = smem;
     smem.async = gmem.async = true;
+    gmem.strong = bulk.kind == Bulk::ADD;  // an addition is relaxed, of the GPU
     if (bulk.kind == Bulk::LOAD) {
         Mbarrier& m = mbarrier_at(w, lane, bulk.mbarrier);
         if (!m.fenced) w.report("proxy", lane, "the mbarrier was initialised without a proxy fence after it");
@@ -457,10 +459,8 @@ template <bool READ> void bulk_wait(Warp& w, const Instr& in, uint32_t lanes) {
             while (!bulk_step(w.block, b) && !READ) {}
             if (!READ) w.block.bulks.erase(w.block.bulks.begin() + i--);
         }
-        w.bulk_read[l] = std::max(w.bulk_read[l], step);
-        Clock& clock = lanes == w.live ? w.clock : w.own.insert({l, w.clock}).first->second;
-        clock.of[BULK_READS + w.number].merge({0, step, 1u << l});
-        if (!READ) clock.of[BULK_WRITES + w.number].merge({0, step, 1u << l});
+        w.waited[l].reads = std::max(w.waited[l].reads, step);
+        if (!READ) w.waited[l].writes = std::max(w.waited[l].writes, step);
     }
 }
 
@@ -529,23 +529,24 @@ template <int N, bool RS> void wgmma(Warp& w, const Instr& in, uint32_t) {
             if (!ok)
                 for (uint32_t i = 0; i < 8; i++) columns[in.trans_b ? c * 8 + i : line] = true;
         }
+    if (!w.fenced) w.report("wgmma", 0, "there was no wgmma.fence before");
     auto fresh = [&](Slot s) {
         if (w.changed[s.id] > w.fence)
             w.report("wgmma", 0, "register " + register_name(w, s) + " was written after the last wgmma.fence");
     };
     for (int j = 0; j < N / 2; j++) {
         if (p) fresh(d[j]);
-        w.writes[d[j].id] = w.product_group, w.changed[d[j].id] = 0;
+        w.writes[d[j].id] = w.product_group, w.changed[d[j].id] = 0, w.product_pc[d[j].id] = w.pc;
     }
     if (RS)
         for (int j = 0; j < 4; j++) {
             fresh(a[j]);
-            if (w.writes[a[j].id] > w.product_done) w.report("wgmma", 0, "A register " + register_name(w, a[j]) + " is the result of a wgmma that was not waited for");
-            w.reads[a[j].id] = w.product_group;
+            if (w.writes[a[j].id] > w.product_done) w.report("wgmma", 0, "A register " + register_name(w, a[j]) + " is a result of the " + w.place(w.product_pc[a[j].id]) + ", which was not waited for");
+            w.reads[a[j].id] = w.product_group, w.product_pc[a[j].id] = w.pc;
         }
     product<N>(w, d, p ? d : nullptr, A, B, bad, columns);
 }
-inline void wgmma_fence(Warp& w, const Instr&, uint32_t) { w.fence = w.moment; }
+inline void wgmma_fence(Warp& w, const Instr&, uint32_t) { w.fence = w.moment, w.fenced = true; }
 inline void wgmma_commit(Warp& w, const Instr&, uint32_t) {
     w.product_steps.push_back(w.product_step++);
     w.product_group++;
@@ -554,14 +555,14 @@ inline void wgmma_wait(Warp& w, const Instr& in, uint32_t lanes) {
     const uint64_t left = *w.reg<uint32_t>(in.s[0]), committed = w.product_group - 1;
     if (committed <= left || committed - left <= w.product_done) return;
     w.product_done = committed - left;
-    w.acquire(lanes, [&](Clock& c) { c.of[PRODUCTS + w.number].merge({w.product_steps[w.product_done - 1], 0, 0}); });
+    w.acquire(lanes, [&](Clock& c) { c.of[PRODUCTS + w.number].merge({w.product_steps[w.product_done - 1]}); });
 }
 // Of every other instruction, in kernels with wgmma: whether it touches a register of one under way.
 inline void watch_registers(Warp& w, const Instr& in) {
     w.moment++;
     if (in.rename) {
         const uint32_t d = in.s[0].id, s = in.s[1].id;
-        w.writes[d] = w.writes[s], w.reads[d] = w.reads[s], w.changed[d] = w.changed[s];
+        w.writes[d] = w.writes[s], w.reads[d] = w.reads[s], w.changed[d] = w.changed[s], w.product_pc[d] = w.product_pc[s];
         return;
     }
     for (size_t i = 0; i < in.s.size(); i++) {
@@ -569,10 +570,11 @@ inline void watch_registers(Warp& w, const Instr& in) {
         if (id == 0) continue;
         if (w.writes[id] > w.product_done)
             w.report("wgmma", 0, "register " + register_name(w, in.s[i]) + (i < in.outs ? " is written" : " is read") +
-                                     ", a result of a wgmma that was not waited for");
+                                     ", a result of the " + w.place(w.product_pc[id]) + ", which was not waited for");
         if (i >= in.outs) continue;
         if (w.reads[id] > w.product_done)
-            w.report("wgmma", 0, "register " + register_name(w, in.s[i]) + " is written, which a wgmma under way reads");
+            w.report("wgmma", 0, "register " + register_name(w, in.s[i]) + " is written, which the " +
+                                     w.place(w.product_pc[id]) + " still reads");
         w.writes[id] = w.reads[id] = 0, w.changed[id] = w.moment;
     }
 }
@@ -586,11 +588,11 @@ template <bool MORE> void set_registers(Warp& w, const Instr& in, uint32_t) {
     if (MORE ? change < 0 : change > 0)
         w.report("registers", 0, "from " + std::to_string(w.registers) + " registers a thread to " + std::to_string(n));
     if (change * 32 > w.block.free_registers) {
-        w.state = Warp::NO_REGISTERS;
+        w.state = Warp::NO_REGISTERS, w.quiet_since = w.block.grid->events;
         return;
     }
     w.block.free_registers -= change * 32;
-    w.registers = n;
+    w.registers = n, w.changes.push_back(n);
     w.state = Warp::RUNS;
     w.block.grid->events++;
 }

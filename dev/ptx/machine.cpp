@@ -280,6 +280,7 @@ static void run_warp(Warp& w) {
     int turns = 16 + int(draw() % 256);
     const bool watch = grid.kernel.wgmma && options.races, counts = options.counts;
     w.yields = false;
+    bool progress = false;
     for (uint32_t refused = 0; turns > 0 && w.state != Warp::LEFT; turns--) {
         size_t pick = 0;
         if (w.groups.size() > 1) {
@@ -315,8 +316,9 @@ static void run_warp(Warp& w) {
             if (g.lanes == 0) w.groups.erase(w.groups.begin() + pick);
             if (w.live == 0) {
                 w.state = Warp::LEFT, w.block.left++, grid.events++;
+                for (Barrier& b : w.block.barriers) barrier_check(w.block, b);
                 for (int l = 0; l < 32; l++)
-                    if (w.bulk_open[l] > w.bulk_read[l])
+                    if (w.bulk_open[l] > w.waited[l].reads)
                         w.report("race", l, "it leaves, but a bulk copy of its may still read shared memory");
             }
             continue;
@@ -339,6 +341,7 @@ static void run_warp(Warp& w) {
             g.pc++;
         }
         refused = 0;
+        progress = true;
         if (w.groups.size() > 1) {  // who is at the same place goes on together
             for (size_t i = 0; i < w.groups.size(); i++)
                 for (size_t j = w.groups.size(); --j > i;)
@@ -351,7 +354,7 @@ static void run_warp(Warp& w) {
         if (w.state == Warp::AT_BARRIER) return;
     }
     if (w.quiet_since != grid.events) w.quiet_since = grid.events, w.quiet = 0;
-    if (!w.yields) w.quiet = 0;
+    if (progress && !w.yields) w.quiet = 0;
     else w.quiet++;
 }
 
@@ -380,6 +383,7 @@ static std::unique_ptr<Block> begin_block(Grid& grid, uint64_t number) {
             w->writes.assign(kernel.slots, 0);
             w->reads.assign(kernel.slots, 0);
             w->changed.assign(kernel.slots, 0);
+            w->product_pc.assign(kernel.slots, 0);
         }
         for (auto& c : kernel.constants32) {
             uint32_t* p = reinterpret_cast<uint32_t*>(w->file + c.first);
@@ -444,6 +448,9 @@ static void end_block(Block& block) {
             block.warps[0]->report("phase", 0, "the block ends, but the mbarrier at shared " +
                                                    std::to_string(m.first - SHARED_BASE) + " still expects " +
                                                    std::to_string(m.second.bytes) + " bytes");
+    for (auto& w : block.warps)
+        if (w->changes != block.warps[w->number / 4 * 4]->changes)
+            w->report("registers", 0, "its warpgroup's warps have not executed the same setmaxnreg");
     block.grid->counts.blocks++;
     block.grid->counts.warps += block.warps.size();
 }
@@ -485,7 +492,8 @@ static void run_grid(Grid& grid) {
         for (auto& b : way) {
             stuck = stuck && b->bulks.empty();
             for (auto& w : b->warps)
-                stuck = stuck && (w->state == Warp::LEFT || w->state == Warp::AT_BARRIER || w->state == Warp::NO_REGISTERS ||
+                stuck = stuck && (w->state == Warp::LEFT || w->state == Warp::AT_BARRIER || 
+                                  (w->state == Warp::NO_REGISTERS && w->quiet_since == grid.events) ||
                                   (w->quiet > 200 && w->quiet_since == grid.events));
             if (!stuck) break;
         }

@@ -131,11 +131,11 @@ template <class D> struct Convert {  // integers, and to wider floats
 template <class D> struct ConvertRound {  // to the nearest even, the mode that the processor is in
     template <class T> D operator()(T a) { return canonical(D(a)); }
 };
-template <class D> struct ConvertTruncate {  // floats to integers: saturating, NaN 0
+template <class D> struct ConvertTruncate {  // floats to integers: saturating
     template <class T> D operator()(T a) {
         if constexpr (floating<D>) return std::trunc(a);
         else {
-            if (a != a) return 0;
+            if (a != a) return sizeof(T) == 8 || sizeof(D) == 8 ? D(D(1) << (8 * sizeof(D) - 1)) : D(0);
             if (a <= T(std::numeric_limits<D>::min())) return std::numeric_limits<D>::min();
             if (a >= T(std::numeric_limits<D>::max())) return std::numeric_limits<D>::max();
             return D(a);
@@ -170,7 +170,7 @@ inline uint32_t bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 constexpr double ULP = 0x1p-23;  // of a number just below the next power of two, half of it
 struct Ex2 {  // 2 ulp
-    float operator()(float a) { return a == 0 ? 1.0f : inexact(std::exp2(double(a)), ULP, 1, bits(a)); }
+    float operator()(float a) { return std::fabs(a) < 0x1p-126f ? 1.0f : inexact(std::exp2(double(a)), ULP, 1, bits(a)); }
 };
 struct Ex2Ftz { float operator()(float a) { return flush(Ex2()(flush(a))); } };
 struct RsqrtApprox {  // 2^-22.9 relative

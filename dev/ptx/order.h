@@ -10,15 +10,39 @@ namespace ptx {
 // Agents of a block, whose steps are counted: its warps, and what works on by itself for them.
 enum : int { WARPS = 0, COPIES = 32, BULK_READS = 64, BULK_WRITES = 96, PRODUCTS = 128, ARRIVALS = 160, AGENTS = 224 };
 
-// What is known of an agent: all its accesses up to step `all`, and those of the lanes in `lanes` up to step `some`.
+// What is known of an agent: all its accesses up to step `all`, and of some lanes those up to a later step. Of lanes at more
+// than two such steps some are taken to be further than they are: then a race may be missed, none is invented.
 struct Known {
-    uint32_t all = 0, some = 0, lanes = 0;
+    uint32_t all = 0;
+    struct Part { uint32_t step, lanes; } part[2] = {};
+    Known() = default;
+    Known(uint32_t all, uint32_t step = 0, uint32_t lanes = 0) : all(all), part{{step, lanes}, {}} {}
     void merge(const Known& k) {
         all = std::max(all, k.all);
-        if (k.some > all && some > all) lanes |= k.lanes, some = std::max(some, k.some);
-        else if (k.some > all) lanes = k.lanes, some = k.some;
+        for (Part& p : part)
+            if (p.step <= all) p = {};
+        for (const Part& p : k.part)
+            if (p.step > all) add(p);
     }
-    bool covers(uint32_t step, int lane) const { return step <= all || (step <= some && lanes >> lane & 1); }
+    void add(Part p) {
+        for (Part& mine : part) {
+            if (mine.step == p.step || mine.step == 0) {
+                mine = {p.step, mine.lanes | p.lanes};
+                return;
+            }
+            if (mine.step > p.step) p.lanes &= ~mine.lanes;
+            else if ((mine.lanes & ~p.lanes) == 0) mine = p, p.lanes = 0;
+            if (p.lanes == 0) return;
+        }
+        Part& next = part[part[1].step < part[0].step];
+        next = {std::max(next.step, p.step), next.lanes | p.lanes};
+    }
+    bool covers(uint32_t step, int lane) const {
+        if (step <= all) return true;
+        for (const Part& p : part)
+            if (step <= p.step && p.lanes >> lane & 1) return true;
+        return false;
+    }
 };
 struct Clock;
 typedef std::shared_ptr<const Clock> Seen;

@@ -525,15 +525,17 @@ struct Parser {
         lay_shared(begin, end);
         w.need('{');
         body();
+        const int last_line = w.line;
         for (const Jump& jump : jumps) {
             auto found = labels.end();
             for (size_t i = jump.scopes.size(); i-- > 0 && found == labels.end();)
                 found = labels.find({jump.scopes[i], jump.label});
+            w.line = jump.line;
             if (found == labels.end()) w.fail("unknown label '" + jump.label + "'");
             kernel.code[jump.instr].target = found->second;
         }
         Instr end_;
-        end_.op = "exit", end_.line = w.line;
+        end_.op = "exit", end_.line = last_line;
         choose(kernel, end_, {"exit"});
         kernel.code.push_back(end_);
     }

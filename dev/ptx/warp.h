@@ -19,6 +19,7 @@ struct Barrier {  // bar.sync and bar.arrive
     std::vector<int> waiting;  // warps
     std::set<int> warps;       // that have come
     int pc = 0;                // where the count is from
+    bool of_all = false;       // it has none: the block's threads
     Clock clock;
 };
 
@@ -111,10 +112,15 @@ struct Warp {
     std::vector<uint32_t> copies[32];  // cp.async: the last step of each committed group of a lane
     uint32_t copies_open[32] = {};
     std::vector<uint32_t> bulk_groups[32];  // the same of bulk stores: the last step of each
-    uint32_t bulk_open[32] = {}, bulk_read[32] = {}, bulk_done[32] = {};
+    uint32_t bulk_open[32] = {};
+    // what of these a lane has waited for; the others know it once they have met it
+    struct Waited { uint32_t copies, reads, writes; } waited[32] = {};
     // wgmma: groups committed and waited for; by register, the group that writes it or reads it; when last written
     uint64_t product_group = 1, product_done = 0, moment = 0, fence = 0;
     std::vector<uint64_t> writes, reads, changed;
+    std::vector<uint32_t> product_pc;  // of the wgmma
+    bool fenced = false;
+    std::vector<int> changes;          // by setmaxnreg
     std::vector<uint32_t> product_steps;  // of the committed groups
 
     Warp(Block& block, int number) : block(block), number(number) {}
@@ -179,7 +185,17 @@ struct Warp {
     void meet() {
         for (auto& lane : own) clock.merge(lane.second);
         own.clear();
+        tell(~0u, clock);
         clock.of[number].all = synced = step++;
+    }
+    void tell(uint32_t lanes, Clock& to) const {  // what they have waited for
+        for (int l = 0; l < 32; l++) {
+            if (!(lanes >> l & 1)) continue;
+            const Waited& w = waited[l];
+            if (w.copies) to.of[COPIES + number].merge({0, w.copies, 1u << l});
+            if (w.reads) to.of[BULK_READS + number].merge({0, w.reads, 1u << l});
+            if (w.writes) to.of[BULK_WRITES + number].merge({0, w.writes, 1u << l});
+        }
     }
     // What these lanes have done and know goes to `to`.
     void release(uint32_t lanes, Clock& to) {
@@ -191,6 +207,7 @@ struct Warp {
                 else plain = true;
             }
         if (plain) to.merge(clock);
+        tell(lanes, to);
         to.of[number].merge({synced, step, lanes});
         step++;
     }
@@ -209,6 +226,12 @@ struct Warp {
             const Clock& k = known(lane);
             Known seen = k.of[a.agent];
             if (a.agent == number) seen.merge({synced, step, 1u << lane});
+            const Waited& w = waited[lane];
+            if (a.lane == lane && a.step <= (a.agent == COPIES + number        ? w.copies
+                                             : a.agent == BULK_READS + number  ? w.reads
+                                             : a.agent == BULK_WRITES + number ? w.writes
+                                                                               : 0))
+                return true;
             if (!seen.covers(a.step, a.lane)) return false;
             if (!async || a.async || a.agent >= COPIES) return true;
             fence_only = true;
