@@ -267,9 +267,14 @@ static bool can_meet(const Warp& w, const Instr& in, const Group& g, uint32_t la
     if (in.meet == ALONE) return true;
     if (lanes == 0) return true;
     uint32_t needed = w.live;
-    if (in.meet == BY_MASK)
-        needed &= reinterpret_cast<const uint32_t*>(w.file + in.s.back().at)[__builtin_ctz(lanes)];
-    return (g.lanes & needed) == needed;
+    if (in.meet == BY_MASK) {
+        const uint32_t* masks = reinterpret_cast<const uint32_t*>(w.file + in.s.back().at);
+        EACH_LANE(l) if (!(masks[l] >> l & 1)) w.report("barrier", l, "the lane is not in its own mask");
+        needed &= masks[__builtin_ctz(lanes)];
+    }
+    if ((g.lanes & needed) != needed) return false;
+    if (needed & ~lanes) w.report("barrier", __builtin_ctz(needed & ~lanes), "lanes that it is for do not execute it: their guard is false");
+    return true;
 }
 
 // Some instructions of a warp. Lanes that are apart go on from the lowest place, so that they meet again, but now and
