@@ -241,10 +241,12 @@ struct Warp {
         auto other = k.others.find(a.block);
         if (other == k.others.end() || !other->second.seen || !other->second.seen->of[a.agent].covers(a.step, a.lane))
             return false;
-        if (!async || a.async || a.agent >= COPIES) return true;
+        // between blocks an asynchronous access after an asynchronous one wants the fence too: proxy-preserved order has
+        // "the same proxy" only within a thread block
+        if (!async) return true;
         fence_only = true;
         return (other->second.fenced && other->second.fenced->of[a.agent].covers(a.step, a.lane)) ||
-               other->second.seen->global[a.agent].covers(a.step, a.lane);
+               (a.agent < COPIES && other->second.seen->global[a.agent].covers(a.step, a.lane));
     }
     // An access is checked against earlier ones and noted. me: agent, lane, step, pc and kind are set. Two writes of one
     // instruction may meet in the same value: same.
