@@ -531,12 +531,12 @@ template <int N, bool RS> void wgmma(Warp& w, const Instr& in, uint32_t) {
         }
     if (!w.fenced) w.report("wgmma", 0, "there was no wgmma.fence before");
     auto fresh = [&](Slot s) {
-        if (w.changed[s.id] > w.fence)
-            w.report("wgmma", 0, "register " + register_name(w, s) + " was written after the last wgmma.fence");
+        if (w.touched[s.id] > w.fence)
+            w.report("wgmma", 0, "register " + register_name(w, s) + " was touched after the last wgmma.fence");
     };
-    for (int j = 0; j < N / 2; j++) {
-        if (p) fresh(d[j]);
-        w.writes[d[j].id] = w.product_group, w.changed[d[j].id] = 0, w.product_pc[d[j].id] = w.pc;
+    for (int j = 0; j < N / 2; j++) {  // d is written, and fenced, without c too
+        fresh(d[j]);
+        w.writes[d[j].id] = w.product_group, w.touched[d[j].id] = 0, w.product_pc[d[j].id] = w.pc;
     }
     if (RS)
         for (int j = 0; j < 4; j++) {
@@ -562,7 +562,7 @@ inline void watch_registers(Warp& w, const Instr& in) {
     w.moment++;
     if (in.rename) {
         const uint32_t d = in.s[0].id, s = in.s[1].id;
-        w.writes[d] = w.writes[s], w.reads[d] = w.reads[s], w.changed[d] = w.changed[s], w.product_pc[d] = w.product_pc[s];
+        w.writes[d] = w.writes[s], w.reads[d] = w.reads[s], w.touched[d] = w.touched[s], w.product_pc[d] = w.product_pc[s];
         return;
     }
     for (size_t i = 0; i < in.s.size(); i++) {
@@ -571,11 +571,12 @@ inline void watch_registers(Warp& w, const Instr& in) {
         if (w.writes[id] > w.product_done)
             w.report("wgmma", 0, "register " + register_name(w, in.s[i]) + (i < in.outs ? " is written" : " is read") +
                                      ", a result of the " + w.place(w.product_pc[id]) + ", which was not waited for");
+        w.touched[id] = w.moment;
         if (i >= in.outs) continue;
         if (w.reads[id] > w.product_done)
             w.report("wgmma", 0, "register " + register_name(w, in.s[i]) + " is written, which the " +
                                      w.place(w.product_pc[id]) + " still reads");
-        w.writes[id] = w.reads[id] = 0, w.changed[id] = w.moment;
+        w.writes[id] = w.reads[id] = 0;
     }
 }
 
@@ -588,7 +589,7 @@ template <bool MORE> void set_registers(Warp& w, const Instr& in, uint32_t) {
     if (MORE ? change < 0 : change > 0)
         w.report("registers", 0, "from " + std::to_string(w.registers) + " registers a thread to " + std::to_string(n));
     if (change * 32 > w.block.free_registers) {
-        w.state = Warp::NO_REGISTERS, w.quiet_since = w.block.grid->events;
+        w.state = Warp::NO_REGISTERS, w.lacks = change * 32;
         return;
     }
     w.block.free_registers -= change * 32;

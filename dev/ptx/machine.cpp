@@ -387,7 +387,7 @@ static std::unique_ptr<Block> begin_block(Grid& grid, uint64_t number) {
         if (kernel.wgmma) {
             w->writes.assign(kernel.slots, 0);
             w->reads.assign(kernel.slots, 0);
-            w->changed.assign(kernel.slots, 0);
+            w->touched.assign(kernel.slots, 0);
             w->product_pc.assign(kernel.slots, 0);
         }
         for (auto& c : kernel.constants32) {
@@ -498,7 +498,7 @@ static void run_grid(Grid& grid) {
             stuck = stuck && b->bulks.empty();
             for (auto& w : b->warps)
                 stuck = stuck && (w->state == Warp::LEFT || w->state == Warp::AT_BARRIER || 
-                                  (w->state == Warp::NO_REGISTERS && w->quiet_since == grid.events) ||
+                                  (w->state == Warp::NO_REGISTERS && w->lacks > b->free_registers) ||
                                   (w->quiet > 200 && w->quiet_since == grid.events));
             if (!stuck) break;
         }

@@ -102,7 +102,7 @@ struct Warp {
     int pc = 0, last = 0;      // of the instruction that runs; the group that ran last
     bool yields = false;       // lets others run
     uint64_t quiet_since = 0, quiet = 0;  // events seen, turns since then in which it only looked for one
-    int registers;
+    int registers, lacks = 0;  // lacks: NO_REGISTERS, what it waits for
 
     // order: its step, that at which all lanes last met, what it knows, and what single lanes know beyond that
     uint32_t step = 1, synced = 0;
@@ -115,9 +115,9 @@ struct Warp {
     uint32_t bulk_open[32] = {};
     // what of these a lane has waited for; the others know it once they have met it
     struct Waited { uint32_t copies, reads, writes; } waited[32] = {};
-    // wgmma: groups committed and waited for; by register, the group that writes it or reads it; when last written
+    // wgmma: groups committed and waited for; by register, the group that writes it or reads it; when last touched
     uint64_t product_group = 1, product_done = 0, moment = 0, fence = 0;
-    std::vector<uint64_t> writes, reads, changed;
+    std::vector<uint64_t> writes, reads, touched;
     std::vector<uint32_t> product_pc;  // of the wgmma
     bool fenced = false;
     std::vector<int> changes;          // by setmaxnreg
