@@ -59,7 +59,7 @@ GPU_STAMP = build/gpu.flags
 
 HAVE_GPU := $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | grep -m 1 '^GPU'))
 
-.PHONY: FORCE all cpu gpu run test lint gpu-check bench clean help sources nccl
+.PHONY: FORCE all cpu gpu run test lint ptx-check gpu-check bench clean help sources nccl
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -89,6 +89,9 @@ test:  ## all tests that need no GPU
 
 lint:  ## clang-tidy, cppcheck, shellcheck and pyflakes over everything
 	@dev/ci/lint.sh
+
+ptx-check:  ## every test of the kernels on what nvcc makes of them, on a CPU: sm_80 and sm_90a, both precisions (needs nvcc)
+	@NVCC=$(NVCC) $(PYTHON) dev/ptx/check.py --table $(RESULTS)/ptx-check.md
 
 gpu-check:  ## on a machine with a GPU: build, tests, short runs, benches, compute-sanitizer; one page of all
 	@NVCC=$(NVCC) $(PYTHON) dev/ci/gpu_check.py
@@ -161,9 +164,13 @@ build/ptx.o: $(wildcard dev/ptx/*.h) dev/ptx/machine.cpp
 	@mkdir -p build
 	$(CXX) -std=c++17 -O2 -ftree-vectorize $(TUNE) -ffp-contract=off -fno-math-errno -Wall -Wextra -c dev/ptx/machine.cpp -o $@
 
-build/%.sm_90a.fp32.ptx build/%.sm_80.fp32.ptx build/%.sm_90a.bf16.ptx build/%.sm_80.bf16.ptx: %.cu $(SOURCES)
+# what nvcc makes of a program's kernels: build/test_gpt.sm_90a.bf16.ptx
+define PTX
+build/%.$1.$2.ptx: %.cu $$(SOURCES)
 	@mkdir -p build
-	$(NVCC) -std=c++17 -O3 -ptx -lineinfo -arch=$(word 2,$(subst ., ,$(@F))) $($(word 3,$(subst ., ,$(@F)))) $(GPU_INC) $< -o $@
+	$$(NVCC) -std=c++17 -O3 -ptx -lineinfo -arch=$1 $$($2) $$(GPU_INC) $$< -o $$@
+endef
+$(foreach arch,sm_80 sm_90a,$(foreach precision,fp32 bf16,$(eval $(call PTX,$(arch),$(precision)))))
 
 # null and object-size: AddressSanitizer stops there too, and they cost a sixth of the build
 SANITIZED = -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=undefined

@@ -55,6 +55,8 @@ lint               |                                | dev/ci/lint.sh
 leak               | $trainer | $python dev/test/clean_run.py $trainer --leak 10000
 leak_2_ranks       | $trainer | $python dev/test/clean_run.py $trainer --leak 3000 --ranks 2
 build              |                                | $python dev/test/test_build.py --full
+ptx                |                                | $python dev/ptx/check.py --seeds 4 --seed $seed
+ptx_plant          |                                | $python dev/ptx/plant.py --seeds 3
 sass               |                                | $python dev/test/test_sass.py --fetch
 cuda_headers       |                                | dev/ci/cuda_headers.sh
 arm64              |                                | dev/ci/machines.sh arm64

@@ -7,6 +7,7 @@ Each test program ends with `NAME: N passed, M failed`; logs lie in build/log/. 
 import concurrent.futures
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,11 +23,15 @@ RANKS = [sys.executable, "dev/test/test_ranks.py"]
 KILL = [sys.executable, "dev/test/kill.py"]
 MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none"]
 
+# what nvcc makes of the kernels; without it those in dev/ptx/kernels.ptx
+PTX = ["build/test_gpt.sm_90a.bf16.ptx"] if shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc") else []
+
 # name: make targets, command, seeds of the lanes' order (one run each); the long ones first
 JOBS = {
     "sanitized_bf16": (["build/test_sanitized_bf16"], ["build/test_sanitized_bf16", "--quick"], [2]),
     "exact_fp32": (["build/test_exact_fp32"], ["build/test_exact_fp32"], [4]),
     "exact_bf16": (["build/test_exact_bf16"], ["build/test_exact_bf16"], [5]),
+    "ptx": (["build/test_exact_bf16", *PTX], [sys.executable, "dev/ptx/check.py", "--quick"], [1]),
     "serial_fp32": (["build/test_serial_fp32"], ["build/test_serial_fp32"], [1]),
     "serial_bf16": (["build/test_serial_bf16"], ["build/test_serial_bf16"], [1]),
     "cli_fp32": (["build/train_gpt_cpu_fp32"], [*CLI, "build/train_gpt_cpu_fp32", GOLDEN], [1]),
@@ -46,6 +51,8 @@ JOBS = {
     "properties": (["build/properties_fp32"], ["build/properties_fp32", "--cases", "6"], [6]),
     "properties_ranks": (["build/train_gpt_cpu_fp32"],
                          [sys.executable, "dev/test/properties_ranks.py", "build/train_gpt_cpu_fp32"], [1]),
+    "ptx_machine": (["build/test_ptx"], ["build/test_ptx"], [1]),
+    "ptx_plant": (["build/test_exact_bf16", *PTX], [sys.executable, "dev/ptx/plant.py", "--quick"], [1]),
     "standin_exact": (["build/test_standin_exact"], ["build/test_standin_exact"], [1]),
     "standin_serial": (["build/test_standin_serial"], ["build/test_standin_serial"], [1]),
     **{f"nccl_{n}": (["build/test_nccl"], [*MPIRUN, "-n", str(n), "build/test_nccl"], [1]) for n in range(1, 5)},
