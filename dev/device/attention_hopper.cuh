@@ -249,8 +249,8 @@ void attention_forward_hopper(floatX* out, float* lse, const floatX* q, const fl
 // warpgroup's first warp loads: k and v once, then a ring of tiles of q, dout (bulk copies), lse and delta. Each of the
 // other two groups has 64 of the keys, scores transposed: p (64,QUERIES) = k q^T, dp = v dout^T,
 //   dv += p dout,  dk += ds q,  p and ds from registers;  dq = ds^T k over all keys, ds through shared memory
-// where a group has half of the columns of dq (head size 128) or half of its queries (64): 64 x 64 in both cases. What
-// a block has of dq it leaves in shared memory; two warps of the last group, for every other tile each, wait for the
+// where a group has half of the columns of dq (head size 128) or half of its queries (64): 64 x 64 in both cases. It
+// leaves while the next tile's first scores are multiplied. What a block has of dq it leaves in shared memory; two warps of the last group, for every other tile each, wait for the
 // turn and add it to `sum`: one bulk addition, so that each element has one order of adding. The last block to add to a
 // tile adds in registers, scales and rounds. A tile is 2560 clocks of the tensor cores (4096 FLOP each), loads 32 KB
 // and adds 32 KB.
@@ -412,13 +412,11 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
         for (int i = 0; i < 4; i++) wgmma_rs<HS, 1>(c.v, a[i], b + i * LINE, 1);
         wgmma_commit();
     };
-    mbarrier_wait(kv_full, 0);
-    for_each_tile([&](int head, int tile) {
-        Scores p[PIECES], ds[PIECES];
+    auto piece_at = [&](int i) { return uint64_t((stage * F::TILE + i * 64 * LINE) / 16); };
+    // From the scores of a tile, whose p[0] is under way, to dv, dk and ds in shared memory.
+    auto add_tile = [&](Scores* p, int tile) {
+        Scores ds[PIECES];
         unsigned rounded_p[PIECES][4][4], rounded_ds[PIECES][4][4];
-        auto piece_at = [&](int i) { return uint64_t((stage * F::TILE + i * 64 * LINE) / 16); };
-        mbarrier_wait(full + stage, phase);
-        multiply_rows(p[0], k_rows, q_rows + piece_at(0));
         multiply_rows(ds[0], v_rows, do_rows + piece_at(0));
         if constexpr (PIECES == 2) multiply_rows(p[1], k_rows, q_rows + piece_at(1));
         #pragma unroll
@@ -466,18 +464,19 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
         }
         fence_async_shared();
         named_barrier_sync(1, 256);  // ds is there, and the last tile's is read
-
-        Tile<16, 64> acc;
+        wgmma_wait<0>();
+        wgmma_registers<HS / 2>(acc_k.v);
+        wgmma_registers<HS / 2>(acc_v.v);
+        if (lane() == 0) mbarrier_arrive(empty + stage);
+    };
+    auto multiply_dq = [&](Tile<16, 64>& acc, int stage) {
         wgmma_fence();
         #pragma unroll
         for (int i = 0; i < KEYS / 16; i++)
             wgmma_ss<64, 1, 1>(acc.v, ds_columns + (stage * F::DS + i * 16 * LINE) / 16, k_columns + i * LINE, i > 0);
         wgmma_commit();
-        wgmma_wait<1>();
-        wgmma_registers<HS / 2>(acc_k.v);
-        wgmma_registers<HS / 2>(acc_v.v);
-        if (lane() == 0) mbarrier_arrive(empty + stage);
-        wgmma_wait<0>();
+    };
+    auto leave_dq = [&](Tile<16, 64>& acc, int head, int tile) {
         wgmma_registers<32>(acc.v);
         const int at = group * 8 * 128 + threadIdx.x % 128;
         if (is_last(tile)) {
@@ -507,8 +506,26 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
             named_barrier_arrive(buffer_full(next_buffer), BUFFER_THREADS);
             next_buffer ^= 1;
         }
+    };
+    // While a tile's dq leaves, the next tile's scores are multiplied. Nothing is under way where the loop begins anew:
+    // ptxas would wait for each product by itself. Before the first tile dq is of what lies there, for nobody.
+    mbarrier_wait(kv_full, 0);
+    for_each_tile([&](int head, int tile) {
+        const bool first_tile = head == first_head && tile == tiles - 1, next_head = tile == tiles - 1;
+        Tile<16, 64> acc;
+        Scores p[PIECES];
+        multiply_dq(acc, stage ^ 1);  // of the two stages, the last tile's
+        mbarrier_wait(full + stage, phase);
+        multiply_rows(p[0], k_rows, q_rows + piece_at(0));
+        wgmma_wait<1>();
+        if (!first_tile) leave_dq(acc, head - next_head, next_head ? row0 / QUERIES : tile + 1);
+        add_tile(p, tile);
         advance();
     });
+    Tile<16, 64> acc;
+    multiply_dq(acc, stage ^ 1);
+    wgmma_wait<0>();
+    leave_dq(acc, end_head - 1, row0 / QUERIES);
     for (int i = 0; i < 2; i++) named_barrier_sync(buffer_free(i), BUFFER_THREADS);
     // dk and dv go through the rows that k and v had
     named_barrier_sync(1, 256);

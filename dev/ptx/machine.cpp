@@ -315,6 +315,7 @@ static void run_warp(Warp& w) {
             Counts& c = grid.counts;
             (in.kind == TENSOR ? c.tensor : in.kind == FLOAT ? c.floats : in.kind == INTEGER ? c.integers
              : in.kind == SPECIAL ? c.special : in.kind == MEMORY ? c.memory : c.control)++;
+            c.uncovered += w.product_group - 1 == w.product_done && in.kind != TENSOR;
         }
         if (in.run == leave) {
             w.live &= ~lanes, g.lanes &= ~lanes, g.pc++;
