@@ -9,6 +9,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <unistd.h>
 #include <atomic>
 #include <limits>
 #include <memory>
@@ -341,9 +342,10 @@ struct NcclExchange {
                            "MPI_Testall", ncclRemoteError);
             if (done) return ncclSuccess;
             if (comm->aborted) break;
-            if (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() > seconds)
-                return ncclInProgress;
-            sched_yield();
+            const double waited = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+            if (waited > seconds) return ncclInProgress;
+            if (waited < 1e-3) sched_yield();
+            else usleep(100);  // the others may need the core, and one that hangs is waited for long
         }
         for (MPI_Request& r : requests) {
             if (r == MPI_REQUEST_NULL) continue;
