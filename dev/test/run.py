@@ -29,11 +29,13 @@ PTX = ["build/test_gpt.sm_90a.bf16.ptx"] if shutil.which("nvcc") or shutil.which
 # name: make targets, command, seeds of the lanes' order (one run each); the long ones first
 JOBS = {
     "sanitized_bf16": (["build/test_sanitized_bf16"], ["build/test_sanitized_bf16", "--quick"], [2]),
-    "exact_fp32": (["build/test_exact_fp32"], ["build/test_exact_fp32"], [4]),
+    # what --quick leaves out: at night
+    "exact_fp32": (["build/test_exact_fp32"], ["build/test_exact_fp32", "--quick"], [4]),
     "exact_bf16": (["build/test_exact_bf16"], ["build/test_exact_bf16"], [5]),
     "ptx": (["build/test_exact_bf16", *PTX], [sys.executable, "dev/ptx/check.py", "--quick"], [1]),
     "serial_fp32": (["build/test_serial_fp32"], ["build/test_serial_fp32"], [1]),
-    "serial_bf16": (["build/test_serial_bf16"], ["build/test_serial_bf16"], [1]),
+    # as users build it (test_serial_bf16): at night
+    "serial_bf16": (["build/test_serial_o1_bf16"], ["build/test_serial_o1_bf16"], [1]),
     "cli_fp32": (["build/train_gpt_cpu_fp32"], [*CLI, "build/train_gpt_cpu_fp32", GOLDEN], [1]),
     "cli_bf16": (["build/train_gpt_cpu_bf16"], [*CLI, "build/train_gpt_cpu_bf16", GOLDEN, "--bf16"], [1]),
     "channel": (["build/test_channel"], ["build/test_channel"], [1]),
@@ -45,7 +47,7 @@ JOBS = {
     "generate_bf16": (["build/train_gpt_cpu_bf16"], [*GENERATE, "build/train_gpt_cpu_bf16", "--bf16"], [1]),
     "disk": (["build/train_gpt_cpu_fp32"], [sys.executable, "dev/test/test_disk.py", "build/train_gpt_cpu_fp32"], [1]),
     "kill": (["build/train_gpt_cpu_fp32"], [*KILL, "build/train_gpt_cpu_fp32", "--kills", "6"], [1]),
-    "fuzz": ([], [sys.executable, "dev/fuzz/run.py", "--seconds", "20"], [1]),
+    "fuzz": ([], [sys.executable, "dev/fuzz/run.py", "--seconds", "10"], [1]),
     "faults": (["build/train_gpt_cpu_fp32"],
                [sys.executable, "dev/test/test_faults.py", "build/train_gpt_cpu_fp32"], [1]),
     "properties": (["build/properties_fp32"], ["build/properties_fp32", "--cases", "6"], [6]),
