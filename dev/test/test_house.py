@@ -73,14 +73,21 @@ def compiles(command, header, suffix):
 
 
 class House(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        subprocess.run(["make", "-s", "sources", "build/src/dev/test/properties.cu"], cwd=ROOT, check=True)
+
     def test_each_header_compiles_alone(self):
-        subprocess.run(["make", "-s", "sources"], cwd=ROOT, check=True)
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             for compiler in COMPILERS:
                 said = pool.map(lambda h: compiles([compiler, *CXX], h, ".cpp"), HEADERS)
                 for header, complaint in zip(HEADERS, said):
                     with self.subTest(header, compiler=compiler):
                         self.assertEqual(complaint, "")
+
+    def test_what_only_the_night_builds_compiles(self):
+        self.assertEqual(compiles([COMPILERS[0], *CXX, "-DEXACT_GEOMETRY", "-I" + str(ROOT)],
+                                  str(ROOT / "build/src/dev/test/properties.cu"), ".cpp"), "")
 
     @unittest.skipUnless(NVCC and FULL, "is for --full, with nvcc")
     def test_each_header_compiles_alone_with_nvcc(self):
