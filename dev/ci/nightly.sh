@@ -41,6 +41,7 @@ sanitized_bf16     | build/properties_sanitized_bf16 | build/properties_sanitize
 serial_tests16     | build/test_serial_bf16         | env CUBLASLT_CPU_ALGORITHMS= build/test_serial_bf16
 exact_tests        | build/test_exact_fp32          | build/test_exact_fp32
 sanitized_tests    | build/test_sanitized_fp32      | build/test_sanitized_fp32
+sanitized_tests16  | build/test_sanitized_bf16      | env CUBLASLT_CPU_ALGORITHMS= build/test_sanitized_bf16
 properties_ranks   | $trainer | $python dev/test/properties_ranks.py $trainer --cases 60 --full --seed $seed
 properties_ranks16 | $half | $python dev/test/properties_ranks.py $half --cases 60 --full --bf16 --seed $seed
 fuzz               |                                | $python dev/fuzz/run.py --seconds $share

@@ -28,7 +28,6 @@ PTX = ["build/test_gpt.sm_90a.bf16.ptx"] if shutil.which("nvcc") or shutil.which
 
 # name: make targets, command, seeds of the lanes' order (one run each); the long ones first
 JOBS = {
-    "sanitized_bf16": (["build/test_sanitized_bf16"], ["build/test_sanitized_bf16", "--quick"], [2]),
     # what --quick leaves out: at night
     "exact_fp32": (["build/test_exact_fp32"], ["build/test_exact_fp32", "--quick"], [4]),
     "exact_bf16": (["build/test_exact_bf16"], ["build/test_exact_bf16"], [5]),
