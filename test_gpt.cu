@@ -169,6 +169,7 @@ TEST(norm_residual) {
                         {7, 96},
                         {33, RAGGED(130)},
                         {5, 2048},
+                        {1, 4096},
                         {2, EXACT || !BF16 ? 1000 : 11008},
                         {1, BF16 ? 12288 : 6144},
                         {70, RAGGED(1)}})
@@ -200,6 +201,7 @@ TEST(norm_backward) {
                         {7, 96},
                         {67, RAGGED(130)},
                         {5, 2048},
+                        {1, 4096},
                         {2, EXACT || !BF16 ? 1000 : 11008},
                         {1, BF16 ? 12288 : 6144}})
         for (Norm norm : BOTH_NORMS)
@@ -286,6 +288,7 @@ TEST(qkv_norm_rope) {
                     {1, 3, 2, 2, 72},
                     {1, 35, 4, 1, 128},
                     {2, 3, 2, 1, 8},
+                    {1, 2, BF16 ? 52 : 26, 1, 128},
                     {1, 3, 2, 1, 256}})
         for (Norm norm : BOTH_NORMS)
             for (int gains : {0, 2, 3})
@@ -334,6 +337,7 @@ TEST(ffn_norm_act) {
                         {67, 40},
                         {9, RAGGED(172)},
                         {3, RAGGED(1001)},
+                        {1, BF16 ? 4096 : 2048},
                         {2, EXACT || !BF16 ? 600 : 11008},
                         {1, BF16 ? 14336 : 7168},
                         {1, BF16 ? 28672 : 14336}})
@@ -402,7 +406,11 @@ TEST(widest_norm) {
 }
 
 TEST(embedding) {
-    for (auto [B, T, C, V] : {std::tuple{1, 1, 16, 3}, {2, 13, 48, 7}, {3, 5, 200, 1000}})
+    for (auto [B, T, C, V] : {std::tuple{1, 1, 16, 3},
+                              {2, 13, 48, 7},
+                              {3, 5, 200, 1000},
+                              {1, 2, 4096, 3},
+                              {1, 2, BF16 ? 8192 : 6144, 3}})
         for (bool learned : {false, true}) {
             Random r{uint64_t(T)};
             const int N = B * T;
@@ -1131,6 +1139,39 @@ TEST(hash) {
         for (size_t at = 0; at < text.size(); at += piece) h.add(&text[at], std::min(piece, text.size() - at));
         EXPECT(h.value() == of(text));
     }
+}
+
+// What only many ranks launch: the weights' hash, the same in any order of adding, and the sum of two micro-batches' shards.
+TEST(kernels_of_ranks) {
+    Random r{3};
+    for (size_t count : {size_t(1), size_t(33), size_t(CHUNK) + 7}) {
+        std::vector<unsigned> words(count);
+        unsigned long long want = 0;
+        for (size_t i = 0; i < count; i++) {
+            words[i] = unsigned(random_bits(5, 1, i));
+            unsigned long long x = (words[i] + 0x9e3779b97f4a7c15ull * (i + 1)) * 0xbf58476d1ce4e5b9ull;
+            want += (x ^ (x >> 29)) * 0x94d049bb133111ebull;
+        }
+        Dev<unsigned> there(count);
+        Dev<unsigned long long> parts(chunks(count)), hash(1);
+        CHECK(cudaMemcpy(there.p, words.data(), count * 4, cudaMemcpyHostToDevice));
+        weights_hash_kernel<<<chunks(count), 256>>>(parts.p, there.p, count);
+        hash_sum_kernel<<<1, 512>>>(hash.p, parts.p, chunks(count));
+        unsigned long long got = 0;
+        CHECK(cudaMemcpy(&got, hash.p, 8, cudaMemcpyDeviceToHost));
+        EXPECT(got == want);
+    }
+    auto check_add = [&](auto type) {
+        using G = decltype(type);
+        const size_t count = 5 * FOUR * 32;
+        Dev<G> sum(normals(count, r)), x(normals(count, r));
+        Vec want = sum.v;
+        for (size_t i = 0; i < count; i++) want[i] += x.v[i];
+        add_kernel<G><<<3, 32>>>(sum.p, x.p, count);
+        expect_close(sum.get(), want, sizeof(G) == 2 ? 4e-3 : 1e-7, "sum");
+    };
+    check_add(float());
+    check_add(__nv_bfloat16());
 }
 
 // Whatever the number of ranks: units follow one another and hold the tensors, pieces of all ranks make up each unit,
