@@ -234,6 +234,19 @@ __device__ inline float2 rotate(float2 y, float2 angle) {
     return make_float2(y.x * angle.x - y.y * angle.y, y.x * angle.y + y.y * angle.x);
 }
 
+// The angles of a pack's pairs, 16 bytes at a time: the `i`-th of a head is that of the elements from e on of a pack.
+struct AngleReader {
+    float4 v[PACK / 4];
+    __device__ float2 operator()(const float2* angles, int i, int e) {
+        if constexpr (SERIAL) return angles[i];
+        if (e == 0) {
+            #pragma unroll
+            for (int j = 0; j < PACK / 4; j++) v[j] = reinterpret_cast<const float4*>(angles + i)[j];
+        }
+        return e % 4 == 0 ? make_float2(v[e / 4].x, v[e / 4].y) : make_float2(v[e / 4].z, v[e / 4].w);
+    }
+};
+
 // A row (W) that is split into heads: as a Row, but columns of the next head lie h.T rows further.
 template <int PACKS>
 struct HeadRow : Row<PACKS> {
@@ -301,6 +314,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
         const float2* angle = rope && part < 2 ? rope + (h.past + n % h.T) * (h.HS / 2) : nullptr;
         floatX* out = (part == 0 ? q : part == 1 ? k : v) + h.at(part, n);
         PackReader g;
+        AngleReader turn;
         PackWriter write;
         auto pair = [&](int p, int e, int c, size_t at, int i) {
             float2 y = make_float2(x[part](p, e), x[part](p, e + 1));
@@ -308,7 +322,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
                 y.x = g(gain + c, e) * normalize(y.x, s[part]);
                 y.y = g(gain + c + 1, e + 1) * normalize(y.y, s[part]);
             }
-            if (angle) y = rotate(y, angle[i]);
+            if (angle) y = rotate(y, turn(angle, i, e));
             write(out + at, e, y.x);
             write(out + at + 1, e + 1, y.y);
         };
@@ -351,9 +365,12 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
             x.load(raw + n * QKV + h.begin(part), W);
             dy.load((part == 0 ? dq : part == 1 ? dk : dv) + h.at(part, n), W, h);
             // the gradient of a pair before the rotation: turned back by the same angle
+            AngleReader turned;
             auto gradient = [&](int p, int e, size_t at, int i) {
                 const float2 d = make_float2(dy(p, e, at), dy(p, e + 1, at + 1));
-                return angle ? rotate(d, make_float2(angle[i].x, -angle[i].y)) : d;
+                if (!angle) return d;
+                const float2 a = turned(angle, i, e);
+                return rotate(d, make_float2(a.x, -a.y));
             };
             floatX* out = draw + n * QKV + h.begin(part);
             PackWriter write;

@@ -906,9 +906,8 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, 1)
                         const int t = tile * COLS + dq_row + acc.row(s);
                         floatX* row = dq + (step_head(step) * T + t) * HS + dq_col;
                         #pragma unroll
-                        for (int e = 0; e < acc.PER_ROW; e += 2)
-                            if (t < T && dq_col + acc.col(e) < HS)
-                                store_pair(row + acc.col(e), scale * acc.at(s, e), scale * acc.at(s, e + 1));
+                        for (int e = 0; e < acc.PER_ROW; e += SERIAL ? 1 : 4)
+                            store_columns(row, acc, s, e, scale, t < T ? HS - dq_col : 0);
                     }
                 } else {
                     #pragma unroll

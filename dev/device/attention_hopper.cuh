@@ -494,8 +494,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
                 const int t = tile * QUERIES + dq_row + acc.row(s);
                 floatX* row = dq + (size_t(head) * T + t) * HS + dq_col;
                 #pragma unroll
-                for (int e = 0; e < acc.PER_ROW; e += 2)
-                    if (t < T) store_pair(row + acc.col(e), scale * acc.at(s, e), scale * acc.at(s, e + 1));
+                for (int e = 0; e < acc.PER_ROW; e += 4) store_columns(row, acc, s, e, scale, t < T ? 64 : 0);
             }
         } else {
             float4* to = reinterpret_cast<float4*>(sdq + next_buffer * QUERIES * HS) + at;

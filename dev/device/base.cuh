@@ -71,10 +71,10 @@ __device__ inline void block_sums(F (&v)[K]) {
     __syncthreads();  // the last call's readers are done
     #pragma unroll
     for (int k = 0; k < K; k++)
-        if (lane() == 0) part[warp() * K + k] = v[k];
+        if (lane() == 0) part[k * 32 + warp()] = v[k];
     __syncthreads();
     #pragma unroll
-    for (int k = 0; k < K; k++) v[k] = warp_sum(lane() < num_warps() ? part[lane() * K + k] : F(0));
+    for (int k = 0; k < K; k++) v[k] = warp_sum(lane() < num_warps() ? part[k * 32 + lane()] : F(0));
 }
 template <typename F>
 __device__ inline F block_sum(F v) {

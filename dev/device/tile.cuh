@@ -41,6 +41,27 @@ __device__ inline float tile_row_max(float v) {
     return v;
 }
 
+// Elements e to e + 3 of slot s, times scale, to their places in row (floatX), columns below `end` only. The four lanes that
+// share the row exchange what they have of 16 columns, so that each stores four neighbours and fills its sectors.
+template <typename T>
+__device__ inline void store_columns(floatX* row, const T& tile, int s, int e, float scale, int end) {
+    if constexpr (SERIAL) {
+        if (tile.col(e) < end) row[tile.col(e)] = scale * tile.at(s, e);
+    } else if constexpr (!BF16) {
+        for (int i = e; i < e + 4; i += 2)
+            if (tile.col(i) < end) store_pair(row + tile.col(i), scale * tile.at(s, i), scale * tile.at(s, i + 1));
+    } else {
+        const unsigned low = pack_bf16(scale * tile.at(s, e), scale * tile.at(s, e + 1));
+        const unsigned high = pack_bf16(scale * tile.at(s, e + 2), scale * tile.at(s, e + 3));
+        const bool upper = lane() & 2, odd = lane() & 1;  // lanes 2 and 3 take the second 8 columns
+        const unsigned other = __shfl_xor_sync(ALL_LANES, upper ? low : high, 2);
+        const unsigned first = upper ? other : low, second = upper ? high : other;  // of lanes 0, 1 and of 2, 3
+        const unsigned third = __shfl_xor_sync(ALL_LANES, odd ? first : second, 1);
+        const int col = e / 2 * 8 + lane() % 4 * 4;
+        if (col < end) *reinterpret_cast<uint2*>(row + col) = odd ? make_uint2(third, second) : make_uint2(first, third);
+    }
+}
+
 // Tiles in shared memory: rows of W elements in 16-byte chunks. ldmatrix reads 8 rows of one chunk at once; they fall
 // into different banks, since chunk c of row r lies at c ^ r%8 where a row has 8 chunks or a power of 2 times that, and
 // rows are an odd number of chunks apart where it has not. Copies run along rows: 8 lanes write 8 chunks in different
