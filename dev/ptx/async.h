@@ -562,7 +562,11 @@ inline void watch_registers(Warp& w, const Instr& in) {
     w.moment++;
     if (in.rename) {
         const uint32_t d = in.s[0].id, s = in.s[1].id;
-        w.writes[d] = w.writes[s], w.reads[d] = w.reads[s], w.touched[d] = w.touched[s], w.product_pc[d] = w.product_pc[s];
+        if (d != s && std::max(w.writes[d], w.reads[d]) > w.product_done)
+            w.report("wgmma", 0, "register " + register_name(w, in.s[0]) + " is written, which the " +
+                                     w.place(w.product_pc[d]) + " uses");
+        if (s == 0) w.writes[d] = w.reads[d] = 0, w.touched[d] = w.moment;
+        else w.writes[d] = w.writes[s], w.reads[d] = w.reads[s], w.touched[d] = w.touched[s], w.product_pc[d] = w.product_pc[s];
         return;
     }
     for (size_t i = 0; i < in.s.size(); i++) {
