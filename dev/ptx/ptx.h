@@ -17,7 +17,7 @@ namespace ptx {
 // there is one. kind: parse (text that it does not know, an opcode too), launch, address (outside of every allocation),
 // alignment, poison (what was never written reached an address, a branch or memory), race, proxy (a race that only a
 // proxy fence would mend), phase (read before its mbarrier or copy group has let it), wgmma (a register of a wgmma under
-// way is touched), barrier (counts that do not fit), stuck (nobody can go on), registers (setmaxnreg).
+// way is touched), barrier (counts or lanes that do not fit), stuck (nobody can go on), registers (setmaxnreg).
 struct Report : std::runtime_error {
     std::string kind;
     Report(const std::string& kind, const std::string& text) : std::runtime_error(text), kind(kind) {}
