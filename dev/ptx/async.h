@@ -204,7 +204,7 @@ inline Mbarrier& mbarrier_at(Warp& w, int lane, uint32_t at) {
 }
 inline void mbarrier_check(Block& block, Mbarrier& m) {  // whether its phase has ended
     if (m.pending || m.bytes) return;
-    m.arriving.of[ARRIVALS + m.agent].all = m.step;
+    m.arriving.of[ARRIVALS + m.agent].all = m.under_way.empty() ? m.step : *m.under_way.begin() - 1;
     m.done.merge(m.arriving);
     m.arriving = {};
     m.phase++;
@@ -328,6 +328,7 @@ inline void bulk_begin(Warp& w, int lane, Bulk& bulk, uint32_t bytes) {
         Mbarrier& m = mbarrier_at(w, lane, bulk.mbarrier);
         if (!m.fenced) w.report("proxy", lane, "the mbarrier was initialised without a proxy fence after it");
         bulk.step = smem.step = gmem.step = ++m.step;
+        m.under_way.insert(bulk.step);
         smem.agent = gmem.agent = uint8_t(ARRIVALS + m.agent);
     } else {
         bulk.step = smem.step = gmem.step = w.bulk_step++;
@@ -426,6 +427,7 @@ inline bool bulk_step(Block& block, Bulk& bulk) {
             memset(block.written.data() + (p.shared - SHARED_BASE), 1, 16);
         }
         Mbarrier& m = block.mbarriers.at(bulk.mbarrier);
+        m.under_way.erase(bulk.step);
         m.bytes -= int64_t(bulk.pieces.size()) * 16;
         mbarrier_check(block, m);
         return true;

@@ -29,6 +29,7 @@ struct Mbarrier {
     uint64_t phase = 0;
     int agent = 0;
     uint32_t step = 0;  // of its copies
+    std::set<uint32_t> under_way;  // their steps
     bool fenced = false;
     Clock arriving, done;  // of this phase, of those that have ended
 };
