@@ -10,12 +10,12 @@ usage: dev/ptx/plant.py [--list] [--filter TEXT] [--seeds N] [--jobs N] [--quick
   --table        print a table in markdown too
   --verbose      print reports whole, and the seconds of each run
 
-A fault is one small edit of one kernel's text, found by opcode and occurrence. The PTX with it goes to a temporary file,
-and the cheapest test that reaches it runs on the machine. That must end with status 1 and a report of an expected kind, of
-that kernel, whose place is the edit's: `at`, where the machine stopped, or `other`, the other place in its line, so many
-instructions from the edit. Of kind `test` is what the test itself notices by its numbers. What must run through is a
-correct variation, kind `none`. Wants build/test_exact_bf16 and build/test_gpt.sm_*.bf16.ptx, as they are, and makes what is
-not there; skips where there is no PTX and no nvcc.
+A fault is one small edit of one kernel's text, found by opcode and occurrence. The PTX with it goes to a temporary
+file, and the cheapest test that reaches it runs on the machine. That must end with status 1 and a report of an
+expected kind, of that kernel, whose place is the edit's: `at`, where the machine stopped, or `other`, the other place
+in its line, so many instructions from the edit. Of kind `test` is what the test itself notices by its numbers. What
+must run through is a correct variation, kind `none`. Wants build/test_exact_bf16 and build/test_gpt.sm_*.bf16.ptx, as
+they are, and makes what is not there; skips where there is no PTX and no nvcc.
 """
 import argparse
 import collections
@@ -219,8 +219,8 @@ def unguarded(instr):
 
 # --- The faults
 
-# what; kernel; edits: (place, change)..; kinds, one of which must come; where it must be, "at" or "other" or "any", within
-# so many instructions of the first edit; PTX, test
+# what; kernel; edits: (place, change)..; kinds, one of which must come; where it must be, "at" or "other" or "any",
+# within so many instructions of the first edit; PTX, test
 Fault = collections.namedtuple("Fault", "what kernel edits kinds where within ptx test quick")
 FAULTS = []
 
