@@ -273,7 +273,8 @@ static bool can_meet(const Warp& w, const Instr& in, const Group& g, uint32_t la
         needed &= masks[__builtin_ctz(lanes)];
     }
     if ((g.lanes & needed) != needed) return false;
-    if (needed & ~lanes) w.report("barrier", __builtin_ctz(needed & ~lanes), "lanes that it is for do not execute it: their guard is false");
+    const uint32_t absent = needed & ~lanes;
+    if (absent) w.report("barrier", __builtin_ctz(absent), "a lane that it is for does not execute it: its guard is false");
     return true;
 }
 
