@@ -61,7 +61,7 @@ GPU_STAMP = build/gpu.flags
 
 HAVE_GPU := $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | grep -m 1 '^GPU'))
 
-.PHONY: FORCE all cpu gpu run test lint ptx-check gpu-check bench clean help sources nccl
+.PHONY: FORCE all cpu gpu run test lint ptx-check gpu-check bench ptx-costs clean help sources nccl
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -117,6 +117,12 @@ ifneq ($(filter steps all,$(PART)),)
 	@$(PYTHON) dev/bench/step.py --trainer build/train_gpt_$(DEVICE) --bench build/bench_$(DEVICE) \
 	    --device $(if $(HAVE_GPU),cuda,cpu) --results $(RESULTS) $(if $(MODEL),--model $(MODEL))
 endif
+
+COUNTS = $(patsubst %,build/%.ptx_counts,1B 7B)
+
+ptx-costs: build/bench.sm_90a.bf16.ptxas $(COUNTS)  ## what nvcc makes of each kernel, counted on a CPU: least times on an H100
+	@$(PYTHON) dev/bench/ptx_costs.py --ptx build/bench.sm_90a.bf16.ptx --ptxas $< $(COUNTS) > $(RESULTS)/ptx-costs.new
+	@mv $(RESULTS)/ptx-costs.new $(RESULTS)/ptx-costs.md
 
 clean:  ## remove everything that make has built (not runs/ and data/)
 	rm -rf build train_gpt
@@ -178,6 +184,22 @@ build/%.$1.$2.ptx: %.cu $$(SOURCES)
 	$$(NVCC) -std=c++17 -O3 -ptx -lineinfo -arch=$1 $$($2) $$(GPU_INC) $$< -o $$@
 endef
 $(foreach arch,sm_80 sm_90a,$(foreach precision,fp32 bf16,$(eval $(call PTX,$(arch),$(precision)))))
+
+# what `make ptx-costs` is made of
+build/bench.sm_90a.bf16.ptx: dev/bench/bench.cu $(SOURCES)
+	@mkdir -p build
+	$(NVCC) -std=c++17 -O3 -ptx -lineinfo -arch=sm_90a $(bf16) $(GPU_INC) $< -o $@
+build/%.ptxas: build/%.ptx
+	$(dir $(NVCC))ptxas -arch=$(word 2,$(subst ., ,$(@F))) -v $< -o /dev/null 2> $@
+build/bench_ptx_%: build/src/dev/bench/bench.cu $(CPU_SOURCES) $(CPU_STAMP) build/ptx.o
+	$(CXX) $(CXXFLAGS) -O1 -DEXACT_GEOMETRY -DUSE_PTX -rdynamic $($*) $(MPI) -x c++ $< \
+	    -x none build/ptx.o $(GEMM) $(MPI_LIB) -lboost_context -ldl -o $@
+build/%.ptx_counts: build/bench_ptx_bf16 build/bench.sm_90a.bf16.ptx
+	@rm -f $@
+	CUDA_CPU_PTX=build/bench.sm_90a.bf16.ptx CUDA_CPU_PTX_COUNTS=$@ $< --part counts --model $*
+
+build/test_counts: dev/ptx/test_counts.cpp dev/cpu/expect.h build/ptx.o
+	$(CXX) $(CXXFLAGS) $< build/ptx.o -o $@
 
 # null and object-size: AddressSanitizer stops there too, and they cost a sixth of the build
 SANITIZED = -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=undefined

@@ -279,7 +279,7 @@ inline void mbarrier_try_wait(Warp& w, const Instr& in, uint32_t lanes) {
                 if (same) break;
             }
     }
-    if (done != lanes) w.yields = true;
+    if (done != lanes) w.yields = true, w.looks();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -547,6 +547,10 @@ template <int N, bool RS> void wgmma(Warp& w, const Instr& in, uint32_t) {
             w.reads[a[j].id] = w.product_group, w.product_pc[a[j].id] = w.pc;
         }
     product<N>(w, d, p ? d : nullptr, A, B, bad, columns);
+    if (options.counts) {  // its 128-byte lines of shared memory: a warp's rows of A; B once for the four
+        const uint64_t fronts = (RS ? 0 : 4) + N / 16;
+        w.block.grid->counts.wavefronts += fronts, w.block.grid->counts.wavefronts_needed += fronts;
+    }
 }
 inline void wgmma_fence(Warp& w, const Instr&, uint32_t) { w.fence = w.moment, w.fenced = true; }
 inline void wgmma_commit(Warp& w, const Instr&, uint32_t) {

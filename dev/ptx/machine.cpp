@@ -168,9 +168,10 @@ static bool memory_instruction(Instr& in, std::vector<std::string> p) {
     else if (is(p, {"volatile", "shared"})) in.strong = true, in.run = store ? memory<true, true> : memory<true, false>;
     else if (is(p, {"shared"})) in.run = store ? memory<true, true> : memory<true, false>;
     else if (is(p, {"global"}) || is(p, {"global", "cg"}) || is(p, {"global", "cs"}) || is(p, {"global", "wb"}) ||
-             is(p, {"global", "nc"}))
+             is(p, {"global", "nc"})) {
+        in.cached = p.size() == 2 || p[2] == "nc" || p[2] == "wb";
         in.run = store ? memory<false, true> : memory<false, false>;
-    else if (is(p, {"volatile", "global"})) in.strong = true, in.run = store ? memory<false, true> : memory<false, false>;
+    } else if (is(p, {"volatile", "global"})) in.strong = true, in.run = store ? memory<false, true> : memory<false, false>;
     else if (store && is(p, {"release", "gpu", "global"})) in.strong = true, in.run = store_release;
     else if (!store && is(p, {"acquire", "gpu", "global"})) in.strong = true, in.run = load_acquire;
     return in.width > 0;
@@ -236,6 +237,7 @@ void choose(Kernel& kernel, Instr& in, const std::vector<std::string>& p) {
     for (const Whole& known : table)
         if (whole == known.op) {
             in.run = known.run, in.kind = known.kind, in.meet = known.meet, in.outs = uint8_t(known.outs + in.pair);
+            in.cached = op == "cp" && p.size() > 2 && p[2] == "ca";
             return;
         }
     if (begins("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16") ||
@@ -278,6 +280,32 @@ static bool can_meet(const Warp& w, const Instr& in, const Group& g, uint32_t la
     return true;
 }
 
+static void count(Grid& grid, int pc, int64_t times) {
+    const Class kind = grid.kernel.code[pc].kind;
+    Counts& c = grid.counts;
+    grid.at[pc][0] += times;
+    (kind == TENSOR ? c.tensor : kind == FLOAT ? c.floats : kind == INTEGER ? c.integers
+     : kind == SPECIAL ? c.special : kind == MEMORY ? c.memory : c.control) += times;
+}
+// How often a warp looks for an event in vain is the machine's doing, not the program's: only its last look counts.
+static void count(Warp& w, Grid& grid, int pc) {
+    const std::vector<Instr>& code = grid.kernel.code;
+    Counts& c = grid.counts;
+    auto uncovered = [&](int i) { return w.product_group - 1 == w.product_done && code[i].kind != TENSOR; };
+    if (pc == w.looked)
+        for (int i : w.since) {
+            count(grid, i, -1);
+            c.uncovered -= uncovered(i);
+            if (code[i].run != load_acquire) continue;
+            c.sectors--, c.sectors_needed--, c.read -= 4, c.to_l2--;
+            grid.at[i][1]--, grid.at[i][2]--, grid.at[i][3]--;
+        }
+    if (pc == w.looked || w.since.size() > 16) w.looked = -1;
+    count(grid, pc, 1);
+    c.uncovered += uncovered(pc);
+    if (w.looked >= 0) w.since.push_back(pc);
+}
+
 // Some instructions of a warp. Lanes that are apart go on from the lowest place, so that they meet again, but now and
 // then from another.
 static void run_warp(Warp& w) {
@@ -311,13 +339,7 @@ static void run_warp(Warp& w) {
             continue;
         }
         grid.counts.instructions++;
-        if (counts) {
-            grid.at[g.pc][0]++;
-            Counts& c = grid.counts;
-            (in.kind == TENSOR ? c.tensor : in.kind == FLOAT ? c.floats : in.kind == INTEGER ? c.integers
-             : in.kind == SPECIAL ? c.special : in.kind == MEMORY ? c.memory : c.control)++;
-            c.uncovered += w.product_group - 1 == w.product_done && in.kind != TENSOR;
-        }
+        if (counts) count(w, grid, g.pc);
         if (in.run == leave) {
             w.live &= ~lanes, g.lanes &= ~lanes, g.pc++;
             if (g.lanes == 0) w.groups.erase(w.groups.begin() + pick);
@@ -344,7 +366,10 @@ static void run_warp(Warp& w) {
                               in.run != wgmma<128, false>)) watch_registers(w, in);
                 in.run(w, in, lanes);
             }
-            if (w.state == Warp::NO_REGISTERS) return;
+            if (w.state == Warp::NO_REGISTERS) {
+                if (counts) count(grid, g.pc, -1);
+                return;
+            }
             g.pc++;
         }
         refused = 0;
@@ -557,10 +582,14 @@ Counts run(Module& module, const std::string& name, const Launch& launch) {
     }
     fesetenv(&environment);
     Counts& c = grid.counts;
-    for (auto& s : grid.sectors) c.read_distinct += 32 * (s.second & 1), c.written_distinct += 32 * (s.second >> 1);
+    for (auto& s : grid.sectors) {
+        c.read_distinct += 32 * s.second.read, c.written_distinct += 32 * s.second.written;
+        c.shared_distinct += 32 * (s.second.read + s.second.written) * s.second.shared;
+    }
     for (size_t i = 0; i < grid.at.size(); i++)
         if (grid.at[i][0])
-            c.lines.push_back({uint64_t(kernel.code[i].line), grid.at[i][0], grid.at[i][1], grid.at[i][2], grid.at[i][3]});
+            c.lines.push_back({uint64_t(kernel.code[i].line), grid.at[i][0], grid.at[i][1], grid.at[i][2], grid.at[i][3],
+                               grid.at[i][4]});
     return c;
 }
 

@@ -330,6 +330,7 @@ inline void store_release(Warp& w, const Instr& in, uint32_t lanes) {
 }
 inline void load_acquire(Warp& w, const Instr& in, uint32_t lanes) {
     memory<false, false>(w, in, lanes);
+    w.looks();
     EACH_LANE(l) {
         auto flag = flags.find(w.reg<uint64_t>(in.s[1])[l] + in.offset[0]);
         if (flag == flags.end()) continue;

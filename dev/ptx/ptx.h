@@ -52,11 +52,16 @@ struct Counts {
     uint64_t tensor = 0, floats = 0, integers = 0, special = 0, memory = 0, control = 0;  // instructions, a warp each
     uint64_t tensor_flops = 0, uncovered = 0;  // instructions that no wgmma of their warp is under way beside
     uint64_t sectors = 0, sectors_needed = 0;          // of 32 bytes: that requests fetch, that their bytes would fill
-    uint64_t wavefronts = 0, wavefronts_needed = 0;    // shared memory's: as they are, without a bank conflict
-    uint64_t barriers = 0;
+    uint64_t to_l2 = 0;                                // of the former those that L1 lets through: all but reads of one
+                                                       // among the last 1024 or so that the block has read
+    uint64_t wavefronts = 0, wavefronts_needed = 0;    // shared memory's: as they are, without a bank conflict; wgmma's
+                                                       // and bulk copies' too, 128 bytes each
+    uint64_t barriers = 0;                             // a warp each
     uint64_t read = 0, written = 0;                    // bytes of global memory asked for, copies' too
     uint64_t read_distinct = 0, written_distinct = 0;  // the same, each byte once (in sectors of 32)
-    std::vector<std::array<uint64_t, 5>> lines;        // PTX line, executed, sectors, needed ones and wavefronts beyond need
+    uint64_t shared_distinct = 0;                      // of both, what several blocks touch
+    // PTX line, executed, sectors, needed ones, those to L2, wavefronts beyond need
+    std::vector<std::array<uint64_t, 6>> lines;
 };
 
 struct Module;

@@ -58,6 +58,7 @@ struct Block {
     Barrier barriers[16];
     std::map<uint32_t, Mbarrier> mbarriers;
     std::vector<Bulk> bulks;
+    std::vector<uint64_t> l1;  // counts: sectors read, 256 sets of 4, the last one first
     int free_registers = 0, left = 0;
     uint64_t tickets = 0;
 };
@@ -71,8 +72,9 @@ struct Grid {
     std::vector<Symbol> shared;
     int registers;  // a thread's at launch
     Counts counts;
-    std::vector<std::array<uint64_t, 4>> at;  // by pc: executed, sectors, needed ones, wavefronts beyond need
-    std::unordered_map<uint64_t, uint8_t> sectors;  // touched: 1 read, 2 written
+    std::vector<std::array<uint64_t, 5>> at;  // by pc: executed, sectors, needed ones, to L2, wavefronts beyond need
+    struct Sector { uint32_t block; bool read, written, shared; };  // touched: by whom first, by others too
+    std::unordered_map<uint64_t, Sector> sectors;
     uint64_t events = 0;  // somebody may go on
 };
 
@@ -104,6 +106,8 @@ struct Warp {
     bool yields = false;       // lets others run
     uint64_t quiet_since = 0, quiet = 0;  // events seen, turns since then in which it only looked for one
     int registers, lacks = 0;  // lacks: NO_REGISTERS, what it waits for
+    int looked = -1;         // counts: where it has looked for an event, maybe in vain
+    std::vector<int> since;  // and what was counted since then
 
     // order: its step, that at which all lanes last met, what it knows, and what single lanes know beyond that
     uint32_t step = 1, synced = 0;
@@ -336,6 +340,9 @@ struct Warp {
     }
     std::pair<uint64_t, uint64_t> allocation = {1, 0};  // the last one that was found
 
+    void looks() {
+        if (options.counts) looked = pc, since = {pc};
+    }
     Access access(int lane, bool strong = false) const {
         return {block.id, step, uint32_t(pc), uint8_t(number), uint8_t(lane), false, strong};
     }
@@ -369,7 +376,22 @@ struct Warp {
         g.counts.sectors += n, g.counts.sectors_needed += needed;
         (write ? g.counts.written : g.counts.read) += bytes;
         g.at[pc][1] += n, g.at[pc][2] += needed;
-        for (int i = 0; i < n; i++) g.sectors[sector[i]] |= write ? 2 : 1;
+        uint64_t to_l2 = n;
+        for (int i = 0; i < n; i++) {
+            Grid::Sector& s = g.sectors.insert({sector[i], {block.id, false, false, false}}).first->second;
+            (write ? s.written : s.read) = true, s.shared |= s.block != block.id;
+            to_l2 -= !write && instr().cached && in_l1(sector[i]);
+        }
+        g.counts.to_l2 += to_l2, g.at[pc][3] += to_l2;
+    }
+    bool in_l1(uint64_t sector) {  // from here on it is
+        if (block.l1.empty()) block.l1.resize(1024);
+        uint64_t* set = &block.l1[sector % 256 * 4];
+        uint64_t* place = std::find(set, set + 3, sector);
+        const bool there = *place == sector;
+        std::rotate(set, place, place + 1);
+        set[0] = sector;
+        return there;
     }
     // Wavefronts: 32 banks of 4 bytes; lanes go in groups whose elements fill them, and a word is fetched once.
     void count_shared(const uint32_t* at, uint32_t lanes, uint32_t bytes) {
@@ -388,7 +410,7 @@ struct Warp {
         const uint64_t needed = (all.size() + 31) / 32;
         Grid& g = *block.grid;
         g.counts.wavefronts += fronts, g.counts.wavefronts_needed += needed;
-        g.at[pc][3] += fronts - std::min(fronts, needed);
+        g.at[pc][4] += fronts - std::min(fronts, needed);
     }
 };
 

@@ -53,6 +53,7 @@ JOBS = {
                          [sys.executable, "dev/test/properties_ranks.py", "build/train_gpt_cpu_fp32"], [1]),
     "ptx_machine": (["build/test_ptx"], ["build/test_ptx"], [1]),
     "ptx_plant": (["build/test_exact_bf16", *PTX], [sys.executable, "dev/ptx/plant.py", "--quick"], [1]),
+    "counts": (["build/test_counts"], ["build/test_counts"], [1]),
     "standin_exact": (["build/test_standin_exact"], ["build/test_standin_exact"], [1]),
     "standin_serial": (["build/test_standin_serial"], ["build/test_standin_serial"], [1]),
     **{f"nccl_{n}": (["build/test_nccl"], [*MPIRUN, "-n", str(n), "build/test_nccl"], [1]) for n in range(1, 5)},
