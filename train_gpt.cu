@@ -767,6 +767,13 @@ __global__ void attention_delta_kernel(float* delta, int* turns, const floatX* d
 }
 
 template <int W>
+void attention_delta(float* delta, int* turns, const floatX* dout, const floatX* out, Heads h, const Gpu& gpu) {
+    const int threads = std::min(256, (h.NH * DELTA_LANES<W> + 31) / 32 * 32);
+    attention_delta_kernel<W><<<h.B * h.T, threads, 0, gpu.stream>>>(delta, turns, dout, out, h);
+    CHECK(cudaGetLastError());
+}
+
+template <int W>
 constexpr int BACKWARD_PARTS = SERIAL || W <= 128 ? 1 : 2;
 
 // dv_j = sum_i p_ij dout_i,  dk_j = sum_i ds_ij q_i,  over the queries i >= j of all heads that share k and v;
@@ -972,9 +979,7 @@ void attention_backward(floatX* dq, floatX* dk, floatX* dv, float* scratch, cons
         const size_t rows = size_t(h.B) * h.NH;
         float *sum = scratch, *delta = sum + rows * ceil_div(h.T, 128) * 128 * W;
         int* turns = reinterpret_cast<int*>(delta + rows * h.T);
-        const int delta_threads = std::min(256, (h.NH * DELTA_LANES<W> + 31) / 32 * 32);
-        attention_delta_kernel<W><<<h.B * h.T, delta_threads, 0, gpu.stream>>>(delta, turns, dout, out, h);
-        CHECK(cudaGetLastError());
+        attention_delta<W>(delta, turns, dout, out, h, gpu);
         if constexpr (BF16 && (W == 64 || W == 128))
             if (gpu.hopper && h.HS == W)
                 return attention_backward_hopper<W>(dq, dk, dv, sum, turns, dout, q, k, v, lse, delta, h, gpu);

@@ -3,6 +3,7 @@
 // calls it, on a GPU and on the CPU stand-in.
 //   bench --part ceilings|kernels [--model FLAVOUR] [--batch-size B] [--seq-len T] [--filter TEXT] [--results DIR]
 //   bench --part bounds --device h200 ...     each kernel's bound on a device that need not be there; measures nothing
+//   bench --part counts ...                   what each kernel does, counted by the machine in dev/ptx: make ptx-costs
 //
 // A kernel's bound is its FLOPs at the measured matmul rate or its bytes at the measured copy speed, whichever takes
 // longer; its share is bound over time. Bytes: every tensor read or written once, as in --plan (row statistics left
@@ -23,7 +24,8 @@ __global__ void copy_kernel(uint4* to, const uint4* from, size_t count) {
     for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) to[i] = from[i];
 }
 
-Gpu gpu;  // of the measurements
+Gpu gpu;                // of the measurements
+bool counting = false;  // on the machine in dev/ptx, which times nothing
 
 void copy(void* to, const void* from, size_t bytes) {
     const size_t count = bytes / sizeof(uint4);
@@ -41,6 +43,19 @@ __global__ void normal_kernel(F* p, size_t size, float scale, float shift, unsig
         const float u = (rounding_bits(i, key) >> 8) + 0.5f, v = rounding_bits(i, ~key) >> 8;  // of 2^24
         p[i] = shift + scale * sqrtf(-2.0f * logf(u * 0x1p-24f)) * cosf(v * (6.2831853f * 0x1p-24f));
     }
+}
+
+// The same, cheaper: a few numbers again and again, by the host. Where p is too large it keeps its zeros; what kernels do
+// there does not depend on them.
+template <typename F>
+void fill(F* p, size_t count, float scale, float shift, unsigned key) {
+    std::mt19937 random(key);
+    std::normal_distribution<float> normal;
+    std::vector<F> some(std::min(count, size_t(99991)));
+    for (F& x : some) x = F(shift + scale * normal(random));
+    if (count >= size_t(1) << 28) return;
+    for (size_t i = 0; i < count; i += some.size())
+        memcpy(p + i, some.data(), std::min(some.size(), count - i) * sizeof(F));
 }
 
 // Device memory of one kernel's tensors; freed together.
@@ -69,6 +84,10 @@ struct Tensors {
     template <typename F>
     F* normal(size_t count, float scale = 1.0f, float shift = 0.0f) {
         F* p = take<F>(count);
+        if (counting) {
+            fill(p, count, scale, shift, ++key);
+            return p;
+        }
         normal_kernel<F><<<chunks(count), 256>>>(p, count, scale, shift, ++key);
         CHECK(cudaGetLastError());
         return p;
@@ -213,6 +232,7 @@ struct Case {
     double flops, bytes;
     std::function<Launch(Tensors&)> prepare;
     bool in_place = false;  // writes nothing but what it has read: on a CPU that is less work (see the ceilings)
+    double parts = 1;       // the launch does one of so many, where it only counts
 };
 
 std::vector<Case> norm_cases(const Config& c, int B) {
@@ -357,25 +377,46 @@ std::vector<Case> embedding_and_loss_cases(const Config& c, int B, int logit_row
     return all;
 }
 
-void add_attention(std::vector<Case>& all, Heads h, double times) {
+// Where it only counts, of one head of k and v and its queries: blocks wait for others of their head.
+void add_attention(std::vector<Case>& all, Heads whole, double times) {
+    Heads h = whole;
+    const double parts = counting ? h.B * h.NKV : 1;
+    if (counting) h = {1, h.T, h.NH / h.NKV, 1, h.HS};
     const size_t NC = size_t(h.B) * h.T * h.NH * h.HS, kv = size_t(h.B) * h.T * h.NKV * h.HS,
                  rows = size_t(h.B) * h.NH * h.T;
-    const double pairs = double(h.B) * h.NH * h.T * (h.T + 1.0) / 2 * h.HS, X = sizeof(floatX);
-    const std::string shape = format("B %d, T %d, %d heads (%d kv) of %d", h.B, h.T, h.NH, h.NKV, h.HS);
+    const double pairs = parts * h.B * h.NH * h.T * (h.T + 1.0) / 2 * h.HS, X = parts * sizeof(floatX);
+    const std::string shape = format("B %d, T %d, %d heads (%d kv) of %d", whole.B, h.T, whole.NH, whole.NKV, h.HS);
     all.push_back({"attention_forward", shape, times > 0 ? "attention, forward" : "", times, 4 * pairs,
-                   X * (2.0 * NC + 2.0 * kv), [=](Tensors& t) -> Launch {
+                   X * (2.0 * NC + 2.0 * kv),
+                   [=](Tensors& t) -> Launch {
                        floatX *out = t.x(NC), *q = t.x(NC), *k = t.x(kv), *v = t.x(kv);
                        float* lse = t.floats(rows);
                        return [=] { attention_forward(out, lse, q, k, v, h, gpu); };
-                   }});
+                   },
+                   false, parts});
     all.push_back({"attention_backward", shape, times > 0 ? "attention, backward" : "", times, 10 * pairs,
-                   X * (4.0 * NC + 4.0 * kv), [=](Tensors& t) -> Launch {
+                   X * (4.0 * NC + 4.0 * kv),
+                   [=](Tensors& t) -> Launch {
                        floatX *out = t.x(NC), *q = t.x(NC), *k = t.x(kv), *v = t.x(kv), *dout = t.x(NC), *dq = t.x(NC),
                               *dk = t.x(kv), *dv = t.x(kv);
                        float *lse = t.floats(rows), *scratch = t.floats(attention_scratch(h));
-                       attention_forward(out, lse, q, k, v, h, gpu);
+                       if (!counting) attention_forward(out, lse, q, k, v, h, gpu);
                        return [=] { attention_backward(dq, dk, dv, scratch, dout, out, q, k, v, lse, h, gpu); };
-                   }});
+                   },
+                   false, parts});
+    if (times == 0) return;
+    const size_t all_rows = size_t(whole.B) * whole.NH * h.T;  // part of the backward above
+    all.push_back(
+        {"attention_delta", shape, "", 0, 0, all_rows * (2.0 * sizeof(floatX) * h.HS + 4), [=](Tensors& t) -> Launch {
+             floatX *out = t.x(all_rows * h.HS), *dout = t.x(all_rows * h.HS);
+             float* delta = t.floats(all_rows);
+             int* turns = t.zeros<int>(size_t(whole.B) * whole.NH * head_turns(h.T));
+             return [=] {
+                 with_tiles(h.HS, gpu, [&](auto width, auto) {
+                     attention_delta<width.value>(delta, turns, dout, out, whole, gpu);
+                 });
+             };
+         }});
 }
 
 // The flavour's own attention, then head sizes 64 and 128 over lengths, all of the same number of tokens and width.
@@ -383,8 +424,9 @@ std::vector<Case> attention_cases(const Config& c, int B, bool quick) {
     std::vector<Case> all;
     const Heads own = {B, c.T, c.NH, c.NKV, c.HS()};
     add_attention(all, own, c.L);
-    const std::vector<int> sizes = {64, 128},
-                           lengths = quick ? std::vector<int>{64} : std::vector<int>{512, 1024, 2048};
+    const std::vector<int> sizes = {64, 128}, lengths = quick      ? std::vector<int>{64}
+                                                        : counting ? std::vector<int>{c.T}
+                                                                   : std::vector<int>{512, 1024, 2048};
     for (int HS : sizes)
         for (int T : lengths) {
             const int NH = std::max(1, c.C / HS);
@@ -453,6 +495,15 @@ std::vector<Case> optimizer_cases(const Config& c, bool quick) {
                  return [=] {
                      square_sum_kernel<float><<<chunks(size), 256, 0, gpu.stream>>>(sums, grads, size);
                      numbers_kernel<<<1, 512, 0, gpu.stream>>>(numbers, sums, chunks(size), false);
+                     CHECK(cudaGetLastError());
+                 };
+             },
+             true},
+            {"add", shape, "", 0, 0, 12.0 * size,
+             [=](Tensors& t) -> Launch {
+                 float *sum = t.floats(size), *x = t.floats(size);
+                 return [=] {
+                     add_kernel<float><<<std::min(chunks(size), 4 * gpu.sms), 256, 0, gpu.stream>>>(sum, x, size);
                      CHECK(cudaGetLastError());
                  };
              },
@@ -625,6 +676,37 @@ struct Bench {
         matmul.close();
     }
 
+#ifdef USE_PTX
+    // Every kernel once, as on an H100; attention also without Hopper's kernels. The machine writes what it counts.
+    void count() {
+        constexpr int SMS = 132;
+        gpu.sms = SMS, gpu.shared = 227 << 10;
+        for (bool hopper : {true, false})
+            for_each_case([&](const Case& c) {
+                const bool attention = c.name.compare(0, 9, "attention") == 0,
+                           matmul = c.name.compare(0, 6, "linear") == 0;
+                if (matmul || (!hopper && (!attention || c.parts == 1))) return;
+                gpu.hopper = hopper;
+                cuda_ptx_work = format(
+                    "\"model\": %s, \"batch_size\": %d, \"seq_len\": %d, \"case\": %s, \"shape\": %s, "
+                    "\"flops\": %.17g, \"bytes\": %.17g, \"parts\": %.17g",
+                    quoted(model).c_str(), B, config.T, quoted(c.name + (hopper ? "" : ", mma.sync")).c_str(),
+                    quoted(c.shape).c_str(), c.flops, c.bytes, c.parts);
+                Tensors tensors;
+                const Launch launch = c.prepare(tensors);
+                // of attention all blocks, as many of them as take as many tiles each as in the whole
+                gpu.sms = std::max(1, int(SMS / c.parts + 0.5));
+                ptx::options.sample = c.parts == 1 ? 8 : 0;
+                const double start = now();
+                launch();
+                CHECK(cudaDeviceSynchronize());
+                gpu.sms = SMS;
+                printf("%-50s %-42s %6.1f s\n", c.name.c_str(), c.shape.c_str(), now() - start);
+                fflush(stdout);
+            });
+    }
+#endif
+
     void write() const {
         std::string name = utc("%Y-%m-%d") + "-" + part + "-" + device + "-" + model;
         for (char& c : name) c = isalnum((unsigned char)c) || c == '.' || c == '-' ? char(tolower(c)) : '-';
@@ -639,7 +721,8 @@ struct Bench {
 const char HELP[] =
     "bench: times every kernel of the trainer beside the machine's limits (%s build).\n"
     "  --part WHAT       ceilings: copy speed and matmul rate; kernels: these and every kernel;\n"
-    "                    bounds: the least time of every kernel on --device, nothing is measured (kernels)\n"
+    "                    bounds: the least time of every kernel on --device, nothing is measured (kernels);\n"
+    "                    counts: what every kernel does, on the machine in dev/ptx (make ptx-costs)\n"
     "  --device DEVICE   of bounds: as of train_gpt --plan: a name, or TFLOP/s,GB/s,GiB\n"
     "  --model FLAVOUR   whose shapes; train_gpt --models lists them (%s)\n"
     "  --batch-size N    sequences (as many as make %d tokens)\n"
@@ -673,8 +756,16 @@ int main(int argc, char** argv) {
             if (flag == "--filter") b.filter = value;
             if (flag == "--results") b.results = value;
         }
-        if (b.part != "ceilings" && b.part != "kernels" && b.part != "bounds")
-            throw Error("--part: '" + b.part + "' is none of ceilings, kernels, bounds.");
+        counting = b.part == "counts";
+        if (b.part != "ceilings" && b.part != "kernels" && b.part != "bounds" && !counting)
+            throw Error("--part: '" + b.part + "' is none of ceilings, kernels, bounds, counts.");
+#ifdef USE_PTX
+        if (!cuda_ptx || counting != bool(cuda_ptx_counts))
+            throw Error(
+                "this build is for --part counts with CUDA_CPU_PTX and CUDA_CPU_PTX_COUNTS. Run: make ptx-costs.");
+#else
+        if (counting) throw Error("--part: counts needs a build with the machine in dev/ptx. Run: make ptx-costs.");
+#endif
         if ((b.part == "bounds") == b.device.empty())
             throw Error("--device: says whose bounds are meant. Give it with --part bounds, and only there.");
         as_options([&] { apply_flavour(b.config, b.model); });
@@ -683,6 +774,9 @@ int main(int argc, char** argv) {
         as_options([&] { finish(b.config); });
         if (b.B == 0) b.B = std::max(1, (SERIAL && b.part != "bounds" ? 2048 : 16384) / b.config.T);
         if (!b.results.empty()) make_dirs(b.results);
+#ifdef USE_PTX
+        return b.count(), 0;
+#endif
         b.part == "bounds" ? b.bounds(parse_device(b.device)) : b.measure();
         if (!b.results.empty()) b.write();
     } catch (const std::exception& e) {

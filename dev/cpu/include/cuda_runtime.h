@@ -592,8 +592,7 @@ template <class T> cudaError_t cudaMalloc(T** pointer, size_t bytes) {
     if (bytes >= 2 * huge) madvise(memory, bytes, MADV_HUGEPAGE);
     if (memory) cuda_allocated += malloc_usable_size(memory);
 #ifdef EXACT_GEOMETRY
-    if (memory) memset(memory, 0xFF, bytes);  // NaN in any type
-    cuda_ptx_allocated(memory, bytes);
+    if (memory) cuda_ptx_allocated(memory, bytes);
 #endif
     *pointer = (T*)memory;
     return cudaSuccess;

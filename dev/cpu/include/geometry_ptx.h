@@ -3,11 +3,51 @@
 // dev/ptx. CUDA_CPU_SEED is its seed too. What it finds wrong ends the program with status 1.
 //   CUDA_CPU_PTX_PART=1    FILE holds some kernels only, the others run as in the exact geometry
 //   CUDA_CPU_PTX_LOG=FILE  at the end a line a kernel: name, launches, warp instructions, seconds, tab-separated
+//   CUDA_CPU_PTX_COUNTS=FILE  it looks for no races but counts: each launch adds a line of JSON to FILE, the kernel, the
+//                          launch, ptx::Counts and what the program has put in cuda_ptx_work. Allocations are then zero,
+//                          not NaN, and take no memory before they are touched. It may set ptx::options.sample.
 #pragma once
 #ifdef USE_PTX
 #include <dlfcn.h>
 
 #include "../../ptx/ptx.h"
+
+constexpr int CUDA_PTX_LAZY = 1 << 16;
+inline FILE* cuda_ptx_counts = [] {
+    const char* path = getenv("CUDA_CPU_PTX_COUNTS");
+    FILE* file = path && *path ? fopen(path, "a") : nullptr;
+    if (path && *path && !file) {
+        fprintf(stderr, "cuda: %s: %s. CUDA_CPU_PTX_COUNTS must be a file to write.\n", path, strerror(errno));
+        exit(1);
+    }
+    if (file) mallopt(M_MMAP_THRESHOLD, CUDA_PTX_LAZY);  // so that these come fresh from the system
+    return file;
+}();
+inline std::string cuda_ptx_work;  // members of a JSON object, ""
+
+inline void cuda_ptx_count(const char* kernel, const ptx::Launch& launch, const ptx::Counts& c) {
+    auto add = [&](const char* name, uint64_t n) {
+        fprintf(cuda_ptx_counts, ", \"%s\": %llu", name, (unsigned long long)n);
+    };
+    const ptx::Dim &g = launch.grid, &b = launch.block;
+    fprintf(cuda_ptx_counts, "{\"kernel\": \"%s\", \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u]", kernel, g.x, g.y,
+            g.z, b.x, b.y, b.z);
+    if (!cuda_ptx_work.empty()) fprintf(cuda_ptx_counts, ", %s", cuda_ptx_work.c_str());
+    add("shared", launch.shared), add("blocks", c.blocks), add("warps", c.warps), add("tensor", c.tensor);
+    add("floats", c.floats), add("integers", c.integers), add("special", c.special), add("memory", c.memory);
+    add("control", c.control), add("tensor_flops", c.tensor_flops), add("sectors", c.sectors);
+    add("sectors_needed", c.sectors_needed), add("to_l2", c.to_l2), add("wavefronts", c.wavefronts);
+    add("wavefronts_needed", c.wavefronts_needed), add("barriers", c.barriers), add("read", c.read);
+    add("written", c.written), add("read_distinct", c.read_distinct), add("written_distinct", c.written_distinct);
+    add("shared_distinct", c.shared_distinct);
+    fprintf(cuda_ptx_counts, ", \"lines\": [");
+    for (const auto& l : c.lines)
+        for (size_t i = 0; i < l.size(); i++)
+            fprintf(cuda_ptx_counts, "%s%s%llu%s", i || &l == c.lines.data() ? "" : ", ", i ? ", " : "[",
+                    (unsigned long long)l[i], i + 1 < l.size() ? "" : "]");
+    fprintf(cuda_ptx_counts, "]}\n");
+    fflush(cuda_ptx_counts);
+}
 
 inline std::shared_ptr<ptx::Module> cuda_ptx = [] {
     const char* path = getenv("CUDA_CPU_PTX");
@@ -22,6 +62,7 @@ inline std::shared_ptr<ptx::Module> cuda_ptx = [] {
         exit(1);
     }
     ptx::options.seed = cuda_seed;
+    if (cuda_ptx_counts) ptx::options.counts = true, ptx::options.races = false;
     return ptx::read(text, strrchr(path, '/') ? strrchr(path, '/') + 1 : path);
 }();
 inline const bool cuda_ptx_part = getenv("CUDA_CPU_PTX_PART") != nullptr;
@@ -41,7 +82,13 @@ struct CudaPtxLog {
 };
 inline CudaPtxLog cuda_ptx_log;
 
-inline void cuda_ptx_allocated(const void* at, size_t bytes) { ptx::allocated(at, bytes); }
+inline void cuda_ptx_allocated(void* at, size_t bytes) {
+    ptx::allocated(at, bytes);
+    if (!cuda_ptx_counts)
+        memset(at, 0xFF, bytes);  // NaN in any type
+    else if (bytes < CUDA_PTX_LAZY)
+        memset(at, 0, bytes);
+}
 inline void cuda_ptx_freed(const void* at) { ptx::freed(at); }
 
 // false: it is not among some
@@ -53,11 +100,12 @@ inline bool cuda_ptx_run(const void* kernel, const char* name, dim3 grid, dim3 b
             throw ptx::Report("launch", std::string("cuda: kernel ") + name + " has no name to look for. Link with -rdynamic.");
         if (cuda_ptx_part && !ptx::has(*cuda_ptx, info.dli_sname)) return false;
         const auto begin = std::chrono::steady_clock::now();
-        const ptx::Counts did =
-            ptx::run(*cuda_ptx, info.dli_sname, {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared, args});
+        const ptx::Launch launch = {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared, args};
+        const ptx::Counts did = ptx::run(*cuda_ptx, info.dli_sname, launch);
         CudaPtxLog::Line& line = cuda_ptx_log.lines[info.dli_sname];
         line.launches++, line.instructions += did.instructions;
         line.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        if (cuda_ptx_counts) cuda_ptx_count(info.dli_sname, launch, did);
         return true;
     } catch (const ptx::Report& report) {
         fprintf(stderr, "%s\n", report.what());
@@ -66,6 +114,6 @@ inline bool cuda_ptx_run(const void* kernel, const char* name, dim3 grid, dim3 b
     }
 }
 #else
-inline void cuda_ptx_allocated(const void*, size_t) {}
+inline void cuda_ptx_allocated(void* at, size_t bytes) { memset(at, 0xFF, bytes); }
 inline void cuda_ptx_freed(const void*) {}
 #endif
