@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(ROW_THREADS, ROW_RESIDENT<PACKS>)
             ColumnSums dg(sums + h.begin(part));
             Row<PACKS> x;
             HeadRow<PACKS> dy;
-            x.load(raw + n * QKV + h.begin(part), W);
+            if (gain) x.load(raw + n * QKV + h.begin(part), W);
             dy.load((part == 0 ? dq : part == 1 ? dk : dv) + h.at(part, n), W, h);
             // the gradient of a pair before the rotation: turned back by the same angle
             AngleReader turned;

@@ -1141,7 +1141,8 @@ TEST(hash) {
     }
 }
 
-// What only many ranks launch: the weights' hash, the same in any order of adding, and the sum of two micro-batches' shards.
+// What only many ranks launch: the weights' hash, the same in any order of adding, and the sum of two micro-batches'
+// shards.
 TEST(kernels_of_ranks) {
     Random r{3};
     for (size_t count : {size_t(1), size_t(33), size_t(CHUNK) + 7}) {

@@ -250,13 +250,13 @@ void attention_forward_hopper(floatX* out, float* lse, const floatX* q, const fl
 // other two groups has 64 of the keys, scores transposed: p (64,QUERIES) = k q^T, dp = v dout^T,
 //   dv += p dout,  dk += ds q,  p and ds from registers;  dq = ds^T k over all keys, ds through shared memory
 // where a group has half of the columns of dq (head size 128) or half of its queries (64): 64 x 64 in both cases. It
-// leaves while the next tile's first scores are multiplied. What a block has of dq it leaves in shared memory; two warps of the last group, for every other tile each, wait for the
-// turn and add it to `sum`: one bulk addition, so that each element has one order of adding. The last block to add to a
-// tile adds in registers, scales and rounds. A tile is 2560 clocks of the tensor cores (4096 FLOP each), loads 32 KB
-// and adds 32 KB.
-// sum (B NH, query tiles, QUERIES HS) float, in the order of the threads' registers; turns (B NH,
-// head_turns(T)), 0 at the start, of which a head's first `query tiles` are used. q, k, v, dk, dv (heads,T,HS)
-// and dout (B,T,NH HS) come as maps; dq (B,NH,T,HS) floatX; lse, delta (B,NH,T) float.
+// leaves while the next tile's first scores are multiplied. What a block has of dq it leaves in shared memory; two
+// warps of the last group, for every other tile each, wait for the turn and add it to `sum`: one bulk addition, so that
+// each element has one order of adding. The last block to add to a tile adds in registers, scales and rounds. A tile is
+// 2560 clocks of the tensor cores (4096 FLOP each), loads 32 KB and adds 32 KB.
+// sum (B NH, query tiles, QUERIES HS) float, in the order of the threads' registers; turns (B NH, head_turns(T)), 0 at
+// the start, of which a head's first `query tiles` are used. q, k, v, dk, dv (heads,T,HS) and dout (B,T,NH HS) come as
+// maps; dq (B,NH,T,HS) floatX; lse, delta (B,NH,T) float.
 template <int HS>
 struct HopperBackward {
     static constexpr int KEYS = 128, QUERIES = HS == 64 ? 128 : 64, STAGES = 2, THREADS = 384;

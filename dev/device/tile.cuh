@@ -41,8 +41,8 @@ __device__ inline float tile_row_max(float v) {
     return v;
 }
 
-// Elements e to e + 3 of slot s, times scale, to their places in row (floatX), columns below `end` only. The four lanes that
-// share the row exchange what they have of 16 columns, so that each stores four neighbours and fills its sectors.
+// Elements e to e + 3 of slot s, times scale, to their places in row (floatX), columns below `end` only. The four lanes
+// that share the row exchange what they have of 16 columns, so that each stores four neighbours and fills its sectors.
 template <typename T>
 __device__ inline void store_columns(floatX* row, const T& tile, int s, int e, float scale, int end) {
     if constexpr (SERIAL) {
@@ -58,7 +58,8 @@ __device__ inline void store_columns(floatX* row, const T& tile, int s, int e, f
         const unsigned first = upper ? other : low, second = upper ? high : other;  // of lanes 0, 1 and of 2, 3
         const unsigned third = __shfl_xor_sync(ALL_LANES, odd ? first : second, 1);
         const int col = e / 2 * 8 + lane() % 4 * 4;
-        if (col < end) *reinterpret_cast<uint2*>(row + col) = odd ? make_uint2(third, second) : make_uint2(first, third);
+        const uint2 four = odd ? make_uint2(third, second) : make_uint2(first, third);
+        if (col < end) *reinterpret_cast<uint2*>(row + col) = four;
     }
 }
 

@@ -1,6 +1,6 @@
 // Barriers, matrices, and what works on by itself: copies, mbarriers, wgmma. PTX ISA manual: "Parallel Synchronization
-// and Communication Instructions", "Data Movement and Conversion Instructions: Asynchronous copy", "Tensors", "Warp Level
-// Matrix Instructions", "Asynchronous Warpgroup Level Matrix Instructions", "Stack/Miscellaneous Instructions".
+// and Communication Instructions", "Data Movement and Conversion Instructions: Asynchronous copy", "Tensors", "Warp
+// Level Matrix Instructions", "Asynchronous Warpgroup Level Matrix Instructions", "Stack/Miscellaneous Instructions".
 #pragma once
 #include "opcodes.h"
 
@@ -17,7 +17,8 @@ inline uint32_t uniform(Warp& w, uint32_t lanes, Slot s, const char* what) {  //
 // ---------------------------------------------------------------------------------------------------------------------
 // bar.sync, bar.arrive: counts in threads, a warp counts whole
 
-inline void barrier_check(Block& block, Barrier& b) {  // whether all have come; without a count those that have left are
+inline void barrier_check(Block& block,
+                          Barrier& b) {  // whether all have come; without a count those that have left are
     if (b.arrived == 0 || b.arrived + (b.of_all ? 32 * block.left : 0) < b.expected) return;
     for (int i : b.waiting) {
         Warp& other = *block.warps[i];
@@ -27,7 +28,8 @@ inline void barrier_check(Block& block, Barrier& b) {  // whether all have come;
     b = {};
     block.grid->events++;
 }
-template <bool SYNC> void barrier(Warp& w, const Instr& in, uint32_t lanes) {
+template <bool SYNC>
+void barrier(Warp& w, const Instr& in, uint32_t lanes) {
     Block& block = w.block;
     const uint32_t id = uniform(w, lanes, in.s[0], "the barrier");
     const uint32_t all = uint32_t(block.warps.size()) * 32;
@@ -35,12 +37,14 @@ template <bool SYNC> void barrier(Warp& w, const Instr& in, uint32_t lanes) {
     const int l = __builtin_ctz(lanes);
     if (id > 15) w.report("barrier", l, "barrier " + std::to_string(id) + "; there are 0 to 15");
     if (count % 32 || count == 0 || count > all)
-        w.report("barrier", l, "a count of " + std::to_string(count) + " threads; the block has " + std::to_string(all));
+        w.report("barrier", l,
+                 "a count of " + std::to_string(count) + " threads; the block has " + std::to_string(all));
     Barrier& b = block.barriers[id];
     if (b.arrived == 0) b.expected = count, b.pc = w.pc, b.of_all = in.s.size() == 1;
     if (b.expected != count)
-        w.report("barrier", l, "barrier " + std::to_string(id) + " with a count of " + std::to_string(count) +
-                                   ", but at " + w.place(b.pc) + " with " + std::to_string(b.expected));
+        w.report("barrier", l,
+                 "barrier " + std::to_string(id) + " with a count of " + std::to_string(count) + ", but at " +
+                     w.place(b.pc) + " with " + std::to_string(b.expected));
     if (!b.warps.insert(w.number).second)
         w.report("barrier", l, "the warp comes to barrier " + std::to_string(id) + " again before it is complete");
     block.grid->counts.barriers += options.counts;
@@ -72,8 +76,8 @@ void product(Warp& w, const Slot* d, const Slot* c, const float (*A)[16], const 
     float D[16][N];
     uint32_t poison[N / 2];
     for (int j = 0; j < N / 2; j++)
-        for (int l = 0; l < 32; l++) D[l / 4 + j / 2 % 2 * 8][j / 4 * 8 + l % 4 * 2 + j % 2] =
-            c ? from<float>(w.reg<float>(c[j])[l]) : 0.0f;
+        for (int l = 0; l < 32; l++)
+            D[l / 4 + j / 2 % 2 * 8][j / 4 * 8 + l % 4 * 2 + j % 2] = c ? from<float>(w.reg<float>(c[j])[l]) : 0.0f;
     for (int i = 0; i < 16; i++)
         for (int k = 0; k < 16; k++) {
             const float x = A[i][k];
@@ -107,7 +111,8 @@ inline void mma(Warp& w, const Instr& in, uint32_t) {  // m16n8k16
 }
 
 // four matrices of 8 rows of 16 bytes; lane l has the address of row l % 8 of matrix l / 8
-template <bool TRANS> void ldmatrix(Warp& w, const Instr& in, uint32_t lanes) {
+template <bool TRANS>
+void ldmatrix(Warp& w, const Instr& in, uint32_t lanes) {
     uint32_t at[32], bad[4] = {};
     uint16_t m[4][8][8];
     bool written[4][8][8];
@@ -182,9 +187,7 @@ inline void copy_async(Warp& w, const Instr& in, uint32_t lanes) {
         w.count_shared(to, lanes, bytes);
     }
 }
-inline void copy_commit(Warp& w, const Instr&, uint32_t lanes) {
-    EACH_LANE(l) w.copies[l].push_back(w.copies_open[l]);
-}
+inline void copy_commit(Warp& w, const Instr&, uint32_t lanes) { EACH_LANE(l) w.copies[l].push_back(w.copies_open[l]); }
 inline void copy_wait(Warp& w, const Instr& in, uint32_t lanes) {
     const uint32_t left = *w.reg<uint32_t>(in.s[0]);
     EACH_LANE(l) {
@@ -226,7 +229,8 @@ inline void mbarrier_init(Warp& w, const Instr& in, uint32_t lanes) {
         w.block.mbarriers[at] = m;
     }
 }
-template <bool EXPECT> void mbarrier_arrive(Warp& w, const Instr& in, uint32_t lanes) {
+template <bool EXPECT>
+void mbarrier_arrive(Warp& w, const Instr& in, uint32_t lanes) {
     w.need(lanes, in.s[1], "the address");
     if (EXPECT) w.need(lanes, in.s[2], "the bytes");
     for (uint32_t left = lanes; left;) {  // lanes at the same one together
@@ -285,7 +289,8 @@ inline void mbarrier_try_wait(Warp& w, const Instr& in, uint32_t lanes) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Proxy fences. What a thread knows of ordinary accesses is from here on in order with asynchronous ones.
 
-template <bool SHARED, bool GLOBAL> void proxy_fence(Warp& w, const Instr&, uint32_t lanes) {
+template <bool SHARED, bool GLOBAL>
+void proxy_fence(Warp& w, const Instr&, uint32_t lanes) {
     if (SHARED)
         for (auto& m : w.block.mbarriers) m.second.fenced = true;
     if (!options.races) return;
@@ -340,8 +345,8 @@ inline void bulk_begin(Warp& w, int lane, Bulk& bulk, uint32_t bytes) {
     for (const Bulk::Piece& p : bulk.pieces) {
         if (p.count) w.global_range(lane, p.global, p.count, 1);
         if (bulk.kind != Bulk::LOAD && !w.shared_written(p.shared, 16) && p.count)
-            w.report("poison", lane, "a bulk copy's source at shared " + std::to_string(p.shared - SHARED_BASE) +
-                                         " was never written");
+            w.report("poison", lane,
+                     "a bulk copy's source at shared " + std::to_string(p.shared - SHARED_BASE) + " was never written");
         if (options.races) {
             w.touch(block.pages, true, p.shared, 16, bulk.kind == Bulk::LOAD, smem);
             if (p.count) w.touch(global_pages, false, p.global, p.count, bulk.kind != Bulk::LOAD, gmem);
@@ -357,7 +362,8 @@ inline void bulk_begin(Warp& w, int lane, Bulk& bulk, uint32_t bytes) {
     block.bulks.push_back(std::move(bulk));
 }
 
-template <bool LOAD> void bulk_tensor(Warp& w, const Instr& in, uint32_t lanes) {
+template <bool LOAD>
+void bulk_tensor(Warp& w, const Instr& in, uint32_t lanes) {
     // load: shared, map, c0..c3, mbarrier; store: map, c0..c3, shared
     const Slot smem = in.s[LOAD ? 0 : 5], map_at = in.s[LOAD ? 1 : 0], *c = &in.s[LOAD ? 2 : 1];
     for (const Slot& s : in.s) w.need(lanes, s, "an operand");
@@ -366,7 +372,8 @@ template <bool LOAD> void bulk_tensor(Warp& w, const Instr& in, uint32_t lanes) 
         TensorMap map;
         if (at % 64) w.misaligned(l, at, 64);
         const auto& params = w.block.grid->params;
-        if (at >= PARAM_BASE && at - PARAM_BASE + 128 <= params.size()) memcpy(&map, params.data() + (at - PARAM_BASE), sizeof map);
+        if (at >= PARAM_BASE && at - PARAM_BASE + 128 <= params.size())
+            memcpy(&map, params.data() + (at - PARAM_BASE), sizeof map);
         else {
             w.global_range(l, at, 128, 64);
             memcpy(&map, reinterpret_cast<const void*>(at), sizeof map);
@@ -396,18 +403,21 @@ template <bool LOAD> void bulk_tensor(Warp& w, const Instr& in, uint32_t lanes) 
                         const int64_t high = std::min<int64_t>(begin + 8, int64_t(map.dims[0]));
                         const bool some = inside && low < high;
                         bulk.pieces.push_back({swizzle_128(to + offset), some ? row + 2 * low : 0,
-                                               uint8_t(some ? 2 * (low - begin) : 0), uint8_t(some ? 2 * (high - low) : 0)});
+                                               uint8_t(some ? 2 * (low - begin) : 0),
+                                               uint8_t(some ? 2 * (high - low) : 0)});
                     }
                 }
         bulk_begin(w, l, bulk, bytes);
     }
 }
-template <bool ADD> void bulk_copy(Warp& w, const Instr& in, uint32_t lanes) {  // global, shared, bytes
+template <bool ADD>
+void bulk_copy(Warp& w, const Instr& in, uint32_t lanes) {  // global, shared, bytes
     for (const Slot& s : in.s) w.need(lanes, s, "an operand");
     EACH_LANE(l) {
         const uint64_t to = w.reg<uint64_t>(in.s[0])[l] + in.offset[0];
         const uint32_t at = uint32_t(w.reg<uint32_t>(in.s[1])[l] + in.offset[1]), bytes = w.reg<uint32_t>(in.s[2])[l];
-        if (bytes % 16 || bytes == 0) w.report("alignment", l, "a bulk copy of " + std::to_string(bytes) + " bytes, no multiple of 16");
+        if (bytes % 16 || bytes == 0)
+            w.report("alignment", l, "a bulk copy of " + std::to_string(bytes) + " bytes, no multiple of 16");
         w.shared_range(l, at, bytes, 16);
         w.global_range(l, to, bytes, 16);
         Bulk bulk;
@@ -439,8 +449,10 @@ inline bool bulk_step(Block& block, Bulk& bulk) {
     const unsigned char* data = bulk.data.data();
     for (const Bulk::Piece& p : bulk.pieces) {
         if (bulk.kind == Bulk::ADD)
-            for (int i = 0; i < 4; i++) reinterpret_cast<float*>(p.global)[i] += reinterpret_cast<const float*>(data)[i];
-        else if (p.count) memcpy(reinterpret_cast<void*>(p.global), data + p.first, p.count);
+            for (int i = 0; i < 4; i++)
+                reinterpret_cast<float*>(p.global)[i] += reinterpret_cast<const float*>(data)[i];
+        else if (p.count)
+            memcpy(reinterpret_cast<void*>(p.global), data + p.first, p.count);
         data += 16;
     }
     return true;
@@ -448,7 +460,8 @@ inline bool bulk_step(Block& block, Bulk& bulk) {
 inline void bulk_commit(Warp& w, const Instr&, uint32_t lanes) {
     EACH_LANE(l) w.bulk_groups[l].push_back(w.bulk_open[l]);
 }
-template <bool READ> void bulk_wait(Warp& w, const Instr& in, uint32_t lanes) {
+template <bool READ>
+void bulk_wait(Warp& w, const Instr& in, uint32_t lanes) {
     const uint32_t left = *w.reg<uint32_t>(in.s[0]);
     EACH_LANE(l) {
         auto& groups = w.bulk_groups[l];
@@ -458,7 +471,8 @@ template <bool READ> void bulk_wait(Warp& w, const Instr& in, uint32_t lanes) {
             Bulk& b = w.block.bulks[i];
             if (b.kind == Bulk::LOAD || b.warp != w.number || b.lane != l || b.step > step) continue;
             if (READ && !b.data.empty()) continue;
-            while (!bulk_step(w.block, b) && !READ) {}
+            while (!bulk_step(w.block, b) && !READ) {
+            }
             if (!READ) w.block.bulks.erase(w.block.bulks.begin() + i--);
         }
         w.waited[l].reads = std::max(w.waited[l].reads, step);
@@ -467,16 +481,18 @@ template <bool READ> void bulk_wait(Warp& w, const Instr& in, uint32_t lanes) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// wgmma. D (64,N) = A (64,16) B (16,N): each warp has 16 rows. It is computed at once, but its registers and shared memory
-// may not be touched before the wait.
+// wgmma. D (64,N) = A (64,16) B (16,N): each warp has 16 rows. It is computed at once, but its registers and shared
+// memory may not be touched before the wait.
 
 // Where 8 numbers lie that are neighbours in k (trans 0: K-major) or in m or n (trans 1): chunk `c` of line `line`.
 // "Matrix descriptor", "Canonical layouts", 128-byte swizzle.
 struct Descriptor {
     uint32_t start, leading, stride;
     Descriptor(Warp& w, uint64_t x)
-        : start(uint32_t(x & 0x3fff) << 4), leading(uint32_t(x >> 16 & 0x3fff) << 4), stride(uint32_t(x >> 32 & 0x3fff) << 4) {
-        if (x >> 62 != 1) w.report("wgmma", 0, "a descriptor whose swizzle is not that of 128 bytes, which alone is known");
+        : start(uint32_t(x & 0x3fff) << 4), leading(uint32_t(x >> 16 & 0x3fff) << 4),
+          stride(uint32_t(x >> 32 & 0x3fff) << 4) {
+        if (x >> 62 != 1)
+            w.report("wgmma", 0, "a descriptor whose swizzle is not that of 128 bytes, which alone is known");
         if (x >> 49 & 7) w.report("wgmma", 0, "a descriptor with a base offset, which is not known");
     }
     uint32_t chunk(bool trans, uint32_t line, uint32_t c) const {
@@ -502,7 +518,8 @@ inline uint64_t descriptor_of(Warp& w, Slot s) {
 }
 inline const std::string& register_name(Warp& w, Slot s) { return w.block.grid->kernel.register_names[s.id]; }
 
-template <int N, bool RS> void wgmma(Warp& w, const Instr& in, uint32_t) {
+template <int N, bool RS>
+void wgmma(Warp& w, const Instr& in, uint32_t) {
     const Slot *d = in.s.data(), *a = d + N / 2, b = a[RS ? 4 : 1], scale = a[RS ? 5 : 2];
     w.need(~0u, scale, "the predicate");
     const uint32_t p = w.pred(scale);
@@ -518,7 +535,8 @@ template <int N, bool RS> void wgmma(Warp& w, const Instr& in, uint32_t) {
         const uint32_t first = w.number % 4 * 16;
         for (uint32_t line = 0; line < 16; line++)
             for (uint32_t c = 0; c < 2; c++) {
-                const bool ok = product_chunk(w, at.chunk(in.trans_a, in.trans_a ? line : first + line, in.trans_a ? first / 8 + c : c), x);
+                const bool ok = product_chunk(
+                    w, at.chunk(in.trans_a, in.trans_a ? line : first + line, in.trans_a ? first / 8 + c : c), x);
                 for (uint32_t i = 0; i < 8; i++) (in.trans_a ? A[c * 8 + i][line] : A[line][c * 8 + i]) = wide(x[i]);
                 if (!ok) bad |= in.trans_a ? 0xffu << c * 8 : 1u << line;
             }
@@ -543,7 +561,10 @@ template <int N, bool RS> void wgmma(Warp& w, const Instr& in, uint32_t) {
     if (RS)
         for (int j = 0; j < 4; j++) {
             fresh(a[j]);
-            if (w.writes[a[j].id] > w.product_done) w.report("wgmma", 0, "A register " + register_name(w, a[j]) + " is a result of the " + w.place(w.product_pc[a[j].id]) + ", which was not waited for");
+            if (w.writes[a[j].id] > w.product_done)
+                w.report("wgmma", 0,
+                         "A register " + register_name(w, a[j]) + " is a result of the " +
+                             w.place(w.product_pc[a[j].id]) + ", which was not waited for");
             w.reads[a[j].id] = w.product_group, w.product_pc[a[j].id] = w.pc;
         }
     product<N>(w, d, p ? d : nullptr, A, B, bad, columns);
@@ -569,23 +590,29 @@ inline void watch_registers(Warp& w, const Instr& in) {
     if (in.rename) {
         const uint32_t d = in.s[0].id, s = in.s[1].id;
         if (d != s && std::max(w.writes[d], w.reads[d]) > w.product_done)
-            w.report("wgmma", 0, "register " + register_name(w, in.s[0]) + " is written, which the " +
-                                     w.place(w.product_pc[d]) + " uses");
-        if (s == 0) w.writes[d] = w.reads[d] = 0, w.touched[d] = w.moment;
-        else w.writes[d] = w.writes[s], w.reads[d] = w.reads[s], w.touched[d] = w.touched[s], w.product_pc[d] = w.product_pc[s];
+            w.report("wgmma", 0,
+                     "register " + register_name(w, in.s[0]) + " is written, which the " + w.place(w.product_pc[d]) +
+                         " uses");
+        if (s == 0)
+            w.writes[d] = w.reads[d] = 0, w.touched[d] = w.moment;
+        else
+            w.writes[d] = w.writes[s], w.reads[d] = w.reads[s], w.touched[d] = w.touched[s],
+            w.product_pc[d] = w.product_pc[s];
         return;
     }
     for (size_t i = 0; i < in.s.size(); i++) {
         const uint32_t id = in.s[i].id;
         if (id == 0) continue;
         if (w.writes[id] > w.product_done)
-            w.report("wgmma", 0, "register " + register_name(w, in.s[i]) + (i < in.outs ? " is written" : " is read") +
-                                     ", a result of the " + w.place(w.product_pc[id]) + ", which was not waited for");
+            w.report("wgmma", 0,
+                     "register " + register_name(w, in.s[i]) + (i < in.outs ? " is written" : " is read") +
+                         ", a result of the " + w.place(w.product_pc[id]) + ", which was not waited for");
         w.touched[id] = w.moment;
         if (i >= in.outs) continue;
         if (w.reads[id] > w.product_done)
-            w.report("wgmma", 0, "register " + register_name(w, in.s[i]) + " is written, which the " +
-                                     w.place(w.product_pc[id]) + " still reads");
+            w.report("wgmma", 0,
+                     "register " + register_name(w, in.s[i]) + " is written, which the " + w.place(w.product_pc[id]) +
+                         " still reads");
         w.writes[id] = w.reads[id] = 0;
     }
 }
@@ -593,7 +620,8 @@ inline void watch_registers(Warp& w, const Instr& in) {
 // ---------------------------------------------------------------------------------------------------------------------
 // setmaxnreg
 
-template <bool MORE> void set_registers(Warp& w, const Instr& in, uint32_t) {
+template <bool MORE>
+void set_registers(Warp& w, const Instr& in, uint32_t) {
     const int n = int(*w.reg<uint32_t>(in.s[0])), change = n - w.registers;
     if (n % 8 || n < 24 || n > 256) w.report("registers", 0, std::to_string(n) + " registers a thread");
     if (MORE ? change < 0 : change > 0)

@@ -55,7 +55,8 @@ template <int HOW, bool UNORDERED> static Run compare_of(const std::string& t) {
     return run;
 }
 
-static bool is(const std::vector<std::string>& p, std::initializer_list<const char*> words) {  // the parts after the first
+// whether these are the parts after the first
+static bool is(const std::vector<std::string>& p, std::initializer_list<const char*> words) {
     return p.size() == words.size() + 1 && std::equal(words.begin(), words.end(), p.begin() + 1);
 }
 
@@ -74,7 +75,8 @@ static void arithmetic(Instr& in, const std::vector<std::string>& p) {
         if (t == "s32") in.run = compute<MulWide<int64_t>, int64_t, int32_t, int32_t>;
     } else if (op == "mad" && p.size() == 3 && p[1] == "lo") OF_TYPE(t, !floating<T>, compute<Mad, T, T, T, T>);
     else if (op == "fma" && rn) OF_TYPE(t, floating<T>, compute<Fma, T, T, T, T>);
-    else if (op == "div" && is(p, {"approx", "f32"})) in.run = compute<DivApprox, float, float, float>, in.kind = SPECIAL;
+    else if (op == "div" && is(p, {"approx", "f32"}))
+        in.run = compute<DivApprox, float, float, float>, in.kind = SPECIAL;
     else if (op == "div" && ((plain && !is_float) || rn)) in.run = two<Div>(t), in.kind = SPECIAL;
     else if (op == "rem" && plain) OF_TYPE(t, !floating<T>, compute<Rem, T, T, T>), in.kind = SPECIAL;
     else if (op == "min" && plain) in.run = two<Min>(t);
@@ -84,7 +86,8 @@ static void arithmetic(Instr& in, const std::vector<std::string>& p) {
     else if (op == "copysign" && plain) OF_TYPE(t, floating<T>, compute<CopySign, T, T, T>);
     else if (op == "sqrt" && rn) OF_TYPE(t, floating<T>, compute<Sqrt, T, T>), in.kind = SPECIAL;
     else if (op == "rcp" && rn) OF_TYPE(t, floating<T>, compute<Rcp, T, T>), in.kind = SPECIAL;
-    else if (op == "rcp" && is(p, {"approx", "ftz", "f64"})) in.run = compute<RcpApprox64, double, double>, in.kind = SPECIAL;
+    else if (op == "rcp" && is(p, {"approx", "ftz", "f64"}))
+        in.run = compute<RcpApprox64, double, double>, in.kind = SPECIAL;
     else if (op == "rsqrt" && is(p, {"approx", "f32"})) in.run = compute<RsqrtApprox, float, float>, in.kind = SPECIAL;
     else if (op == "ex2" && is(p, {"approx", "f32"})) in.run = compute<Ex2, float, float>, in.kind = SPECIAL;
     else if (op == "ex2" && is(p, {"approx", "ftz", "f32"})) in.run = compute<Ex2Ftz, float, float>, in.kind = SPECIAL;
@@ -171,7 +174,8 @@ static bool memory_instruction(Instr& in, std::vector<std::string> p) {
              is(p, {"global", "nc"})) {
         in.cached = p.size() == 2 || p[2] == "nc" || p[2] == "wb";
         in.run = store ? memory<false, true> : memory<false, false>;
-    } else if (is(p, {"volatile", "global"})) in.strong = true, in.run = store ? memory<false, true> : memory<false, false>;
+    } else if (is(p, {"volatile", "global"}))
+        in.strong = true, in.run = store ? memory<false, true> : memory<false, false>;
     else if (store && is(p, {"release", "gpu", "global"})) in.strong = true, in.run = store_release;
     else if (!store && is(p, {"acquire", "gpu", "global"})) in.strong = true, in.run = load_acquire;
     return in.width > 0;
@@ -221,7 +225,8 @@ void choose(Kernel& kernel, Instr& in, const std::vector<std::string>& p) {
         {"fence.proxy.async.shared::cta", proxy_fence<true, false>, CONTROL, ALONE, 0},
         {"fence.proxy.async.global", proxy_fence<false, true>, CONTROL, ALONE, 0},
         {"fence.mbarrier_init.release.cluster", mbarrier_fence, CONTROL, ALONE, 0},
-        {"cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes", bulk_tensor<true>, MEMORY, ALONE, 0},
+        {"cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes", bulk_tensor<true>, MEMORY, ALONE,
+         0},
         {"cp.async.bulk.tensor.4d.global.shared::cta.bulk_group", bulk_tensor<false>, MEMORY, ALONE, 0},
         {"cp.async.bulk.global.shared::cta.bulk_group", bulk_copy<false>, MEMORY, ALONE, 0},
         {"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32", bulk_copy<true>, MEMORY, ALONE, 0},
@@ -276,7 +281,8 @@ static bool can_meet(const Warp& w, const Instr& in, const Group& g, uint32_t la
     }
     if ((g.lanes & needed) != needed) return false;
     const uint32_t absent = needed & ~lanes;
-    if (absent) w.report("barrier", __builtin_ctz(absent), "a lane that it is for does not execute it: its guard is false");
+    if (absent)
+        w.report("barrier", __builtin_ctz(absent), "a lane that it is for does not execute it: its guard is false");
     return true;
 }
 
@@ -556,14 +562,15 @@ Counts run(Module& module, const std::string& name, const Launch& launch) {
     if (kernel.maxntid && threads > kernel.maxntid)
         fail(std::to_string(threads) + " threads a block, .maxntid is " + std::to_string(kernel.maxntid));
     if (launch.args.size() != kernel.params.size())
-        fail(std::to_string(launch.args.size()) + " arguments for " + std::to_string(kernel.params.size()) + " parameters");
+        fail(std::to_string(launch.args.size()) + " arguments for " + std::to_string(kernel.params.size()) +
+             " parameters");
     Grid grid = {module, kernel, launch, ++launches, {}, kernel.shared, 0, {}, {}, {}, 0};
     if (seed != options.seed) seed = options.seed, random_state = (seed + 1) * 0x9E3779B97F4A7C15u | 1;
     grid.params.assign(kernel.param_bytes, 0);
     for (size_t i = 0; i < kernel.params.size(); i++) {
         if (launch.args[i].bytes != kernel.params[i].bytes)
-            fail("argument " + std::to_string(i) + " has " + std::to_string(launch.args[i].bytes) + " bytes, the parameter " +
-                 std::to_string(kernel.params[i].bytes));
+            fail("argument " + std::to_string(i) + " has " + std::to_string(launch.args[i].bytes) +
+                 " bytes, the parameter " + std::to_string(kernel.params[i].bytes));
         memcpy(grid.params.data() + kernel.params[i].at, launch.args[i].data, launch.args[i].bytes);
     }
     if (launch.shared) grid.shared.push_back({kernel.dynamic_at, uint32_t(launch.shared)});
@@ -588,8 +595,8 @@ Counts run(Module& module, const std::string& name, const Launch& launch) {
     }
     for (size_t i = 0; i < grid.at.size(); i++)
         if (grid.at[i][0])
-            c.lines.push_back({uint64_t(kernel.code[i].line), grid.at[i][0], grid.at[i][1], grid.at[i][2], grid.at[i][3],
-                               grid.at[i][4]});
+            c.lines.push_back({uint64_t(kernel.code[i].line), grid.at[i][0], grid.at[i][1], grid.at[i][2],
+                               grid.at[i][3], grid.at[i][4]});
     return c;
 }
 

@@ -42,7 +42,8 @@ template <class T> inline T canonical(T x) {  // of f32 operations a NaN is 0x7f
     if constexpr (std::is_same_v<T, float>) return x != x ? __builtin_bit_cast(float, 0x7fffffffu) : x;
     return x;
 }
-template <class T> using Bits = std::conditional_t<floating<T>, T, std::make_unsigned_t<std::conditional_t<floating<T>, int, T>>>;
+template <class T>  // of integers the unsigned type, which wraps
+using Bits = std::conditional_t<floating<T>, T, std::make_unsigned_t<std::conditional_t<floating<T>, int, T>>>;
 
 struct Add { template <class T> T operator()(T a, T b) { return canonical(T(Bits<T>(a) + Bits<T>(b))); } };
 struct Sub { template <class T> T operator()(T a, T b) { return canonical(T(Bits<T>(a) - Bits<T>(b))); } };
@@ -170,7 +171,9 @@ inline uint32_t bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 constexpr double ULP = 0x1p-23;  // of a number just below the next power of two, half of it
 struct Ex2 {  // 2 ulp
-    float operator()(float a) { return std::fabs(a) < 0x1p-126f ? 1.0f : inexact(std::exp2(double(a)), ULP, 1, bits(a)); }
+    float operator()(float a) {
+        return std::fabs(a) < 0x1p-126f ? 1.0f : inexact(std::exp2(double(a)), ULP, 1, bits(a));
+    }
 };
 struct Ex2Ftz { float operator()(float a) { return flush(Ex2()(flush(a))); } };
 struct RsqrtApprox {  // 2^-22.9 relative
@@ -178,7 +181,8 @@ struct RsqrtApprox {  // 2^-22.9 relative
 };
 struct DivApprox {  // 2 ulp for divisors from 2^-126 to 2^126; beyond, 0 of a finite a
     float operator()(float a, float b) {
-        if (std::fabs(b) > 0x1p126f && std::isfinite(b)) return std::isfinite(a) ? std::copysign(0.0f, a * (b < 0 ? -1 : 1)) : canonical(NAN);
+        if (std::fabs(b) > 0x1p126f && std::isfinite(b))
+            return std::isfinite(a) ? std::copysign(0.0f, a * (b < 0 ? -1 : 1)) : canonical(NAN);
         return inexact(double(a) / b, ULP, 3, uint64_t(bits(a)) << 32 | bits(b));
     }
 };
@@ -374,7 +378,10 @@ template <int HOW> void shuffle(Warp& w, const Instr& in, uint32_t lanes) {  // 
     EACH_LANE(l) {
         const uint32_t b = w.reg<uint32_t>(in.s[first + 1])[l] & 31, c = w.reg<uint32_t>(in.s[first + 2])[l];
         const int segment = c >> 8 & 31, most = (l & segment) | (int(c & 31) & ~segment);
-        int j = HOW == 0 ? (l & segment) | (int(b) & ~segment) : HOW == 1 ? l ^ int(b) : HOW == 2 ? l - int(b) : l + int(b);
+        int j = HOW == 0   ? (l & segment) | (int(b) & ~segment)
+                : HOW == 1 ? l ^ int(b)
+                : HOW == 2 ? l - int(b)
+                           : l + int(b);
         const bool in_range = HOW == 2 ? j >= most : j <= most;
         if (!in_range) j = l;
         ok |= uint32_t(in_range) << l;

@@ -1,5 +1,5 @@
-// Who knows what of whom: clocks of warps and asynchronous agents, and the last accesses to each place of memory. PTX ISA
-// manual: "Memory Consistency Model", "Proxies"; of each instruction its own words on what it orders.
+// Who knows what of whom: clocks of warps and asynchronous agents, and the last accesses to each place of memory. PTX
+// ISA manual: "Memory Consistency Model", "Proxies"; of each instruction its own words on what it orders.
 #pragma once
 #include <bitset>
 
@@ -10,11 +10,13 @@ namespace ptx {
 // Agents of a block, whose steps are counted: its warps, and what works on by itself for them.
 enum : int { WARPS = 0, COPIES = 32, BULK_READS = 64, BULK_WRITES = 96, PRODUCTS = 128, ARRIVALS = 160, AGENTS = 224 };
 
-// What is known of an agent: all its accesses up to step `all`, and of some lanes those up to a later step. Of lanes at more
-// than two such steps some are taken to be further than they are: then a race may be missed, none is invented.
+// What is known of an agent: all its accesses up to step `all`, and of some lanes those up to a later step. Of lanes at
+// more than two such steps some are taken to be further than they are: then a race may be missed, none is invented.
 struct Known {
     uint32_t all = 0;
-    struct Part { uint32_t step, lanes; } part[2] = {};
+    struct Part {
+        uint32_t step, lanes;
+    } part[2] = {};
     Known() = default;
     Known(uint32_t all, uint32_t step = 0, uint32_t lanes = 0) : all(all), part{{step, lanes}, {}} {}
     void merge(const Known& k) {
@@ -30,8 +32,10 @@ struct Known {
                 mine = {p.step, mine.lanes | p.lanes};
                 return;
             }
-            if (mine.step > p.step) p.lanes &= ~mine.lanes;
-            else if ((mine.lanes & ~p.lanes) == 0) mine = p, p.lanes = 0;
+            if (mine.step > p.step)
+                p.lanes &= ~mine.lanes;
+            else if ((mine.lanes & ~p.lanes) == 0)
+                mine = p, p.lanes = 0;
             if (p.lanes == 0) return;
         }
         Part& next = part[part[1].step < part[0].step];
@@ -47,9 +51,11 @@ struct Known {
 struct Clock;
 typedef std::shared_ptr<const Clock> Seen;
 struct Clock {
-    Known of[AGENTS];          // of this block
+    Known of[AGENTS];              // of this block
     Known shared[32], global[32];  // of the warps' ordinary accesses, what a proxy fence stands behind
-    struct Other { Seen seen, fenced; };
+    struct Other {
+        Seen seen, fenced;
+    };
     std::map<uint32_t, Other> others;  // of other blocks
     void merge(const Clock& c) {
         for (int i = 0; i < AGENTS; i++) of[i].merge(c.of[i]);
@@ -60,7 +66,8 @@ struct Clock {
     void learn(uint32_t b, const Other& c) {
         auto later = [](Seen& mine, const Seen& theirs) {
             if (!theirs || mine == theirs) return;
-            if (!mine) mine = theirs;
+            if (!mine)
+                mine = theirs;
             else {
                 auto both = std::make_shared<Clock>(*mine);
                 for (int i = 0; i < AGENTS; i++) both->of[i].merge(theirs->of[i]);

@@ -1,6 +1,6 @@
 // A machine that executes PTX text, as nvcc -ptx writes it, on a CPU, and says what a GPU would not. Written from
-// NVIDIA's PTX ISA manual (version 9.0); it knows nothing of the trainer. Its own state: one machine a process, one host
-// thread.
+// NVIDIA's PTX ISA manual (version 9.0); it knows nothing of the trainer. Its own state: one machine a process, one
+// host thread.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -16,8 +16,8 @@ namespace ptx {
 // What it found: one line with the kernel, the line of the PTX and of the source, the thread, and the other place if
 // there is one. kind: parse (text that it does not know, an opcode too), launch, address (outside of every allocation),
 // alignment, poison (what was never written reached an address, a branch or memory), race, proxy (a race that only a
-// proxy fence would mend), phase (read before its mbarrier or copy group has let it), wgmma (a register of a wgmma under
-// way is touched), barrier (counts or lanes that do not fit), stuck (nobody can go on), registers (setmaxnreg).
+// proxy fence would mend), phase (read before its mbarrier or copy group has let it), wgmma (a register of a wgmma
+// under way is touched), barrier (counts or lanes that do not fit), stuck (nobody can go on), registers (setmaxnreg).
 struct Report : std::runtime_error {
     std::string kind;
     Report(const std::string& kind, const std::string& text) : std::runtime_error(text), kind(kind) {}
@@ -37,20 +37,20 @@ struct Launch {
 };
 
 struct Options {
-    uint64_t seed = 1;     // of the order of blocks and warps, of what approximate functions are off by
-    bool races = true;     // looks for races and poison
-    bool counts = false;   // counts, see Counts
-    size_t sample = 0;     // runs this many blocks only, spread over the grid (0: all)
-    int under_way = 4;     // blocks at a time, at most; they begin in order
-    int registers = 0;     // a thread's, at launch, as ptxas -v says (0: from .maxntid and .minnctapersm)
+    uint64_t seed = 1;    // of the order of blocks and warps, of what approximate functions are off by
+    bool races = true;    // looks for races and poison
+    bool counts = false;  // counts, see Counts
+    size_t sample = 0;    // runs this many blocks only, spread over the grid (0: all)
+    int under_way = 4;    // blocks at a time, at most; they begin in order
+    int registers = 0;    // a thread's, at launch, as ptxas -v says (0: from .maxntid and .minnctapersm)
 };
 extern Options options;
 
 // What a launch did, of the blocks that ran; all but the first line only with options.counts.
 struct Counts {
-    uint64_t blocks = 0, warps = 0, instructions = 0;  // of warps
+    uint64_t blocks = 0, warps = 0, instructions = 0;                                     // of warps
     uint64_t tensor = 0, floats = 0, integers = 0, special = 0, memory = 0, control = 0;  // instructions, a warp each
-    uint64_t tensor_flops = 0, uncovered = 0;  // instructions that no wgmma of their warp is under way beside
+    uint64_t tensor_flops = 0, uncovered = 0;          // instructions that no wgmma of their warp is under way beside
     uint64_t sectors = 0, sectors_needed = 0;          // of 32 bytes: that requests fetch, that their bytes would fill
     uint64_t to_l2 = 0;                                // of the former those that L1 lets through: all but reads of one
                                                        // among the last 1024 or so that the block has read

@@ -505,8 +505,7 @@ static void multiply(int n, int steps, bool in_registers, Operand a, Operand b, 
             "\t{.reg .pred p; setp.ne.b32 p, %%r10, 0; wgmma.mma_async.sync.aligned.m64n%dk16.f32.bf16.bf16 %s, ", n,
             registers("%f", 10, n / 2).c_str());
         if (in_registers)
-            body += format("%s, %%rd11, p, 1, 1, %d;}\n", registers("%r", 20 + 4 * s, 4).c_str(),
-                           b.mn_major);
+            body += format("%s, %%rd11, p, 1, 1, %d;}\n", registers("%r", 20 + 4 * s, 4).c_str(), b.mn_major);
         else
             body += format("%%rd10, %%rd11, p, 1, 1, %d, %d;}\n", a.mn_major, b.mn_major);
     }

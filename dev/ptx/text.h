@@ -1,5 +1,5 @@
-// PTX text to instructions. A module is indexed at once, a kernel parsed when it is first launched. Functions are parsed
-// into their callers. PTX ISA manual: "PTX Statements", "Directives", "Instruction Operands".
+// PTX text to instructions. A module is indexed at once, a kernel parsed when it is first launched. Functions are
+// parsed into their callers. PTX ISA manual: "PTX Statements", "Directives", "Instruction Operands".
 #pragma once
 #include <ctype.h>
 #include <cxxabi.h>
@@ -17,8 +17,8 @@ struct Warp;
 struct Instr;
 typedef void (*Run)(Warp&, const Instr&, uint32_t lanes);
 
-// A register, or a constant: where its 32 lanes lie in a warp's file (4 or 8 bytes each, even of 16 bits; predicates: one
-// word of bits), its number, its bytes (0: a predicate).
+// A register, or a constant: where its 32 lanes lie in a warp's file (4 or 8 bytes each, even of 16 bits; predicates:
+// one word of bits), its number, its bytes (0: a predicate).
 struct Slot {
     uint32_t at = 0, id = 0;
     uint8_t bytes = 0;
@@ -29,21 +29,21 @@ enum Meet : uint8_t { ALONE, WHOLE_WARP, BY_MASK };  // whom a lane waits for: n
 
 struct Instr {
     Run run = nullptr;
-    std::vector<Slot> s;         // operands as written, vectors and pairs one after the other
+    std::vector<Slot> s;  // operands as written, vectors and pairs one after the other
     Slot guard;
     bool guarded = false, guard_not = false;
     Class kind = INTEGER;
     Meet meet = ALONE;
-    bool rename = false;         // a move: what was in the source is in the target, no arithmetic
-    uint8_t outs = 1;            // the first operands that are written
+    bool rename = false;           // a move: what was in the source is in the target, no arithmetic
+    uint8_t outs = 1;              // the first operands that are written
     uint8_t width = 0, count = 1;  // of a memory access: bytes of an element, elements
     bool is_signed = false, strong = false, read = false, cached = false;  // cached: in L1
-    int64_t offset[3] = {};      // of its addresses, in the order in which they are written
+    int64_t offset[3] = {};  // of its addresses, in the order in which they are written
     int addresses = 0;
-    int vector = -1;             // the last operand that is one
-    bool pair = false;           // shfl: d|p
+    int vector = -1;                      // the last operand that is one
+    bool pair = false;                    // shfl: d|p
     int n = 0, trans_a = 0, trans_b = 0;  // of wgmma
-    int target = -1;             // of a branch
+    int target = -1;                      // of a branch
     int line = 0, file = 0, source = 0;
     std::string op;
 };
@@ -58,9 +58,9 @@ struct Kernel {
     std::string name, shown;
     std::vector<Instr> code;
     std::vector<std::pair<uint32_t, uint64_t>> constants32, constants64;  // where in the file, value
-    uint32_t file_bytes = 0, slots = 1;  // number 0: of constants, never poison
+    uint32_t file_bytes = 0, slots = 1;                                   // number 0: of constants, never poison
     std::vector<std::string> register_names = {"a constant"};
-    uint32_t special[16] = {};           // where tid, ntid, ctaid, nctaid (x, y, z each), laneid, warpid lie; 0: not used
+    uint32_t special[16] = {};  // where tid, ntid, ctaid, nctaid (x, y, z each), laneid, warpid lie; 0: not used
     std::vector<Param> params;
     uint32_t param_bytes = 0;
     std::vector<Symbol> shared;
@@ -69,7 +69,7 @@ struct Kernel {
     unsigned maxntid = 0, minnctapersm = 1;
 };
 
-constexpr uint32_t SHARED_BASE = 1024;             // the system's on sm_90
+constexpr uint32_t SHARED_BASE = 1024;                // the system's on sm_90
 constexpr uint64_t PARAM_BASE = 0x7e00000000000000u;  // generic addresses of kernel parameters
 
 struct Global {
@@ -77,9 +77,12 @@ struct Global {
 };
 struct Module {
     std::string text, name;
-    struct Entry { size_t at; int line; };
+    struct Entry {
+        size_t at;
+        int line;
+    };
     std::map<std::string, Entry> entries, functions;
-    std::map<std::string, std::pair<int, int>> shared;         // bytes (-1: dynamic), alignment
+    std::map<std::string, std::pair<int, int>> shared;  // bytes (-1: dynamic), alignment
     std::map<std::string, std::unique_ptr<Global>> globals;
     std::map<int, std::string> files;
     std::map<std::string, std::unique_ptr<Kernel>> parsed;
@@ -115,9 +118,12 @@ struct Words {
     }
     void space() {
         for (; at < text.size(); at++) {
-            if (text[at] == '\n') line++;
-            else if (text.compare(at, 2, "//") == 0) at = text.find('\n', at) - 1;
-            else if (!isspace((unsigned char)text[at])) return;
+            if (text[at] == '\n')
+                line++;
+            else if (text.compare(at, 2, "//") == 0)
+                at = text.find('\n', at) - 1;
+            else if (!isspace((unsigned char)text[at]))
+                return;
         }
     }
     static bool part(char c) { return isalnum((unsigned char)c) || strchr("_$%.:", c); }
@@ -159,14 +165,22 @@ struct Parser {
     Module& module;
     Kernel& kernel;
     Words w;
-    struct Name { Slot slot; int bytes; };  // 0: a predicate
+    struct Name {
+        Slot slot;
+        int bytes;
+    };                                               // 0: a predicate
     std::vector<std::map<std::string, Name>> names;  // registers, by scope
     std::vector<int> scopes;                         // of labels: a number for each { }
     int scope_count = 0;
     std::map<std::string, Param> params;
     std::map<std::string, uint64_t> shared_at;
     std::map<std::pair<uint64_t, int>, Slot> constants;
-    struct Jump { size_t instr; std::string label; std::vector<int> scopes; int line; };
+    struct Jump {
+        size_t instr;
+        std::string label;
+        std::vector<int> scopes;
+        int line;
+    };
     std::vector<Jump> jumps;
     std::map<std::pair<int, std::string>, int> labels;
     int file = 0, source = 0;
@@ -246,18 +260,20 @@ struct Parser {
         if (word.empty()) return false;
         const char* text = word.c_str();
         char* end;
-        if (text[0] == '0' && strchr("fFdD", text[1]) && text[1]) value = strtoull(text + 2, &end, 16);
+        if (text[0] == '0' && strchr("fFdD", text[1]) && text[1])
+            value = strtoull(text + 2, &end, 16);
         else if (text[0] == '-' || isdigit((unsigned char)text[0])) {
             value = text[0] == '-' ? uint64_t(strtoll(text, &end, 0)) : strtoull(text, &end, 0);
             if (*end == 'U') end++;
-        } else return false;
+        } else
+            return false;
         return *end == 0;
     }
     // special registers lie in the file too, set when a block begins
     bool special(const std::string& name, Slot& slot) {
-        static const char* const known[] = {"%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z",
-                                            "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z",
-                                            "%laneid", "%warpid"};
+        static const char* const known[] = {"%tid.x",    "%tid.y",    "%tid.z",   "%ntid.x",  "%ntid.y",
+                                            "%ntid.z",   "%ctaid.x",  "%ctaid.y", "%ctaid.z", "%nctaid.x",
+                                            "%nctaid.y", "%nctaid.z", "%laneid",  "%warpid"};
         for (int i = 0; i < 14; i++) {
             if (name != known[i]) continue;
             if (!kernel.special[i]) kernel.special[i] = make(4).at;
@@ -270,7 +286,8 @@ struct Parser {
         if (const Name* name = find(word)) return name->slot;
         uint64_t number_;
         Slot slot;
-        if (number(word, number_)) return constant(bytes == 8 ? number_ : bytes == 0 ? number_ != 0 : uint32_t(number_), bytes);
+        if (number(word, number_))
+            return constant(bytes == 8 ? number_ : bytes == 0 ? number_ != 0 : uint32_t(number_), bytes);
         if (special(word, slot)) return slot;
         if (auto at = shared_at.find(word); at != shared_at.end()) return constant(at->second, bytes);
         if (auto global = module.globals.find(word); global != module.globals.end())
@@ -284,8 +301,10 @@ struct Parser {
         uint64_t number_;
         if (params.count(base) || shared_at.count(base) || find(base) || module.globals.count(base)) {
             in.s.push_back(value(base, bytes));
-            if (w.take('+')) base = w.word();
-            else base = w.peek() == '-' ? w.word() : "0";
+            if (w.take('+'))
+                base = w.word();
+            else
+                base = w.peek() == '-' ? w.word() : "0";
         } else {
             in.s.push_back(constant(0, bytes));
         }
@@ -307,8 +326,10 @@ struct Parser {
         in.op = op;
         std::vector<std::string> parts(1);
         for (size_t i = 0; i < op.size(); i++) {
-            if (op[i] == '.') parts.emplace_back();
-            else parts.back() += op[i];
+            if (op[i] == '.')
+                parts.emplace_back();
+            else
+                parts.back() += op[i];
         }
         int bytes = 4;  // of operands that are numbers
         bool predicates = false;
@@ -467,7 +488,8 @@ struct Parser {
             const std::string word = w.word();
             in.line = w.line, in.file = file, in.source = source;
             if (word.empty()) w.fail("unknown text '" + w.text.substr(w.at, 20) + "'");
-            if (word == ".reg") declare_registers();
+            if (word == ".reg")
+                declare_registers();
             else if (word == ".loc") {
                 file = atoi(w.word().c_str());
                 source = atoi(w.word().c_str());
@@ -476,11 +498,16 @@ struct Parser {
                 const int bytes = type_bytes(w.word().substr(1));
                 named(w.word(), bytes);
                 w.need(';');
-            } else if (word == ".shared") w.skip_past(';');  // the module's index has it
-            else if (word == ".pragma") w.skip_past(';');
-            else if (word[0] == '.') w.fail("unknown directive '" + word + "'");
-            else if (w.take(':')) label(word);
-            else instruction(word, in);
+            } else if (word == ".shared")
+                w.skip_past(';');  // the module's index has it
+            else if (word == ".pragma")
+                w.skip_past(';');
+            else if (word[0] == '.')
+                w.fail("unknown directive '" + word + "'");
+            else if (w.take(':'))
+                label(word);
+            else
+                instruction(word, in);
         }
         names.pop_back();
         scopes.pop_back();
@@ -495,8 +522,10 @@ struct Parser {
                 std::string word = w.word();
                 if (word != ".param") w.fail("a parameter is not .param but '" + word + "'");
                 while ((word = w.word())[0] == '.') {
-                    if (word == ".align") align = atoi(w.word().c_str());
-                    else if (word != ".ptr") bytes = type_bytes(word.substr(1));
+                    if (word == ".align")
+                        align = atoi(w.word().c_str());
+                    else if (word != ".ptr")
+                        bytes = type_bytes(word.substr(1));
                 }
                 if (!align) align = bytes;
                 if (w.take('[')) {
@@ -513,8 +542,10 @@ struct Parser {
             if (word == ".maxntid") {
                 kernel.maxntid = atoi(w.word().c_str());
                 while (w.take(',')) kernel.maxntid *= atoi(w.word().c_str());
-            } else if (word == ".minnctapersm") kernel.minnctapersm = atoi(w.word().c_str());
-            else w.word();
+            } else if (word == ".minnctapersm")
+                kernel.minnctapersm = atoi(w.word().c_str());
+            else
+                w.word();
         }
         const size_t begin = w.at;
         size_t end = begin;
@@ -588,8 +619,10 @@ inline std::shared_ptr<Module> index_module(const std::string& text, const std::
             const bool shared = word == ".shared";
             int bytes = 0, align = 0;
             while ((word = w.word())[0] == '.') {
-                if (word == ".align") align = atoi(w.word().c_str());
-                else bytes = type_bytes(word.substr(1));
+                if (word == ".align")
+                    align = atoi(w.word().c_str());
+                else
+                    bytes = type_bytes(word.substr(1));
             }
             const int element = bytes;
             if (!align) align = bytes;

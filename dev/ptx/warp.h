@@ -28,7 +28,7 @@ struct Mbarrier {
     int64_t bytes = 0;  // that are still expected
     uint64_t phase = 0;
     int agent = 0;
-    uint32_t step = 0;  // of its copies
+    uint32_t step = 0;             // of its copies
     std::set<uint32_t> under_way;  // their steps
     bool fenced = false;
     Clock arriving, done;  // of this phase, of those that have ended
@@ -39,7 +39,11 @@ struct Bulk {
     enum { LOAD, STORE, ADD } kind;
     int warp, lane, pc;
     uint32_t mbarrier = 0;  // loads: where it is
-    struct Piece { uint32_t shared; uint64_t global; uint8_t first, count; };  // of 16 bytes those that are in the tensor
+    struct Piece {
+        uint32_t shared;
+        uint64_t global;
+        uint8_t first, count;
+    };  // of 16 bytes those that are in the tensor
     std::vector<Piece> pieces;
     uint32_t step = 0;
     std::vector<unsigned char> data;  // once it is read
@@ -73,24 +77,37 @@ struct Grid {
     int registers;  // a thread's at launch
     Counts counts;
     std::vector<std::array<uint64_t, 5>> at;  // by pc: executed, sectors, needed ones, to L2, wavefronts beyond need
-    struct Sector { uint32_t block; bool read, written, shared; };  // touched: by whom first, by others too
+    struct Sector {
+        uint32_t block;
+        bool read, written, shared;
+    };  // touched: by whom first, by others too
     std::unordered_map<uint64_t, Sector> sectors;
     uint64_t events = 0;  // somebody may go on
 };
 
 extern Pages global_pages;
-struct Flag { Seen seen; uint32_t block; };
+struct Flag {
+    Seen seen;
+    uint32_t block;
+};
 extern std::unordered_map<uint64_t, Flag> flags;  // what st.release has let go
-uint32_t draw();  // 32 random bits, of the seed
+uint32_t draw();                                  // 32 random bits, of the seed
 
-template <class T> using Cell = std::conditional_t<(sizeof(T) > 4), uint64_t, uint32_t>;
-template <class T> inline T from(Cell<T> cell) {
-    if constexpr (sizeof(T) == sizeof(cell)) return __builtin_bit_cast(T, cell);
-    else return T(cell);
+template <class T>
+using Cell = std::conditional_t<(sizeof(T) > 4), uint64_t, uint32_t>;
+template <class T>
+inline T from(Cell<T> cell) {
+    if constexpr (sizeof(T) == sizeof(cell))
+        return __builtin_bit_cast(T, cell);
+    else
+        return T(cell);
 }
-template <class T> inline Cell<T> cell(T value) {
-    if constexpr (sizeof(T) == sizeof(Cell<T>)) return __builtin_bit_cast(Cell<T>, value);
-    else return Cell<T>(std::make_unsigned_t<T>(value));
+template <class T>
+inline Cell<T> cell(T value) {
+    if constexpr (sizeof(T) == sizeof(Cell<T>))
+        return __builtin_bit_cast(Cell<T>, value);
+    else
+        return Cell<T>(std::make_unsigned_t<T>(value));
 }
 
 struct Warp {
@@ -102,12 +119,12 @@ struct Warp {
     uint32_t live;
     std::vector<Group> groups;
     enum State { RUNS, AT_BARRIER, NO_REGISTERS, STUCK, LEFT } state = RUNS;
-    int pc = 0, last = 0;      // of the instruction that runs; the group that ran last
-    bool yields = false;       // lets others run
+    int pc = 0, last = 0;                 // of the instruction that runs; the group that ran last
+    bool yields = false;                  // lets others run
     uint64_t quiet_since = 0, quiet = 0;  // events seen, turns since then in which it only looked for one
-    int registers, lacks = 0;  // lacks: NO_REGISTERS, what it waits for
-    int looked = -1;         // counts: where it has looked for an event, maybe in vain
-    std::vector<int> since;  // and what was counted since then
+    int registers, lacks = 0;             // lacks: NO_REGISTERS, what it waits for
+    int looked = -1;                      // counts: where it has looked for an event, maybe in vain
+    std::vector<int> since;               // and what was counted since then
 
     // order: its step, that at which all lanes last met, what it knows, and what single lanes know beyond that
     uint32_t step = 1, synced = 0;
@@ -119,18 +136,23 @@ struct Warp {
     std::vector<uint32_t> bulk_groups[32];  // the same of bulk stores: the last step of each
     uint32_t bulk_open[32] = {};
     // what of these a lane has waited for; the others know it once they have met it
-    struct Waited { uint32_t copies, reads, writes; } waited[32] = {};
+    struct Waited {
+        uint32_t copies, reads, writes;
+    } waited[32] = {};
     // wgmma: groups committed and waited for; by register, the group that writes it or reads it; when last touched
     uint64_t product_group = 1, product_done = 0, moment = 0, fence = 0;
     std::vector<uint64_t> writes, reads, touched;
     std::vector<uint32_t> product_pc;  // of the wgmma
     bool fenced = false;
-    std::vector<int> changes;          // by setmaxnreg
+    std::vector<int> changes;             // by setmaxnreg
     std::vector<uint32_t> product_steps;  // of the committed groups
 
     Warp(Block& block, int number) : block(block), number(number) {}
 
-    template <class T> Cell<T>* reg(Slot s) { return reinterpret_cast<Cell<T>*>(file + s.at); }
+    template <class T>
+    Cell<T>* reg(Slot s) {
+        return reinterpret_cast<Cell<T>*>(file + s.at);
+    }
     uint32_t& pred(Slot s) { return *reinterpret_cast<uint32_t*>(file + s.at); }
     const Instr& instr() const { return block.grid->kernel.code[pc]; }
 
@@ -168,10 +190,10 @@ struct Warp {
     }
     std::string who(const Access& a) const {
         const int agent = a.agent % 32, thread = agent * 32 + a.lane;
-        std::string name = a.agent < COPIES        ? "thread " + std::to_string(thread)
-                           : a.agent < BULK_READS  ? "a copy of thread " + std::to_string(thread)
-                           : a.agent < ARRIVALS    ? "an asynchronous access of warp " + std::to_string(agent)
-                                                   : "a bulk copy";
+        std::string name = a.agent < COPIES       ? "thread " + std::to_string(thread)
+                           : a.agent < BULK_READS ? "a copy of thread " + std::to_string(thread)
+                           : a.agent < ARRIVALS   ? "an asynchronous access of warp " + std::to_string(agent)
+                                                  : "a bulk copy";
         if (a.block != block.id) name += " of block " + show(index_of(a.block));
         return name + " at " + place(a.pc);
     }
@@ -208,15 +230,18 @@ struct Warp {
         bool plain = false;
         for (int l = 0; l < 32; l++)
             if (lanes >> l & 1) {
-                if (own.count(l)) to.merge(own.at(l));
-                else plain = true;
+                if (own.count(l))
+                    to.merge(own.at(l));
+                else
+                    plain = true;
             }
         if (plain) to.merge(clock);
         tell(lanes, to);
         to.of[number].merge({synced, step, lanes});
         step++;
     }
-    template <class F> void acquire(uint32_t lanes, F change) {  // change(Clock&)
+    template <class F>
+    void acquire(uint32_t lanes, F change) {  // change(Clock&)
         if (lanes == live) {
             change(clock);
             for (auto& lane : own) change(lane.second);
@@ -246,15 +271,15 @@ struct Warp {
         auto other = k.others.find(a.block);
         if (other == k.others.end() || !other->second.seen || !other->second.seen->of[a.agent].covers(a.step, a.lane))
             return false;
-        // between blocks an asynchronous access after an asynchronous one wants the fence too: proxy-preserved order has
-        // "the same proxy" only within a thread block
+        // between blocks an asynchronous access after an asynchronous one wants the fence too: proxy-preserved order
+        // has "the same proxy" only within a thread block
         if (!async) return true;
         fence_only = true;
         return (other->second.fenced && other->second.fenced->of[a.agent].covers(a.step, a.lane)) ||
                (a.agent < COPIES && other->second.seen->global[a.agent].covers(a.step, a.lane));
     }
-    // An access is checked against earlier ones and noted. me: agent, lane, step, pc and kind are set. Two writes of one
-    // instruction may meet in the same value: same.
+    // An access is checked against earlier ones and noted. me: agent, lane, step, pc and kind are set. Two writes of
+    // one instruction may meet in the same value: same.
     void touch(Pages& pages, bool is_shared, uint64_t at, uint32_t bytes, bool write, Access me, bool same = false) {
         Page& page = pages.at(at, block.grid->number);
         while (page.shift > 1 && ((at | bytes) & ((1u << page.shift) - 1))) page.refine(page.shift - 1);
@@ -290,11 +315,15 @@ struct Warp {
         snprintf(address, sizeof address, "%s %s%llx", does, is_shared ? "shared " : "",
                  (unsigned long long)(is_shared ? at - SHARED_BASE : at));
         const bool waits = !reads_first && (a.agent >= ARRIVALS || (a.agent >= COPIES && a.agent < BULK_READS));
-        const char* kind = fence_only ? "proxy" : waits ? "phase" : a.agent >= PRODUCTS && a.agent < ARRIVALS ? "wgmma" : "race";
-        report(kind, me.lane, std::string(address) + ", which " + who(a) + " " + did +
-                                  (fence_only ? ", without a proxy fence between"
-                                   : waits    ? ", and whose end was not waited for"
-                                              : ", without anything that orders the two"));
+        const char* kind = fence_only                                  ? "proxy"
+                           : waits                                     ? "phase"
+                           : a.agent >= PRODUCTS && a.agent < ARRIVALS ? "wgmma"
+                                                                       : "race";
+        report(kind, me.lane,
+               std::string(address) + ", which " + who(a) + " " + did +
+                   (fence_only ? ", without a proxy fence between"
+                    : waits    ? ", and whose end was not waited for"
+                               : ", without anything that orders the two"));
     }
 
     // ------------------------------------------------------------------------------------------------ memory
@@ -308,7 +337,8 @@ struct Warp {
                  (unsigned long long)(at - SHARED_BASE));
         std::string what = text;
         for (const Symbol& s : block.grid->shared)
-            what += " [" + std::to_string(s.at - SHARED_BASE) + "," + std::to_string(s.at - SHARED_BASE + s.bytes) + ")";
+            what +=
+                " [" + std::to_string(s.at - SHARED_BASE) + "," + std::to_string(s.at - SHARED_BASE + s.bytes) + ")";
         report("address", lane, what);
     }
     [[noreturn]] void misaligned(int lane, uint64_t at, uint32_t bytes) const {

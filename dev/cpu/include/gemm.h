@@ -232,7 +232,8 @@ inline std::string gemm_warning() {
     const auto start = std::chrono::steady_clock::now(), end = start + std::chrono::milliseconds(150);
     const auto most = start + std::chrono::seconds(2);  // under an emulator
     auto begin = start;
-    for (int tries = 0; (tries < 20 && begin < most) || begin < end; tries++, begin = std::chrono::steady_clock::now()) {
+    for (int tries = 0; (tries < 20 && begin < most) || begin < end;
+         tries++, begin = std::chrono::steady_clock::now()) {
         const double before = gemm_clock();
         gemm({true, false, n, n, n, 1, n, n, 0, n}, a.data(), b.data(), d.data());
         rate = std::max(rate, 2.0 * n * n * n / (gemm_clock() - before));

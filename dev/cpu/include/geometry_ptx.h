@@ -68,7 +68,10 @@ inline std::shared_ptr<ptx::Module> cuda_ptx = [] {
 inline const bool cuda_ptx_part = getenv("CUDA_CPU_PTX_PART") != nullptr;
 
 struct CudaPtxLog {
-    struct Line { uint64_t launches = 0, instructions = 0; double seconds = 0; };
+    struct Line {
+        uint64_t launches = 0, instructions = 0;
+        double seconds = 0;
+    };
     std::map<std::string, Line> lines;
     ~CudaPtxLog() {
         const char* path = getenv("CUDA_CPU_PTX_LOG");
@@ -97,7 +100,8 @@ inline bool cuda_ptx_run(const void* kernel, const char* name, dim3 grid, dim3 b
     Dl_info info;
     try {
         if (!dladdr(kernel, &info) || !info.dli_sname)
-            throw ptx::Report("launch", std::string("cuda: kernel ") + name + " has no name to look for. Link with -rdynamic.");
+            throw ptx::Report("launch",
+                              std::string("cuda: kernel ") + name + " has no name to look for. Link with -rdynamic.");
         if (cuda_ptx_part && !ptx::has(*cuda_ptx, info.dli_sname)) return false;
         const auto begin = std::chrono::steady_clock::now();
         const ptx::Launch launch = {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared, args};
