@@ -169,7 +169,7 @@ TEST(norm_residual) {
                         {7, 96},
                         {33, RAGGED(130)},
                         {5, 2048},
-                        {1, 4096},
+                        {1, 192 * PACK},
                         {2, EXACT || !BF16 ? 1000 : 11008},
                         {1, BF16 ? 12288 : 6144},
                         {70, RAGGED(1)}})
@@ -201,7 +201,7 @@ TEST(norm_backward) {
                         {7, 96},
                         {67, RAGGED(130)},
                         {5, 2048},
-                        {1, 4096},
+                        {1, 192 * PACK},
                         {2, EXACT || !BF16 ? 1000 : 11008},
                         {1, BF16 ? 12288 : 6144}})
         for (Norm norm : BOTH_NORMS)
@@ -337,7 +337,7 @@ TEST(ffn_norm_act) {
                         {67, 40},
                         {9, RAGGED(172)},
                         {3, RAGGED(1001)},
-                        {1, BF16 ? 4096 : 2048},
+                        {1, 192 * PACK},
                         {2, EXACT || !BF16 ? 600 : 11008},
                         {1, BF16 ? 14336 : 7168},
                         {1, BF16 ? 28672 : 14336}})
@@ -409,7 +409,7 @@ TEST(embedding) {
     for (auto [B, T, C, V] : {std::tuple{1, 1, 16, 3},
                               {2, 13, 48, 7},
                               {3, 5, 200, 1000},
-                              {1, 2, 4096, 3},
+                              {1, 2, 192 * PACK, 3},
                               {1, 2, BF16 ? 8192 : 6144, 3}})
         for (bool learned : {false, true}) {
             Random r{uint64_t(T)};
@@ -1080,7 +1080,7 @@ void two_steps(Model& m, int from) {
 TEST(same_bits_and_checkpoint) {
     for (auto [variant, storage] : {std::make_pair(Variant::simplegpt, Storage()),
                                     {Variant::prenorm, Storage()},
-                                    {Variant::simplegpt, Storage{Recompute::norm, BF16, true, BF16}}}) {
+                                    {Variant::simplegpt, Storage{Recompute::norm, true, true, BF16}}}) {
         if (quick && storage.recompute == Recompute::none) continue;
         const std::string dir = temporary("run");
         mkdir(dir.c_str(), 0777);
@@ -1539,7 +1539,6 @@ TEST(gradients_begin_anew) {
 
 // Gradients kept in bf16 are those of float, rounded once.
 TEST(half_gradients) {
-    if (!BF16) return;
     for (Backbone backbone : {Backbone::llama, Backbone::nanogpt}) {
         const Config c = small_config(backbone, Variant::simplegpt);
         std::vector<float> all[2];
@@ -1564,7 +1563,7 @@ TEST(half_gradients) {
         m.table = build_table(c);
         for (const Tensor& t : m.table.tensors) {
             auto part = [&](const std::vector<float>& v) { return Vec(&v[t.offset], &v[t.offset] + t.size()); };
-            expect_close(part(all[1]), part(all[0]), TOL, t.name);
+            expect_close(part(all[1]), part(all[0]), 4e-3, t.name);
         }
     }
 }

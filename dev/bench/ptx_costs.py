@@ -254,8 +254,9 @@ def model_tables(cases):
                             for p in ("issue", "float", "integer", "special", "shuffle", "float64", "tensor", "L1",
                                       "L2", "HBM")])
             counts.append([label] + [number(x.a_warp(c)) for c in
-                                     ("tensor", "floats", "integers", "special", "memory", "control", "barriers")] +
-                          [against(x.tensor_flops * x.scale, x.flops, 1e9) if x.tensor_flops else "",
+                                     ("tensor", "floats", "integers", "special", "memory", "control")] +
+                          [number(x.a_warp("uncovered")) if "hopper" in x.name else "", number(x.a_warp("barriers")),
+                           against(x.tensor_flops * x.scale, x.flops, 1e9) if x.tensor_flops else "",
                            against(x.sectors * x.scale, x.sectors_needed * x.scale, 1e6),
                            number(x.to_l2 * x.scale / 1e6),
                            against(x.wavefronts * x.scale, x.wavefronts_needed * x.scale, 1e6) if x.wavefronts else "",
@@ -269,9 +270,10 @@ def model_tables(cases):
           "room for, waves how often the grid fills them all; registers with ! spill some:\n")
     table(["kernel", "grid", "registers", "shared, KB", "blocks (warps)", "waves", "issue", "float", "integer",
            "special", "shuffle", "f64", "tensor", "L1", "L2", "HBM"], kernels)
-    print("PTX instructions a warp by class, barriers a warp, and over the whole launch, with what is needed in "
-          "brackets where it differs; MB asked for, and each byte once:\n")
-    table(["kernel", "tensor", "float", "integer", "special", "memory", "control", "barriers", "GFLOP (needed)",
+    print("PTX instructions a warp by class, of Hopper's the memory instructions, barriers and fences that "
+          "run while no product of their warp is under way, barriers a warp, and over the whole launch, with what is "
+          "needed in brackets where it differs; MB asked for, and each byte once:\n")
+    table(["kernel", "tensor", "float", "integer", "special", "memory", "control", "alone", "barriers", "GFLOP (needed)",
            "M sectors (needed)", "to L2", "M wavefronts (free of conflicts)", "MB read", "written", "distinct",
            "the layer's MB"], counts)
 

@@ -99,7 +99,7 @@ struct PackWriter {
         } else {
             if (e % 2 == 0) even = x;
             if (e % 2 == 1) pack[e / 2] = pack_bf16(even, x);
-            if (e == PACK - 1)  // __stwb: of some plain stores nvcc makes four, each of which fills a quarter of its sectors
+            if (e == PACK - 1)  // __stwb: of some plain stores nvcc makes four of 4 bytes
                 __stwb(reinterpret_cast<uint4*>(at - (PACK - 1)), make_uint4(pack[0], pack[1], pack[2], pack[3]));
         }
     }

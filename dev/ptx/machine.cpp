@@ -293,11 +293,15 @@ static void count(Grid& grid, int pc, int64_t times) {
     (kind == TENSOR ? c.tensor : kind == FLOAT ? c.floats : kind == INTEGER ? c.integers
      : kind == SPECIAL ? c.special : kind == MEMORY ? c.memory : c.control) += times;
 }
+static bool stalls(const Instr& in) {  // memory, barriers, fences
+    return in.kind == MEMORY || in.run == barrier<true> || in.run == barrier<false> || in.run == mbarrier_try_wait ||
+           in.op.compare(0, 6, "fence.") == 0;
+}
 // How often a warp looks for an event in vain is the machine's doing, not the program's: only its last look counts.
 static void count(Warp& w, Grid& grid, int pc) {
     const std::vector<Instr>& code = grid.kernel.code;
     Counts& c = grid.counts;
-    auto uncovered = [&](int i) { return w.product_group - 1 == w.product_done && code[i].kind != TENSOR; };
+    auto uncovered = [&](int i) { return w.fenced && w.product_group - 1 == w.product_done && stalls(code[i]); };
     if (pc == w.looked)
         for (int i : w.since) {
             count(grid, i, -1);

@@ -50,7 +50,8 @@ extern Options options;
 struct Counts {
     uint64_t blocks = 0, warps = 0, instructions = 0;                                     // of warps
     uint64_t tensor = 0, floats = 0, integers = 0, special = 0, memory = 0, control = 0;  // instructions, a warp each
-    uint64_t tensor_flops = 0, uncovered = 0;          // instructions that no wgmma of their warp is under way beside
+    uint64_t tensor_flops = 0;
+    uint64_t uncovered = 0;  // of warps with wgmma: memory instructions, barriers and fences while no product is under way
     uint64_t sectors = 0, sectors_needed = 0;          // of 32 bytes: that requests fetch, that their bytes would fill
     uint64_t to_l2 = 0;                                // of the former those that L1 lets through: all but reads of one
                                                        // among the last 1024 or so that the block has read

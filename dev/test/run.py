@@ -52,6 +52,7 @@ JOBS = {
     "properties_ranks": (["build/train_gpt_cpu_fp32"],
                          [sys.executable, "dev/test/properties_ranks.py", "build/train_gpt_cpu_fp32"], [1]),
     "ptx_machine": (["build/test_ptx"], ["build/test_ptx"], [1]),
+    "ptx_tools": (["build/test_exact_bf16", *PTX], [sys.executable, "dev/test/test_ptx.py"], [1]),
     "ptx_plant": (["build/test_exact_bf16", *PTX], [sys.executable, "dev/ptx/plant.py", "--quick"], [1]),
     "counts": (["build/test_counts"], ["build/test_counts"], [1]),
     "standin_exact": (["build/test_standin_exact"], ["build/test_standin_exact"], [1]),

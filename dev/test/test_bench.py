@@ -133,7 +133,7 @@ ptxas info    : Used 40 registers, used 1 barriers, 4096 bytes smem
               "shared": 28672, "blocks": 4, "warps": 32, "tensor": 0, "floats": 320, "integers": 640, "special": 320,
               "memory": 640, "control": 352, "tensor_flops": 0, "sectors": 10240, "sectors_needed": 1280,
               "to_l2": 10240, "wavefronts": 2560, "wavefronts_needed": 320, "barriers": 32, "read": 0, "written": 40960,
-              "read_distinct": 0, "written_distinct": 327680, "shared_distinct": 0,
+              "read_distinct": 0, "written_distinct": 327680, "shared_distinct": 0, "uncovered": 0,
               "lines": [[8, 320, 0, 0, 0, 2240], [10, 320, 10240, 1280, 10240, 0], [11, 320, 0, 0, 0, 0],
                         [11, 320, 0, 0, 0, 0], [12, 320, 0, 0, 0, 0], [13, 320, 0, 0, 0, 0], [14, 320, 0, 0, 0, 0],
                         [15, 32, 0, 0, 0, 0]]}
@@ -160,8 +160,8 @@ ptxas info    : Used 40 registers, used 1 barriers, 4096 bytes smem
         # 228 KB hold 6 blocks of 28 + 4 and the system's 1; warps allow 8, 40 registers 6
         self.assertEqual(rows[1][:7], ["copy: copy<4>", "1320 x 256", "40", "32.0", "6 (48)", "1.67", number(issue)])
         self.assertEqual(rows[1][-3:], [number(l1), number(l2), f"**{number(hbm)}**"])
-        self.assertEqual(rows[2][1:8], ["0", "10", "20", "10", "20", "11", "1"])
-        self.assertEqual(rows[2][9:], ["3.38 (0.422)", "3.38", "0.845 (0.106)", "0", "13.5", "108", "3350"])
+        self.assertEqual(rows[2][1:9], ["0", "10", "20", "10", "20", "11", "", "1"])
+        self.assertEqual(rows[2][10:], ["3.38 (0.422)", "3.38", "0.845 (0.106)", "0", "13.5", "108", "3350"])
         beyond = f"{1e6 * 8960 * 32 * 330 / 6.4e12:.3g}"
         self.assertEqual(rows[3][:8], ["copy<4> (1B)", "lane.cuh:9 in copy.cu:8", "`st.global.f32`", "10", "106",
                                        "28.00", "28.00", ""])

@@ -39,7 +39,7 @@ inline void cuda_ptx_count(const char* kernel, const ptx::Launch& launch, const 
     add("sectors_needed", c.sectors_needed), add("to_l2", c.to_l2), add("wavefronts", c.wavefronts);
     add("wavefronts_needed", c.wavefronts_needed), add("barriers", c.barriers), add("read", c.read);
     add("written", c.written), add("read_distinct", c.read_distinct), add("written_distinct", c.written_distinct);
-    add("shared_distinct", c.shared_distinct);
+    add("shared_distinct", c.shared_distinct), add("uncovered", c.uncovered);
     fprintf(cuda_ptx_counts, ", \"lines\": [");
     for (const auto& l : c.lines)
         for (size_t i = 0; i < l.size(); i++)
