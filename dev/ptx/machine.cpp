@@ -247,10 +247,10 @@ void choose(Kernel& kernel, Instr& in, const std::vector<std::string>& p) {
         }
     if (begins("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16") ||
         begins("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16")) {
-        const int n = whole.find("n64") != std::string::npos ? 64 : 128;
-        const bool rs = in.s.size() == size_t(n / 2 + 9);
-        if (!rs && in.s.size() != size_t(n / 2 + 7)) throw "the operands do not fit";
-        in.n = n, in.kind = TENSOR, in.meet = WHOLE_WARP, in.outs = uint8_t(n / 2);
+        const size_t n = whole.find("n64") != std::string::npos ? 64 : 128;
+        const bool rs = in.s.size() == n / 2 + 9;
+        if (!rs && in.s.size() != n / 2 + 7) throw "the operands do not fit";
+        in.kind = TENSOR, in.meet = WHOLE_WARP, in.outs = uint8_t(n / 2);
         const size_t after = n / 2 + (rs ? 6 : 3);  // scale-a, scale-b, [trans-a,] trans-b
         for (size_t i = after; i < after + 2; i++)
             if (constant(kernel, in.s[i]) != 1) throw "only scales of 1 are known:";

@@ -244,9 +244,11 @@ FENCE_SHARED = "fence.proxy.async.shared::cta"
 fault("both fences after mbarrier.init dropped", F64, ("fence.mbarrier_init.*", drop), ("fence.proxy.async", drop),
       kinds="proxy", within=80)
 fault("fence.proxy.async before out's bulk store dropped", F64, (FENCE_SHARED, drop), kinds="proxy", within=15)
-fault("fence.proxy.async before wgmma reads ds dropped", B128, (FENCE_SHARED, drop), kinds="proxy", within=20)
-fault("the same, head size 64", B64, (FENCE_SHARED, drop), kinds="proxy", within=20, quick=True)
-fault("fence.proxy.async before dq's bulk copy dropped", B128, (FENCE_SHARED + "#2", drop), kinds="proxy",
+fault("fence.proxy.async before wgmma reads ds dropped", B128, (FENCE_SHARED + "#2", drop), kinds="proxy",
+      where="other", within=20)
+fault("the same, head size 64", B64, (FENCE_SHARED + "#2", drop), kinds="proxy", where="other", within=20,
+      quick=True)
+fault("fence.proxy.async before dq's bulk copy dropped", B128, (FENCE_SHARED, drop), kinds="proxy",
       where="other", within=20)
 fault("fence.proxy.async before dk's and dv's bulk stores dropped", B128, (FENCE_SHARED + "#-1", drop), kinds="proxy",
       within=20)
@@ -278,12 +280,12 @@ fault("arrive at empty before the last wgmma is waited for", B128, (f"{WAIT}#-1 
 # wgmma
 fault("wgmma.fence before acc += p v dropped", F64, (FENCE + "#-1", drop), kinds="wgmma", within=15)
 fault("wgmma.fence before q k^T dropped", F64, (FENCE, drop), kinds="wgmma", within=15)
-fault("wgmma.fence before dv += p dout dropped", B128, (FENCE + "#3", drop), kinds="wgmma", within=15)
+fault("wgmma.fence before dv += p dout dropped", B128, (FENCE + "#4", drop), kinds="wgmma", within=15)
 fault("commit of q k^T dropped", F64, (COMMIT, drop), kinds="wgmma", within=20, quick=True)
 fault("wait_group after q k^T dropped", F64, (WAIT, drop), kinds="wgmma", within=20)
 fault("wait_group 1 raised to 2", F64, (WAIT + "#2", operand(0, "2")), kinds="wgmma", within=40)
 fault("the last wait_group raised from 0 to 1", F64, (WAIT + "#-1", operand(0, "1")), kinds="wgmma", within=100)
-fault("wait_group 1 raised to 2", B128, (WAIT + "#1", operand(0, "2")), kinds="wgmma", within=40)
+fault("wait_group 1 raised to 2", B128, (WAIT + "#2", operand(0, "2")), kinds="wgmma", within=40)
 fault("accumulator read before its wait", F64,
       (WGMMA, after("{.reg .f32 planted; add.f32 planted, {0.5}, 0f00000000;}")), kinds="wgmma")
 fault("A's register overwritten under way", F64, (f"{FENCE}#3 > {WGMMA}", after("mov.b32 {1.2}, 0;")), kinds="wgmma",
@@ -333,8 +335,8 @@ fault("number of a turn's barrier off", F64, ("bar.sync#2", operand(0, "9")), ki
       within=40)
 fault("bar.arrive of a turn dropped", F64, ("bar.arrive#2", drop), kinds="stuck", where="any", within=200)
 fault("bar.arrive's count 32 more", B128, ("bar.arrive#2", operand(1, "320")), kinds="barrier", where="any")
-fault("bar.sync between ds and its wgmma dropped", B128, ("bar.sync#3", drop), kinds="poison race proxy wgmma",
-      where="any", within=200)
+fault("bar.sync between ds and its wgmma dropped", B128, ("bar.sync#4", drop), kinds="poison race proxy wgmma",
+      where="any", within=800)
 fault("setmaxnreg.inc beyond the block's registers", B128, ("setmaxnreg.inc.*", operand(0, "240")), kinds="registers",
       where="any")
 fault("setmaxnreg.inc beyond the block's registers", F64, ("setmaxnreg.inc.*", operand(0, "168")), kinds="registers",
@@ -413,7 +415,7 @@ fault("a row's bound one too far", "embedding_forward_kernel<1>", ("setp.ge.s32"
 fault("vector load 2 bytes on", NORM4, ("ld.global.v4.u32", offset(1, 2)), kinds="alignment", test="norm_residual")
 fault("vector load 16 bytes on, beyond the allocation", NORM1, ("ld.global.v4.u32", offset(1, 16)), kinds="address",
       test="norm_residual")
-fault("vector store 16 bytes on, beyond the allocation", "embedding_forward_kernel<1>", ("st.global.v4.u32#-1",
+fault("vector store 16 bytes on, beyond the allocation", "embedding_forward_kernel<1>", ("st.global.wb.v4.u32#-1",
       offset(0, 16)), kinds="address race", test="embedding")
 fault("a sum's zero dropped", NORM4, ("bar.sync#2 > mov.f32", drop), kinds="poison", where="any", within=2000,
       test="norm_residual")

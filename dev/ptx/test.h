@@ -77,7 +77,7 @@ struct Uniform {  // random numbers, the same everywhere
 // a body is the loop that waits for an mbarrier. Lines count from some thousand, so that a report names no other
 // number.
 struct Text {
-    std::string params, body, before = "", tuning = "";
+    std::string params, body, before{}, tuning{};
 };
 
 inline std::vector<std::string> split(const std::string& text, char at) {

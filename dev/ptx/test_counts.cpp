@@ -38,7 +38,7 @@ static ptx::Counts global(const std::string& access, unsigned stride, unsigned o
     alignas(128) static unsigned char memory[8192];
     const unsigned char* at = memory + offset;
     ptx::allocated(memory, sizeof memory);
-    const ptx::Counts c =
+    ptx::Counts c =
         run(kernel(".param .u64 k_param_0, .param .u32 k_param_1",
                    "ld.param.u64 %rd1, [k_param_0];\nld.param.u32 %r2, [k_param_1];\nmov.u32 %r1, %tid.x;\n"
                    "mul.lo.s32 %r3, %r1, %r2;\nmul.wide.u32 %rd2, %r3, 4;\nadd.s64 %rd3, %rd1, %rd2;\n" +

@@ -24,6 +24,10 @@ struct Slot {
     uint8_t bytes = 0;
 };
 
+struct Source {  // a file's number and line, and those of the call that was inlined, if it was
+    int file = 0, line = 0, in_file = 0, in_line = 0;
+};
+
 enum Class : uint8_t { TENSOR, FLOAT, INTEGER, SPECIAL, MEMORY, CONTROL };
 enum Meet : uint8_t { ALONE, WHOLE_WARP, BY_MASK };  // whom a lane waits for: nobody, its warp, a mask in s.back()
 
@@ -42,9 +46,10 @@ struct Instr {
     int addresses = 0;
     int vector = -1;                      // the last operand that is one
     bool pair = false;                    // shfl: d|p
-    int n = 0, trans_a = 0, trans_b = 0;  // of wgmma
+    int trans_a = 0, trans_b = 0;  // of wgmma
     int target = -1;                      // of a branch
-    int line = 0, file = 0, source = 0;
+    int line = 0;
+    Source source;
     std::string op;
 };
 
@@ -183,7 +188,7 @@ struct Parser {
     };
     std::vector<Jump> jumps;
     std::map<std::pair<int, std::string>, int> labels;
-    int file = 0, source = 0;
+    Source source;
     int returns = -1;  // in a function: the number of its end's label
 
     void named(const std::string& name, int bytes) {
@@ -445,7 +450,8 @@ struct Parser {
         auto function = module.functions.find(name);
         if (function == module.functions.end()) w.fail("unknown function '" + name + "'");
         const Words back = w;
-        const int back_returns = returns, back_file = file, back_source = source;
+        const int back_returns = returns;
+        const Source back_source = source;
         w.at = function->second.at, w.line = function->second.line;
         names.emplace_back();
         auto formal = [&](std::vector<Name>& actual) {  // (.param .b64 name, ...)
@@ -468,7 +474,7 @@ struct Parser {
         labels[{returns, "<end>"}] = kernel.code.size();
         names.pop_back();
         w.at = back.at, w.line = back.line;
-        returns = back_returns, file = back_file, source = back_source;
+        returns = back_returns, source = back_source;
     }
     void body() {  // up to the }
         names.emplace_back();
@@ -479,20 +485,24 @@ struct Parser {
                 continue;
             }
             Instr in;
-            in.line = w.line, in.file = file, in.source = source;
+            in.line = w.line, in.source = source;
             if (w.take('@')) {
                 in.guarded = true;
                 in.guard_not = w.take('!');
                 in.guard = value(w.word(), 0);
             }
             const std::string word = w.word();
-            in.line = w.line, in.file = file, in.source = source;
+            in.line = w.line, in.source = source;
             if (word.empty()) w.fail("unknown text '" + w.text.substr(w.at, 20) + "'");
             if (word == ".reg")
                 declare_registers();
             else if (word == ".loc") {
-                file = atoi(w.word().c_str());
-                source = atoi(w.word().c_str());
+                const std::string text = w.text.substr(w.at, w.text.find('\n', w.at) - w.at);
+                source = {};
+                const size_t inlined = text.find("inlined_at ");
+                sscanf(text.c_str(), "%d %d", &source.file, &source.line);
+                if (inlined != std::string::npos)
+                    sscanf(text.c_str() + inlined, "inlined_at %d %d", &source.in_file, &source.in_line);
                 w.skip_line();
             } else if (word == ".param") {  // of a call: a register
                 const int bytes = type_bytes(w.word().substr(1));
@@ -579,7 +589,7 @@ inline Kernel& find_kernel(Module& module, const std::string& name) {
             throw Report("launch", module.name + " has no kernel " + shown_name(name) + " (" + name + ")");
         auto fresh = std::make_unique<Kernel>();
         fresh->name = name, fresh->shown = shown_name(name);
-        Parser{module, *fresh, {module.text, module.name, 0, 0}, {}, {}, 0, {}, {}, {}, {}, {}, 0, 0, -1}.parse();
+        Parser{module, *fresh, {module.text, module.name, 0, 0}, {}, {}, 0, {}, {}, {}, {}, {}, {}, -1}.parse();
         kernel = std::move(fresh);
     }
     return *kernel;

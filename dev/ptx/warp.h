@@ -170,12 +170,15 @@ struct Warp {
         const Grid& g = *block.grid;
         const Instr& in = g.kernel.code[at_pc];
         std::string text = in.op + " " + g.module.name + ":" + std::to_string(in.line);
-        auto file_ = g.module.files.find(in.file);
-        if (file_ != g.module.files.end()) {
-            const std::string& path = file_->second;
-            text += " (" + path.substr(path.rfind('/') + 1) + ":" + std::to_string(in.source) + ")";
-        }
-        return text;
+        auto show = [&](int file, int line, const char* before) {
+            auto found = g.module.files.find(file);
+            if (found == g.module.files.end()) return false;
+            text += before + found->second.substr(found->second.rfind('/') + 1) + ":" + std::to_string(line);
+            return true;
+        };
+        if (!show(in.source.file, in.source.line, " (")) return text;
+        show(in.source.in_file, in.source.in_line, " in ");
+        return text + ")";
     }
     static std::string show(Dim d) {
         return "(" + std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z) + ")";
