@@ -41,7 +41,7 @@ struct Instr {
     bool rename = false;           // a move: what was in the source is in the target, no arithmetic
     uint8_t outs = 1;              // the first operands that are written
     uint8_t width = 0, count = 1;  // of a memory access: bytes of an element, elements
-    bool is_signed = false, strong = false, read = false, cached = false;  // cached: in L1
+    bool is_signed = false, strong = false, cached = false;  // cached: in L1
     int64_t offset[3] = {};  // of its addresses, in the order in which they are written
     int addresses = 0;
     int vector = -1;                      // the last operand that is one

@@ -39,11 +39,11 @@ struct Bulk {
     enum { LOAD, STORE, ADD } kind;
     int warp, lane, pc;
     uint32_t mbarrier = 0;  // loads: where it is
-    struct Piece {
+    struct Piece {  // of 16 bytes those that are in the tensor
         uint32_t shared;
         uint64_t global;
         uint8_t first, count;
-    };  // of 16 bytes those that are in the tensor
+    };
     std::vector<Piece> pieces;
     uint32_t step = 0;
     std::vector<unsigned char> data;  // once it is read
@@ -64,7 +64,6 @@ struct Block {
     std::vector<Bulk> bulks;
     std::vector<uint64_t> l1;  // counts: sectors read, 256 sets of 4, the last one first
     int free_registers = 0, left = 0;
-    uint64_t tickets = 0;
 };
 
 struct Grid {
@@ -77,10 +76,10 @@ struct Grid {
     int registers;  // a thread's at launch
     Counts counts;
     std::vector<std::array<uint64_t, 5>> at;  // by pc: executed, sectors, needed ones, to L2, wavefronts beyond need
-    struct Sector {
+    struct Sector {  // touched: by whom first, by others too
         uint32_t block;
         bool read, written, shared;
-    };  // touched: by whom first, by others too
+    };
     std::unordered_map<uint64_t, Sector> sectors;
     uint64_t events = 0;  // somebody may go on
 };
@@ -118,8 +117,8 @@ struct Warp {
     std::vector<uint32_t> poison;  // by register: lanes in which it was never written
     uint32_t live;
     std::vector<Group> groups;
-    enum State { RUNS, AT_BARRIER, NO_REGISTERS, STUCK, LEFT } state = RUNS;
-    int pc = 0, last = 0;                 // of the instruction that runs; the group that ran last
+    enum State { RUNS, AT_BARRIER, NO_REGISTERS, LEFT } state = RUNS;
+    int pc = 0;                           // of the instruction that runs
     bool yields = false;                  // lets others run
     uint64_t quiet_since = 0, quiet = 0;  // events seen, turns since then in which it only looked for one
     int registers, lacks = 0;             // lacks: NO_REGISTERS, what it waits for
