@@ -252,7 +252,7 @@ class GpuCheck(unittest.TestCase):
         self.check("build")
         cases = self.check("steps", "kernels", status=1, faults=["hang step"], patience="0.02")
         self.assertEqual([c[0] for c in cases], ["FAIL", "ok", "ok"])
-        self.assertIn("no end within 6.", cases[0][3])
+        self.assertRegex(cases[0][3], r"no end within [56](\.\d+)? s")  # what is left of the stage's
         self.assertIn("slow s is at 33.3%", self.page())
         self.assertEqual(self.sleepers(), [])
         cases = self.check("steps", "kernels", status=1, faults=["torn"])
