@@ -1445,6 +1445,11 @@ __global__ void named_stuck_kernel() {
     if (threadIdx.x < 32) named_barrier_sync(3, 96);
     else named_barrier_arrive(3, 96);
 }
+__global__ void named_twice_kernel() {  // one warp for two
+    if (threadIdx.x >= 32) return;
+    named_barrier_arrive(3, 64);
+    named_barrier_sync(3, 64);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Exact geometry: deliberate mistakes, each in a process of its own
@@ -1514,6 +1519,7 @@ static int mistake(const std::string& name) {
     if (name == "mbarrier_stuck") mbarrier_stuck_kernel<<<1, 32>>>(32);
     if (name == "no_mbarrier") no_mbarrier_kernel<<<1, 32>>>();
     if (name == "named_stuck") named_stuck_kernel<<<1, 64>>>();
+    if (name == "named_twice") named_twice_kernel<<<1, 64>>>();
     if (name == "early_empty") tma_matmul<64, 0, 0, 0, EARLY_EMPTY>(456);
     if (name == "one_async_fence") tma_matmul<64, 0, 0, 0, ONE_ASYNC_FENCE>(128);
     if (name == "touch_a") tma_matmul<160, 0, 0, 1, TOUCH_A>(128);
@@ -1568,6 +1574,7 @@ static void test_reports() {
 static void test_hopper_reports() {
     expect_report("mbarrier_stuck", {"32 threads (0-31) wait at mbarrier_wait dev/cpu/test_standin.cu:"});
     expect_report("named_stuck", {"32 threads (0-31) wait at named_barrier_sync", "but 32 threads (32-63) have left"});
+    expect_report("named_twice", {"is at named_barrier_sync", "the warp comes again before the barrier is complete"});
     expect_report("no_mbarrier", {"is at mbarrier_wait ", "no mbarrier there"});
     expect_report("no_fence", {"no wgmma_fence"});
     expect_report("no_async_fence", {"tma_store", "without fence_async_shared"});

@@ -61,6 +61,7 @@ struct CudaCopy {
 };
 struct CudaNamedBarrier {
     int threads = 0, arrived = 0;
+    unsigned warps = 0;  // that have come
     std::vector<int> waiting;
     CudaClock clock;
 };
@@ -187,7 +188,8 @@ inline void cuda_named_arrive(CudaThread* lanes, unsigned) {
     CudaNamedBarrier& n = cuda_hopper.named[a.id];
     auto die = [&](const char* what) { cuda_die_at(lanes[0].op, lanes[0].file, lanes[0].line, what); };
     if (n.arrived && n.threads != a.threads) die("others gave another number of threads");
-    n.threads = a.threads;
+    if (n.warps >> first / 32 & 1) die("the warp comes again before the barrier is complete");
+    n.threads = a.threads, n.warps |= 1u << first / 32;
     for (int l = 0; l < 32; l++) {
         const CudaNamedArguments& x = *(const CudaNamedArguments*)lanes[l].in;
         if (x.id != a.id || x.threads != a.threads) die("the lanes disagree");
