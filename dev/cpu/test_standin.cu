@@ -1355,6 +1355,14 @@ __global__ void registers_kernel() {  // of 504 for a thread of each group 512
     else registers_more<240>();
 }
 
+__global__ void wrong_way_kernel() { registers_less<240>(); }  // of 168
+__global__ void one_lane_kernel() {
+    if (threadIdx.x % 32 == 0) registers_less<32>();
+}
+__global__ void three_of_four_kernel() {
+    if (threadIdx.x < 96) registers_less<32>();
+}
+
 static void test_bulk() {
     Device<float> out(std::vector<float>(65, NAN));
     Device<__nv_bfloat16> none(64);
@@ -1515,6 +1523,9 @@ static int mistake(const std::string& name) {
     if (name == "three_warps") tma_matmul<64, 0, 0, 0, THREE_WARPS>(128);
     if (name == "no_store_wait") tma_matmul<64, 0, 0, 0, NO_STORE_WAIT>(128);
     if (name == "registers") registers_kernel<<<1, 384>>>();
+    if (name == "wrong_way") wrong_way_kernel<<<1, 384>>>();
+    if (name == "one_lane") one_lane_kernel<<<1, 384>>>();
+    if (name == "three_of_four") three_of_four_kernel<<<1, 384>>>();
     if (name == "overwrite_store") tma_matmul<64, 0, 0, 0, OVERWRITE_STORE>(128);
     if (name == "mbarrier_stuck") mbarrier_stuck_kernel<<<1, 32>>>(32);
     if (name == "no_mbarrier") no_mbarrier_kernel<<<1, 32>>>();
@@ -1604,6 +1615,9 @@ static void test_hopper_reports() {
     expect_report("two_arrivals", {"is at mbarrier_arrive", "more arrivals"});
     expect_report("no_init_fence", {"before mbarrier_fence_init"});
     expect_report("three_warps", {"warp 3 left out a wgmma"});
+    expect_report("wrong_way", {"is at registers_less", "from 168 registers a thread to 240"});
+    expect_report("one_lane", {"12 threads (0,32,", "wait at registers_less"});
+    expect_report("three_of_four", {"warp 3 has other registers than its warpgroup's first warp"});
     expect_report("registers", {"the warps ask for 2048 registers together", "of 2016"});
     for (const char* name : {"early_read", "no_store_wait"}) {  // a copy may always be in time
         int caught = 0;

@@ -621,12 +621,30 @@ template <int N> void wgmma_wait(CUDA_HERE) {
 }
 template <int COUNT> void wgmma_registers(float*) {}
 
-// Checked at the block's end: all together no more than the block got when it started.
-template <int R> void registers_more() {
-    static_assert(R % 8 == 0 && R >= 24 && R <= 256);
-    cuda_hopper.registers[cuda_block.current / 32] = R;
+inline int cuda_registers_at_start() {
+    return std::min<int>(65536 / std::max<int>(cuda_block.threads.size(), 32) / 8 * 8, 255);
 }
-template <int R> void registers_less() { registers_more<R>(); }
+// Not less than the warp has, or not more. Checked at the block's end: the same in a warpgroup, and all together no more
+// than the block got when it started.
+inline void cuda_set_registers(const char* op, int registers, bool more, const char* file, int line) {
+    cuda_meet(op, ~0u, file, line, nullptr, nullptr, nullptr, more ? registers : -registers,
+              [](CudaThread* lanes, unsigned) {
+                  int& now = cuda_hopper.registers[(lanes - &cuda_block.threads[0]) / 32];
+                  const int from = now ? now : cuda_registers_at_start(), to = abs(lanes[0].arg);
+                  if (lanes[0].arg > 0 ? to < from : to > from)
+                      cuda_die_at(lanes[0].op, lanes[0].file, lanes[0].line,
+                                  "from " + std::to_string(from) + " registers a thread to " + std::to_string(to));
+                  now = to;
+              });
+}
+template <int R> void registers_more(CUDA_HERE) {
+    static_assert(R % 8 == 0 && R >= 24 && R <= 256);
+    cuda_set_registers("registers_more", R, true, file, line);
+}
+template <int R> void registers_less(CUDA_HERE) {
+    static_assert(R % 8 == 0 && R >= 24 && R <= 256);
+    cuda_set_registers("registers_less", R, false, file, line);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What the scheduler calls
@@ -670,9 +688,13 @@ inline void cuda_hopper_end() {
         if (h.warps[warp].issued != h.sequence[warp / 4].size())
             cuda_die("warp " + std::to_string(warp) + " left out a wgmma of its warpgroup");
     }
-    const int warps = cuda_block.threads.size() / 32, at_start = std::min(65536 / 32 / std::max(warps, 1) / 8 * 8, 255);
+    const int warps = cuda_block.threads.size() / 32, at_start = cuda_registers_at_start();
     int registers = 0;
-    for (int warp = 0; warp < warps; warp++) registers += h.registers[warp] ? h.registers[warp] : at_start;
+    for (int warp = 0; warp < warps; warp++) {
+        registers += h.registers[warp] ? h.registers[warp] : at_start;
+        if (h.registers[warp] != h.registers[warp / 4 * 4])
+            cuda_die("warp " + std::to_string(warp) + " has other registers than its warpgroup's first warp");
+    }
     if (registers > warps * at_start)
         cuda_die("the warps ask for " + std::to_string(registers) + " registers together, a thread of each, of " +
                  std::to_string(warps * at_start));
