@@ -1445,6 +1445,31 @@ __global__ void mbarrier_stuck_kernel(int arrivals) {  // 31 threads arrive
     if (threadIdx.x > 0) mbarrier_arrive(&bar);
     mbarrier_wait(&bar, 0);
 }
+enum MbarrierSlip { WELL, UNSEEN_INIT, UNSEEN_PHASE, SECOND_INIT, MANY_BYTES };
+template <int SLIP> __global__ void mbarrier_kernel(int* out, const __grid_constant__ CUtensorMap) {
+    extern __shared__ uint64_t mbarrier_smem[];
+    uint64_t* bar = mbarrier_smem;
+    if (threadIdx.x == 0) {
+        mbarrier_init(bar, 1);
+        mbarrier_fence_init();
+    }
+    if (SLIP == UNSEEN_INIT) __shfl_sync(~0u, 0, 0);
+    else __syncwarp();
+    if (threadIdx.x != 9) return;
+    if (SLIP == SECOND_INIT) mbarrier_init(bar, 1);
+    if (SLIP == MANY_BYTES) mbarrier_arrive_expect(bar, 1 << 20);
+    for (int i = 0; i < 3; i++) {
+        mbarrier_arrive(bar);
+        if (SLIP != UNSEEN_PHASE) mbarrier_wait(bar, i % 2);
+    }
+    *out = 3;
+}
+template <int SLIP> int mbarrier_phases() {
+    Device<int> out(std::vector<int>(1, 0));
+    Device<__nv_bfloat16> none(64);
+    mbarrier_kernel<SLIP><<<1, 32, 8>>>(out, map_of(none, 1, 64, 1));
+    return *out.data;
+}
 __global__ void no_mbarrier_kernel() {
     __shared__ uint64_t bar;
     mbarrier_wait(&bar, 0);
@@ -1528,6 +1553,10 @@ static int mistake(const std::string& name) {
     if (name == "three_of_four") three_of_four_kernel<<<1, 384>>>();
     if (name == "overwrite_store") tma_matmul<64, 0, 0, 0, OVERWRITE_STORE>(128);
     if (name == "mbarrier_stuck") mbarrier_stuck_kernel<<<1, 32>>>(32);
+    if (name == "unseen_init") mbarrier_phases<UNSEEN_INIT>();
+    if (name == "unseen_phase") mbarrier_phases<UNSEEN_PHASE>();
+    if (name == "second_init") mbarrier_phases<SECOND_INIT>();
+    if (name == "many_bytes") mbarrier_phases<MANY_BYTES>();
     if (name == "no_mbarrier") no_mbarrier_kernel<<<1, 32>>>();
     if (name == "named_stuck") named_stuck_kernel<<<1, 64>>>();
     if (name == "named_twice") named_twice_kernel<<<1, 64>>>();
@@ -1586,6 +1615,11 @@ static void test_hopper_reports() {
     expect_report("mbarrier_stuck", {"32 threads (0-31) wait at mbarrier_wait dev/cpu/test_standin.cu:"});
     expect_report("named_stuck", {"32 threads (0-31) wait at named_barrier_sync", "but 32 threads (32-63) have left"});
     expect_report("named_twice", {"is at named_barrier_sync", "the warp comes again before the barrier is complete"});
+    EXPECT(mbarrier_phases<WELL>() == 3, "%s", "a thread did not get through three phases");
+    expect_report("unseen_init", {"thread 9 is at mbarrier_arrive", "initialised was not passed on"});
+    expect_report("unseen_phase", {"thread 9 is at mbarrier_arrive", "nobody has waited for the phase before"});
+    expect_report("second_init", {"thread 9 is at mbarrier_init", "there is an mbarrier already"});
+    expect_report("many_bytes", {"more than 2^20 - 1 bytes"});
     expect_report("no_mbarrier", {"is at mbarrier_wait ", "no mbarrier there"});
     expect_report("no_fence", {"no wgmma_fence"});
     expect_report("no_async_fence", {"tma_store", "without fence_async_shared"});

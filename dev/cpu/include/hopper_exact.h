@@ -6,7 +6,7 @@
 //                 quarter runs for itself, and the four warps of a group must issue the same sequence
 // Reported: threads that wait for ever, accumulators or A's registers touched before the wait, what copies and wgmma
 // touch without an order (order_exact.h), a load over what a wgmma reads that was not waited for, mbarriers used before
-// mbarrier_fence_init or with too many arrivals, groups of wgmma without a fence, and work still under way when the
+// mbarrier_fence_init, with too many arrivals or with a phase that nobody waited for, groups of wgmma without a fence, and work still under way when the
 // block ends. An address in shared memory is the offset from the dynamic array's begin.
 #pragma once
 #include <array>
@@ -66,7 +66,8 @@ struct CudaNamedBarrier {
     CudaClock clock;
 };
 struct CudaBar {  // what those who arrive at an mbarrier have seen, and what who waits for it then sees
-    int component, phase = 0;
+    int component, phase = 0, waited = 0;  // phases that have ended, and those whose end somebody has seen
+    CudaWriter made;
     CudaClock arrived, done;
     CudaLast last;
 };
@@ -116,6 +117,11 @@ inline CudaMbarrier& cuda_mbarrier(uint64_t* bar, const char* op, const char* fi
         cuda_die_at(op, file, line, "no mbarrier there");
     for (uint64_t* u : cuda_hopper.unfenced)
         if (u == bar) cuda_die_at(op, file, line, "the mbarrier is used before mbarrier_fence_init");
+    if (!cuda_order.on) return m;
+    const auto found = cuda_hopper.bars.find(bar);
+    if (found == cuda_hopper.bars.end()) cuda_die_at(op, file, line, "no mbarrier there");
+    if (!cuda_ordered(found->second.made, *cuda_me().clock, cuda_block.current, CUDA_GENERIC))
+        cuda_die_at(op, file, line, "that the mbarrier is initialised was not passed on to the thread");
     return m;
 }
 // arrivals and bytes expected, or bytes that came
@@ -123,6 +129,7 @@ inline void cuda_mbarrier_update(uint64_t* bar, unsigned arrivals, int64_t bytes
     CudaMbarrier& m = *(CudaMbarrier*)cuda_alias(bar);
     m.pending -= arrivals;
     m.bytes += bytes;
+    if (m.bytes >= 1 << 20 || m.bytes <= -(1 << 20)) cuda_die("an mbarrier has more than 2^20 - 1 bytes to come");
     if (m.pending != 0 || m.bytes != 0) return;
     m.phase ^= 1;
     m.pending = m.arrivals;
@@ -143,19 +150,26 @@ inline void cuda_mbarrier_arrive(uint64_t* bar, unsigned bytes, const char* op, 
     CudaMbarrier& m = cuda_mbarrier(bar, op, file, line);
     if (m.pending == 0) cuda_die_at(op, file, line, "more arrivals in a phase than the mbarrier counts");
     cuda_seal();
-    if (cuda_order.on) cuda_release(cuda_hopper.bars.at(bar).arrived, cuda_block.current);
+    if (cuda_order.on) {
+        CudaBar& b = cuda_hopper.bars.at(bar);
+        if (b.waited < b.phase) cuda_die_at(op, file, line, "nobody has waited for the phase before");
+        cuda_release(b.arrived, cuda_block.current);
+    }
     cuda_mbarrier_update(bar, 1, bytes);
 }
 
 inline void mbarrier_init(uint64_t* bar, unsigned arrivals, CUDA_HERE) {
     if (arrivals == 0 || arrivals >= 0xFFFFF) cuda_die_at("mbarrier_init", file, line, "arrivals out of range");
-    *(CudaMbarrier*)cuda_alias(bar) = {0, arrivals, arrivals, 0};
     CudaHopper& h = cuda_hopper;
+    if (h.bars.count(bar)) cuda_die_at("mbarrier_init", file, line, "there is an mbarrier already");
+    *(CudaMbarrier*)cuda_alias(bar) = {0, arrivals, arrivals, 0};
     h.unfenced.push_back(bar);
     if (!cuda_order.on) return;
     const int number = h.bars.size();
     if (number == CUDA_OTHERS - 32) cuda_die_at("mbarrier_init", file, line, "more mbarriers than can be watched");
-    h.bars[bar] = {cuda_component(cuda_block.threads.size() + number), 0, {}, {}, {}};
+    CudaBar& b = h.bars[bar];
+    b.component = cuda_component(cuda_block.threads.size() + number);
+    b.made = {cuda_component(cuda_block.current), cuda_me().step};
 }
 inline void mbarrier_fence_init() {
     cuda_hopper.unfenced.clear();
@@ -174,6 +188,7 @@ inline void mbarrier_wait(uint64_t* bar, unsigned parity, CUDA_HERE) {
     }
     if (!cuda_order.on) return;
     CudaBar& b = cuda_hopper.bars.at(bar);
+    b.waited = b.phase;
     cuda_acquire(cuda_me(), b.done, b.last);
 }
 
