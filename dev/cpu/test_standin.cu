@@ -1300,6 +1300,33 @@ template <int FENCED> int global_write() {
     return *out.data;
 }
 
+// A thread writes where a bulk copy puts something: behind its phase or, EARLY, before; by stmatrix or not.
+template <int EARLY, int MATRIX>
+__global__ void written_copy_kernel(int* out, const __grid_constant__ CUtensorMap map) {
+    extern __shared__ __align__(1024) int written_smem[];
+    uint64_t* bar = (uint64_t*)(written_smem + 256);
+    if (threadIdx.x == 0) {
+        mbarrier_init(bar, 1);
+        mbarrier_fence_init();
+        mbarrier_arrive_expect(bar, 8 * 128);
+        tma_load(written_smem, &map, bar, 0, 0);
+    }
+    __syncthreads();
+    if (!EARLY) mbarrier_wait(bar, 0);
+    const unsigned r[4] = {3, 3, 3, 3};
+    if (MATRIX) stmatrix_x4(written_smem + threadIdx.x * 4, r);
+    else written_smem[threadIdx.x] = 3;
+    __syncthreads();
+    if (EARLY) mbarrier_wait(bar, 0);
+    if (threadIdx.x == 0) *out = written_smem[0];
+}
+template <int EARLY, int MATRIX> int written_copy() {
+    Device<int> out(1);
+    Device<__nv_bfloat16> data(8 * 64);
+    written_copy_kernel<EARLY, MATRIX><<<1, 32, 1032>>>(out, map_of(data, 8, 64, 8));
+    return *out.data;
+}
+
 // A store is late: after the wait for its read the memory may still be as it was.
 __global__ void late_kernel(float* out, float* data, const __grid_constant__ CUtensorMap) {
     extern __shared__ __align__(1024) float late_smem[];
@@ -1317,6 +1344,7 @@ __global__ void late_kernel(float* out, float* data, const __grid_constant__ CUt
 static void test_order() {
     for (float x : turns<RIGHT>()) EXPECT(x == 7, "seven turns of 1 gave %g", x);
     EXPECT(global_write<1>() == 77, "a bulk copy read %d", global_write<1>());
+    EXPECT((written_copy<0, 0>()) == 3 && (written_copy<0, 1>()) == 3, "%s", "what was written over a bulk copy is lost");
     Device<float> out(2), data(std::vector<float>(32, 1));
     late_kernel<<<1, 1, 16>>>(out, data, map_of((__nv_bfloat16*)data.data, 1, 64, 1));
     EXPECT(out[0] == 1 && out[1] == 5, "before and after the wait for the write %g and %g", out[0], out[1]);
@@ -1574,6 +1602,8 @@ static int mistake(const std::string& name) {
     if (name == "one_fence") turns<ONE_FENCE>();
     if (name == "shuffle") turns<SHUFFLE>();
     if (name == "global_write") global_write<0>();
+    if (name == "written_copy") written_copy<1, 0>();
+    if (name == "written_copy_matrix") written_copy<1, 1>();
     if (name == "never") never_kernel<<<3, 32>>>((int*)f.data);
     if (name == "half_warps") half_warps_kernel<<<1, 64>>>();
     if (name == "unwatched") unwatched_kernel<<<1, 1>>>();
@@ -1639,6 +1669,8 @@ static void test_hopper_reports() {
         expect_report("no_global_fence", {"is at bulk_add", "that a bulk copy of another block wrote"}, seed);
         expect_report("shared_fence", {"is at bulk_add", "that a bulk copy of another block wrote"}, seed);
         expect_report("write_after_fence", {"is at bulk_", "that thread 0 wrote without fence_async_global"}, seed);
+        expect_report("written_copy", {"is at a store before", "that a bulk copy writes"}, seed);
+        expect_report("written_copy_matrix", {"is at stmatrix_x4", "that a bulk copy writes"}, seed);
         expect_report("global_write", {"is at tma_load", "that thread 40 wrote without fence_async_global"}, seed);
         for (const char* name : {"one_fence", "shuffle"})
             expect_report(name, {"is at bulk_store", "wrote without fence_async_shared"}, seed);

@@ -261,15 +261,21 @@ inline void fence_async_global(CUDA_HERE) {
     cuda_fence(false, true);
 }
 
-// Thread i writes there: what wgmma and stores read must be behind it.
+// Thread i writes there: what wgmma and stores read must be behind it, and what loads write.
 inline void cuda_written_over(size_t offset, size_t bytes, int i, const char* op, const char* file, int line) {
     CudaHopper& h = cuda_hopper;
     const CudaClock& c = *cuda_block.threads[i].clock;
-    auto die = [&](const std::string& reader) {
+    auto die = [&](const std::string& other, const char* does = " reads") {
         cuda_block.current = i;
-        cuda_die_at(op, file, line, "it writes to shared memory at " + std::to_string(offset) + " that " + reader +
-                                        " reads, which was not waited for or not passed on to it");
+        cuda_die_at(op, file, line, "it writes to shared memory at " + std::to_string(offset) + " that " + other +
+                                        does + ", which was not waited for or not passed on to it");
     };
+    // another block's mbarriers change too, with a copy of it, and lie elsewhere
+    for (size_t at = offset; at < std::min(offset + bytes, cuda_block.dynamic_bytes); at += 4) {
+        const CudaWriter w = cuda_shared_writer(at);
+        if (w.who >= 0 && w.who & CUDA_ASYNC && cuda_at(c.seen, w.who & ~CUDA_ASYNC) < w.when)
+            die("a bulk copy", " writes");
+    }
     for (auto r = h.reads.lower_bound(offset / 1024); r != h.reads.end() && r->first * 1024 < offset + bytes; r++)
         for (int warp = 0; warp < 32; warp++)
             if (r->second[warp] > cuda_at(c.seen, cuda_component(cuda_order.stride - 32 + warp)))

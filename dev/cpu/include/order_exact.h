@@ -10,6 +10,7 @@
 //              proxy, but the manual orders a proxy's own accesses in one block only: to another block's copies the
 //              second's block has a proxy fence of its own.
 //   reads, then a write   whoever writes to shared memory that wgmma or a store reads is behind the wait for it.
+//   load, then a write    whoever writes to shared memory that a load fills is behind its mbarrier's phase.
 // A fence counts in its own block only: flags pass on the order, not the fences.
 // Each thread has a vector clock. Ordinary writes are found by comparing: pages of shared memory and of the tensors are
 // read-only until a thread writes there, then what differs at the thread's next meeting point is that thread's. Not
@@ -147,10 +148,10 @@ CUDA_NO_ASAN inline void cuda_look() {
             const uint32_t now = ((const uint32_t*)page.data)[w];
             if (now == ((uint32_t*)page.before)[w]) continue;
             ((uint32_t*)page.before)[w] = now;
-            page.writers[w] = {cuda_component(cuda_block.current), cuda_me().step};
             if (page.data != page.at)  // shared memory
                 cuda_written_over(page.at + w * 4 - (char*)cuda_block.dynamic, 4, cuda_block.current, "a store before",
                                   cuda_me().file, cuda_me().line);
+            page.writers[w] = {cuda_component(cuda_block.current), cuda_me().step};
         }
     }
 }
@@ -368,8 +369,8 @@ inline void cuda_store(char* to, const unsigned* from, const CudaThread& lane) {
     memcpy(cuda_alias(to), from, 4);
     if (!cuda_order.on) return;
     const int i = &lane - &cuda_block.threads[0];
-    cuda_mark(to, 4, {cuda_component(i), lane.step});
     cuda_written_over(to - (char*)cuda_block.dynamic, 4, i, lane.op, lane.file, lane.line);
+    cuda_mark(to, 4, {cuda_component(i), lane.step});
 }
 
 inline void cuda_order_begin(const std::vector<CUtensorMap>& maps, int threads) {
