@@ -6,8 +6,9 @@
 //                 quarter runs for itself, and the four warps of a group must issue the same sequence
 // Reported: threads that wait for ever, accumulators or A's registers touched before the wait, what copies and wgmma
 // touch without an order (order_exact.h), a load over what a wgmma reads that was not waited for, mbarriers used before
-// mbarrier_fence_init, with too many arrivals or with a phase that nobody waited for, groups of wgmma without a fence, and work still under way when the
-// block ends. An address in shared memory is the offset from the dynamic array's begin.
+// mbarrier_fence_init, with too many arrivals or with a phase that nobody waited for, groups of wgmma without a fence,
+// and work still under way when the block ends. An address in shared memory is the offset from the dynamic array's
+// begin.
 #pragma once
 #include <array>
 #include <deque>
@@ -496,6 +497,9 @@ inline void cuda_run_wgmma(int warp) {
     CudaWriter last{-2};
     float a[16 * 16];
     std::vector<float> b(16 * op.n), c(16 * op.n);
+    // the rows of the other warps must be there too: who reads what is not said
+    for (int i = 0; i < 64 && !op.from_registers; i++)
+        for (int k = 0; k < 16 && i / 16 != warp % 4; k++) cuda_wgmma_element(op.a, op.trans_a, i, k, op, warp, last);
     for (int i = 0; i < 16; i++)
         for (int k = 0; k < 16; k++) {
             // lane and number of the element in the A fragment of mma.m16n8k16
@@ -645,8 +649,8 @@ template <int COUNT> void wgmma_registers(float*) {}
 inline int cuda_registers_at_start() {
     return std::min<int>(65536 / std::max<int>(cuda_block.threads.size(), 32) / 8 * 8, 255);
 }
-// Not less than the warp has, or not more. Checked at the block's end: the same in a warpgroup, and all together no more
-// than the block got when it started.
+// Not less than the warp has, or not more. Checked at the block's end: the same in a warpgroup, and all together no
+// more than the block got when it started.
 inline void cuda_set_registers(const char* op, int registers, bool more, const char* file, int line) {
     cuda_meet(op, ~0u, file, line, nullptr, nullptr, nullptr, more ? registers : -registers,
               [](CudaThread* lanes, unsigned) {
