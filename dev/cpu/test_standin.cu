@@ -1217,6 +1217,17 @@ template <int BARRIER> std::vector<float> own_rows() {
     return out.host();
 }
 
+__global__ void unwritten_kernel(float* out, const __grid_constant__ CUtensorMap) {
+    extern __shared__ __align__(1024) char unwritten_smem[];
+    float c[32];
+    const uint64_t tile = wgmma_descriptor(unwritten_smem, 16, 1024);
+    wgmma_fence();
+    wgmma_ss<64, 0, 0>(c, tile, tile, 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    out[threadIdx.x] = c[0];
+}
+
 static void test_tma_wgmma() {  // 200: the last box is half outside
     auto close = [](double error, int line) { EXPECT(error < 4e-3, "line %d: off by %.2e", line, error); };
     for (int K : {64, 128, 200, 456}) {
@@ -1230,6 +1241,10 @@ static void test_tma_wgmma() {  // 200: the last box is half outside
         close(tma_matmul<256, 0, 1, 1, NONE>(K), __LINE__);
         close(tma_matmul<64, 0, 0, 0, LATE_ASYNC_FENCE>(K), __LINE__);
     }
+    Device<float> nothing(std::vector<float>(128, 0));
+    Device<__nv_bfloat16> none(64);
+    unwritten_kernel<<<1, 128, 8192>>>(nothing, map_of(none, 1, 64, 1));
+    for (int i = 0; i < 128; i++) EXPECT(std::isnan(nothing[i]), "of what nobody wrote thread %d got %g", i, nothing[i]);
     const std::vector<float> rows = own_rows<1>();
     for (int i = 0; i < 128; i++) {
         const __nv_bfloat16 want(i / 32 * 16 + i % 32 / 4 + i % 4 * 2 / 64.0f);

@@ -350,7 +350,7 @@ inline void cuda_run_load(const CudaCopy& copy) {
 }
 inline void cuda_run_read(CudaCopy& copy) {
     const size_t bytes = copy.to ? copy.bytes : cuda_copy_rows(copy.map) * 128;
-    cuda_copy_touches(copy, copy.smem, bytes, CUDA_TO_SHARED);  // what nobody wrote may lie outside the tensor
+    cuda_copy_touches(copy, copy.smem, bytes, CUDA_SHARED_ASYNC);
     copy.data.assign(copy.smem, copy.smem + bytes);
     cuda_hopper.sources[copy.smem - (char*)cuda_block.dynamic].reader.when = cuda_block.threads[copy.thread].step;
 }
@@ -376,7 +376,7 @@ inline void tma_load(void* smem, const CUtensorMap* map, uint64_t* bar, int c0, 
     CudaHopper& h = cuda_hopper;
     const CudaBar& b = h.bars.at(bar);
     copy.writer = {b.component | CUDA_ASYNC, b.phase + 1};
-    cuda_copy_touches(copy, smem, bytes, CUDA_TO_SHARED);
+    cuda_copy_touches(copy, smem, bytes, CUDA_SHARED_ASYNC);
     cuda_written_over((char*)smem - (char*)cuda_block.dynamic, bytes, copy.thread, "tma_load", file, line);
     memset(cuda_alias((char*)smem), 0xFF, bytes);
     cuda_mark(smem, bytes, copy.writer);
@@ -474,7 +474,7 @@ inline float cuda_wgmma_element(uint64_t descriptor, int trans, int mn, int k, c
         cuda_die(cuda_where("wgmma", op.file, op.line) + " reads beyond shared memory");
     const CudaWriter w = cuda_shared_writer(address);
     if (w != last)
-        for (auto& clock : op.clocks) cuda_touch(p, 2, *clock, warp * 32, CUDA_FROM_SHARED, "wgmma", op.file, op.line);
+        for (auto& clock : op.clocks) cuda_touch(p, 2, *clock, warp * 32, CUDA_SHARED_ASYNC, "wgmma", op.file, op.line);
     last = w;
     uint16_t bits;
     memcpy(&bits, p, 2);

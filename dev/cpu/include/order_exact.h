@@ -11,6 +11,7 @@
 //              second's block has a proxy fence of its own.
 //   reads, then a write   whoever writes to shared memory that wgmma or a store reads is behind the wait for it.
 //   load, then a write    whoever writes to shared memory that a load fills is behind its mbarrier's phase.
+//   nobody, then a read   no mistake by itself: it reads NaN.
 // A fence counts in its own block only: flags pass on the order, not the fences.
 // Each thread has a vector clock. Ordinary writes are found by comparing: pages of shared memory and of the tensors are
 // read-only until a thread writes there, then what differs at the thread's next meeting point is that thread's. Not
@@ -25,7 +26,7 @@
 
 constexpr int CUDA_PAGE = 4096, CUDA_OTHERS = 96;  // components beside threads: 64 mbarriers, 32 warps' wgmma
 constexpr int CUDA_ASYNC = 1 << 30, CUDA_NEVER = 0x7fffffff;
-enum CudaProxy { CUDA_GENERIC, CUDA_FROM_SHARED, CUDA_TO_SHARED, CUDA_GLOBAL };  // who touches what
+enum CudaProxy { CUDA_GENERIC, CUDA_SHARED_ASYNC, CUDA_GLOBAL };  // who touches what
 
 // Of each component, up to which step: what is ordered before; what of it has passed a proxy fence. Components are
 // those of a resident block, one block after the other; empty: nothing.
@@ -264,11 +265,10 @@ inline void cuda_flag_read(const int* flag) {
 
 inline bool cuda_ordered(CudaWriter w, const CudaClock& c, int i, CudaProxy proxy) {
     const int who = w.who & ~CUDA_ASYNC;
-    const bool shared = proxy == CUDA_FROM_SHARED || proxy == CUDA_TO_SHARED;
-    if (w.who < 0) return proxy != CUDA_FROM_SHARED;
+    if (w.who < 0) return true;
     if (w.when == CUDA_NEVER) return false;
     const bool async = w.who & CUDA_ASYNC;
-    if (shared) return cuda_at(async ? c.seen : c.shared, who) >= w.when;
+    if (proxy == CUDA_SHARED_ASYNC) return cuda_at(async ? c.seen : c.shared, who) >= w.when;
     const bool block = who / cuda_order.stride == cuda_block.slot && w.when > cuda_block.first_step;
     if (proxy == CUDA_GENERIC || (async && block))
         return (block && who == cuda_component(i)) || cuda_at(c.seen, who) >= w.when;
@@ -300,7 +300,6 @@ inline void cuda_touch(const void* at, size_t bytes, const CudaClock& c, int i, 
                         : global              ? "fence_async_global"
                                               : "fence_async_shared") +
                        " on the way, or while it was being read";
-            if (w.who < 0) what = "that nobody wrote";
             cuda_die_at(op, file, line,
                         "it touches " + std::string(global ? "global memory" : "shared memory at ") +
                             (global ? "" : std::to_string(p - (const char*)cuda_block.dynamic)) + " " + what);
