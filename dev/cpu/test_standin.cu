@@ -1084,7 +1084,7 @@ static CUtensorMap map_of(const __nv_bfloat16* base, int rows, int cols, int box
 
 enum Slip {  // what tma_matmul_kernel does wrong
     NONE, EARLY_READ, NO_WAIT, NO_EMPTY, EARLY_EMPTY, NO_FENCE, NO_ASYNC_FENCE, ONE_ASYNC_FENCE, LATE_ASYNC_FENCE,
-    TOUCH, TOUCH_A, SHORT_BYTES, TWO_ARRIVALS, NO_INIT_FENCE, THREE_WARPS, NO_STORE_WAIT, OVERWRITE_STORE
+    TOUCH, TOUCH_A, SHORT_BYTES, TWO_ARRIVALS, NO_INIT_FENCE, THREE_WARPS, OWN_COMMIT, NO_STORE_WAIT, OVERWRITE_STORE
 };
 
 // out (64,N) bf16 = a (64,K) b (K,N): a stored (M,K) or, TA, (K,M); b stored (N,K) or, TB, (K,N). One producer thread
@@ -1124,18 +1124,19 @@ __global__ void tma_matmul_kernel(const __grid_constant__ CUtensorMap out, const
         char *sa = tma_smem + i % 2 * STAGE, *sb = sa + A_BYTES;
         if (SLIP != NO_WAIT) mbarrier_wait(&full[i % 2], i / 2 % 2);
         uint64_t da = wgmma_descriptor(sa, A_BYTES, 1024), db = wgmma_descriptor(sb, 64 * 128, 1024);
-        if (SLIP != NO_FENCE) wgmma_fence();
+        for (int e = 0; RS && e < 16; e++) {  // element (row, col) of the swizzled tile
+            int j = e / 4, r = e % 4, row = 16 * w + g + r % 2 * 8, byte = (16 * j + r / 2 * 8 + 2 * t) * 2;
+            memcpy(&fa[j][r], sa + row * 128 + (byte ^ row % 8 * 16), 4);
+        }
+        if (SLIP != NO_FENCE) wgmma_fence();  // behind it no register of a wgmma may be touched
         for (int j = 0; j < 4; j++) {
             const int step_a = TA ? 2048 : 32, step_b = TB ? 2048 : 32;
-            for (int r = 0; RS && r < 4; r++) {  // element (row, col) of the swizzled tile
-                int row = 16 * w + g + r % 2 * 8, byte = (16 * j + r / 2 * 8 + 2 * t) * 2;
-                memcpy(&fa[j][r], sa + row * 128 + (byte ^ row % 8 * 16), 4);
-            }
             if (SLIP == THREE_WARPS && w == 3 && k + 64 >= K && j == 3) continue;
             if (RS) wgmma_rs<N, TB>(c, fa[j], db + (j * step_b >> 4), k + j > 0);
             else wgmma_ss<N, TA, TB>(c, da + (j * step_a >> 4), db + (j * step_b >> 4), k + j > 0);
         }
         wgmma_commit();
+        if (SLIP == OWN_COMMIT && w == 3) wgmma_commit();
         if (SLIP == TOUCH) c[3] = 0;
         if (SLIP == TOUCH_A) fa[2][1]++;
         if (SLIP == EARLY_EMPTY) mbarrier_arrive(&empty[i % 2]);
@@ -1626,6 +1627,7 @@ static int mistake(const std::string& name) {
     if (name == "short_bytes") tma_matmul<64, 0, 0, 0, SHORT_BYTES>(128);
     if (name == "two_arrivals") tma_matmul<64, 0, 0, 0, TWO_ARRIVALS>(128);
     if (name == "no_init_fence") tma_matmul<64, 0, 0, 0, NO_INIT_FENCE>(128);
+    if (name == "own_commit") tma_matmul<64, 0, 0, 0, OWN_COMMIT>(128);
     if (name == "three_warps") tma_matmul<64, 0, 0, 0, THREE_WARPS>(128);
     if (name == "no_store_wait") tma_matmul<64, 0, 0, 0, NO_STORE_WAIT>(128);
     if (name == "registers") registers_kernel<<<1, 384>>>();
@@ -1735,6 +1737,7 @@ static void test_hopper_reports() {
     expect_report("short_bytes", {"wait at mbarrier_wait"});
     expect_report("two_arrivals", {"is at mbarrier_arrive", "more arrivals"});
     expect_report("no_init_fence", {"before mbarrier_fence_init"});
+    expect_report("own_commit", {"is at wgmma", "another warp of the group has another wgmma here"});
     expect_report("three_warps", {"warp 3 left out a wgmma"});
     expect_report("wrong_way", {"is at registers_less", "from 168 registers a thread to 240"});
     expect_report("one_lane", {"12 threads (0,32,", "wait at registers_less"});

@@ -538,7 +538,7 @@ inline void cuda_wgmma_issue(CudaThread* lanes, unsigned) {
     if (!w.fenced) die("no wgmma_fence since the last commit or wait");
     if ((!op.from_registers && (op.a >> 62 != 1 || op.a >> 49 & 7)) || op.b >> 62 != 1 || op.b >> 49 & 7)
         die("not a descriptor of a 128-byte swizzled tile");
-    uint64_t sum = op.line;
+    uint64_t sum = op.line + ((uint64_t)w.committed << 32);
     for (uint64_t x : {(uint64_t)op.n, op.from_registers ? 0 : op.a, op.b, (uint64_t)(op.accumulate != 0)})
         sum = (sum ^ x) * 0x9E3779B97F4A7C15u;
     if (w.issued == h.sequence[group].size()) h.sequence[group].push_back(sum);
