@@ -48,7 +48,7 @@ void barrier(Warp& w, const Instr& in, uint32_t lanes) {
     if (!b.warps.insert(w.number).second)
         w.report("barrier", l, "the warp comes to barrier " + std::to_string(id) + " again before it is complete");
     block.grid->counts.barriers += options.counts;
-    if (options.races) w.release(lanes, b.clock);
+    if (options.races) w.meet(), b.clock.merge(w.clock);
     b.arrived += 32;
     if (SYNC) b.waiting.push_back(w.number), w.state = Warp::AT_BARRIER;
     barrier_check(block, b);
@@ -226,6 +226,7 @@ inline void mbarrier_init(Warp& w, const Instr& in, uint32_t lanes) {
         m.count = m.pending = w.reg<uint32_t>(in.s[1])[l];
         m.agent = int(w.block.mbarriers.size()) % (AGENTS - ARRIVALS);
         if (m.count == 0) w.report("barrier", l, "an mbarrier with a count of 0");
+        if (w.block.mbarriers.count(at)) w.report("barrier", l, "the mbarrier is initialised already");
         w.block.mbarriers[at] = m;
     }
 }
@@ -295,10 +296,11 @@ void proxy_fence(Warp& w, const Instr&, uint32_t lanes) {
         for (auto& m : w.block.mbarriers) m.second.fenced = true;
     if (!options.races) return;
     w.acquire(lanes, [&](Clock& c) {
-        c.of[w.number].merge({w.synced, w.step, lanes});
         for (int i = 0; i < 32; i++) {
-            if (SHARED) c.shared[i].merge(c.of[i]);
-            if (GLOBAL) c.global[i].merge(c.of[i]);
+            Known k = c.of[i];
+            if (i == w.number) k.merge({w.synced, w.step, lanes});  // of which a lane knows its own alone
+            if (SHARED) c.shared[i].merge(k);
+            if (GLOBAL) c.global[i].merge(k);
         }
         if (GLOBAL)
             for (auto& other : c.others) other.second.fenced = other.second.seen;
@@ -504,7 +506,14 @@ inline bool product_chunk(Warp& w, uint32_t at, uint16_t* to) {  // reads 16 byt
     w.shared_range(0, at, 16, 16);
     Access a = w.access(0);
     a.agent = uint8_t(PRODUCTS + w.number), a.step = w.product_step, a.async = true;
-    if (options.races) w.touch(w.block.pages, true, at, 16, false, a);
+    if (options.races) {  // who of the warp reads it is not said: all must know that they may
+        for (const auto& lane : w.own) {
+            Access other = a;
+            other.lane = uint8_t(lane.first);
+            w.touch(w.block.pages, true, at, 16, false, other);
+        }
+        w.touch(w.block.pages, true, at, 16, false, a);
+    }
     memcpy(to, w.shared_at(at), 16);
     return w.shared_written(at, 16);
 }
@@ -517,6 +526,21 @@ inline uint64_t descriptor_of(Warp& w, Slot s) {
     return x[0];
 }
 inline const std::string& register_name(Warp& w, Slot s) { return w.block.grid->kernel.register_names[s.id]; }
+
+// A warpgroup's warps execute the same wgmma, one after the other, with the same descriptors.
+inline void wgmma_alike(Warp& w, uint64_t a, uint64_t b) {
+    Block& block = w.block;
+    if (size_t(w.number / 4 * 4 + 4) > block.warps.size()) w.report("wgmma", 0, "the warpgroup has less than 4 warps");
+    auto& products = block.products[w.number / 4];
+    const std::array<uint64_t, 3> mine = {uint64_t(w.pc), a, b};
+    const size_t n = w.products++;
+    if (n == products.size())
+        products.push_back(mine);
+    else if (products[n][0] != mine[0])
+        w.report("wgmma", 0, "another warp of the warpgroup is at " + w.place(int(products[n][0])));
+    else if (products[n] != mine)
+        w.report("wgmma", 0, "another warp of the warpgroup has other descriptors");
+}
 
 template <int N, bool RS>
 void wgmma(Warp& w, const Instr& in, uint32_t) {
@@ -541,6 +565,7 @@ void wgmma(Warp& w, const Instr& in, uint32_t) {
                 if (!ok) bad |= in.trans_a ? 0xffu << c * 8 : 1u << line;
             }
     }
+    wgmma_alike(w, RS ? 0 : descriptor_of(w, a[0]), descriptor_of(w, b));
     const Descriptor at(w, descriptor_of(w, b));
     for (uint32_t line = 0; line < (in.trans_b ? 16 : N); line++)
         for (uint32_t c = 0; c < (in.trans_b ? N / 8 : 2); c++) {

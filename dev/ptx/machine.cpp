@@ -280,6 +280,8 @@ static bool can_meet(const Warp& w, const Instr& in, const Group& g, uint32_t la
         needed &= masks[__builtin_ctz(lanes)];
     }
     if ((g.lanes & needed) != needed) return false;
+    if (in.meet == WHOLE_WARP && in.kind != CONTROL && w.live != ~0u)
+        w.report("barrier", __builtin_ctz(lanes), "it is for 32 lanes, of which some have left");
     const uint32_t absent = needed & ~lanes;
     if (absent)
         w.report("barrier", __builtin_ctz(absent), "a lane that it is for does not execute it: its guard is false");
@@ -491,7 +493,10 @@ static void end_block(Block& block) {
                                                    std::to_string(m.first - SHARED_BASE) + " still expects " +
                                                    std::to_string(m.second.bytes) + " bytes");
     for (auto& w : block.warps)
-        if (w->changes != block.warps[w->number / 4 * 4]->changes)
+        if (w->products != block.products[w->number / 4].size())
+            w->report("wgmma", 0, "it has left, and others of its warpgroup have executed the " +
+                                      w->place(int(block.products[w->number / 4][w->products][0])));
+        else if (w->changes != block.warps[w->number / 4 * 4]->changes)
             w->report("registers", 0, "its warpgroup's warps have not executed the same setmaxnreg");
     block.grid->counts.blocks++;
     block.grid->counts.warps += block.warps.size();

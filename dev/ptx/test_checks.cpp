@@ -743,6 +743,24 @@ END:)"),
          launch(64, {out}));
 }
 
+TEST(proxy_all_lanes) {  // that all lanes of a warp execute a fence does not order them among themselves
+    Buffer<uint32_t> out(32, 0);
+    pair("race|proxy",
+         {".u64", cell(R"(
+	mov.u32 	%r3, 128;
+	st.shared.u32 	[%r52], %tx; //A
+	fence.proxy.async.shared::cta;
++	bar.warp.sync 	-1;
+	setp.ne.s32 	%p1, %tx, 0;
+	@%p1 bra 	END;
+	cp.async.bulk.global.shared::cta.bulk_group [%a0], [%r50], %r3; //B
+	cp.async.bulk.commit_group;
+	cp.async.bulk.wait_group.read 0;
+END:)"),
+          cells},
+         launch(32, {out}));
+}
+
 TEST(proxy_without_barrier) {  // a fence of its own orders nothing between threads
     Buffer<uint32_t> out(32, 0);
     pair("race|proxy",
@@ -906,6 +924,29 @@ MMA //A
 	add.f32 	%f1, %f10, %f11; //B
 	st.global.f32 	[%rd2], %f1;
 -	wgmma.wait_group.sync.aligned 0;
+)");
+}
+
+TEST(wgmma_warps) {  // "the same wgmma.mma_async instruction" by the four warps, with the same descriptors
+    wgmma_pair("wgmma", R"(
+-	cvt.u64.u32 	%rd4, %warp;
+-	shl.b64 	%rd4, %rd4, 6;
+-	add.s64 	%rd11, %rd11, %rd4;
+	wgmma.fence.sync.aligned;
+MMA //A
+	wgmma.commit_group.sync.aligned;
+	wgmma.wait_group.sync.aligned 0;
+	st.global.f32 	[%rd2], %f41;
+)");
+    wgmma_pair("wgmma", R"(
+-	setp.eq.s32 	%p1, %warp, 2;
+-	@%p1 bra 	END;
+	wgmma.fence.sync.aligned;
+MMA //A
+	wgmma.commit_group.sync.aligned;
+	wgmma.wait_group.sync.aligned 0;
+	st.global.f32 	[%rd2], %f41;
+END:
 )");
 }
 

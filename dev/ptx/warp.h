@@ -62,6 +62,7 @@ struct Block {
     Barrier barriers[16];
     std::map<uint32_t, Mbarrier> mbarriers;
     std::vector<Bulk> bulks;
+    std::vector<std::array<uint64_t, 3>> products[8];  // of each warpgroup, in order: place, descriptors
     std::vector<uint64_t> l1;  // counts: sectors read, 256 sets of 4, the last one first
     int free_registers = 0, left = 0;
 };
@@ -139,6 +140,7 @@ struct Warp {
         uint32_t copies, reads, writes;
     } waited[32] = {};
     // wgmma: groups committed and waited for; by register, the group that writes it or reads it; when last touched
+    size_t products = 0;  // executed
     uint64_t product_group = 1, product_done = 0, moment = 0, fence = 0;
     std::vector<uint64_t> writes, reads, touched;
     std::vector<uint32_t> product_pc;  // of the wgmma
@@ -226,9 +228,8 @@ struct Warp {
             if (w.writes) to.of[BULK_WRITES + number].merge({0, w.writes, 1u << l});
         }
     }
-    // What these lanes have done and know goes to `to`.
+    // What these lanes have done and know goes to `to`. Among themselves they have not met.
     void release(uint32_t lanes, Clock& to) {
-        if (lanes == live) meet();
         bool plain = false;
         for (int l = 0; l < 32; l++)
             if (lanes >> l & 1) {
