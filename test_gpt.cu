@@ -988,10 +988,93 @@ TEST(tridiagonal) {
     }
 }
 
+// A schedule of a peak, a least rate, W steps of rise and D of fall.
+Schedule schedule_of(Decay decay, double peak, double least, int64_t W, int64_t D) {
+    Schedule a;
+    a.decay = decay, a.peak = peak, a.least = least, a.warmup = W, a.steps = D;
+    return a;
+}
+
+// The rates of all S steps, each from its phase's formula, counted by hand: step n of the rise is n / (W + 1) of the
+// peak, of the fall's D steps the first has the peak and one behind the last would have the least.
+std::vector<double> learning_rates(Decay decay, double peak, double least, int64_t W, int64_t D, int64_t S) {
+    std::vector<double> rates;
+    for (int64_t n = 1; n <= W; n++) rates.push_back(peak / double(W + 1) * double(n));
+    if (decay == Decay::wsd || decay == Decay::constant)
+        while (int64_t(rates.size()) < S - (decay == Decay::wsd ? D : 0)) rates.push_back(peak);
+    if (decay != Decay::constant)
+        for (int64_t n = 0; n < D; n++) {
+            const double part = double(n) / double(D), bow = pow(cos(M_PI / 2 * part), 2);
+            const double kept = decay == Decay::cosine ? bow : double(D - n) / double(D);
+            rates.push_back(peak * kept + least * (1 - kept));
+        }
+    while (int64_t(rates.size()) < S) rates.push_back(least);
+    return rates;
+}
+
 TEST(learning_rate) {
-    EXPECT(fabs(learning_rate(1, 0, 4, 20) - 0.2) < 1e-15 && fabs(learning_rate(1, 3, 4, 20) - 0.8) < 1e-15);
-    EXPECT(learning_rate(1, 4, 4, 20) == 1 && fabs(learning_rate(1, 12, 4, 20) - 0.5) < 1e-15);
-    EXPECT(fabs(learning_rate(3, 19, 4, 20) - 3.0 / 16) < 1e-15 && learning_rate(1, 0, 0, 1) == 1);
+    const Schedule paper = schedule_of(Decay::linear, 1, 0, 4, 16);
+    EXPECT(fabs(learning_rate(paper, 0, 20) - 0.2) < 1e-15 && fabs(learning_rate(paper, 3, 20) - 0.8) < 1e-15);
+    EXPECT(learning_rate(paper, 4, 20) == 1 && fabs(learning_rate(paper, 12, 20) - 0.5) < 1e-15);
+    EXPECT(fabs(learning_rate(schedule_of(Decay::linear, 3, 0, 4, 16), 19, 20) - 3.0 / 16) < 1e-15);
+    for (Decay decay : {Decay::linear, Decay::cosine, Decay::wsd, Decay::constant})
+        for (auto [W, D, S] : std::vector<std::array<int64_t, 3>>{{4, 16, 20},
+                                                                  {4, 5, 20},
+                                                                  {0, 20, 20},
+                                                                  {0, 1, 20},
+                                                                  {0, 1, 1},
+                                                                  {1, 1, 2},
+                                                                  {7, 0, 7},
+                                                                  {19, 1, 20},
+                                                                  {3, 90, 1000}})
+            for (double least : {0.0, 0.1, 2.0}) {
+                const int64_t fall = decay == Decay::linear ? S - W : D;
+                const Schedule a = schedule_of(decay, 2, least, W, fall);
+                const std::vector<double> want = learning_rates(decay, 2, least, W, fall, S);
+                EXPECT(int64_t(want.size()) == S);
+                for (int64_t s = 0; s < S; s++)
+                    if (!(fabs(learning_rate(a, s, S) - want[s]) < 1e-14))
+                        fail(format("%s W %d D %d S %d least %g: step %d has %.17g, not %.17g",
+                                    SCHEDULES[int(decay)].c_str(), int(W), int(D), int(S), least, int(s),
+                                    learning_rate(a, s, S), want[s]));
+            }
+    // what a resume may prolong: the same bits up to the step where the shorter run begins to fall
+    const Schedule wsd = schedule_of(Decay::wsd, 1.8e-3, 1e-5, 3, 10),
+                   constant = schedule_of(Decay::constant, 1.8e-3, 0, 3, 0);
+    for (int64_t s = 0; s < 41; s++)
+        EXPECT((learning_rate(wsd, s, 50) == learning_rate(wsd, s, 80)) &&
+               (learning_rate(wsd, s, 50) == learning_rate(constant, s, 7)));
+    EXPECT(learning_rate(wsd, 41, 50) < learning_rate(wsd, 41, 80));
+    // behind the last step too, where a resume with fewer compares: the least, and with no steps of fall
+    for (Decay decay : {Decay::linear, Decay::cosine, Decay::wsd})
+        for (int64_t fall : {16, 0}) EXPECT(learning_rate(schedule_of(decay, 1, 0.25, 4, fall), 25, 20) == 0.25);
+}
+
+TEST(schedule_of_a_checkpoint) {
+    for (Decay decay : {Decay::linear, Decay::cosine, Decay::wsd, Decay::constant}) {
+        const bool falls = decay != Decay::constant;
+        const Schedule a =
+            schedule_of(decay, 6e-4 / 7, falls ? 1e-5 / 3 : 0, 3, decay == Decay::linear ? 97 : falls * 40);
+        TrainState back;
+        const Json json = parse_json(json_text(schedule_fields(a, 100)));
+        read_schedule(&json, back);
+        const Schedule& b = back.schedule;
+        EXPECT(back.steps == 100 && b.decay == a.decay && b.peak == a.peak && b.least == a.least &&
+               b.warmup == a.warmup && b.steps == a.steps);
+    }
+    EXPECT(json_text(schedule_fields(schedule_of(Decay::wsd, 0.0003, 0, 1, 20), 100)) ==
+           "{\"schedule\": \"wsd\", \"steps\": \"100\", \"warmup\": \"1\", \"lr\": \"0.0003\", \"min_lr\": \"0\", "
+           "\"decay_steps\": \"20\"}");
+    for (const char* text :
+         {"{}", "[]", "\"wsd\"", "{\"schedule\": \"exp\", \"steps\": \"9\"}", "{\"schedule\": \"wsd\"}"}) {
+        TrainState unknown;
+        const Json json = parse_json(text);
+        read_schedule(&json, unknown);
+        EXPECT(unknown.steps == -1);
+    }
+    TrainState none;
+    read_schedule(nullptr, none);
+    EXPECT(none.steps == -1);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2015,8 +2098,8 @@ void golden(const std::string& path) {
             double error = relative(get_floats(m.grads, t.offset, t.size()), "grad/" + t.name);
             if (!(error <= 1e-4)) fail(format("%s: gradient of %s off by %.1e", name.c_str(), t.name.c_str(), error));
         }
-        adamw.lr = float(learning_rate(number_of(o, "lr", 0), s, int64_t(number_of(o, "warmup", 0)),
-                                       int64_t(number_of(o, "total", 0))));
+        const int64_t W = int64_t(number_of(o, "warmup", 0)), S = int64_t(number_of(o, "total", 0));
+        adamw.lr = float(learning_rate(schedule_of(Decay::linear, number_of(o, "lr", 0), 0, W, S - W), s, S));
         if (!(fabs(adamw.lr - lrs[s]) <= 1e-7 * lrs[s])) fail(format("%s: lr of step %d", name.c_str(), s));
         update(m, adamw, s + 1);
         const double loss = read_float(m, m.loss), norm = read_float(m, m.grad_norm);

@@ -2083,10 +2083,26 @@ void update(Model& m, const AdamW& o, int64_t step, bool stop = false) {
     }
 }
 
-// Learning rate of 0-based step s of S: (s+1)/(W+1) of the peak while s < W, then linear to 0 over the other S-W steps.
-double learning_rate(double peak, int64_t s, int64_t W, int64_t S) {
-    if (s < W) return peak * double(s + 1) / double(W + 1);
-    return peak * (1.0 - double(s - W) / double(S - W));
+// How the learning rate falls behind its warm-up: linear, the paper's, over all steps; cosine, nanoGPT's get_lr, over
+// the first of them; wsd (warm-up, stable, decay: arXiv 2404.06395, with the linear fall of 2405.18392) over the run's
+// last, so that those before them have the same rates however long the run; constant never.
+enum class Decay { linear, cosine, wsd, constant };
+const Words SCHEDULES = {"linear", "cosine", "wsd", "constant"};
+
+struct Schedule {
+    Decay decay = Decay::linear;
+    double peak = 1e-3, least = -1;   // -1, below too: to be settled
+    int64_t warmup = -1, steps = -1;  // steps of rise and of fall
+};
+
+// Learning rate of 0-based step s of S: (s+1)/(W+1) of the peak while s < W, the warm-up; in the t-th part of the fall
+// least + (peak - least) (1 - t), of cosine least + (peak - least) (1 + cos(pi t)) / 2, behind it the least.
+double learning_rate(const Schedule& a, int64_t s, int64_t S) {
+    if (s < a.warmup) return a.peak * double(s + 1) / double(a.warmup + 1);
+    const int64_t begin = a.decay == Decay::wsd ? S - a.steps : a.warmup;
+    if (s < begin || a.decay == Decay::constant) return a.peak;
+    const double t = s < begin + a.steps ? double(s - begin) / double(a.steps) : 1.0;
+    return a.least + (a.peak - a.least) * (a.decay == Decay::cosine ? 0.5 * (1.0 + cos(M_PI * t)) : 1.0 - t);
 }
 
 #endif  // TRAIN_GPT
@@ -2143,7 +2159,7 @@ void train_step(Model& m, DataLoader& data, const Options& o, int64_t step, bool
                          i == o.grad_accum - 1);
     }
     AdamW adamw = o.adamw;
-    adamw.lr = float(learning_rate(o.lr, step - 1, o.warmup, o.steps));
+    adamw.lr = float(learning_rate(o.schedule, step - 1, o.steps));
     update(m, adamw, step, asked_to_stop != 0);
     const Report& r = m.reports[step % 2];
     if (check) {
@@ -2229,7 +2245,7 @@ struct Training {
         CHECK(cudaEventSynchronize(r.done));
         const Numbers n = *r.numbers;
         channel.progress("reporting", step);
-        const double done = now(), lr = learning_rate(o.lr, step - 1, o.warmup, o.steps);
+        const double done = now(), lr = learning_rate(o.schedule, step - 1, o.steps);
         if (checked(step)) compare_hashes(r.hashes, step);
         const bool validated = val && !n.skip && due(step, o.val_every);
         const float val_loss = validated ? validate(m, *val, o.val_batches, step) : 0.0f;

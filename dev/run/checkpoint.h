@@ -2,9 +2,9 @@
 //   model.safetensors, or model-0000I-of-0000K.safetensors and an index of them as Hugging Face has it: the weights as
 //                                trained, with the paper's names, whole tensors; units are dealt to the ranks
 //   optimizer_rankR.safetensors  the shard of the moments and, in bf16, the masters
-//   state.json                   step, seed, configuration, the loader's position, counts, the tokenizer's path and
-//                                XXH64 if the run had one; size and XXH64 of every other file, and of itself. Random
-//                                numbers are functions of seed and step: there is no other state.
+//   state.json                   step, seed, configuration, schedule, the loader's position, counts, the tokenizer's
+//                                path and XXH64 if the run had one; size and XXH64 of every other file, and of itself.
+//                                Random numbers are functions of seed and step: there is no other state.
 // It is the same at every ZeRO level. Files are written to OUT/.step_NNNNNNNN and fsynced; when every rank has told the
 // first that its own are there, that one writes state.json and renames: what has the name is complete. What cannot be
 // written is given up with a warning, training goes on, and the checkpoints before it stay.
@@ -32,7 +32,38 @@ struct TrainState {
     LoaderState loader = {0, 0};
     int64_t updates = 0, skipped = 0;  // of the steps
     uint64_t windows = 0;              // of the data
+    Schedule schedule;
+    int64_t steps = -1;  // of the run; -1: unknown, as is the schedule
 };
+
+// What a checkpoint says of the schedule, which a resume may change, under the options' names.
+Fields schedule_fields(const Schedule& a, int64_t steps) {
+    auto number = [](double x) {
+        const std::string text = format("%.15g", x);
+        return strtod(text.c_str(), nullptr) == x ? text : format("%.17g", x);
+    };
+    Fields fields = {{"schedule", SCHEDULES[int(a.decay)]},
+                     {"steps", std::to_string(steps)},
+                     {"warmup", std::to_string(a.warmup)},
+                     {"lr", number(a.peak)}};
+    if (a.decay != Decay::constant) fields.push_back({"min_lr", number(a.least)});
+    if (a.decay == Decay::cosine || a.decay == Decay::wsd) fields.push_back({"decay_steps", std::to_string(a.steps)});
+    return fields;
+}
+// And back; nothing where it is missing, as in an earlier build's, or unknown.
+void read_schedule(const Json* fields, TrainState& state) {
+    auto text = [&](const char* key) {
+        const Json* there = fields ? fields->find(key) : nullptr;
+        return there ? there->string : std::string();
+    };
+    auto integer = [&](const char* key) { return int64_t(strtoll(text(key).c_str(), nullptr, 10)); };
+    const auto name = std::find(SCHEDULES.begin(), SCHEDULES.end(), text("schedule"));
+    if (name == SCHEDULES.end() || text("steps").empty()) return;
+    Schedule& a = state.schedule;
+    a.decay = Decay(name - SCHEDULES.begin()), state.steps = integer("steps"), a.warmup = integer("warmup");
+    a.peak = strtod(text("lr").c_str(), nullptr), a.least = strtod(text("min_lr").c_str(), nullptr);
+    a.steps = a.decay == Decay::linear ? state.steps - a.warmup : integer("decay_steps");
+}
 
 std::string checkpoint_name(int64_t step) { return format("step_%08lld", (long long)step); }
 
@@ -220,7 +251,8 @@ private:
         json += format("  \"ranks\": %d,\n  \"loader\": {\"epoch\": %llu, \"window\": %llu, \"windows\": %llu},\n",
                        ranks.size, (unsigned long long)s.loader.epoch, (unsigned long long)s.loader.window,
                        (unsigned long long)s.windows);
-        return json + "  \"config\": " + json_text(config_fields(m.c, m.storage)) + ",\n";
+        json += "  \"config\": " + json_text(config_fields(m.c, m.storage)) + ",\n";
+        return json + "  \"schedule\": " + json_text(schedule_fields(s.schedule, s.steps)) + ",\n";
     }
 
     // Lines of Hugging Face's index; none with one file.
@@ -380,6 +412,7 @@ Manifest read_manifest(const std::string& dir) {
         const Json* loader = m.json.find("loader");
         m.state.loader = {number(loader, "epoch"), number(loader, "window")};
         m.state.windows = number(loader, "windows");
+        read_schedule(m.json.find("schedule"), m.state);
         m.state.updates = int64_t(number(&m.json, "updates")), m.state.skipped = int64_t(number(&m.json, "skipped"));
         const uint64_t ranks = number(&m.json, "ranks"), most = uint64_t(1) << 50;
         if (ranks < 1 || ranks > 1 << 20 || !files) throw Error("lacks ranks or files");

@@ -42,6 +42,28 @@ void settle_model(Options& o, std::unique_ptr<Tokenizer>& tokenizer) {
     as_options([&] { finish(c); });
 }
 
+// Settles the learning rate's schedule.
+void settle_schedule(Options& o) {
+    Schedule& a = o.schedule;
+    if (a.warmup > o.steps) throw Error("--warmup: is longer than --steps. Shorten it.");
+    if (a.warmup < 0) a.warmup = o.steps / 100;
+    const int64_t behind = o.steps - a.warmup;
+    if (a.decay == Decay::constant && a.least >= 0)
+        throw Error("--min-lr: --schedule constant never falls to it. Leave it out, or choose another schedule.");
+    if (a.decay == Decay::constant && a.steps > 0)
+        throw Error("--decay-steps: --schedule constant has none. Leave it out, or choose wsd.");
+    if (a.decay == Decay::linear && a.steps > 0)
+        throw Error(
+            "--decay-steps: --schedule linear falls in all steps behind the warm-up. Leave it out, or choose wsd.");
+    if (a.least > a.peak) throw Error(format("--min-lr: %g is above --lr, %g. Lower it.", a.least, a.peak));
+    if (a.steps > behind)
+        throw Error(
+            format("--decay-steps: %lld are more than the %lld behind the warm-up. Give fewer, or more --steps.",
+                   (long long)a.steps, (long long)behind));
+    if (a.least < 0) a.least = a.decay == Decay::cosine ? a.peak / 10 : 0;
+    if (a.steps < 0) a.steps = a.decay == Decay::wsd ? std::min(behind, std::max<int64_t>(1, o.steps / 5)) : behind;
+}
+
 // Settles what else training needs.
 void settle_options(Options& o, const World& world, std::unique_ptr<Tokenizer>& tokenizer) {
     settle_model(o, tokenizer);
@@ -49,8 +71,7 @@ void settle_options(Options& o, const World& world, std::unique_ptr<Tokenizer>& 
         throw Error("--sample-every: needs a tokenizer. Add --tokenizer bytes or the file of the data's tokenizer.");
     if ((o.steps > 0 || o.probe) && o.train_data.empty() && !o.plan)
         throw Error("--train-data: is missing. Give token shards, made by dev/data/prepare.py (dev/doc/data.md).");
-    if (o.warmup > o.steps) throw Error("--warmup: is longer than --steps. Shorten it.");
-    if (o.warmup < 0) o.warmup = o.steps / 100;
+    settle_schedule(o);
     if (o.storage.no_master && !BF16) throw Error("--no-master: the fp32 build has none. Leave it out.");
     if (o.storage.half_gradients && !BF16)
         throw Error("--gradients: the fp32 build's are fp32. Leave it out, or make PRECISION=bf16.");
@@ -232,6 +253,39 @@ void claim_folder(const Options& o) {
     remove_leftovers(o.out);
 }
 
+// Tells what a resume changes of the run's schedule. It is a warning where steps that are done had other learning rates
+// than they would have now; they had the same if the change lies ahead: a wsd prolonged, a fall put behind a constant.
+void compare_schedules(const Options& o, const TrainState& had, const std::string& dir) {
+    if (had.steps < 0 || had.step >= o.steps) return;  // of a build that did not write it; nothing is left to train
+    const Fields before = schedule_fields(had.schedule, had.steps);
+    auto shown = [](const std::string& value) {  // a tenth of 3e-4 as 3e-05
+        return isdigit(value[0]) ? format("%.15g", strtod(value.c_str(), nullptr)) : value;
+    };
+    std::string changes;
+    for (auto& [key, value] : schedule_fields(o.schedule, o.steps)) {
+        std::string option = "--" + key, was = "none";
+        std::replace(option.begin(), option.end(), '_', '-');
+        for (auto& field : before)
+            if (field.first == key) was = field.second;
+        if (was == value) continue;
+        changes += (changes.empty() ? "" : ", ") + option + " " + shown(value) + " (was " + shown(was) + ")";
+    }
+    if (changes.empty()) return;
+    int64_t first = 0, last = 0;  // of the steps that differ
+    for (int64_t s = 0; s < had.step; s++) {
+        if (learning_rate(o.schedule, s, o.steps) == learning_rate(had.schedule, s, had.steps)) continue;
+        if (!first) first = s + 1;
+        last = s + 1;
+    }
+    if (!last)
+        printf("changed with the resume: %s\n", changes.c_str());
+    else if (ranks.rank == 0)
+        warn(format(
+            "%s: changed with the resume: %s; steps %lld to %lld were trained with other learning rates than a run "
+            "with these options has. Give its own options, unless that is meant.",
+            dir.c_str(), changes.c_str(), (long long)first, (long long)last));
+}
+
 // Sets weights, AdamW's state and the place in the data (null: none): of the newest checkpoint with --resume, else
 // those of the beginning.
 TrainState set_state(Model& m, const Options& o, DataLoader* data) {
@@ -254,10 +308,12 @@ TrainState set_state(Model& m, const Options& o, DataLoader* data) {
                        "are seen twice or never.",
                        dir.c_str(), (unsigned long long)state.windows, (unsigned long long)data->windows()));
         printf("resumed from %s\n", dir.c_str());
+        compare_schedules(o, state, dir);
         if (o.steps > 0 && state.step >= o.steps)
             printf("--steps %lld: are done; nothing is left to train, a larger number goes on\n", (long long)o.steps);
     }
     if (data) state.windows = data->windows();
+    state.schedule = o.schedule, state.steps = o.steps;
     return state;
 }
 
@@ -337,6 +393,20 @@ double saved_bytes(const Model& m) {
     return width * double(m.table.shard_size());
 }
 
+// The schedule's phases in steps, "10 to 0.001, 790 of 0.001, 200 from 0.001 to 0".
+std::string schedule_text(const Schedule& a, int64_t S) {
+    std::string text;
+    auto phase = [&](int64_t steps, const std::string& rates) {
+        if (steps > 0) text += (text.empty() ? "" : ", ") + std::to_string(steps) + rates;
+    };
+    const int64_t fall = a.decay == Decay::constant ? 0 : a.steps, rest = S - a.warmup - fall;
+    phase(a.warmup, format(" to %g", a.peak));
+    if (a.decay != Decay::cosine) phase(rest, format(" of %g", a.peak));
+    phase(fall, format(" from %g to %g", a.peak, a.least));
+    if (a.decay == Decay::cosine) phase(rest, format(" of %g", a.least));
+    return text;
+}
+
 void print_run(const Model& m, const Options& o) {
     const Config& c = m.c;
     printf("%s %s, %s: dim %d, %d layers, %d heads of %d (%d key/value), hidden %d, vocabulary %d, T %d; %s\n",
@@ -344,8 +414,12 @@ void print_run(const Model& m, const Options& o) {
            c.NH, c.HS(), c.NKV, c.F(), c.V, c.T, PRECISION);
     const std::string many =
         o.storage.ranks > 1 ? format(" on %d ranks, ZeRO %d", o.storage.ranks, o.storage.zero) : "";
-    printf("%zu parameters; %lld steps of %d x %d sequences%s\n%s", m.table.parameters, (long long)o.steps,
-           o.grad_accum, o.batch_size, many.c_str(), memory_plan(m).c_str());
+    printf("%zu parameters; %lld steps of %d x %d sequences%s\n", m.table.parameters, (long long)o.steps, o.grad_accum,
+           o.batch_size, many.c_str());
+    if (o.steps > 0)
+        printf("learning rate, %s, steps: %s\n", SCHEDULES[int(o.schedule.decay)].c_str(),
+               schedule_text(o.schedule, o.steps).c_str());
+    printf("%s", memory_plan(m).c_str());
     if (o.save_async) printf("  and on the host, for --save-async %10.1f MiB\n", saved_bytes(m) / 1048576.0);
 }
 

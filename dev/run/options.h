@@ -19,7 +19,7 @@ struct Options {
     Config config;
     Storage storage;
     AdamW adamw;
-    double lr = 1e-3;         // the peak; adamw.lr is that of a step
+    Schedule schedule;        // of adamw.lr
     int zero = 1, ranks = 0;  // ranks: of --plan
     bool reduce_each = false, save_async = false;
     double timeout = 600;  // seconds
@@ -32,7 +32,7 @@ struct Options {
     int64_t val_batches = -1;  // 0: all; -1: 20 in training, all in eval
     int grad_accum = 1, total_batch = 0, log_every = 10, val_every = -1, sample_every = 0, sample_tokens = 200,
         probe_iterations = 50, probe_batches = 1, keep = 2;
-    int64_t steps = 1000, warmup = -1, save_every = 0, probe = 0;
+    int64_t steps = 1000, save_every = 0, probe = 0;
     uint64_t seed = 1;
     bool vocab_given = false, positions_given = false, plan = false;
     std::string device = BF16 ? "h200" : "2-cores";
@@ -189,9 +189,16 @@ inline std::vector<Flag> flags(Options& o) {
     integer("total-batch", &o.total_batch, 1, big,
             "sequences of a step on all ranks, in place of --grad-accum: sets it");
     integer("steps", &o.steps, 0, int64_t(1) << 50, "updates; 0 only imports and exports (1000)");
-    integer("warmup", &o.warmup, 0, int64_t(1) << 50, "steps of rising learning rate (1% of --steps)");
-    add("lr", "X", "peak learning rate, falling linearly to 0 after the warm-up (1e-3)",
-        [&o](const char* s) { o.lr = parse_number("lr", s, 0, 1e6); });
+    integer("warmup", &o.schedule.warmup, 0, int64_t(1) << 50, "steps of rising learning rate (1% of --steps)");
+    add("lr", "X", "peak learning rate, where the warm-up ends (1e-3)",
+        [&o](const char* s) { o.schedule.peak = parse_number("lr", s, 0, 1e6); });
+    choice("schedule", SCHEDULES,
+           "its fall: linear, the paper's; cosine, nanoGPT's; wsd: linear, late (arXiv 2405.18392); none (linear)",
+           [&o](int i) { o.schedule.decay = Decay(i); });
+    add("min-lr", "X", "learning rate at the end of its fall (0, of cosine a tenth of --lr)",
+        [&o](const char* s) { o.schedule.least = parse_number("min-lr", s, 0, 1e6); });
+    integer("decay-steps", &o.schedule.steps, 1, int64_t(1) << 50,
+            "steps of its fall: of cosine the first behind the warm-up (all), of wsd the last (a fifth of --steps)");
     number("weight-decay", &o.adamw.weight_decay, 0, 1e6, "decoupled, on every parameter (0.1)");
     toggle("no-decay-1d", "spare gains from the decay", &o.adamw.decay_1d, false);
     number("beta1", &o.adamw.beta1, 0, 0.999999, "AdamW's first moment (0.9)");

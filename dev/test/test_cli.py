@@ -265,6 +265,108 @@ class Tests:
         strip = [[(r["step"], r["loss"], r["lr"], r["grad_norm"]) for r in read_log(self.path(n))] for n in ("whole", "cut")]
         expect(strip[0] == strip[1], "the logs differ")
 
+    def told(self, out, *flags, steps):
+        """Resumes; what is said of a changed schedule on the terminal, and in warnings."""
+        command = [self.args.train_gpt, *map(str, self.small(out, "--resume", *flags, steps=steps))]
+        r = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=300)
+        expect(r.returncode == 0 and "resumed from" in r.stdout, f"exit {r.returncode}: {r.stderr.strip()}")
+        return [line for line in r.stdout.splitlines() if line.startswith("changed")], r.stderr.splitlines()
+
+    def schedules(self):
+        """The log has each schedule's rates, --plan its phases."""
+        def fall(t):
+            return 1 - t
+
+        def cosine(t):
+            return math.cos(math.pi * t / 2) ** 2
+
+        rise = [0.02 / 3, 0.04 / 3]
+        for flags, behind, said in (
+            ([], [0.02 * fall(s / 10) for s in range(10)], "linear, steps: 2 to 0.02, 10 from 0.02 to 0"),
+            (["--schedule", "linear", "--min-lr", 0.01], [0.01 + 0.01 * fall(s / 10) for s in range(10)],
+             "linear, steps: 2 to 0.02, 10 from 0.02 to 0.01"),
+            (["--schedule", "cosine"], [0.002 + 0.018 * cosine(s / 10) for s in range(10)],
+             "cosine, steps: 2 to 0.02, 10 from 0.02 to 0.002"),
+            (["--schedule", "cosine", "--min-lr", 0, "--decay-steps", 7],
+             [0.02 * cosine(s / 7) for s in range(7)] + [0] * 3,
+             "cosine, steps: 2 to 0.02, 7 from 0.02 to 0, 3 of 0"),
+            (["--schedule", "wsd"], [0.02] * 9 + [0.01], "wsd, steps: 2 to 0.02, 8 of 0.02, 2 from 0.02 to 0"),
+            (["--schedule", "wsd", "--min-lr", 0.02, "--decay-steps", 10], [0.02] * 10,
+             "wsd, steps: 2 to 0.02, 10 from 0.02 to 0.02"),
+            (["--schedule", "constant"], [0.02] * 10, "constant, steps: 2 to 0.02, 10 of 0.02"),
+        ):
+            flags = self.small("rates", "--lr", 0.02, "--warmup", 2, *flags)
+            self.run(*flags)
+            got, want = [float(r["lr"]) for r in read_log(self.path("rates"))], rise + behind
+            close = len(got) == 12 and all(abs(a - b) <= 1e-11 * 0.02 for a, b in zip(got, want))
+            expect(close, f"{said}: {got}, not {want}")
+            expect(f"learning rate, {said}\n" in self.run(*flags, "--plan"), f"--plan does not say '{said}'")
+
+    def prolonged(self):
+        """A wsd run that goes on from before its fall is the one that was planned so from the start."""
+        wsd = ("--warmup", 2, "--schedule", "wsd", "--min-lr", 1e-5)
+        self.run(*self.small("planned", *wsd, "--decay-steps", 6, "--save-every", 8, "--keep", 0, steps=20))
+        self.same_matmuls("planned", "longer")
+        self.run(*self.small("longer", *wsd, "--decay-steps", 4, "--save-every", 8, "--keep", 0, steps=12))
+
+        def rows(out):
+            return [(r["step"], r["loss"], r["lr"], r["grad_norm"]) for r in read_log(self.path(out))]
+
+        def weights(out, step):
+            with open(self.path(f"{out}/step_{step:08d}/model.safetensors"), "rb") as f:
+                return f.read()
+
+        expect(rows("longer")[:9] == rows("planned")[:9], "the logs differ before the shorter run's fall")
+        expect(rows("longer")[9] != rows("planned")[9], "the shorter run did not fall")
+        expect(weights("longer", 8) == weights("planned", 8), "the weights differ before the shorter run's fall")
+        fallen = self.path("fallen")
+        shutil.copytree(self.path("longer"), fallen)
+        shutil.rmtree(self.path("longer/step_00000012"))
+        said = self.told("longer", *wsd, "--decay-steps", 6, "--save-every", 8, "--keep", 0, steps=20)
+        expect(said == (["changed with the resume: --steps 20 (was 12), --decay-steps 6 (was 4)"], []), f"said {said}")
+        expect(rows("longer") == rows("planned") and weights("longer", 20) == weights("planned", 20),
+               "prolonged, it is not the run that was planned so")
+        # from behind its fall it is another run
+        lines, (warning,) = self.told("fallen", *wsd, "--decay-steps", 6, steps=20)
+        expect(not lines and "--steps 20 (was 12), --decay-steps 6 (was 4); steps 10 to 12 were" in warning, warning)
+
+    def changed_schedules(self):
+        """A resume names what it changes of the schedule: warning where the rates of steps done are others."""
+        self.run(*self.small("linear", "--warmup", 2, "--save-every", 12))
+        flat = ("--warmup", 2, "--schedule", "constant")
+        self.run(*self.small("flat", *flat, "--save-every", 12))
+        copy = self.path("copy")
+
+        def told(run, *flags, steps=12):
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(self.path(run), copy)
+            return self.told("copy", *flags, steps=steps)
+
+        for run, flags, steps, changes, first, last in (
+            ("linear", ["--warmup", 2], 20, "--steps 20 (was 12)", 4, 12),
+            ("linear", ["--warmup", 3], 20, "--steps 20 (was 12), --warmup 3 (was 2)", 1, 12),
+            ("linear", ["--warmup", 2, "--min-lr", 1e-4], 13, "--steps 13 (was 12), --min-lr 0.0001 (was 0)", 4, 12),
+            ("linear", ["--warmup", 2, "--lr", 3e-4, "--schedule", "cosine", "--decay-steps", 9], 13,
+             "--schedule cosine (was linear), --steps 13 (was 12), --lr 0.0003 (was 0.001), --min-lr 3e-05 (was 0), "
+             "--decay-steps 9 (was none)", 1, 12),
+            ("flat", ["--warmup", 2, "--schedule", "cosine"], 20,
+             "--schedule cosine (was constant), --steps 20 (was 12), --min-lr 0.0001 (was none), "
+             "--decay-steps 18 (was none)", 4, 12),
+            ("flat", ["--warmup", 2, "--schedule", "wsd", "--decay-steps", 8], 20,
+             "--schedule wsd (was constant), --steps 20 (was 12), --min-lr 0 (was none), "
+             "--decay-steps 8 (was none)", 0, 0),
+            ("flat", flat, 20, "--steps 20 (was 12)", 0, 0),
+        ):
+            lines, warnings = told(run, *flags, steps=steps)
+            if last:
+                words = f"step_00000012: changed with the resume: {changes}; steps {first} to {last} were trained with"
+                expect(not lines and len(warnings) == 1 and words in warnings[0], f"{changes}: {lines} {warnings}")
+            else:
+                want = [f"changed with the resume: {changes}"]
+                expect((lines, warnings) == (want, []), f"{changes}: {lines} {warnings}")
+        for run, flags in (("linear", ["--warmup", 2]), ("flat", flat)):
+            expect(told(run, *flags) == ([], []), "something is said of an unchanged schedule")
+
     def keep(self):
         self.run(*self.small("keep", "--save-every", 3, "--keep", 2))
         there = sorted(n for n in os.listdir(self.path("keep")) if "step" in n)
@@ -482,9 +584,10 @@ class Tests:
             for name in sorted(os.listdir(d)):
                 if name.endswith(".safetensors"):
                     self.test("golden " + name, self.golden, os.path.join(d, name))
-        for body in (self.help, self.same_twice, self.loss_falls, self.resume, self.keep, self.import_export,
-                     self.export_dtype, self.import_halves, self.metadata, self.folders, self.sample, self.plan,
-                     self.memory_options, self.probe, self.no_decay_1d, self.log_every):
+        for body in (self.help, self.same_twice, self.loss_falls, self.resume, self.schedules, self.prolonged,
+                     self.changed_schedules, self.keep, self.import_export, self.export_dtype, self.import_halves,
+                     self.metadata, self.folders, self.sample, self.plan, self.memory_options, self.probe,
+                     self.no_decay_1d, self.log_every):
             self.test(body.__name__, body)
         if not self.args.bf16:  # whose probe leaves curvature out
             self.test("probe_batches", self.probe_batches)
@@ -505,6 +608,16 @@ class Tests:
             ("feed-forward width", small("bad", "--dim", 2**20, "--ffn-mult", 999), ["--ffn-mult"]),
             ("kv heads", small("bad", "--dim", 96, "--heads", 6, "--kv-heads", 4), ["6", "4"]),
             ("warmup", small("bad", "--warmup", 100), ["--warmup"]),
+            ("schedule", small("bad", "--schedule", "exp"), ["--schedule", "exp", "linear|cosine|wsd|constant"]),
+            ("least rate above the peak", small("bad", "--lr", 1e-3, "--min-lr", 2e-3),
+             ["--min-lr: 0.002", "--lr, 0.001"]),
+            ("least rate of constant", small("bad", "--schedule", "constant", "--min-lr", 0), ["--min-lr", "constant"]),
+            ("fall of constant", small("bad", "--schedule", "constant", "--decay-steps", 3),
+             ["--decay-steps", "constant"]),
+            ("fall of linear", small("bad", "--decay-steps", 3), ["--decay-steps", "linear", "wsd"]),
+            ("fall of no step", small("bad", "--schedule", "wsd", "--decay-steps", 0), ["--decay-steps: '0'"]),
+            ("fall longer than the run", small("bad", "--schedule", "wsd", "--warmup", 2, "--decay-steps", 11),
+             ["--decay-steps: 11", "10"]),
             ("one dash", small("bad", "-nonsense"), ["-nonsense: unknown option"]),
             ("value of a switch", small("bad", "--shuffle=1"), ["--shuffle: takes no value"]),
             ("epsilon of 0", small("bad", "--adam-eps", 0), ["--adam-eps"]),  # 0/0 where a token was not seen yet
