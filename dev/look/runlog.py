@@ -164,9 +164,10 @@ def of_a_run(state):
     """Whether a state.json has what is read here, each of its kind."""
     if not isinstance(state, dict):
         return False
-    loader, config = state.get("loader", {}), state.get("config", {})
-    return (isinstance(state.get("step"), int) and isinstance(loader, dict) and isinstance(config, dict) and
-            all(isinstance(n, int) for n in loader.values()) and all(isinstance(w, str) for w in config.values()))
+    loader, words = state.get("loader", {}), (state.get("config", {}), state.get("schedule", {}))
+    return (isinstance(state.get("step"), int) and all(isinstance(part, dict) for part in (loader, *words)) and
+            all(isinstance(n, int) for n in loader.values()) and
+            all(isinstance(w, str) for part in words for w in part.values()))
 
 
 def states(run):
@@ -188,9 +189,9 @@ def states(run):
 
 
 def config(run):
-    """The model's configuration in the newest checkpoint, numbers as numbers; {} without one."""
-    fields = {}
-    for key, value in (states(run) or [{}])[-1].get("config", {}).items():
+    """The model's configuration and the schedule in the newest checkpoint, numbers as numbers; {} without one."""
+    fields, state = {}, (states(run) or [{}])[-1]
+    for key, value in {**state.get("config", {}), **state.get("schedule", {})}.items():
         try:
             fields[key] = float(value) if re.search(r"[.e]", value) else int(value)
         except ValueError:
@@ -211,8 +212,18 @@ def tokens_per_step(run):
     return None
 
 
-def total_steps(log):
-    """The step at which the run will end, from its learning rate, which falls linearly to 0 behind the last step.
+def total_steps(log, run):
+    """The step at which the run will end, None if that is not known: from its learning rate where that falls linearly
+    to 0, as by default, else from the schedule in its newest checkpoint."""
+    planned = config(run)
+    steps = planned.get("steps")
+    if not isinstance(steps, int) or steps < log["step"][-1]:  # an older build's, or prolonged since
+        steps = None
+    return (None if planned.get("min_lr") else end_of_fall(log)) or steps
+
+
+def end_of_fall(log):
+    """The last step before a learning rate that falls linearly is 0.
 
     None before three steps of the fall, or if the newest rows are on no such line.
     """

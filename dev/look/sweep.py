@@ -4,6 +4,7 @@
     dev/look/sweep.py OUT --lrs 1e-3,3e-3,1e-2 --seeds 1,2,3 -- --model 22M --train-data 'data/*_train_*.bin' ...
 
 What follows `--` goes to the trainer, whatever its options; the sweep adds --variant, --lr, --seed, --out and --resume.
+A --min-lr there is that of all rates, and may be no larger than the least; without it cosine's is a tenth of each.
 Each run has its folder OUT/VARIANT/lrRATE_seedN. The first seed runs at every rate; the others then at each variant's
 best rate and at its largest stable one. Started again, the sweep leaves finished runs alone and goes on with the rest
 (a run that was cut goes on from its newest checkpoint if it writes some: --save-every). Ctrl-C stops all of it.

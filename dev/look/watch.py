@@ -5,7 +5,8 @@ time left, spikes and skipped steps. Standard library only; Ctrl-C ends it.
 usage: watch.py RUN... [--every SECONDS] [--steps N] [--once]
 
 RUN is the folder of a run or NAME=FOLDER; it may come into being later. The number of steps is found from the learning
-rate as soon as that falls, or given with --steps. --once prints one picture and ends, as it is where no terminal is.
+rate as soon as that falls linearly to 0, else from the first checkpoint, or given with --steps. --once prints one
+picture and ends, as it is where no terminal is.
 """
 import argparse
 import math
@@ -82,7 +83,7 @@ class Run:
             self.trouble = str(e)
 
     def total(self):
-        return self.steps or runlog.total_steps(self.log)
+        return self.steps or runlog.total_steps(self.log, self.folder)
 
     def left(self):
         """Seconds to the last step, at the pace seen here or else at the logged one; None if not known."""
@@ -201,7 +202,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run (it holds log.csv), or NAME=FOLDER")
     parser.add_argument("--every", metavar="SECONDS", type=float, default=2.0, help="time between two pictures (2)")
-    parser.add_argument("--steps", metavar="N", type=int, help="the run's last step (found from the learning rate)")
+    parser.add_argument("--steps", metavar="N", type=int, help="the run's last step (found as said above)")
     parser.add_argument("--once", action="store_true", help="print one picture and end")
     parser.error = lambda message: fail(f"{message}. See watch.py --help.")
     options = parser.parse_args()

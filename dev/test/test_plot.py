@@ -123,6 +123,7 @@ class ReadTest(Case):
         """A state.json that is none of ours is left out, whatever it is."""
         good = {"step": 7, "loader": {"epoch": 0, "window": 28}, "config": {"variant": "prenorm", "seq_len": "32"}}
         for change in ({"config": []}, {"config": None}, {"config": {"seq_len": 32}}, {"config": {"seq_len": {}}},
+                       {"schedule": None}, {"schedule": ["linear"]}, {"schedule": {"steps": 200}},
                        {"loader": None}, {"loader": [1]}, {"loader": {"epoch": "a", "window": "b"}}, {"step": None},
                        [], None, "[" * 100000, b"\xff", "pipe"):
             with self.subTest(str(change)[:40]):
@@ -180,21 +181,44 @@ class ReadTest(Case):
         with mock.patch.object(os.path, "isdir", "y=1".__eq__):
             self.assertEqual(runlog.named(["y=1", "z=1"]), [("y=1", "y=1"), ("z", "1")])
 
-    def test_total(self):
+    def test_end_of_fall(self):
         for total, warmup in ((200, 2), (60000, 600), (1000, 0)):
             logged = [float(f"{rate(s, total, warmup):.12g}") for s in range(1, total + 1)]
             for upto in (warmup + 3, warmup + 4, total // 2, total):
                 log = {"step": list(range(1, upto + 1)), "lr": logged[:upto]}
-                self.assertEqual(runlog.total_steps(log), total, (total, upto))
+                self.assertEqual(runlog.end_of_fall(log), total, (total, upto))
             for upto in (1, warmup, warmup + 2):
-                self.assertIsNone(runlog.total_steps({"step": list(range(1, upto + 1)), "lr": logged[:upto]}), upto)
+                self.assertIsNone(runlog.end_of_fall({"step": list(range(1, upto + 1)), "lr": logged[:upto]}), upto)
         bent = [rate(s, 200, 2) for s in range(1, 101)]
         bent[40:60] = [1.01 * r for r in bent[40:60]]
-        self.assertIsNone(runlog.total_steps({"step": list(range(1, 101)), "lr": bent}))
+        self.assertIsNone(runlog.end_of_fall({"step": list(range(1, 101)), "lr": bent}))
         steps = list(range(1, 2000))
         cosine = [0.5 * (1 + math.cos(math.pi * s / 60000)) for s in steps]
         for rates in ([1e-3] * 1999, cosine, steps):
-            self.assertIsNone(runlog.total_steps({"step": steps, "lr": rates}))
+            self.assertIsNone(runlog.end_of_fall({"step": steps, "lr": rates}))
+
+    def test_total(self):
+        """From the rates where they fall to 0, else as the newest checkpoint has planned."""
+        def total(rates, **schedule):
+            folder = self.run_folder("total", rows(3))
+            (Path(folder) / "step_00000003").mkdir(exist_ok=True)
+            state = {"step": 3, "schedule": {k: str(v) for k, v in schedule.items()}}
+            (Path(folder) / "step_00000003" / "state.json").write_text(json.dumps(state))
+            return runlog.total_steps({"step": list(range(1, len(rates) + 1)), "lr": rates}, folder)
+
+        linear, flat = [rate(s, 200, 2) for s in range(1, 101)], [1e-3] * 100
+        cosine = [1e-4 + 0.5 * 9e-4 * (1 + math.cos(math.pi * s / 300)) for s in range(100)]
+        above = [1e-4 + 9e-4 * (1 - s / 180) for s in range(100)]  # a line that would be 0 behind step 200
+        self.assertEqual(runlog.end_of_fall({"step": list(range(1, 101)), "lr": above}), 200)
+        self.assertEqual(total(above, schedule="linear", steps=180, min_lr="0.0001"), 180)
+        self.assertEqual(total(linear), 200)
+        self.assertEqual(total(linear, schedule="linear", steps=150, min_lr="0"), 200)  # prolonged since
+        self.assertEqual(total(cosine, schedule="cosine", steps=300, min_lr="0.0001"), 300)
+        for schedule in ({"schedule": "constant"}, {"schedule": "wsd", "min_lr": "0"}):
+            self.assertEqual(total(flat, steps=250, **schedule), 250)
+            self.assertIsNone(total(flat, steps=99, **schedule))
+        self.assertIsNone(total(flat))
+        self.assertIsNone(total(flat, schedule="constant", steps="many"))
 
     def test_checkpoints(self):
         folder = self.run_folder("a", rows(20), {"dim": "64"}, steps=(5, 10))
@@ -207,6 +231,10 @@ class ReadTest(Case):
         self.assertEqual(runlog.tokens_per_step(folder), 4 * 32)  # by the checkpoint before it
         state.write_text(state.read_text()[:40])
         self.assertEqual([s["step"] for s in runlog.states(folder)], [5])
+        epoch["schedule"] = {"schedule": "cosine", "lr": "0.001", "min_lr": "1e-04", "steps": "200"}
+        state.write_text(json.dumps(epoch))
+        self.assertEqual(runlog.config(folder), {"variant": "simplegpt", "seq_len": 32, "norm_eps": 1.5e-6, "dim": 64,
+                                                 "schedule": "cosine", "lr": 1e-3, "min_lr": 1e-4, "steps": 200})
         nothing = self.run_folder("b", rows(20))
         self.assertEqual((runlog.config(nothing), runlog.tokens_per_step(nothing)), ({}, None))
 
