@@ -1,7 +1,8 @@
 #!/bin/sh
 # 1.4B on OpenWebText: nanoGPT's backbone, 48 layers. The released code has no configuration of this run: the shape is
-# the paper's; batch, decay, warm-up and steps are of the kind that nanoGPT's GPT-2 run has; the rate is that run's 6e-4
-# times the 3 that the paper's abstract names as the least that SimpleGPT stands (prenorm: LR=6e-4).
+# the paper's; batch, decay, warm-up, steps and the cosine to a tenth are of the kind that nanoGPT's GPT-2 run has; the
+# rate is that run's 6e-4 times the 3 that the paper's abstract names as the least that SimpleGPT stands (prenorm:
+# LR=6e-4).
 #   [VARIANT=...] dev/recipes/nanogpt-1.4b.sh [--plan] [trainer's options]
 . "$(dirname "$0")/common.sh"
 if [ $SIZE = paper ]; then
@@ -17,4 +18,4 @@ else
     steps=${STEPS:-1000} warmup=$((steps / 20)) # 2 million tokens
     lr=${LR:-2e-3} decay=${DECAY:-0.1}
 fi
-recipe "$@"
+recipe --schedule cosine "$@"

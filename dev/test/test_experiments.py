@@ -223,6 +223,8 @@ class Recipes(Case):
         for name in self.RECIPES:
             text = self.run_tool(self.recipe(name), "--plan", "--device", "h200").stdout
             self.assertIn(f"{parameters[name]} parameters", text)
+            rates = "cosine, steps: 2000 to 0.0018, 98000 from 0.0018 to 0.00018"
+            self.assertIn(f"learning rate, {rates if name == 'nanogpt-1.4b' else 'linear'}", text)
             self.assertRegex(text, r"steps take at least .* hours on 8 of them")
             text = self.run_tool(self.recipe(name), "--plan", SIZE="small", VARIANT="preqknorm").stdout
             self.assertTrue(20e6 <= int(text.split(" parameters")[0].split()[-1]) <= 162e6, text)
