@@ -73,6 +73,8 @@ JOBS = {
     "plot": ([], [sys.executable, "dev/test/test_plot.py"], [1]),
     "experiments": (["build/train_gpt_cpu_fp32"],
                     [sys.executable, "dev/test/test_experiments.py", "build/train_gpt_cpu_fp32"], [1]),
+    "claim": (["build/train_gpt_cpu_fp32"],
+              [sys.executable, "dev/test/test_claim.py", "build/train_gpt_cpu_fp32"], [1]),
     "hf": (["build/train_gpt_cpu_fp32"], [sys.executable, "dev/test/test_hf.py", "build/train_gpt_cpu_fp32", GOLDEN],
            [1]),
     "prepare": ([], [sys.executable, "dev/test/test_prepare.py"], [1]),

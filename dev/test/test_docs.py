@@ -232,6 +232,9 @@ class Docs(unittest.TestCase):
                 known = trainer_options(command or "")
                 if tool and tool.endswith(".py") and tool in files():
                     known = tool_options(tool)
+                elif tool in files():  # a script passes them to the trainer, or to the tool that it starts
+                    for starts in re.findall(r"(?m)^exec .*?(dev/[\w/]+\.py)", files()[tool]):
+                        known = tool_options(starts)
                 for options, of in ((mine, known), (passed_on, trainer_options())):
                     for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", options):
                         checked += 1

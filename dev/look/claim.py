@@ -1,0 +1,852 @@
+#!/usr/bin/env python3
+"""The paper's claim, larger stable learning rates and a lower loss, tried on a CPU: the runs, their table, a picture.
+
+    dev/look/claim.py RUNS --train-data GLOB --val-data GLOB [--hour | --sizes | --depths | --all]
+
+dev/recipes/claim.sh prepares the data and calls this. Runs are variant x peak rate x seed, one thread each, as many at
+a time as there are cores: seed 1 at every rate, then seeds 2 and 3 where they tell most. With no option the whole main
+table: 2 seeds at every rate, 3 at each variant's best two. --hour stops beginning runs when they would end after 72
+minutes. --sizes and --depths add ladders of models, each at its variant's best rate and the rates beside it.
+
+A run is finished if its run.json has these options and its log the last step, or one by which the run is lost: the log
+tells. Ctrl-C ends all of it with a checkpoint each; the same command goes on. RUNS/claim.md and claim.png are written
+after the last run, and of what is there by --report.
+"""
+import argparse
+import fcntl
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import runlog
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIANTS = {"simplegpt": "SimpleGPT", "preqknorm": "pre-norm + QK norm", "prenorm": "pre-norm"}
+RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
+MIDDLE = [1e-2, 3e-3, 3e-2, 1e-3, 1e-1]  # where a best rate is looked for first
+SENSITIVE = 0.3                          # the end of the range of arXiv 2309.14322, which begins at 3e-4
+MULTIPLES = [1, 3, 10, 30, 100]
+GUESS = {"simplegpt": 1e-3, "preqknorm": 1e-2, "prenorm": 1e-2}  # where the ladders begin without a main table
+BASE = {"multiple-of": 32, "tokenizer": "bytes", "seq-len": 128, "batch-size": 32, "steps": 800, "warmup": 40}
+SHAPES = {"main": (96, 8, 3), "size-0.25M": (48, 8, 3), "size-3.7M": (192, 8, 6), "size-10M": (320, 8, 10),
+          "depth-4": (96, 4, 3), "depth-16": (96, 16, 3), "depth-32": (96, 32, 3)}  # dim, layers, heads
+LADDERS = {"sizes": ["size-0.25M", "main", "size-3.7M", "size-10M"],
+           "depths": ["depth-4", "main", "depth-16", "depth-32"]}
+HOUR = 72 * 60  # seconds, behind which no run of --hour shall end
+BEGIN, END = "<!-- claim.sh: begin -->\n", "<!-- claim.sh: end -->\n"
+
+
+class Refused(runlog.LogError):
+    pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a log says
+
+def lost(steps, losses, skipped, total, warmup, above=math.inf):
+    """The step at which a run is lost, or None. w: a fortieth of all steps; "mean": over the last w losses.
+
+    After the warm-up: the mean is not below the loss at the start; or it has for an eighth of the steps been more than
+    0.5 above the lowest mean so far; or half of the steps are done, it is above `above`, and the lowest mean has not
+    fallen by 0.05 in an eighth of the steps (at a small rate it has); or 10 steps were skipped, after which the trainer
+    ends.
+    """
+    w, eighth, low, lows, risen = max(1, total // 40), max(1, total // 8), math.inf, {}, None
+    for i in range(w - 1, len(steps)):
+        window = [x for x in losses[i - w + 1:i + 1] if math.isfinite(x)]
+        mean, step = (sum(window) / len(window) if window else math.inf), steps[i]
+        low = lows[step] = min(low, mean)
+        risen = (risen or step) if mean > low + 0.5 else None
+        if step >= warmup + w and (mean >= losses[0] or risen and step - risen >= eighth):
+            return step
+        if 2 * step >= total and mean > above and low > lows.get(step - eighth, math.inf) - 0.05:
+            return step
+    return steps[-1] if skipped >= 10 else None
+
+
+class Result:
+    """A finished run: its loss at the end, or when it was lost; the loss at the start; validation losses by step."""
+
+    def __init__(self, loss, start, curve=(), lost_at=None):
+        self.loss, self.start, self.curve, self.lost_at = loss, start, dict(curve), lost_at
+
+    @property
+    def capped(self):
+        return min(self.loss, self.start) if math.isfinite(self.loss) else self.start
+
+
+def result_of(log, total, warmup, above=math.inf):
+    """The Result of a log, or None of a run that is not finished."""
+    at = lost(log["step"], log["loss"], log["note"].count("skipped"), total, warmup, above)
+    curve = {s: x for s, x in zip(log["step"], log["val_loss"]) if not math.isnan(x)}
+    start = log["loss"][0]
+    if at is not None:
+        w = max(1, total // 40)
+        i = log["step"].index(at)
+        window = [x for x in log["loss"][max(0, i - w + 1):i + 1] if math.isfinite(x)]
+        return Result(sum(window) / len(window) if window else math.inf, start, curve, at)
+    if log["step"][-1] < total:
+        return None
+    return Result(curve.get(total, math.inf), start, curve)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What results say. runs: {rate: {seed: Result}} of one variant
+
+def losses(runs, rate):
+    return [r.capped for r in runs[rate].values()]
+
+
+def mean(runs, rate):
+    return statistics.fmean(losses(runs, rate))
+
+
+def spread(runs, rate):
+    """Largest minus smallest loss over the seeds; None of one seed."""
+    found = losses(runs, rate)
+    return max(found) - min(found) if len(found) > 1 else None
+
+
+def is_lost(runs, rate):
+    return any(r.lost_at is not None or not math.isfinite(r.loss) for r in runs[rate].values())
+
+
+def ranking(runs):
+    """Rates, the one with the lowest mean first, those at which a seed was lost last."""
+    return sorted(runs, key=lambda rate: (is_lost(runs, rate), mean(runs, rate), rate))
+
+
+def best(runs):
+    return ranking(runs)[0]
+
+
+def as_good(runs):
+    """Rates whose mean is within a spread of the best's, its own included: the seeds do not tell them apart."""
+    top = best(runs)
+    return sorted(rate for rate in runs if rate == top or not is_lost(runs, rate) and
+                  not is_claim(mean(runs, rate) - mean(runs, top), spread(runs, rate), spread(runs, top), one=True))
+
+
+def is_claim(difference, *spreads, one=False):
+    """Is a difference larger than the spreads? None is that of one seed: no claim, or with `one` left out if it may."""
+    if one:
+        spreads = [s for s in spreads if s is not None] or [0.0]
+    return None not in spreads and abs(difference) > max(spreads)
+
+
+def nearest(rates, wanted):
+    """The rate that is wanted up to a fifth: of 3e-4 and 1e-3, three times the first is the second."""
+    found = min(rates, key=lambda rate: abs(math.log(rate / wanted)), default=None)
+    return found if found and abs(math.log(found / wanted)) < math.log(1.2) else None
+
+
+def sensitivity(runs, rates):
+    """Mean over the rates of min(loss, loss at the start), less the lowest loss there (arXiv 2309.14322)."""
+    means = [mean(runs, rate) for rate in rates]
+    return statistics.fmean(means) - min(means) if means else math.nan
+
+
+def at_step(curve, step):
+    """The validation loss at a step, on the line between the two beside it; None outside."""
+    before = max((s for s in curve if s <= step), default=None)
+    after = min((s for s in curve if s >= step), default=None)
+    if before is None or after is None:
+        return None
+    share = (step - before) / (after - before) if after > before else 0.0
+    return curve[before] + share * (curve[after] - curve[before])
+
+
+def mean_curve(results):
+    """Mean validation losses, at the steps that all of them have."""
+    results = list(results)
+    common = set(results[0].curve).intersection(*(r.curve for r in results))
+    return {s: statistics.fmean(r.curve[s] for r in results) for s in sorted(common)}
+
+
+def largest_stable(runs, total):
+    """The largest rate at which no seed is lost or ends above what the best rate has after a quarter of the steps."""
+    bound = at_step(mean_curve(runs[best(runs)].values()), total / 4)
+    good = [rate for rate in runs if not is_lost(runs, rate) and (bound is None or max(losses(runs, rate)) <= bound)]
+    return max(good, default=None)
+
+
+def step_of(curve, target):
+    """The first step at which a curve is at or below the target, on the line from the one before; None if never."""
+    before = None
+    for step in sorted(curve):
+        if curve[step] <= target:
+            if before is None:
+                return float(step)
+            return before + (step - before) * (curve[before] - target) / (curve[before] - curve[step])
+        before = step
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which runs, in which order
+
+def wanted(group, table, centres):
+    """(variant, rate, seed) of a group, what tells most first. table: {variant: {rate: {seed: Result}}} so far.
+
+    Of main: seed 1 at all rates, from the middle outwards; then seed 2 at each variant's best rate and its second,
+    seed 3 there, seed 2 at the others; seed 3 at the best two of both seeds, if they are others than those of one.
+    Of a ladder's model: seed 1 at the variant's rate in `centres` and those beside it, further if the best is at an
+    edge; then seed 2 at its best.
+    """
+    order = [(v, rate, 1) for rate in MIDDLE + [3e-4, 3e-1, 1.0] for v in VARIANTS]
+    if group != "main":
+        order = []
+        for v in VARIANTS:
+            at = RATES.index(centres[v])
+            low, high = max(0, at - 1), min(len(RATES) - 1, at + 1)
+            runs = {r: s for r, s in table.get(v, {}).items() if 1 in s}
+            while set(RATES[low:high + 1]) <= set(runs):
+                at = RATES.index(best({r: runs[r] for r in RATES[low:high + 1]}))
+                if at == low > 0:
+                    low -= 1
+                elif at == high < len(RATES) - 1:
+                    high += 1
+                else:
+                    break
+            order += [(v, rate, 1) for rate in RATES[low:high + 1]]
+        order.sort(key=lambda run: abs(RATES.index(run[1]) - RATES.index(centres[run[0]])))
+    if any(1 not in table.get(v, {}).get(rate, {}) for v, rate, _ in order):
+        return order  # seeds are given when the rates are known
+    ranks = {v: ranking({r: {1: seeds[1]} for r, seeds in table[v].items() if 1 in seeds}) for v in VARIANTS}
+    tops = [(0, 2)] if group != "main" else [(0, 2), (1, 2), (0, 3), (1, 3), *((i, 2) for i in range(2, len(RATES)))]
+    order += [(v, ranks[v][place], seed) for place, seed in tops for v in VARIANTS]
+    if group == "main" and all(seed in table[v].get(rate, {}) for v, rate, seed in order):
+        both = {v: ranking({r: {1: s[1], 2: s[2]} for r, s in table[v].items()}) for v in VARIANTS}
+        order += [(v, both[v][place], 3) for place in (0, 1) for v in VARIANTS if both[v][place] not in ranks[v][:2]]
+    return order
+
+
+def duration(seconds):
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+
+
+def makespan(seconds, jobs):
+    """How long runs of these lengths take, begun in this order, `jobs` at a time."""
+    ends = [0.0] * jobs
+    for s in seconds:
+        ends[ends.index(min(ends))] += s
+    return max(ends)
+
+
+def fitting(seconds, jobs, limit):
+    """How many runs of `seconds` each end before the limit, `jobs` at a time."""
+    return jobs * int(limit / seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+def last_line(folder):
+    """What a trainer said at its end."""
+    lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing."
+
+
+def machine():
+    """The processor's name, and the cores that this program may use."""
+    try:
+        found = re.search(r"(?m)^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(errors="replace"))
+    except OSError:
+        found = None
+    return f"{len(os.sched_getaffinity(0))} cores of {found.group(1).strip() if found else platform.machine()}"
+
+
+class Run:
+    def __init__(self, o, group, variant, lr, seed):
+        self.o, self.group, self.key = o, group, (variant, lr, seed)
+        self.name = f"{group} {variant} lr {lr:g} seed {seed}"
+        self.dir = o.runs / group / variant / f"lr{lr:g}_seed{seed}"
+        self.options = [*o.options(group), "--variant", variant, "--lr", f"{lr:g}", "--seed", str(seed)]
+        self.child, self.log, self.begin = None, runlog.Log(self.dir), 0.0
+        self.checked, self.stopped = 0, False
+
+    def facts(self):
+        """What run.json says: options and, of a finished run, seconds; {} without one."""
+        path = self.dir / "run.json"
+        if not path.exists():
+            return {}
+        try:
+            facts = json.loads(path.read_text() if path.is_file() else "")
+            known = facts["options"]
+            if not isinstance(facts["seconds"], (int, float)) or not isinstance(facts["machine"], str):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise Refused(f"{path}: is not a run's. Remove {self.dir}, or choose another folder (--runs).") from None
+        if known != self.options:
+            raise Refused(f"{self.dir}: was run with other options. Choose another folder (--runs).")
+        return facts
+
+    def remember(self, **more):
+        part = self.dir / "run.json.part"
+        part.write_text(json.dumps({"options": self.options, **more}, indent=1) + "\n")
+        part.replace(self.dir / "run.json")
+
+    def result(self):
+        """The Result of a finished run, else None."""
+        if not self.facts():
+            return None
+        try:
+            return result_of(runlog.read(self.dir), self.o.steps, self.o.warmup, self.o.lost_above)
+        except runlog.NoRows:
+            return None
+        except runlog.LogError as e:
+            raise Refused(f"{e} Or remove {self.dir} and start again.") from None
+
+    def start(self):
+        self.earlier = self.facts().get("seconds", 0.0)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.remember(seconds=self.earlier, machine=machine())
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [self.o.trainer, *self.options, "--out", str(self.dir), "--resume", "--keep", "1", "--save-every",
+                   str(max(1, self.o.steps // 4))]
+        with open(self.dir / "log.txt", "w") as text:
+            # a group of its own: Ctrl-C reaches this program alone, which passes it on. It holds the lock while it runs
+            self.child = subprocess.Popen(command, env=env, stdout=text, stderr=text, start_new_session=True,
+                                          pass_fds=[self.o.lock])
+        self.begin = time.time()
+
+    def look(self):
+        """Ends a run that is lost; True if it has ended."""
+        status = self.child.poll()
+        try:
+            if status is None and self.log.update() and len(self.log) > self.checked:
+                self.checked = len(self.log)
+                at = result_of(self.log, self.o.steps, self.o.warmup, self.o.lost_above)
+                if at and at.lost_at is not None and not self.stopped:
+                    self.stop()
+        except runlog.LogError:  # nothing there yet; what is wrong is told at its end
+            pass
+        return status is not None
+
+    def stop(self):
+        self.stopped = True
+        self.child.send_signal(signal.SIGTERM)  # saves and ends
+
+    def end(self):
+        """After its end: the Result, whose checkpoints go; None if it failed or was stopped."""
+        self.child.wait()
+        self.remember(seconds=self.earlier + time.time() - self.begin, machine=machine())
+        result = self.result()
+        if result:
+            for path in self.dir.glob("step_*"):
+                shutil.rmtree(path, ignore_errors=True)
+        return result
+
+    def progress(self):
+        return f"{self.name} step {self.log['step'][-1]}" if len(self.log) else f"{self.name} begins"
+
+
+class Experiment:
+    """Begins runs while there are cores for them, and says how it goes."""
+
+    def __init__(self, o):
+        self.o, self.running, self.failed = o, [], []
+        self.machines, self.table, self.seconds = set(), {}, {}  # by group: Results; times of whole runs
+        for group in SHAPES:
+            self.table[group], self.seconds[group] = {}, []
+            for path in sorted((o.runs / group).glob("*/lr*_seed*")):
+                try:
+                    lr, seed = path.name[2:].split("_seed")
+                    run = Run(o, group, path.parent.name, float(lr), int(seed))
+                except ValueError:  # somebody's own
+                    continue
+                if run.dir == path and run.key[0] in VARIANTS:
+                    result = run.result()
+                    if result:
+                        self.add(run, result)
+
+    def add(self, run, result):
+        variant, lr, seed = run.key
+        self.table[run.group].setdefault(variant, {}).setdefault(lr, {})[seed] = result
+        facts = run.facts()
+        self.machines.add(facts["machine"])
+        if result.lost_at is None:
+            self.seconds[run.group].append(facts["seconds"])
+
+    def spent(self):
+        """Seconds of core that main's runs have taken so far, also in earlier calls."""
+        return sum(Run(self.o, "main", v, lr, seed).facts().get("seconds", 0.0)
+                   for v in VARIANTS for lr in RATES for seed in (1, 2, 3))
+
+    def estimate(self, group):
+        """Seconds of a whole run: as those of its kind took, else main's, in proportion to the layers' products."""
+        if self.seconds[group]:
+            return statistics.median(self.seconds[group])
+        dim, layers, _ = self.o.shape(group)
+        base_dim, base_layers, _ = self.o.shape("main")
+        base = statistics.median(self.seconds["main"]) if self.seconds["main"] else self.o.measured
+        return base * layers * dim * dim / (base_layers * base_dim * base_dim)
+
+    def measure(self):
+        """Seconds of a run of main, from a few steps of as many trainers as will run side by side."""
+        if self.seconds["main"]:
+            return
+        print(f"measuring: {self.o.measure_steps} steps, {self.o.jobs} at a time", flush=True)
+        places = [self.o.runs / "measure" / str(i) for i in range(self.o.jobs)]
+        options = [*self.o.options("main"), "--variant", "simplegpt", "--steps", str(self.o.measure_steps),
+                   "--val-every", "0"]
+        children = []
+        try:
+            for place in places:
+                place.mkdir(parents=True, exist_ok=True)
+                with open(place / "log.txt", "w") as text:
+                    children.append(subprocess.Popen(
+                        [self.o.trainer, *options, "--out", str(place)], stdout=text, stderr=text,
+                        start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+            for child, place in zip(children, places):
+                if child.wait():
+                    raise Refused(f"the trainer failed ({child.returncode}): {last_line(place)}")
+        finally:
+            for child in children:
+                if child.poll() is None:
+                    child.terminate()
+                    child.wait()
+        rates = [x for place in places for x in runlog.read(place)["tokens_per_s"][1:] or [math.nan]]
+        each = self.o.tokens / statistics.median(rates)
+        self.o.measured = each * self.o.steps * 1.06  # validation: 16 forwards behind every eighth
+        if not math.isfinite(self.o.measured):
+            raise Refused(f"{places[0]}: has no second step. Measure more (--measure-steps).")
+
+    def open(self, group):
+        """The runs of a group that are neither finished nor running nor failed."""
+        centres = {v: best(runs) if (runs := self.table["main"].get(v)) else GUESS[v] for v in VARIANTS}
+        order = wanted(group, self.table[group], centres)
+        busy = {(r.group, *r.key) for r in self.running + self.failed}
+        return [(v, rate, seed) for v, rate, seed in order
+                if seed not in self.table[group].get(v, {}).get(rate, {}) and (group, v, rate, seed) not in busy]
+
+    def expected(self, groups):
+        """How many runs the groups still have, those included whose place is not known yet."""
+        whole = {"main": 16 * len(VARIANTS) + 2 * len(VARIANTS)}
+        return [(g, max(len(self.open(g)), whole.get(g, 4 * len(VARIANTS)) - self.count(g)
+                        - sum(r.group == g for r in self.running + self.failed))) for g in groups]
+
+    def count(self, group):
+        return sum(len(seeds) for runs in self.table[group].values() for seeds in runs.values())
+
+    def left(self, groups):
+        """Seconds until all is done."""
+        rest = [max(0.0, self.estimate(r.group) - r.earlier - (time.time() - r.begin)) for r in self.running]
+        for group, n in self.expected(groups):
+            rest += [self.estimate(group)] * n
+        return makespan(rest, self.o.jobs)
+
+    def next(self, groups):
+        """The run to begin now, or None: nothing is left, or it waits for others, or for --hour there is no time."""
+        for group in groups:
+            if self.o.deadline and time.time() + self.estimate(group) > self.o.deadline:
+                continue
+            todo = self.open(group)
+            if todo:
+                return Run(self.o, group, *todo[0])
+        return None
+
+    def all(self, groups):
+        begin = told = time.time()
+        done = 0
+        try:
+            while True:
+                while len(self.running) < self.o.jobs and (run := self.next(groups)):
+                    run.start()
+                    self.running.append(run)
+                if not self.running:
+                    return
+                time.sleep(self.o.poll)
+                for run in [r for r in self.running if r.look()]:
+                    self.running.remove(run)
+                    result = run.end()
+                    done += 1
+                    if not result:
+                        self.failed.append(run)
+                        print(f"{run.name}: failed ({run.child.returncode}): {last_line(run.dir)}", flush=True)
+                        continue
+                    self.add(run, result)
+                    what = f"lost at step {result.lost_at}, at" if result.lost_at is not None else "loss"
+                    print(f"{run.name}: {what} {result.loss:.4f}, {time.time() - run.begin:.0f} s; {done} runs in "
+                          f"{duration(time.time() - begin)}, {self.rest(groups)}", flush=True)
+                    told = time.time()
+                if time.time() - told > 300:
+                    told = time.time()
+                    print(f"{'; '.join(r.progress() for r in self.running)}; {self.rest(groups)}", flush=True)
+        except BaseException:
+            for run in self.running:
+                run.stop()
+            for run in self.running:
+                run.end()
+            raise
+
+    def rest(self, groups):
+        left = self.left(groups)
+        if self.o.deadline:
+            left = min(left, max(0.0, self.o.deadline - time.time()))
+        return f"at most {duration(left)} left"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+def number(runs, rate):
+    """A cell: mean, half the spread over seeds; a rate at which a seed was lost in italics, with the step."""
+    if rate is None or rate not in runs:
+        return ""
+    half = spread(runs, rate)
+    text = f"{mean(runs, rate):.3f}" + (f" ± {half / 2:.3f}" if half is not None else "")
+    if is_lost(runs, rate):
+        steps = [r.lost_at for r in runs[rate].values() if r.lost_at is not None]
+        text = f"*lost: {text}{f' at {min(steps)}' if steps else ''}*"
+    return text
+
+
+def rows(head, body):
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body]) + "\n"
+
+
+def compared(a, b):
+    """The difference of two variants' best losses, and whether the seeds' spread leaves a claim of it."""
+    x, y = best(a), best(b)
+    difference = mean(a, x) - mean(b, y)
+    claim = is_claim(difference, spread(a, x), spread(b, y))
+    return f"{difference:+.3f}" + ("" if claim else " (no claim)")
+
+
+def span(rates):
+    return f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
+
+
+def main_tables(o, table):
+    """The report of the main table: {variant: {rate: {seed: Result}}}."""
+    here = [v for v in VARIANTS if v in table]
+    rates = sorted({rate for v in here for rate in table[v]})
+    common = [rate for rate in rates if all(rate in table[v] for v in here)]
+    sensitive = [rate for rate in common if rate <= SENSITIVE]
+    text = "Loss at the end by peak rate:\n\n"
+    text += rows(["", *(f"{rate:g}" for rate in rates)],
+                 [[VARIANTS[v], *(number(table[v], rate) for rate in rates)] for v in here])
+    target = mean(table["prenorm"], best(table["prenorm"])) if "prenorm" in here else None
+    body = []
+    for v in here:
+        runs = table[v]
+        top, stable = best(runs), largest_stable(runs, o.steps)
+        seeds = len(runs[top])
+        reached = None
+        if target is not None:
+            reached = o.steps if v == "prenorm" else step_of(mean_curve(runs[top].values()), target)
+        body.append([
+            VARIANTS[v], f"{number(runs, top)} ({seeds} seed{'s' * (seeds > 1)})", f"{top:g}", span(as_good(runs)),
+            "none" if stable is None else ("at least " if stable == max(runs) else "") + f"{stable:g}",
+            f"{sensitivity(runs, common):.3f}", f"{sensitivity(runs, sensitive):.3f}",
+            "never" if reached is None else f"{reached * o.tokens / 1e6:.2f}M"])
+    text += "\n" + rows(["", "best loss", "at rate", "as good", "largest stable rate",
+                         f"sensitivity, {span(common) if common else 'no rates'}",
+                         f"sensitivity, {span(sensitive) if sensitive else 'no rates'}", "tokens to pre-norm's loss"],
+                        body)
+    text += "\nLoss at multiples of each variant's own best rate:\n\n"
+    head = ["", *(f"x {n}" for n in MULTIPLES)]
+    text += rows(head, [[VARIANTS[v], *(number(table[v], nearest(table[v], n * best(table[v]))) for n in MULTIPLES)]
+                        for v in here])
+    if "prenorm" in here:
+        base = best(table["prenorm"])
+        text += f"\nLoss at multiples of pre-norm's best rate, {base:g}:\n\n"
+        text += rows(head, [[VARIANTS[v], *(number(table[v], nearest(table[v], n * base)) for n in MULTIPLES)]
+                            for v in here])
+    pairs = [(a, b) for i, a in enumerate(here) for b in here[i + 1:]]
+    if pairs:
+        text += "\nWhat of it can be claimed:\n\n"
+        body = []
+        for a, b in pairs:
+            mine, other = as_good(table[a]), as_good(table[b])
+            seeds = None not in (spread(table[a], best(table[a])), spread(table[b], best(table[b])))
+            apart = seeds and (mine[-1] < other[0] or other[-1] < mine[0])
+            factor = best(table[a]) / best(table[b])
+            stables = [largest_stable(table[v], o.steps) for v in (a, b)]
+            body.append([f"{VARIANTS[a]} against {VARIANTS[b]}", compared(table[a], table[b]),
+                         f"{factor:.2g}" + ("" if apart else " (no claim)"),
+                         f"{stables[0] / stables[1]:.2g}" if None not in stables else ""])
+        text += rows(["", "best loss, difference", "best rate, factor", "largest stable rate, factor"], body)
+    return text
+
+
+def definitions(o):
+    above = (f"  after half of the steps above {o.lost_above:g}, which a bigram model has, and in an eighth of them it "
+             "did not fall by 0.05; or\n" if math.isfinite(o.lost_above) else "")
+    return f"""
+- Loss: at the end, on validation data, nats a byte: mean over seeds ± half of the spread, which is the largest less
+  the smallest. Without ± there is one seed. `no claim`: the difference is not larger than the larger of both spreads,
+  or one of them is of one seed.
+- Lost: the mean training loss of a fortieth of the steps is, after the warm-up, not below that at the start, or for an
+  eighth of the steps more than 0.5 above its lowest; or
+{above}  10 steps were not finite. The run is ended there; it counts with that mean, at most with the loss at the start.
+- As good: rates whose loss is within the spread of the best. A factor of best rates is no claim where these ranges
+  meet. The rates are a factor of 3 apart, so a smaller one cannot be seen.
+- Largest stable rate: the largest at which no seed is lost or ends above what the variant's best rate has after a
+  quarter of the steps.
+- Sensitivity: that of Wortsman et al. (arXiv 2309.14322), the mean over the rates of min(loss, loss at the start) less
+  the lowest loss; over the rates that every variant has, and over those up to {SENSITIVE:g}, where that paper's end.
+- Tokens to pre-norm's loss: where the mean validation curve of the variant's best rate first has the loss with which
+  pre-norm's best rate ends, on the line between two validations.
+- For comparison: arXiv 2602.01212 reports rates 3 to 10 times larger for SimpleGPT, at 1B to 8B; arXiv 2410.16682, with
+  norms behind QKV, projection and FC2 at 830M, 1.5 times larger.
+"""
+
+
+def ladder_table(o, experiment, name):
+    body = []
+    for group in LADDERS[name]:
+        table = experiment.table[group]
+        if not all(v in table for v in VARIANTS):
+            continue
+        dim, layers, _ = o.shape(group)
+        cells = [f"{number(table[v], best(table[v]))} at {best(table[v]):g}" for v in VARIANTS]
+        body.append([f"dim {dim}, {layers} layers", *cells, compared(table["simplegpt"], table["preqknorm"]),
+                     compared(table["simplegpt"], table["prenorm"])])
+    if not [g for g in LADDERS[name] if g != "main" and experiment.table[g]] or not body:
+        return ""
+    return f"\nThe ladder of {name}, each at its best rate; behind it the difference from SimpleGPT:\n\n" + rows(
+        ["", *VARIANTS.values(), "SimpleGPT less QK norm", "SimpleGPT less pre-norm"], body)
+
+
+def write(path, text):
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+    print(path)
+
+
+def report(o, experiment):
+    table = experiment.table["main"]
+    ladders = "".join(ladder_table(o, experiment, name) for name in LADDERS)
+    if not table and not ladders:
+        raise Refused(f"{o.runs}: no run of a table has finished. Run dev/recipes/claim.sh.")
+    dim, layers, heads = o.shape("main")
+    text = (f"{experiment.count('main')} runs: dim {dim}, {layers} layers, {heads} heads, {o.tokens} tokens a step, "
+            f"{o.steps} steps, of them {o.warmup} of warm-up; {experiment.spent() / 3600:.1f} hours of a core in all "
+            f"({', '.join(sorted(experiment.machines))}).\n\n{main_tables(o, table)}") if table else ""
+    text += ladders + definitions(o)
+    picture = draw(o, experiment) if table else None
+    shown = "![loss against the peak learning rate](claim.png)\n\n" if picture else ""
+    write(o.runs / "claim.md", shown + text)
+    if o.doc:
+        page = o.doc / "results.md"
+        try:
+            before, rest = page.read_text().split(BEGIN)
+            _, after = rest.split(END)
+        except ValueError:
+            raise Refused(f"{page}: has no place for the table. Put {BEGIN.strip()} and {END.strip()} there.") from None
+        if picture:
+            shutil.copyfile(picture, o.doc / "claim.png")
+        write(page, before + BEGIN + shown + text + END + after)
+
+
+def draw(o, experiment):
+    """The picture's path; None without matplotlib."""
+    os.environ["MPLBACKEND"] = "Agg"
+    try:
+        import matplotlib
+    except ImportError:
+        print("claim: no picture, as the package matplotlib is missing. pip install matplotlib.", file=sys.stderr)
+        return None
+    import plot
+    plt = plot.plt
+    table = experiment.table["main"]
+    ladders = [name for name in LADDERS if ladder_table(o, experiment, name)]
+    fig, axes = plt.subplots(1, 1 + len(ladders), figsize=(7.5 + 4 * len(ladders), 4.5), layout="constrained",
+                             squeeze=False, width_ratios=[1.6] + [1] * len(ladders))
+    first = axes[0][0]
+    colours = {v: plot.COLORS[False][place] for v, place in plot.VARIANTS.items()}
+    means = [mean(runs, rate) for runs in table.values() for rate in runs]
+    low, most = min(means), max(mean(runs, rate) for runs in table.values() for rate in runs if rate <= 10 * best(runs))
+    top = most + 0.1 * (most - low) + 0.02
+    for v in [v for v in VARIANTS if v in table]:
+        runs, rates = table[v], sorted(table[v])
+        look = {"color": colours[v]}
+        first.plot(rates, [min(mean(runs, r), top) for r in rates], linewidth=1.6, label=VARIANTS[v], **look)
+        first.fill_between(rates, [min(*losses(runs, r), top) for r in rates],
+                           [min(max(losses(runs, r)), top) for r in rates], alpha=0.2, linewidth=0, **look)
+        for r in rates:
+            for result in runs[r].values():
+                gone = is_lost({r: {0: result}}, r)
+                mark = "x" if gone else "^" if result.capped > top else "o"
+                first.plot(r, min(result.capped, top), mark, markersize=5, clip_on=False, **look)
+        first.plot(best(runs), mean(runs, best(runs)), "o", markersize=10, markerfacecolor="none", **look)
+    first.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss at the end, nats a byte",
+              ylim=(low - 0.05 * (top - low), top))
+    first.set_title("a point a run, a band from the lowest seed to the highest, a ring at the best;\n"
+                    "x: lost, ^: above the picture", fontsize=9)
+    first.legend(frameon=False)
+    for axis, name in zip(axes[0][1:], ladders):
+        place = 0 if name == "sizes" else 1
+        for v in ("preqknorm", "prenorm"):
+            groups = [g for g in LADDERS[name] if v in experiment.table[g] and "simplegpt" in experiment.table[g]]
+            gaps, errors = [], []
+            for g in groups:
+                a, b = experiment.table[g][v], experiment.table[g]["simplegpt"]
+                gaps.append(mean(a, best(a)) - mean(b, best(b)))
+                errors.append(max(spread(a, best(a)) or 0.0, spread(b, best(b)) or 0.0))
+            axis.errorbar([o.shape(g)[place] for g in groups], gaps, errors, color=colours[v], marker="o", capsize=3,
+                          label=f"{VARIANTS[v]} less SimpleGPT")
+        axis.axhline(0, color="#555555", linewidth=0.8)
+        axis.set(xscale="log", xlabel="dim" if name == "sizes" else "layers", ylabel="nats a byte")
+        ticks = [o.shape(g)[place] for g in LADDERS[name]]
+        axis.set_xticks(ticks, [str(t) for t in ticks])
+        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axis.set_title(f"the gap over {name}, bars: spread", fontsize=9)
+        axis.legend(frameon=False, fontsize=8)
+    for axis in axes[0]:
+        axis.grid(True, which="major", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    path = o.runs / "claim.png"
+    plot.save(fig, str(path), 110)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+def positive(kind):
+    def parse(text):
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    parse.__name__ = "number above 0"
+    return parse
+
+
+def parse_options():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                usage="%(prog)s RUNS [options] [-- TRAINER'S OPTIONS]", allow_abbrev=False)
+    p.error = lambda message: sys.exit(f"claim: {message}. See claim.sh --help.")
+    p.add_argument("default", nargs="?", type=Path, metavar="RUNS", help="the experiment's folder")
+    p.add_argument("--runs", type=Path, help="the folder, in place of RUNS")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--hour", action="store_true", help="of the main table what ends within 72 minutes")
+    what.add_argument("--sizes", action="store_true", help="the ladder of sizes, without the main table")
+    what.add_argument("--depths", action="store_true", help="the ladder of depths, without the main table")
+    what.add_argument("--all", action="store_true", help="the main table and both ladders")
+    what.add_argument("--report", action="store_true", help="only the table and the picture of what is there")
+    p.add_argument("--doc", nargs="?", type=Path, const=ROOT / "dev/doc", metavar="DIR",
+                   help="writes the table into results.md and claim.png beside it too (dev/doc)")
+    p.add_argument("--train-data", default="", help="shards to train on")
+    p.add_argument("--val-data", default="", help="shards to validate on")
+    p.add_argument("--lost-above", type=positive(float), default=math.inf, metavar="LOSS",
+                   help="a run that stays above it for half of its steps is lost (none; claim.sh: a bigram model's)")
+    p.add_argument("--jobs", type=positive(int), default=len(os.sched_getaffinity(0)),
+                   help="runs at a time, of one thread each (the cores)")
+    p.add_argument("--minutes", type=positive(float), default=HOUR / 60, help="of --hour (72)")
+    p.add_argument("--measure-steps", type=positive(int), default=12, help="to know the time of a run before (12)")
+    p.add_argument("--trainer", default=str(ROOT / "train_gpt"), help="(./train_gpt)")
+    p.add_argument("--poll", type=positive(float), default=2.0, help="seconds between looks at the runs (2)")
+    own, more = sys.argv[1:], []
+    if "--" in own:
+        at = own.index("--")
+        own, more = own[:at], own[at + 1:]
+    o = p.parse_args(own)
+    o.runs = o.runs or o.default
+    if not o.runs:
+        p.error("RUNS is missing: give the experiment's folder")
+    settle(o, more)
+    return o
+
+
+def settle(o, more):
+    """What follows from the options: those of a group's runs, their steps and tokens."""
+    given = {**{name: str(value) for name, value in BASE.items()}, "dim": "96", "layers": "8", "heads": "3"}
+    if len(more) % 2 or not all(name.startswith("--") for name in more[::2]):
+        raise Refused("behind -- there are pairs only, --name value. Leave switches out.")
+    changed = {name[2:]: value for name, value in zip(more[::2], more[1::2])}
+    for name in ("variant", "lr", "seed", "out", "resume", "val-every", "save-every", "keep",
+                 "train-data", "val-data"):
+        if name in changed:
+            raise Refused(f"--{name} behind --: the experiment sets it itself. Leave it out.")
+    given.update(changed)
+    names = ("dim", "layers", "heads", "steps", "warmup", "seq-len", "batch-size")
+    try:
+        numbers = {name: int(given[name]) for name in names}
+    except ValueError:
+        raise Refused(f"behind --: {', '.join(names)} are whole numbers. Give such.") from None
+    o.steps, o.warmup = max(1, numbers["steps"]), numbers["warmup"]
+    o.tokens = numbers["seq-len"] * numbers["batch-size"]
+    shapes = {**SHAPES, "main": (numbers["dim"], numbers["layers"], numbers["heads"])}
+    o.shape = shapes.get
+    fixed = [f"--{name}={value}" for name, value in given.items() if name not in ("dim", "layers", "heads")]
+    fixed += ["--shuffle", f"--val-every={max(1, o.steps // 8)}"]
+    fixed += [] if "val-batches" in given else ["--val-batches=16"]
+    fixed += [f"--{name}={path}" for name, path in (("train-data", o.train_data), ("val-data", o.val_data))]
+
+    def options(group):
+        dim, layers, heads = shapes[group]
+        return [f"--dim={dim}", f"--layers={layers}", f"--heads={heads}", *fixed]
+
+    o.options = options
+    o.deadline, o.measured = None, math.nan
+
+
+def take_lock(o):
+    """One at a time in a folder; the runs hold the lock too, so that none is begun twice."""
+    o.runs.mkdir(parents=True, exist_ok=True)
+    o.lock = os.open(o.runs / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(o.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Refused(f"{o.runs}: another claim.sh, or a run that one has left, is at work. Wait for it.") from None
+
+
+def main():
+    o = parse_options()
+    if o.report:
+        report(o, Experiment(o))
+        return 0
+    if not o.train_data or not o.val_data:
+        raise Refused("--train-data and --val-data are missing. dev/recipes/claim.sh gives them.")
+    if not os.access(o.trainer, os.X_OK):
+        raise Refused(f"{o.trainer} is missing. Build it: make.")
+    take_lock(o)
+    groups = [] if o.sizes or o.depths else ["main"]
+    for name in LADDERS:
+        if o.all or getattr(o, name):
+            groups += [g for g in LADDERS[name] if g != "main"]
+    experiment = Experiment(o)
+    experiment.measure()
+    each, begin = experiment.estimate(groups[0]), time.time()
+    print(f"a run of {groups[0]} takes about {each / 60:.1f} minutes, {o.jobs} at a time; "
+          f"all of it {duration(experiment.left(groups))} at most", flush=True)
+    if o.hour:
+        rest = max(0.0, 60 * o.minutes - experiment.spent() / o.jobs)
+        o.deadline = begin + rest
+        if not experiment.count("main") and not fitting(each, o.jobs, rest):
+            raise Refused("--hour: here not one run ends in that time. Leave --hour out.")
+        print(f"--hour: {duration(rest)}, which is {fitting(each, o.jobs, rest)} whole runs of "
+              f"{experiment.expected(groups)[0][1]}; a run that is lost ends earlier", flush=True)
+    experiment.all(groups)
+    report(o, experiment)
+    return 1 if experiment.failed else 0
+
+
+def stoppable():
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("claim: stopped. The same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    runlog.run("claim", stoppable)

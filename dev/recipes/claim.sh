@@ -1,0 +1,27 @@
+#!/bin/sh
+# The paper's claim on a CPU, after `make`: losses of three variants over rates from 3e-4 to 1, a table, a picture.
+#   dev/recipes/claim.sh --hour      of the main table what 72 minutes give, first what tells most
+#   dev/recipes/claim.sh             the main table: 2 seeds at every rate, 3 at each variant's best two
+#   dev/recipes/claim.sh --sizes     0.25M, 3.7M and 10M parameters beside its 0.9M; --depths: 4, 16 and 32 layers
+#   dev/recipes/claim.sh --all       all of it, a night on 2 cores
+#   dev/recipes/claim.sh --report    only the table and the picture of the runs that are there
+# --runs DIR (runs/claim), --jobs N (the cores), --doc: table and picture into dev/doc too; behind -- options for the
+# trainer. Ctrl-C stops it, the same command goes on. Environment: PYTHON, DATA (data/quickstart, made if missing).
+set -eu
+cd "$(dirname "$0")/../.."
+PYTHON=${PYTHON:-/usr/bin/python3} data=${DATA:-data/quickstart}
+case "${1-}" in
+-h | --help)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit 0
+    ;;
+esac
+[ -f "$data/text_manifest.json" ] || [ -n "${DATA:-}" ] ||
+    "$PYTHON" dev/data/prepare.py --stdlib --out "$data" --prefix text
+bigram=$("$PYTHON" -c "import json, sys; print(json.load(open(sys.argv[1]))['bigram_val_loss'])" \
+    "$data/text_manifest.json" 2>/dev/null) || {
+    echo "claim.sh: $data: no text_manifest.json of bytes. Make it: dev/data/prepare.py --out $data --prefix text" >&2
+    exit 1
+}
+exec "$PYTHON" dev/look/claim.py runs/claim --train-data "$data/text_train_*.bin" --val-data "$data/text_val_*.bin" \
+    --lost-above "$bigram" "$@"
