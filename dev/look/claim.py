@@ -4,9 +4,9 @@
     dev/look/claim.py RUNS --train-data GLOB --val-data GLOB [--hour | --sizes | --depths | --all]
 
 dev/recipes/claim.sh prepares the data and calls this. Runs are variant x peak rate x seed, one thread each, as many at
-a time as there are cores: seed 1 at every rate, then seeds 2 and 3 where they tell most. With no option the whole main
-table: 2 seeds at every rate, 3 at each variant's best two. --hour stops beginning runs when they would end after 72
-minutes. --sizes and --depths add ladders of models, each at its variant's best rate and the rates beside it.
+a time as there are cores, those first that tell most. With no option the whole main table: 2 seeds at every rate, 3 at
+each variant's best two. --hour begins no run that would end after 72 minutes. --sizes and --depths run ladders of
+models, each at its variant's best rate and the rates beside it.
 
 A run is finished if its run.json has these options and its log the last step, or one by which the run is lost: the log
 tells. Ctrl-C ends all of it with a checkpoint each; the same command goes on. RUNS/claim.md and claim.png are written
@@ -32,7 +32,7 @@ import runlog
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {"simplegpt": "SimpleGPT", "preqknorm": "pre-norm + QK norm", "prenorm": "pre-norm"}
 RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
-MIDDLE = [1e-2, 3e-3, 3e-2, 1e-3, 1e-1]  # where a best rate is looked for first
+MIDDLE, OUTER = [1e-2, 3e-3, 3e-2, 1e-3, 1e-1], [3e-4, 3e-1, 1.0]  # a best rate is looked for in the middle first
 SENSITIVE = 0.3                          # the end of the range of arXiv 2309.14322, which begins at 3e-4
 MULTIPLES = [1, 3, 10, 30, 100]
 GUESS = {"simplegpt": 1e-3, "preqknorm": 1e-2, "prenorm": 1e-2}  # where the ladders begin without a main table
@@ -197,18 +197,25 @@ def step_of(curve, target):
 def wanted(group, table, centres):
     """(variant, rate, seed) of a group, what tells most first. table: {variant: {rate: {seed: Result}}} so far.
 
-    Of main: seed 1 at all rates, from the middle outwards; then seed 2 at each variant's best rate and its second,
-    seed 3 there, seed 2 at the others; seed 3 at the best two of both seeds, if they are others than those of one.
+    Of main: seed 1 at the rates in the middle, seed 2 at the best of them, seed 1 at the others; then seed 2 at each
+    variant's best rate and its second, seed 3 there, seed 2 at the others; seed 3 at the best two of both seeds, if
+    they are others than those of one.
     Of a ladder's model: seed 1 at the variant's rate in `centres` and those beside it, further if the best is at an
     edge; then seed 2 at its best.
     """
-    order = [(v, rate, 1) for rate in MIDDLE + [3e-4, 3e-1, 1.0] for v in VARIANTS]
+    def first(v):
+        return {r: {1: seeds[1]} for r, seeds in table.get(v, {}).items() if 1 in seeds}
+
+    order = [(v, rate, 1) for rate in MIDDLE for v in VARIANTS]
+    if all(rate in first(v) for v, rate, _ in order):
+        order += [(v, best({r: first(v)[r] for r in MIDDLE}), 2) for v in VARIANTS]
+    order += [(v, rate, 1) for rate in OUTER for v in VARIANTS]
     if group != "main":
         order = []
         for v in VARIANTS:
             at = RATES.index(centres[v])
             low, high = max(0, at - 1), min(len(RATES) - 1, at + 1)
-            runs = {r: s for r, s in table.get(v, {}).items() if 1 in s}
+            runs = first(v)
             while set(RATES[low:high + 1]) <= set(runs):
                 at = RATES.index(best({r: runs[r] for r in RATES[low:high + 1]}))
                 if at == low > 0:
@@ -219,11 +226,12 @@ def wanted(group, table, centres):
                     break
             order += [(v, rate, 1) for rate in RATES[low:high + 1]]
         order.sort(key=lambda run: abs(RATES.index(run[1]) - RATES.index(centres[run[0]])))
-    if any(1 not in table.get(v, {}).get(rate, {}) for v, rate, _ in order):
+    if any(rate not in first(v) for v, rate, _ in order):
         return order  # seeds are given when the rates are known
-    ranks = {v: ranking({r: {1: seeds[1]} for r, seeds in table[v].items() if 1 in seeds}) for v in VARIANTS}
+    ranks = {v: ranking(first(v)) for v in VARIANTS}
     tops = [(0, 2)] if group != "main" else [(0, 2), (1, 2), (0, 3), (1, 3), *((i, 2) for i in range(2, len(RATES)))]
     order += [(v, ranks[v][place], seed) for place, seed in tops for v in VARIANTS]
+    order = list(dict.fromkeys(order))
     if group == "main" and all(seed in table[v].get(rate, {}) for v, rate, seed in order):
         both = {v: ranking({r: {1: s[1], 2: s[2]} for r, s in table[v].items()}) for v in VARIANTS}
         order += [(v, both[v][place], 3) for place in (0, 1) for v in VARIANTS if both[v][place] not in ranks[v][:2]]
@@ -399,7 +407,7 @@ class Experiment:
         print(f"measuring: {self.o.measure_steps} steps, {self.o.jobs} at a time", flush=True)
         places = [self.o.runs / "measure" / str(i) for i in range(self.o.jobs)]
         options = [*self.o.options("main"), "--variant", "simplegpt", "--steps", str(self.o.measure_steps),
-                   "--val-every", "0"]
+                   "--warmup", "0", "--val-every", "0"]
         children = []
         try:
             for place in places:
@@ -583,8 +591,8 @@ def main_tables(o, table):
 
 
 def definitions(o):
-    above = (f"  after half of the steps above {o.lost_above:g}, which a bigram model has, and in an eighth of them it "
-             "did not fall by 0.05; or\n" if math.isfinite(o.lost_above) else "")
+    above = (f"  after half of the steps above {o.lost_above:.3f}, a bigram model's loss and 0.5, without having fallen "
+             "by 0.05 in an eighth; or\n" if math.isfinite(o.lost_above) else "")
     return f"""
 - Loss: at the end, on validation data, nats a byte: mean over seeds ± half of the spread, which is the largest less
   the smallest. Without ± there is one seed. `no claim`: the difference is not larger than the larger of both spreads,
@@ -746,7 +754,7 @@ def parse_options():
     p.add_argument("--train-data", default="", help="shards to train on")
     p.add_argument("--val-data", default="", help="shards to validate on")
     p.add_argument("--lost-above", type=positive(float), default=math.inf, metavar="LOSS",
-                   help="a run that stays above it for half of its steps is lost (none; claim.sh: a bigram model's)")
+                   help="a run still above it after half of its steps is lost (none; claim.sh: a bigram model's + 0.5)")
     p.add_argument("--jobs", type=positive(int), default=len(os.sched_getaffinity(0)),
                    help="runs at a time, of one thread each (the cores)")
     p.add_argument("--minutes", type=positive(float), default=HOUR / 60, help="of --hour (72)")

@@ -181,9 +181,13 @@ class Order(unittest.TestCase):
         later = claim.wanted("main", table, self.CENTRES)
         self.assertEqual(len(set(later)), len(later))
         self.assertEqual(len(later), 54)  # 2 seeds x 8 rates x 3 variants and a third at two rates each
+        tops = (("simplegpt", 4), ("preqknorm", 3), ("prenorm", 2))
+        self.assertEqual(later[15:18], [(v, claim.RATES[t], 2) for v, t in tops])
         # of two rates as far from the best the smaller is the second
-        self.assertEqual(later[24:36], [(v, claim.RATES[t - d], s) for d, s in ((0, 2), (1, 2), (0, 3), (1, 3))
-                                        for v, t in (("simplegpt", 4), ("preqknorm", 3), ("prenorm", 2))])
+        self.assertEqual(later[27:36], [(v, claim.RATES[t - d], s) for d, s in ((1, 2), (0, 3), (1, 3))
+                                        for v, t in tops])
+        middle = {v: {r: runs[r] for r in claim.MIDDLE} for v, runs in table.items()}
+        self.assertEqual(claim.wanted("main", middle, self.CENTRES), later[:27])
         self.assertEqual({s for _, _, s in later[36:]}, {2})
         for v, runs in table.items():
             for r in runs:
@@ -194,6 +198,8 @@ class Order(unittest.TestCase):
         table["prenorm"][1e-1][2] = claim.Result(0.1, 5.5)  # by both seeds the best
         self.assertEqual(claim.wanted("main", table, self.CENTRES), [*later, ("prenorm", 1e-1, 3)])
         del table["prenorm"][1.0]
+        self.assertEqual({s for _, _, s in claim.wanted("main", table, self.CENTRES)[18:]}, {1})
+        del table["prenorm"][1e-2]
         self.assertEqual(claim.wanted("main", table, self.CENTRES), first)
 
     def test_ladder(self):
@@ -334,7 +340,7 @@ class Command(unittest.TestCase):
 
     def test_lost_above(self):
         self.claim("--lost-above", 5.0, "--hour", "--minutes", 0.05)
-        self.assertIn("above 5, which a bigram model has", (self.runs / "claim.md").read_text())
+        self.assertIn("above 5.000, a bigram model's loss and 0.5", (self.runs / "claim.md").read_text())
 
     def test_failure(self):
         r = self.claim("--hour", status=1, EVIL="prenorm 0.01")
@@ -396,7 +402,7 @@ class Command(unittest.TestCase):
         self.assertIn("no text_manifest.json", run(status=1).stderr)
         subprocess.run([sys.executable, ROOT / "dev/data/prepare.py", ROOT / "tokenizer.h", "--out", self.dir / "data",
                         "--prefix", "text"], check=True, stdout=subprocess.DEVNULL)
-        tiny = ["--", "--dim", 32, "--layers", 2, "--heads", 2, "--steps", 20, "--warmup", 2, "--seq-len", 32,
+        tiny = ["--", "--dim", 32, "--layers", 2, "--heads", 2, "--steps", 20, "--warmup", 14, "--seq-len", 32,
                 "--batch-size", 2, "--val-batches", 1]
         run("--runs", self.runs, "--hour", "--minutes", 0.2, "--poll", 0.05, "--jobs", 2, *tiny)
         runs = list(self.runs.glob("main/*/*/log.csv"))
