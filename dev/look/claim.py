@@ -678,7 +678,8 @@ def draw(o, experiment):
     first = axes[0][0]
     colours = {v: plot.COLORS[False][place] for v, place in plot.VARIANTS.items()}
     means = [mean(runs, rate) for runs in table.values() for rate in runs]
-    low, most = min(means), max(mean(runs, rate) for runs in table.values() for rate in runs if rate <= 10 * best(runs))
+    shown = [mean(runs, rate) for runs in table.values() for rate in runs if not is_lost(runs, rate)]
+    low, most = min(means), max(shown or means)
     top = most + 0.1 * (most - low) + 0.02
     for v in [v for v in VARIANTS if v in table]:
         runs, rates = table[v], sorted(table[v])
@@ -695,7 +696,7 @@ def draw(o, experiment):
     first.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss at the end, nats a byte",
               ylim=(low - 0.05 * (top - low), top))
     first.set_title("a point a run, a band from the lowest seed to the highest, a ring at the best;\n"
-                    "x: lost, ^: above the picture", fontsize=9)
+                    "x: lost, perhaps above the picture; ^: above it", fontsize=9)
     first.legend(frameon=False)
     for axis, name in zip(axes[0][1:], ladders):
         place = 0 if name == "sizes" else 1

@@ -211,6 +211,9 @@ class Order(unittest.TestCase):
         table = {"simplegpt": {r: flat(2 - 0.1 * i) for i, r in enumerate((3e-3, 1e-2, 3e-2))}}
         more = claim.wanted("size-10M", table, self.CENTRES)  # the best is at the edge
         self.assertEqual({r for v, r, _ in more if v == "simplegpt"}, {3e-3, 1e-2, 3e-2, 1e-1})
+        table = {"simplegpt": {r: flat(2 + 0.1 * i) for i, r in enumerate((3e-3, 1e-2, 3e-2))}}
+        more = claim.wanted("size-10M", table, self.CENTRES)
+        self.assertEqual({r for v, r, _ in more if v == "simplegpt"}, {1e-3, 3e-3, 1e-2, 3e-2})
         table = {v: {r: flat(1.5 + abs(i - 1)) for i, r in enumerate(claim.RATES)} for v in claim.VARIANTS}
         table["simplegpt"][1e-2] = flat(0.5)
         whole = claim.wanted("size-10M", table, self.CENTRES)
