@@ -591,7 +591,7 @@ def main_tables(o, table):
 
 
 def definitions(o):
-    above = (f"  after half of the steps above {o.lost_above:.3f}, a bigram model's loss and 0.5, without having fallen "
+    above = (f"  after half of the steps above {o.lost_above:.3f}, a bigram model's loss and 0.5, not having fallen "
              "by 0.05 in an eighth; or\n" if math.isfinite(o.lost_above) else "")
     return f"""
 - Loss: at the end, on validation data, nats a byte: mean over seeds ± half of the spread, which is the largest less
