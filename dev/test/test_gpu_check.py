@@ -278,13 +278,18 @@ class GpuCheck(unittest.TestCase):
 
     def test_a_stage_ends_in_time(self):
         self.check("build")
-        begin = time.monotonic()
-        cases = self.check("sanitize", "cli", status=1, faults=["slow"], patience="0.01")
-        self.assertLess(time.monotonic() - begin, 12)
-        left = [c for c in cases if c[0] == "not reached"]
-        self.assertGreater(len(left), 4)
-        self.assertEqual({c[1] for c in left}, {"sanitize"})
-        self.assertIn("the stage's time was over after 0.", "".join(c[3] for c in left))  # one that had begun
+        begun = False
+        for _ in range(3):  # beside much other work none may have begun when the time is over
+            begin = time.monotonic()
+            cases = self.check("sanitize", "cli", status=1, faults=["slow"], patience="0.01")
+            self.assertLess(time.monotonic() - begin, 12)
+            left = [c for c in cases if c[0] == "not reached"]
+            self.assertGreater(len(left), 4)
+            self.assertEqual({c[1] for c in left}, {"sanitize"})
+            begun = begun or "the stage's time was over after 0." in "".join(c[3] for c in left)
+            if begun:
+                break
+        self.assertTrue(begun)
         self.assertEqual([c[0] for c in cases if c[1] == "cli"], 4 * ["ok"])
         self.assertEqual(len(cases), 3 * len(gpu_check.SANITIZED) + 4)
         self.assertIn("sanitize: not reached in time", "\n".join(self.first()))
