@@ -530,7 +530,7 @@ inline const std::string& register_name(Warp& w, Slot s) { return w.block.grid->
 // A warpgroup's warps execute the same wgmma, one after the other, with the same descriptors.
 inline void wgmma_alike(Warp& w, uint64_t a, uint64_t b) {
     Block& block = w.block;
-    if (size_t(w.number / 4 * 4 + 4) > block.warps.size()) w.report("wgmma", 0, "the warpgroup has less than 4 warps");
+    if (w.number / 4 * 4 + 4 > int(block.warps.size())) w.report("wgmma", 0, "the warpgroup has less than 4 warps");
     auto& products = block.products[w.number / 4];
     const std::array<uint64_t, 3> mine = {uint64_t(w.pc), a, b};
     const size_t n = w.products++;
