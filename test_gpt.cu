@@ -1177,7 +1177,7 @@ TEST(same_bits_and_checkpoint) {
             if (way == 2) {
                 Saver saver;
                 saver.out = dir, saver.background = storage.half_moments;
-                saver.save(m, {2, 4, {1, 7}, 2, 0});
+                saver.save(m, {2, 4, {1, 7}, 2, 0, 0, {}, -1});
                 saver.finish();
                 EXPECT(saver.failure.empty());
                 verify_checkpoint(dir + "/step_00000002");
