@@ -184,7 +184,7 @@ struct Storage {
     bool half_gradients = false;  // in bf16: 2 bytes a parameter instead of 4, each micro-batch's sum rounded
     bool half_moments = false;    // AdamW's moments in bf16, rounded at random: 4 bytes a parameter, not 8
     bool no_master = false;       // no float weights beside the bf16 ones, which are rounded at random: 4 bytes less
-    bool probe = false;           // room for the probe's directions and copy of the weights
+    bool probe = false;           // room for the probe's directions and copies of what it displaces
     // ZeRO (Rajbhandari et al. 2020): of `ranks` ranks each keeps 1/ranks of nothing (0), of masters and moments (1),
     // of gradients too (2), of weights too (3).
     int rank = 0, ranks = 1, zero = 0;  // as planned: ranks.rank and ranks.size are those of the running job
@@ -1195,9 +1195,10 @@ struct Model {
     floatX *dres = nullptr, *dbranch = nullptr, *datt = nullptr, *dnormed = nullptr;  // (N,C)
     floatX *dqkv_raw = nullptr, *dq = nullptr, *dk = nullptr, *dv = nullptr;          // (N,QKV), attention's layouts
     floatX *dw13_raw = nullptr, *dact = nullptr;                                      // (N,FF) (N,F)
-    float* attention_scratch = nullptr;                                // the backward's, see attention_scratch()
-    float *direction = nullptr, *previous = nullptr, *kept = nullptr;  // the probe's two directions, and the weights
-    double* probe_sums = nullptr;                                      // (chunks) twice
+    float* attention_scratch = nullptr;  // the backward's, see attention_scratch()
+    // the probe's two directions, and a copy of the weights, or of a block's input with room for one more
+    float *direction = nullptr, *previous = nullptr, *kept = nullptr;
+    double* probe_sums = nullptr;  // (chunks) twice
 
     void* memory = nullptr;
     size_t state_bytes = 0;  // at its begin: weights, gradients, masters, moments, slots
@@ -1404,8 +1405,10 @@ void lay_out_scratch(Model& m) {
     if (s.probe) {
         a.section("probe");
         a.take(m.probe_sums, 2 * chunks(std::max(P, N * std::max(C, FF))));
-        if (!BF16)
-            for (float** p : {&m.direction, &m.previous, &m.kept}) a.take(*p, P);
+        if (!BF16) {
+            for (float** p : {&m.direction, &m.previous}) a.take(*p, std::max(P, N * C));
+            a.take(m.kept, std::max(P, 2 * N * C));
+        }
     }
 }
 
@@ -1791,14 +1794,17 @@ void set_batch(Model& m, const int32_t* windows, int B, int T, bool places) {
     CHECK(cudaEventRecord(s.copied, m.gpu.stream));
 }
 
+constexpr int EMBEDDING = -1;  // where a forward begins and a backward ends, else the block whose input is given
+
 // Tokens to m.normed, the final norm's output: all but the head. after_block(l) finds layer l's activations all there.
-void forward(Model& m, int B, int T, const std::function<void(int)>& after_block = nullptr) {
+// With `from` not from the tokens, but from what is in that block's x.
+void forward(Model& m, int B, int T, const std::function<void(int)>& after_block = nullptr, int from = EMBEDDING) {
     const int N = B * T, C = m.c.C, L = m.c.L;
     need_weights(m, 0, 1);
     const floatX* positions = m.w(m.table.pos);
     if (positions) positions += size_t(m.past) * C;
-    embedding_forward(m.acts[0].x, m.tokens, m.w(m.table.tok), positions, N, T, C, m.gpu);
-    for (int l = 0; l < L; l++) {
+    if (from == EMBEDDING) embedding_forward(m.acts[0].x, m.tokens, m.w(m.table.tok), positions, N, T, C, m.gpu);
+    for (int l = std::max(from, 0); l < L; l++) {
         need_weights(m, l + 1, l + 2);
         block_forward(m, l, l + 1 < L ? m.acts[l + 1].x : m.out, B, T);
         if (after_block) after_block(l);
@@ -1832,25 +1838,26 @@ void loss_forward(Model& m, int B, int T, float weight, bool backward, float bet
 void begin_step(Model& m) { CHECK(cudaMemsetAsync(m.loss, 0, sizeof(float), m.gpu.stream)); }
 
 // The kernels of a micro-batch. A unit's gradients are reduced once complete, in a step's last micro-batch, or in each
-// where they are cut over ranks.
-void launch_micro_batch(Model& m, int B, int T, float weight, bool first, bool last) {
+// where they are cut over ranks. With `from` only what is behind that block's x, whose gradient is then in m.dres.
+void launch_micro_batch(Model& m, int B, int T, float weight, bool first, bool last, int from = EMBEDDING) {
     const int L = m.c.L, top = L + 1;
     auto finished = [&](int unit) {
         if (last || m.storage.cut_gradients()) reduce_gradients(m, unit, first);
     };
-    forward(m, B, T);
+    forward(m, B, T, nullptr, from);
     float beta = begin_gradients(m, top, first);
     if (m.table.tied()) beta = begin_gradients(m, 0, first);
     loss_forward(m, B, T, weight, true, beta);
     norm_backward(m.dres, m.g(m.table.norm), m.partial, nullptr, m.dnormed, m.out, m.w(m.table.norm), m.norm_stats,
                   B * T, m.c.C, m.norm(), m.gpu);
     finished(top);
-    for (int l = L - 1; l >= 0; l--) {
+    for (int l = L - 1; l >= std::max(from, 0); l--) {
         need_weights(m, l + 1, l > 0 ? l : -1);
         beta = begin_gradients(m, l + 1, first);
         block_backward(m, l, B, T, beta);
         finished(l + 1);
     }
+    if (from != EMBEDDING) return;
     if (!m.table.tied()) begin_gradients(m, 0, first);
     embedding_backward(m.g(m.table.tok), m.g(m.table.pos), m.dres, m.tokens, m.places, m.begin, B * T, B, T, m.c.C,
                        m.gpu);
@@ -2295,6 +2302,7 @@ struct Training {
         if (ranks.rank == 0) log.open(o.out + "/log.csv", begun);
         saver.out = o.out, saver.keep = o.keep, saver.background = o.save_async;
         saver.tokenizer = tokenizer_lines(o.tokenizer);
+        last = mark = now();  // behind the first probe
         for (int64_t reported = begun; reported < end;) {
             if (state.step < end) launch(state.step + 1);
             const int64_t ready = state.step - (drained(state.step) ? 0 : 1);

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Draws what --probe has measured: the curvature of the loss over training, and how large activations are by layer.
+"""Draws what --probe has measured: the curvature of the loss over parameters and over the blocks' inputs, and how large
+activations are by layer.
 
 usage: plot_probe.py RUN... [--out FILE.png] [--step N]
 
-RUN is the folder of a run or NAME=FOLDER, with the activations.csv and curvature.csv that train_gpt --probe writes.
-Activations are those of --step, else of the last probe. Without --out the picture is probe.png in the first run's
-folder.
+RUN is the folder of a run or NAME=FOLDER, with the activations.csv, curvature.csv and curvature_inputs.csv that train_gpt
+--probe writes. What is by layer is that of --step, else of the last probe; over training, curvature over the blocks' inputs
+is the largest of all blocks. Eigenvalues over inputs are drawn by magnitude, those below 0 hollow. Without --out the
+picture is probe.png in the first run's folder.
 """
 import argparse
 import csv
@@ -52,36 +54,52 @@ def main():
     parser.error = lambda message: fail(f"{message}. See plot_probe.py --help.")
     args = parser.parse_args()
     runs = runlog.named(args.runs)
-    fig, axes = plt.subplots(1, 1 + len(PANELS), figsize=(17, 3.6))
-    fig.subplots_adjust(left=0.04, right=0.99, bottom=0.27, top=0.9, wspace=0.2)
+    fig, grid = plt.subplots(2, 4, figsize=(17, 7))
+    fig.subplots_adjust(left=0.04, right=0.99, bottom=0.14, top=0.95, wspace=0.2, hspace=0.35)
+    weights, over_steps, over_layers, *others = axes = list(grid.flat)
     colors = COLORS[False]
     for i, (name, folder) in enumerate(runs):
         folder = Path(folder)
         variant = next((v for v in sorted(VARIANTS, key=len, reverse=True) if v in f"{name} {folder}"), None)
         color = colors[VARIANTS[variant]] if variant else colors[len(VARIANTS) + i % (len(colors) - len(VARIANTS))]
         look = {"color": color, "marker": MARKERS[i % len(MARKERS)], "markersize": 4, "linewidth": 1.2}
-        if (folder / "curvature.csv").exists():  # a bf16 build writes none
-            rows = read(folder / "curvature.csv", ("step", "eigenvalue", "error"))
-            rows = [r for r in rows if r["eigenvalue"] > 0 <= r["error"] < math.inf]  # a log scale has no others
-            if rows:  # none of a run that came apart
-                axes[0].errorbar([r["step"] for r in rows], [r["eigenvalue"] for r in rows],
-                                 [r["error"] for r in rows], label=name, capsize=2, **look)
         rows = read(folder / "activations.csv", ("step", "layer", "tensor", "rms", "max"))
         steps = {r["step"] for r in rows}
         step = max(steps) if args.step is None else args.step
         if step not in steps:
             fail(f"{folder}: has no probe at step {step}, but at {', '.join(f'{s:.0f}' for s in sorted(steps))}.")
-        for axis, (tensor, _) in zip(axes[1:], PANELS):
+        for axis, (tensor, _) in zip(others, PANELS):
             here = [r for r in rows if r["step"] == step and r["tensor"] == tensor]
             axis.plot([r["layer"] for r in here], [r["rms"] for r in here], label=f"{name}, step {step:.0f}", **look)
-    axes[0].set(title="largest eigenvalue of the Hessian", xlabel="step", yscale="log")
-    for axis, (_, title) in zip(axes[1:], PANELS):
+        if (folder / "curvature.csv").exists():  # a bf16 build writes none
+            rows = read(folder / "curvature.csv", ("step", "eigenvalue", "error"))
+            rows = [r for r in rows if r["eigenvalue"] > 0 <= r["error"] < math.inf]  # a log scale has no others
+            if rows:  # none of a run that came apart
+                weights.errorbar([r["step"] for r in rows], [r["eigenvalue"] for r in rows], [r["error"] for r in rows],
+                                 label=name, capsize=2, **look)
+        if (folder / "curvature_inputs.csv").exists():  # nor this, and older runs have none
+            rows = read(folder / "curvature_inputs.csv", ("step", "layer", "eigenvalue"))
+            rows = [r for r in rows if 0 < abs(r["eigenvalue"]) < math.inf]
+            largest = [max((r for r in rows if r["step"] == s), key=lambda r: abs(r["eigenvalue"]))
+                       for s in sorted({r["step"] for r in rows})]
+            for axis, x, points in ((over_steps, "step", largest),
+                                    (over_layers, "layer", [r for r in rows if r["step"] == step])):
+                axis.plot([r[x] for r in points], [abs(r["eigenvalue"]) for r in points], **look)
+                below = [r for r in points if r["eigenvalue"] < 0]
+                axis.plot([r[x] for r in below], [-r["eigenvalue"] for r in below],
+                          **{**look, "linestyle": "none", "markerfacecolor": "white", "zorder": 3})
+    weights.set(title="Hessian over parameters, largest eigenvalue", xlabel="step", yscale="log")
+    over_steps.set(title="Hessian over inputs of blocks, largest", xlabel="step", yscale="log")
+    over_layers.set(title="Hessian over inputs of blocks (<0: hollow)", xlabel="layer", yscale="log")
+    for axis, (_, title) in zip(others, PANELS):
         axis.set(title=title, xlabel="layer", ylim=(0, None))
+    for axis in others[len(PANELS):]:
+        axis.set_axis_off()
     for axis in axes:
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[1].get_legend_handles_labels()
+    handles, labels = others[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="lower center", ncols=min(4, len(runs)), frameon=False)
     save(fig, args.out or str(Path(runs[0][1]) / "probe.png"), 90)
 

@@ -3,8 +3,9 @@
 
     curvature.py DIR
 
-Each file holds the weights (the paper's names), `tokens` (B, T+1) and the metadata `config` and `largest`: of the eigenvalues
-of the Hessian of the mean loss over all parameters, by automatic differentiation twice in float64, a row a parameter.
+Each file holds the weights (the paper's names), `tokens` (B, T+1) and the metadata `config`, `largest` and `inputs`. largest:
+of the eigenvalues of the Hessian of the mean loss over all parameters. inputs: for each block's input, all tokens together,
+the eigenvalue that is largest in magnitude. By automatic differentiation twice in float64, a row a parameter or element.
 Needs PyTorch and safetensors.
 """
 import json
@@ -26,13 +27,22 @@ MODELS = {
 }
 
 
-def hessian(model, windows):
-    parameters = list(model.parameters())
+def hessian(loss, of):
+    """Of a loss over the tensors `of`, flat one after another."""
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, of, create_graph=True)])
+    return torch.stack([torch.cat([r.flatten() for r in torch.autograd.grad(g, of, retain_graph=True)]) for g in gradient])
+
+
+def eigenvalues(model, windows):
+    """Those over the parameters, and those over each block's input, in ascending order."""
+    inputs = []
+    hooks = [layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for layer in model.layers]
     with sdpa_kernel(SDPBackend.MATH):
-        gradient = torch.autograd.grad(model.loss(windows), parameters, create_graph=True)
-        gradient = torch.cat([g.flatten() for g in gradient])
-        rows = [torch.cat([r.flatten() for r in torch.autograd.grad(g, parameters, retain_graph=True)]) for g in gradient]
-    return torch.stack(rows)
+        loss = model.loss(windows)
+        found = [torch.linalg.eigvalsh(hessian(loss, of)) for of in (list(model.parameters()), *([x] for x in inputs))]
+    for hook in hooks:
+        hook.remove()
+    return found[0], found[1:]
 
 
 def main():
@@ -52,11 +62,15 @@ def main():
             model.loss(windows).backward()
             adam.step()
         tensors = {n: p.detach().clone().contiguous() for n, p in model.named_parameters()}
-        values = torch.linalg.eigvalsh(hessian(model.double(), windows))
+        values, inputs = eigenvalues(model.double(), windows)
         print(f"{name}: {len(values)} parameters, loss {model.loss(windows):.4f}, eigenvalues from {values[0]:.6g} to "
               f"{values[-1]:.6g}, the next {values[1]:.6g} and {values[-2]:.6g}")
+        for layer, x in enumerate(inputs):
+            print(f"  over the {len(x)} elements of block {layer}'s input from {x[0]:.6g} to {x[-1]:.6g}, "
+                  f"the next {x[1]:.6g} and {x[-2]:.6g}")
+        outermost = [max(x[0].item(), x[-1].item(), key=abs) for x in inputs]
         save_file({**tensors, "tokens": windows.int()}, f"{sys.argv[1]}/{name}.safetensors",
-                  {"config": json.dumps(asdict(c)), "largest": repr(values[-1].item())})
+                  {"config": json.dumps(asdict(c)), "largest": repr(values[-1].item()), "inputs": json.dumps(outermost)})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ code makes of them: losses, learning rates, gradient norms, end weights. Here th
 """
 import argparse
 import array
+import glob
 import json
 import math
 import os
@@ -175,7 +176,7 @@ class Tests:
     # --- the probe
 
     def curvature(self, path):
-        """Against the exact Hessian of ../reference/curvature.py."""
+        """Against the exact Hessians of ../reference/curvature.py."""
         tensors, metadata = read_safetensors(path)
         c = json.loads(metadata["config"])
         tokens = tensors.pop("tokens")
@@ -193,7 +194,7 @@ class Tests:
         for r in activations:
             expect(0 < float(r["rms"]) <= float(r["max"]) < 1e3, f"rms and max of {r}")
         if self.args.bf16:  # weights too coarse for differences of gradients
-            expect(not os.path.exists(out + "/curvature.csv"), "a bf16 build measured curvature")
+            expect(not glob.glob(out + "/curvature*"), "a bf16 build measured curvature")
             return
         (row,) = read_rows(out + "/curvature.csv")
         got, exact = float(row["eigenvalue"]), float(metadata["largest"])
@@ -201,6 +202,15 @@ class Tests:
             print(f"    {os.path.basename(path)}: {got}, exactly {exact}, {abs(got / exact - 1):.1e} off")
         # measured 1e-4 at most
         expect(abs(got / exact - 1) < 3e-4, f"the largest eigenvalue is {got}, exactly {exact}")
+        rows, inputs = read_rows(out + "/curvature_inputs.csv"), json.loads(metadata["inputs"])
+        expect([r["layer"] for r in rows] == [str(i) for i in range(len(inputs))], f"no row a block: {rows}")
+        for row, exact in zip(rows, inputs):
+            got = float(row["eigenvalue"])
+            if self.args.verbose:
+                print(f"    over the input of block {row['layer']}: {got}, exactly {exact}, {abs(got / exact - 1):.1e} off, "
+                      f"{row['iterations']} iterations")
+            # measured 2e-4 at most
+            expect(abs(got / exact - 1) < 6e-4, f"over the input of block {row['layer']} it is {got}, exactly {exact}")
 
     def probe(self):
         """Looks without touching: same bits with it; rows go on over a resume."""
@@ -213,10 +223,12 @@ class Tests:
         steps = [r["step"] for r in read_rows(self.path("probed/activations.csv")) if r["tensor"] == "v"]
         expect(steps == [s for s in ("0", "4", "8", "12") for _ in range(2)], f"probed after steps {steps}")
         expect(self.args.bf16 or said.count("probe at step") == 4, "no line a probe")
-        before = open(self.path("probed/activations.csv")).read()
+        tables = [self.path(os.path.join("probed", name + ".csv"))
+                  for name in ("activations", "curvature", "curvature_inputs")[:1 if self.args.bf16 else 3]]
+        before = [open(table).read() for table in tables]
         shutil.rmtree(self.path("probed/step_00000012"))
         self.run(*self.small("probed", *more, "--probe", 4, "--probe-iterations", 3, "--resume"))
-        expect(open(self.path("probed/activations.csv")).read() == before, "rows differ after a resume")
+        expect([open(table).read() for table in tables] == before, "rows differ after a resume")
 
     # --- a small run to build on
 

@@ -179,6 +179,8 @@ class ProbePicture(Case):
         run.mkdir()
         with open(run / "curvature.csv", "w") as f:
             f.write("step,loss,eigenvalue,error,iterations\n0,5,1000,3,20\n50,3,120,0.3,20\n")
+        with open(run / "curvature_inputs.csv", "w") as f:
+            f.write("step,layer,eigenvalue,error,iterations\n0,0,-0.1,1e-4,9\n0,1,0.2,1e-4,9\n50,0,0.3,1e-4,9\n50,1,nan,nan,1\n")
         with open(run / "activations.csv", "w") as f:
             f.write("step,layer,tensor,rms,max\n")
             for step in (0, 50):
@@ -198,7 +200,10 @@ class ProbePicture(Case):
             f.write("75,0,resi")
         self.run_tool(sys.executable, tool, b)
         self.refused(sys.executable, tool, b, "--out", "probe.gif", words=["probe.gif"])
-        (b / "curvature.csv").unlink()  # as of a bf16 build
+        (b / "curvature_inputs.csv").write_text("step,layer\n0,1\n")
+        self.refused(sys.executable, tool, b, words=["curvature_inputs.csv", "eigenvalue"])
+        for table in ("curvature.csv", "curvature_inputs.csv"):  # as of a bf16 build
+            (b / table).unlink()
         self.run_tool(sys.executable, tool, b, "--step", 0)
         self.refused(sys.executable, tool, a, "--step", 7, words=["step 7", "0, 50"])
         (a / "activations.csv").write_text("step,layer\n1,2\n")
