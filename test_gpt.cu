@@ -975,6 +975,29 @@ TEST(probe_kernels) {
     }
 }
 
+TEST(logit_scale) {
+    const int B = 2, NH = 4, NKV = 2;
+    for (auto [T, HS] : {std::pair{1, 8}, {64, 16}, {150, 32}}) {
+        Random r{size_t(T)};
+        DevX q(normals(size_t(B) * NH * T * HS, r)), k(normals(size_t(B) * NKV * T * HS, r));
+        const int tiles = (T + LOGIT_ROWS - 1) / LOGIT_ROWS, blocks = B * NH * tiles;
+        Dev<double> sums(2 * blocks);
+        logit_scale_kernel<<<blocks, 256>>>(sums.p, q.p, k.p, T, HS, NH / NKV);
+        Vec want(2 * blocks);
+        for (int h = 0; h < B * NH; h++)
+            for (int t = 0; t < T; t++)
+                for (int s = 0; s <= t; s++) {
+                    double logit = 0;
+                    for (int i = 0; i < HS; i++)
+                        logit += q.v[(size_t(h) * T + t) * HS + i] * k.v[(size_t(h / 2) * T + s) * HS + i] / sqrt(HS);
+                    const int block = h * tiles + t / LOGIT_ROWS;
+                    want[block] += logit * logit;
+                    want[blocks + block] = std::max(want[blocks + block], fabs(logit));
+                }
+        expect_close(sums.get(), want, TOL_FLOAT, "logits");
+    }
+}
+
 // Second differences: eigenvalues 2 - 2 cos(k pi / (n + 1)), eigenvectors sin(i k pi / (n + 1)) sqrt(2 / (n + 1))
 TEST(tridiagonal) {
     for (int n : {1, 2, 5, 40}) {

@@ -1198,7 +1198,7 @@ struct Model {
     float* attention_scratch = nullptr;  // the backward's, see attention_scratch()
     // the probe's two directions, and a copy of the weights, or of a block's input with room for one more
     float *direction = nullptr, *previous = nullptr, *kept = nullptr;
-    double* probe_sums = nullptr;  // (chunks) twice
+    double* probe_sums = nullptr;  // (chunks) three times
 
     void* memory = nullptr;
     size_t state_bytes = 0;  // at its begin: weights, gradients, masters, moments, slots
@@ -1230,6 +1230,7 @@ struct Model {
 };
 
 constexpr size_t CHUNK = 16384;  // elements a block of the flat kernels (norm, AdamW)
+constexpr int LOGIT_ROWS = 64;   // queries a block of the probe's
 inline int chunks(size_t elements) { return int((elements + CHUNK - 1) / CHUNK); }
 
 inline size_t batch_ints(size_t N) { return 4 * N + 1; }  // a batch: tokens, targets, places, begin
@@ -1404,7 +1405,8 @@ void lay_out_scratch(Model& m) {
     }
     if (s.probe) {
         a.section("probe");
-        a.take(m.probe_sums, 2 * chunks(std::max(P, N * std::max(C, FF))));
+        const size_t logits = m.B * size_t(c.NH) * ((c.T + LOGIT_ROWS - 1) / LOGIT_ROWS);
+        a.take(m.probe_sums, std::max(2 * logits, 3 * size_t(chunks(std::max(P, N * std::max(C, FF))))));
         if (!BF16) {
             for (float** p : {&m.direction, &m.previous}) a.take(*p, std::max(P, N * C));
             a.take(m.kept, std::max(P, 2 * N * C));
@@ -2157,6 +2159,12 @@ void catch_signals() {
     for (int number : {SIGTERM, SIGINT, SIGUSR1}) sigaction(number, &action, nullptr);
 }
 
+AdamW adamw_of(const Options& o, int64_t step) {
+    AdamW adamw = o.adamw;
+    adamw.lr = float(learning_rate(o.schedule, step - 1, o.steps));
+    return adamw;
+}
+
 // One step, number `step` from 1: the micro-batches, the update, and its report to the host, who does not wait.
 void train_step(Model& m, DataLoader& data, const Options& o, int64_t step, bool check) {
     begin_step(m);
@@ -2165,9 +2173,7 @@ void train_step(Model& m, DataLoader& data, const Options& o, int64_t step, bool
         forward_backward(m, data.next(), m.B, m.c.T, 1.0f / (o.grad_accum * float(ranks.size)), i == 0,
                          i == o.grad_accum - 1);
     }
-    AdamW adamw = o.adamw;
-    adamw.lr = float(learning_rate(o.schedule, step - 1, o.steps));
-    update(m, adamw, step, asked_to_stop != 0);
+    update(m, adamw_of(o, step), step, asked_to_stop != 0);
     const Report& r = m.reports[step % 2];
     if (check) {
         hash_weights(m);
@@ -2192,7 +2198,7 @@ Probe open_probe(Model& m, const Options& o, int64_t step) {
         probe.batches.emplace_back(windows, windows + size_t(m.B) * (m.c.T + 1));
     }
     probe.open(step);
-    if (step == 0) probe.run(0);
+    if (step == 0) probe.run(0, {});
     return probe;
 }
 
@@ -2287,7 +2293,7 @@ struct Training {
         if (n.skip && suspect <= step) suspect = step + 2;  // no rank has begun it yet
         if (n.stop) stop(step, "");
         if (tokenizer && due(step, o.sample_every)) print_sample(m, *tokenizer, o, step);
-        if (due(step, o.probe)) probe.run(step);
+        if (due(step, o.probe)) probe.run(step, adamw_of(o, step));
         if (due(step, o.save_every) || (stopping && step == end)) {
             check_weights(m, step);
             saver.save(m, state);

@@ -20,7 +20,8 @@ import runlog
 from plot import COLORS, MARKERS, VARIANTS, picture, plt, save
 
 PANELS = (("residual", "residual stream, RMS"), ("attention_branch", "what attention adds, RMS"),
-          ("ffn_branch", "what the feed-forward adds, RMS"), ("activation", "activation of the feed-forward, RMS"))
+          ("ffn_branch", "what the feed-forward adds, RMS"), ("activation", "activation of the feed-forward, RMS"),
+          ("attention_logit", "largest attention logit"))
 
 
 def fail(message):
@@ -70,7 +71,8 @@ def main():
             fail(f"{folder}: has no probe at step {step}, but at {', '.join(f'{s:.0f}' for s in sorted(steps))}.")
         for axis, (tensor, _) in zip(others, PANELS):
             here = [r for r in rows if r["step"] == step and r["tensor"] == tensor]
-            axis.plot([r["layer"] for r in here], [r["rms"] for r in here], label=f"{name}, step {step:.0f}", **look)
+            axis.plot([r["layer"] for r in here], [r["max" if tensor == "attention_logit" else "rms"] for r in here],
+                      label=f"{name}, step {step:.0f}", **look)
         if (folder / "curvature.csv").exists():  # a bf16 build writes none
             rows = read(folder / "curvature.csv", ("step", "eigenvalue", "error"))
             rows = [r for r in rows if r["eigenvalue"] > 0 <= r["error"] < math.inf]  # a log scale has no others
@@ -93,8 +95,6 @@ def main():
     over_layers.set(title="Hessian over inputs of blocks (<0: hollow)", xlabel="layer", yscale="log")
     for axis, (_, title) in zip(others, PANELS):
         axis.set(title=title, xlabel="layer", ylim=(0, None))
-    for axis in others[len(PANELS):]:
-        axis.set_axis_off()
     for axis in axes:
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.25)

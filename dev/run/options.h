@@ -257,10 +257,10 @@ inline std::vector<Flag> flags(Options& o) {
     integer("val-every", &o.val_every, 0, big,
             "steps between validations, one at the end too; 0 for none (a tenth of --steps)");
     integer("probe", &o.probe, 0, int64_t(1) << 50,
-            "steps between probes of activations and of curvature, over parameters and over each block's input "
-            "(DIR/activations.csv, curvature.csv, curvature_inputs.csv); 0 for none (0)");
+            "steps between probes of activations, gradients, updates, and curvature over parameters and blocks' inputs "
+            "(DIR/activations.csv, weights.csv, curvature.csv, curvature_inputs.csv); 0 for none (0)");
     integer("probe-iterations", &o.probe_iterations, 0, big,
-            "Hessian-vector products an eigenvalue at most, two gradients each; 0: activations only, as in bf16 (50)");
+            "Hessian-vector products an eigenvalue at most, two gradients each; 0: no curvature, as in bf16 (50)");
     integer("probe-batches", &o.probe_batches, 1, big, "of --val-data, else --train-data, that the probe looks at (1)");
 
     heading("Text", TRAIN | GENERATE);

@@ -190,7 +190,7 @@ class Tests:
         activations = read_rows(out + "/activations.csv")
         expect([r["layer"] for r in activations if r["tensor"] == "residual"] == [str(i) for i in range(c["n_layers"] + 1)],
                "no residual stream of each layer")
-        expect(len(activations) == 9 * c["n_layers"] + 1, f"{len(activations)} rows of activations")
+        expect(len(activations) == 13 * c["n_layers"] + 1, f"{len(activations)} rows of activations")
         for r in activations:
             expect(0 < float(r["rms"]) <= float(r["max"]) < 1e3, f"rms and max of {r}")
         if self.args.bf16:  # weights too coarse for differences of gradients
@@ -520,6 +520,30 @@ class Tests:
         expect(said == [1, 5, 10, 12], f"--log-every 5 says steps {said}")
         expect(len(read_log(self.path("lines"))) == 12, "the log lacks steps")
 
+    def probe_updates(self):
+        """weights.csv against the weights before and after a step, and the log's gradient norm."""
+        begin, end = self.path("before.st"), self.path("after.st")
+        self.run(*self.small("before", "--export", begin, steps=0))
+        self.run(*self.small("after", "--init-from", begin, "--export", end, "--probe", 1, "--probe-iterations", 0,
+                             "--no-decay-1d", "--weight-decay", 0.3, steps=1))
+        before, after = ({n: values(t) for n, t in read_safetensors(path)[0].items()} for path in (begin, end))
+        rows = read_rows(self.path("after/weights.csv"))
+        expect(len(rows) == len(before) and all(r["step"] == "1" for r in rows), f"{len(rows)} rows: {rows[:1]}")
+        norm = math.hypot(*(float(r["gradient"]) for r in rows))
+        logged = float(read_log(self.path("after"))[0]["grad_norm"])
+        expect(abs(norm / logged - 1) < 1e-5, f"gradients of norm {norm}, the log says {logged}")
+        worst = 0
+        for r in rows:
+            layer = int(r["layer"])
+            name = f"layers.{layer}.{r['tensor']}" if 0 <= layer < 2 else r["tensor"]
+            weight = math.hypot(*before[name])
+            update = math.hypot(*(b - a for a, b in zip(before[name], after[name]))) / weight
+            expect(abs(float(r["weight"]) / weight - 1) < (1e-3 if self.args.bf16 else 1e-5), f"{name}: {weight} and {r}")
+            worst = max(worst, abs(float(r["update"]) / update - 1))
+        if self.args.verbose:
+            print(f"    updates {worst:.1e} off")
+        expect(worst < 5e-5, f"updates are {worst:.1e} off")  # measured 1.1e-5, of weights about 1
+
     def probe_batches(self):
         """The curvature of two batches is that of one that is as large as both, and not the first one's."""
         found = []
@@ -599,7 +623,7 @@ class Tests:
         for body in (self.help, self.same_twice, self.loss_falls, self.resume, self.schedules, self.prolonged,
                      self.changed_schedules, self.keep, self.import_export, self.export_dtype, self.import_halves,
                      self.metadata, self.folders, self.sample, self.plan, self.memory_options, self.probe,
-                     self.no_decay_1d, self.log_every):
+                     self.probe_updates, self.no_decay_1d, self.log_every):
             self.test(body.__name__, body)
         if not self.args.bf16:  # whose probe leaves curvature out
             self.test("probe_batches", self.probe_batches)

@@ -17,6 +17,7 @@
 #include "../run/log.h"
 
 const char ACTIVATIONS_HEADER[] = "step,layer,tensor,rms,max";
+const char WEIGHTS_HEADER[] = "step,layer,tensor,weight,gradient,update";
 const char CURVATURE_HEADER[] = "step,loss,eigenvalue,error,iterations";
 const char INPUTS_HEADER[] = "step,layer,eigenvalue,error,iterations";
 
@@ -33,6 +34,50 @@ __global__ void scale_kernel(double* sums, const floatX* x, const floatX* minus,
     sum = block_sum(sum);
     most = block_max(most);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum, sums[gridDim.x + blockIdx.x] = most;
+}
+
+// Of attention's logits q.k / sqrt(HS), keys up to the query's place: sums[block] of squares, sums[blocks + block] the
+// largest magnitude. q (B,NH,T,HS), k (B,NKV,T,HS); LOGIT_ROWS queries of a head a block, its threads stride over keys.
+__global__ void logit_scale_kernel(double* sums, const floatX* q, const floatX* k, int T, int HS, int group) {
+    const int tiles = (T + LOGIT_ROWS - 1) / LOGIT_ROWS, head = blockIdx.x / tiles;
+    const int begin = (blockIdx.x % tiles) * LOGIT_ROWS, end = min(begin + LOGIT_ROWS, T);
+    const float scale = rsqrtf(float(HS));
+    double sum = 0.0;
+    float most = 0.0f;
+    for (int t = begin; t < end; t++) {
+        const floatX* a = q + (size_t(head) * T + t) * HS;
+        for (int s = threadIdx.x; s <= t; s += blockDim.x) {
+            const floatX* b = k + (size_t(head / group) * T + s) * HS;
+            float logit = 0.0f;
+            for (int i = 0; i < HS; i++) logit += float(a[i]) * float(b[i]);
+            logit *= scale;
+            sum += double(logit) * logit;
+            most = fmaxf(most, fabsf(logit));
+        }
+    }
+    sum = block_sum(sum);
+    most = block_max(most);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum, sums[gridDim.x + blockIdx.x] = most;
+}
+
+// Per CHUNK elements: sums[block] of squares of weights before AdamW's last update, [blocks + block] of gradients,
+// [2 blocks + block] of the update, from the moments that it left. G is the gradients' type, S the moments'.
+template <typename G, typename S>
+__global__ void update_scale_kernel(double* sums, const floatX* params, const float* master, const S* m, const S* v,
+                                    const G* grads, const Numbers* n, size_t size, AdamW o) {
+    const float step = o.lr / n->correction1, root2 = rsqrtf(n->correction2), keep = 1.0f - o.lr * o.weight_decay;
+    const size_t begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, size);
+    double weights = 0.0, gradients = 0.0, updates = 0.0;
+    for (size_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+        const float after = master ? master[i] : float(params[i]), g = float(grads[i]);
+        const float change = n->skip ? 0.0f : step * float(m[i]) / (sqrtf(float(v[i])) * root2 + o.eps);
+        const float before = n->skip ? after : (after + change) / keep, update = change + (1.0f - keep) * before;
+        weights += double(before) * before, gradients += double(g) * g;
+        if (!n->skip) updates += double(update) * update;
+    }
+    weights = block_sum(weights), gradients = block_sum(gradients), updates = block_sum(updates);
+    if (threadIdx.x > 0) return;
+    sums[blockIdx.x] = weights, sums[gridDim.x + blockIdx.x] = gradients, sums[2 * gridDim.x + blockIdx.x] = updates;
 }
 
 // Per CHUNK elements: sums[block] of a b.
@@ -127,13 +172,17 @@ struct Probe {
                size_t size) {
         const int n = chunks(size);
         scale_kernel<<<n, 256, 0, m.gpu.stream>>>(m.probe_sums, x, minus, size);
+        add_scale(rows, step, layer, name, n, double(size));
+    }
+    // A row of what `n` blocks left in m.probe_sums, of `size` elements.
+    void add_scale(std::string& rows, int64_t step, int layer, const char* name, int n, double size) {
         const std::vector<double> parts = fetch(2 * n);
         rows += format("%lld,%d,%s,%.6g,%.6g\n", (long long)step, layer, name,
-                       sqrt(std::accumulate(parts.begin(), parts.begin() + n, 0.0) / double(size)),
+                       sqrt(std::accumulate(parts.begin(), parts.begin() + n, 0.0) / size),
                        *std::max_element(parts.begin() + n, parts.end()));
     }
-    // Rows of ACTIVATIONS_HEADER, of the first batch. Branches are what a half of the block adds to the residual
-    // stream; layer L is the stream behind the last block.
+    // Rows of ACTIVATIONS_HEADER, of the first batch. qkv, o, w13 and w2 are what linears make, before norm and RoPE;
+    // branches what a half of the block adds to the residual stream; layer L is the stream behind the last block.
     std::string activations(int64_t step) {
         const Config& c = m.c;
         const size_t N = m.N(), kv = size_t(c.NKV) * c.HS();
@@ -145,14 +194,49 @@ struct Probe {
                 scale(rows, step, l, name, x, minus, N * width);
             };
             add("residual", a.x, c.C);
+            add("qkv", a.qkv_raw, c.QKV());
             add("q", a.q, c.C), add("k", a.k, kv), add("v", a.v, kv);
+            const int n = m.B * c.NH * ((c.T + LOGIT_ROWS - 1) / LOGIT_ROWS);
+            logit_scale_kernel<<<n, 256, 0, m.gpu.stream>>>(m.probe_sums, a.q, a.k, c.T, c.HS(), c.NH / c.NKV);
+            add_scale(rows, step, l, "attention_logit", n, double(m.B) * c.NH * c.T * (c.T + 1.0) / 2.0);
             add("attention", a.att, c.C);
+            add("o", a.o_raw, c.C);
             add("attention_branch", a.h, c.C, a.x);
             add("w13", a.w13_raw, c.FF());
             add("activation", a.act, c.F());
+            add("w2", a.w2_raw, c.C);
             add("ffn_branch", l + 1 < c.L ? m.acts[l + 1].x : m.out, c.C, a.h);
         });
         scale(rows, step, c.L, "residual", m.out, nullptr, N * c.C);
+        return rows;
+    }
+
+    // Rows of WEIGHTS_HEADER, of the last step: norms of a tensor and of its gradient before clipping, and the update's
+    // norm by the tensor's. Layer -1 is the embedding, L the final norm and the head.
+    std::string updates(int64_t step, const AdamW& o) {
+        std::string rows;
+        for (const Tensor& t : m.table.tensors) {
+            const int layer = m.table.unit_of(t.offset) - 1, n = chunks(t.padded_size());
+            AdamW own = o;
+            if (!t.cols && !o.decay_1d) own.weight_decay = 0.0f;
+            m.grads.at(t.offset).visit([&](auto* grads) {
+                m.m.at(t.offset).visit([&](auto* moments) {
+                    using G = std::decay_t<decltype(*grads)>;
+                    using S = std::decay_t<decltype(*moments)>;
+                    update_scale_kernel<G, S><<<n, 256, 0, m.gpu.stream>>>(
+                        m.probe_sums, m.params + t.offset, m.master ? m.master + t.offset : nullptr, moments,
+                        static_cast<const S*>(m.v.at(t.offset).p), grads, m.numbers, t.padded_size(), own);
+                });
+            });
+            const std::vector<double> parts = fetch(3 * n);
+            double norms[3];
+            for (int i = 0; i < 3; i++)
+                norms[i] = sqrt(std::accumulate(parts.begin() + i * n, parts.begin() + (i + 1) * n, 0.0));
+            const std::string prefix = format("layers.%d.", layer);
+            const bool inside = t.name.compare(0, prefix.size(), prefix) == 0;
+            rows += format("%lld,%d,%s,%.6g,%.6g,%.6g\n", (long long)step, layer,
+                           t.name.c_str() + (inside ? prefix.size() : 0), norms[0], norms[1], norms[2] / norms[0]);
+        }
         return rows;
     }
 
@@ -244,6 +328,7 @@ struct Probe {
 
     void open(int64_t step) const {
         begin_rows(out + "/activations.csv", ACTIVATIONS_HEADER, step);
+        begin_rows(out + "/weights.csv", WEIGHTS_HEADER, step);
         if (!m.direction) return;
         begin_rows(out + "/curvature.csv", CURVATURE_HEADER, step);
         begin_rows(out + "/curvature_inputs.csv", INPUTS_HEADER, step);
@@ -261,7 +346,9 @@ struct Probe {
                  (whole ? "" : " It may end in half of a row.") + " Make room; training goes on.");
         }
     }
-    void run(int64_t step) {
+    // Behind a step that `o` updated, whose gradients are still there; step 0: there was none.
+    void run(int64_t step, const AdamW& o) {
+        if (step > 0) append("weights.csv", updates(step, o));
         append("activations.csv", activations(step));
         if (!m.direction || iterations == 0) return;
         const float mean = loss();
