@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
-"""Draws what --probe has measured: the curvature of the loss over parameters and over the blocks' inputs, and how large
-activations are by layer.
+"""Draws what --probe has measured: the curvature of the loss over parameters and over the blocks' inputs, how large
+activations are by layer, and gradients and updates.
 
 usage: plot_probe.py RUN... [--out FILE.png] [--step N]
 
-RUN is the folder of a run or NAME=FOLDER, with the activations.csv, curvature.csv and curvature_inputs.csv that train_gpt
---probe writes. What is by layer is that of --step, else of the last probe; over training, curvature over the blocks' inputs
-is the largest of all blocks. Eigenvalues over inputs are drawn by magnitude, those below 0 hollow. Without --out the
-picture is probe.png in the first run's folder.
+RUN is the folder of a run or NAME=FOLDER, with the activations.csv, weights.csv, curvature.csv and curvature_inputs.csv that
+train_gpt --probe writes. What is by layer is that of --step, else of the last probe; over training, curvature over the blocks'
+inputs and attention logits are the largest of all blocks. Eigenvalues over inputs are drawn by magnitude, those below 0
+hollow. A layer's gradients and updates are those of its linears together. Without --out the picture is probe.png in the
+first run's folder.
 """
 import argparse
 import csv
 import io
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -47,6 +49,17 @@ def read(path, names):
         fail(f"{path}: holds something else than numbers. Train with --probe N anew.")
 
 
+def of_linears(path):
+    """(step, layer) -> the gradient's norm and the update's share, of a block's linears together."""
+    sums = {}
+    for r in read(path, ("step", "layer", "tensor", "weight", "gradient", "update")):
+        if r["layer"] >= 0 and not re.search(r"norm\d?\.weight$|^(output|wte)", r["tensor"]):
+            here = sums.setdefault((r["step"], r["layer"]), [0, 0, 0])
+            for i, x in enumerate((r["weight"], r["gradient"], r["weight"] * r["update"])):
+                here[i] += x * x
+    return {at: (math.sqrt(g), math.sqrt(u / w) if w else math.nan) for at, (w, g, u) in sums.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
@@ -55,9 +68,9 @@ def main():
     parser.error = lambda message: fail(f"{message}. See plot_probe.py --help.")
     args = parser.parse_args()
     runs = runlog.named(args.runs)
-    fig, grid = plt.subplots(2, 4, figsize=(17, 7))
-    fig.subplots_adjust(left=0.04, right=0.99, bottom=0.14, top=0.95, wspace=0.2, hspace=0.35)
-    weights, over_steps, over_layers, *others = axes = list(grid.flat)
+    fig, grid = plt.subplots(3, 4, figsize=(17, 10.5))
+    fig.subplots_adjust(left=0.04, right=0.99, bottom=0.1, top=0.97, wspace=0.2, hspace=0.35)
+    weights, over_steps, over_layers, *others, logits, gradients, updates, updates_over_steps = axes = list(grid.flat)
     colors = COLORS[False]
     for i, (name, folder) in enumerate(runs):
         folder = Path(folder)
@@ -73,6 +86,16 @@ def main():
             here = [r for r in rows if r["step"] == step and r["tensor"] == tensor]
             axis.plot([r["layer"] for r in here], [r["max" if tensor == "attention_logit" else "rms"] for r in here],
                       label=f"{name}, step {step:.0f}", **look)
+        most = {s: max((r["max"] for r in rows if (r["step"], r["tensor"]) == (s, "attention_logit")), default=math.nan)
+                for s in sorted(steps)}
+        logits.plot(most.keys(), most.values(), **look)
+        if (folder / "weights.csv").exists():  # older runs have none, and none is of step 0
+            linears = of_linears(folder / "weights.csv")
+            here = sorted((layer, gradient, update) for (s, layer), (gradient, update) in linears.items() if s == step)
+            gradients.plot([x[0] for x in here], [x[1] for x in here], **look)
+            updates.plot([x[0] for x in here], [x[2] for x in here], **look)
+            shares = {s: max(x[1] for (other, _), x in linears.items() if other == s) for s, _ in sorted(linears)}
+            updates_over_steps.plot(shares.keys(), shares.values(), **look)
         if (folder / "curvature.csv").exists():  # a bf16 build writes none
             rows = read(folder / "curvature.csv", ("step", "eigenvalue", "error"))
             rows = [r for r in rows if r["eigenvalue"] > 0 <= r["error"] < math.inf]  # a log scale has no others
@@ -95,6 +118,10 @@ def main():
     over_layers.set(title="Hessian over inputs of blocks (<0: hollow)", xlabel="layer", yscale="log")
     for axis, (_, title) in zip(others, PANELS):
         axis.set(title=title, xlabel="layer", ylim=(0, None))
+    logits.set(title="largest attention logit of all blocks", xlabel="step", yscale="log")
+    gradients.set(title="norm of the gradient of a block's linears", xlabel="layer", yscale="log")
+    updates.set(title="update's share of a block's linears", xlabel="layer", yscale="log")
+    updates_over_steps.set(title="update's share, largest of all blocks", xlabel="step", yscale="log")
     for axis in axes:
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.25)

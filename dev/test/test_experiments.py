@@ -181,11 +181,14 @@ class ProbePicture(Case):
             f.write("step,loss,eigenvalue,error,iterations\n0,5,1000,3,20\n50,3,120,0.3,20\n")
         with open(run / "curvature_inputs.csv", "w") as f:
             f.write("step,layer,eigenvalue,error,iterations\n0,0,-0.1,1e-4,9\n0,1,0.2,1e-4,9\n50,0,0.3,1e-4,9\n50,1,nan,nan,1\n")
+        with open(run / "weights.csv", "w") as f:
+            f.write("step,layer,tensor,weight,gradient,update\n50,-1,wte.weight,9,1,0.1\n50,0,fc.lin.weight,3,1,0.01\n"
+                    "50,0,fc.norm.weight,1,1,0.5\n50,1,fc.lin.weight,4,1,0.02\n50,2,norm.weight,1,1,0.01\n")
         with open(run / "activations.csv", "w") as f:
             f.write("step,layer,tensor,rms,max\n")
             for step in (0, 50):
                 for layer in range(3):
-                    for tensor in ("residual", "attention_branch", "ffn_branch", "activation"):
+                    for tensor in ("residual", "attention_branch", "ffn_branch", "activation", "attention_logit"):
                         f.write(f"{step},{layer},{tensor},{1 + layer + step / 100},9\n")
         return run
 
@@ -204,6 +207,7 @@ class ProbePicture(Case):
         self.refused(sys.executable, tool, b, words=["curvature_inputs.csv", "eigenvalue"])
         for table in ("curvature.csv", "curvature_inputs.csv"):  # as of a bf16 build
             (b / table).unlink()
+        (b / "weights.csv").unlink()  # of an older version
         self.run_tool(sys.executable, tool, b, "--step", 0)
         self.refused(sys.executable, tool, a, "--step", 7, words=["step 7", "0, 50"])
         (a / "activations.csv").write_text("step,layer\n1,2\n")
