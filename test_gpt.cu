@@ -935,6 +935,54 @@ TEST(random_rounding) {
     destroy(m);
 }
 
+// The norms of weights before AdamW's last update, of gradients and of the update, whatever types they are kept in.
+TEST(update_scale) {
+    const size_t n = CHUNK + 77;
+    const int blocks = chunks(n);
+    Random r{8};
+    DevX params(normals(n, r));
+    DevF master(normals(n, r));
+    Numbers numbers = {};
+    numbers.correction1 = 0.3f, numbers.correction2 = 0.1f;
+    Dev<unsigned char> there(sizeof numbers);
+    AdamW o;
+    o.lr = 0.01f;
+    auto check = [&](auto gradient, auto moment, bool masters, bool skip) {
+        using G = decltype(gradient);
+        using S = decltype(moment);
+        Vec squares = normals(n, r);
+        for (double& x : squares) x *= x;
+        Dev<G> g(normals(n, r));
+        Dev<S> m(normals(n, r)), v(squares);
+        Dev<double> sums(3 * blocks);
+        numbers.skip = skip;
+        CHECK(cudaMemcpy(there.p, &numbers, sizeof numbers, cudaMemcpyHostToDevice));
+        update_scale_kernel<G, S><<<blocks, 256>>>(sums.p, params.p, masters ? master.p : nullptr, m.p, v.p, g.p,
+                                                   reinterpret_cast<const Numbers*>(there.p), n, o);
+        Vec want(3 * blocks);
+        for (size_t i = 0; i < n; i++) {
+            const double after = masters ? master.v[i] : params.v[i], decay = double(o.lr) * o.weight_decay;
+            const double change =
+                skip ? 0 : o.lr / 0.3 * m.v[i] / (sqrt(v.v[i] / double(numbers.correction2)) + o.eps);
+            const double before = skip ? after : (after + change) / (1 - decay), update = change + decay * before;
+            want[i / CHUNK] += before * before, want[blocks + i / CHUNK] += g.v[i] * g.v[i];
+            if (!skip) want[2 * blocks + i / CHUNK] += update * update;
+        }
+        const Vec got = sums.get();
+        for (int part = 0; part < 3; part++) {
+            auto of = [&](const Vec& all) { return Vec(&all[part * blocks], &all[part * blocks] + blocks); };
+            expect_close(of(got), of(want), 1e-5, format("part %d, masters %d, skip %d", part, masters, skip));
+        }
+    };
+    for (bool masters : {false, true})
+        for (bool skip : {false, true}) {
+            check(float(), float(), masters, skip);
+            check(float(), __nv_bfloat16(), masters, skip);
+            check(__nv_bfloat16(), float(), masters, skip);
+            check(__nv_bfloat16(), __nv_bfloat16(), masters, skip);
+        }
+}
+
 TEST(probe_kernels) {
     for (size_t n : {size_t(1), size_t(300), CHUNK, CHUNK + 1, 2 * CHUNK + 77}) {
         const int blocks = chunks(n);
