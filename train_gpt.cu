@@ -2159,6 +2159,7 @@ void catch_signals() {
     for (int number : {SIGTERM, SIGINT, SIGUSR1}) sigaction(number, &action, nullptr);
 }
 
+// AdamW's settings at step `step` from 1.
 AdamW adamw_of(const Options& o, int64_t step) {
     AdamW adamw = o.adamw;
     adamw.lr = float(learning_rate(o.schedule, step - 1, o.steps));

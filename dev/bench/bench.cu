@@ -45,8 +45,8 @@ __global__ void normal_kernel(F* p, size_t size, float scale, float shift, unsig
     }
 }
 
-// The same, cheaper: a few numbers again and again, by the host. Where p is too large it keeps its zeros; what kernels do
-// there does not depend on them.
+// The same, cheaper: a few numbers again and again, by the host. Where p is too large it keeps its zeros; what kernels
+// do there does not depend on them.
 template <typename F>
 void fill(F* p, size_t count, float scale, float shift, unsigned key) {
     std::mt19937 random(key);

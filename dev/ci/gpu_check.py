@@ -47,7 +47,8 @@ STAGES = {
 }
 GOLDEN, LARGE = "dev/test/golden", ("--recompute", "norm", "--moments", "bf16")
 SANITIZED = """attention norm_residual norm_backward qkv_norm_rope ffn_norm_act cross_entropy embedding adamw
-               attention_past qkv_into_cache linear probe_kernels logit_scale random_rounding bad_steps""".split()
+               attention_past qkv_into_cache linear probe_kernels logit_scale update_scale random_rounding
+               bad_steps""".split()
 # false reports that are not counted: tool, kernel, the version from which on they count, source. 60 on an H200, 2025.3
 KNOWN = [("racecheck", r"\battention_\w+_hopper_kernel\b", (2026, 3),
           "shared memory that mbarriers hand over between bulk copies and warpgroups. The release notes "

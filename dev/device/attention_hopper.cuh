@@ -513,7 +513,8 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
         const bool first_tile = head == first_head && tile == tiles - 1, next_head = tile == tiles - 1;
         Tile<16, 64> acc;
         Scores p[PIECES];
-        multiply_dq(acc, stage ^ 1);  // of the two stages, the last tile's
+        static_assert(STAGES == 2);
+        multiply_dq(acc, stage ^ 1);  // the last tile's
         mbarrier_wait(full + stage, phase);
         multiply_rows(p[0], k_rows, q_rows + piece_at(0));
         wgmma_wait<1>();

@@ -447,8 +447,8 @@ class FaultTests(Tests):
                               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)))
         lines = done.stderr.splitlines()
         expect(done.returncode == 0 and lines, f"exit {done.returncode}: {done.stderr}")
-        expect(all(re.search(r"warning.*/(activations|weights).csv: cannot be written: File too large", line) for line in lines),
-               done.stderr)
+        said = r"warning.*/(activations|weights).csv: cannot be written: File too large"
+        expect(all(re.search(said, line) for line in lines), done.stderr)
         for table in ("activations", "weights"):
             rows = contents(self.path(f"table/{table}.csv"))
             expect(0 < len(rows) <= 600 and rows.endswith(b"\n"), f"{table} ends with {rows[-80:]!r}")

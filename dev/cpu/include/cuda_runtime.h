@@ -1,7 +1,8 @@
 // The part of the CUDA runtime that the trainer uses, for g++ and no GPU. Device memory is host memory, streams run at
-// once (tests can put them out of step), kernels are functions. Two geometries run them, chosen at compile time:
+// once (tests can put them out of step), kernels are functions. Geometries run them, chosen at compile time:
 //   geometry_serial.h  one thread a block, warp size 1, threads share the blocks: fast, the default
 //   geometry_exact.h   real blocks and warps, each CUDA thread a fiber, everything checked: -DEXACT_GEOMETRY
+//   geometry_ptx.h     with -DUSE_PTX too: what nvcc made of the kernels instead, if the environment names it
 // Sources pass through ../rewrite.sed first. Template arguments of a kernel are given at its launch, not deduced.
 #pragma once
 #include <errno.h>

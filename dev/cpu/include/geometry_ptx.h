@@ -118,6 +118,6 @@ inline bool cuda_ptx_run(const void* kernel, const char* name, dim3 grid, dim3 b
     }
 }
 #else
-inline void cuda_ptx_allocated(void* at, size_t bytes) { memset(at, 0xFF, bytes); }
+inline void cuda_ptx_allocated(void* at, size_t bytes) { memset(at, 0xFF, bytes); }  // NaN in any type
 inline void cuda_ptx_freed(const void*) {}
 #endif
