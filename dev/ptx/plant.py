@@ -528,8 +528,8 @@ def main():
         return 0
     needed = [PTX[which] for which in sorted({f.ptx for f in chosen})]
     missing = [p for p in needed if not os.path.exists(os.path.join(ROOT, p))]
-    if missing and not shutil.which("nvcc") and not os.path.exists("/usr/local/cuda/bin/nvcc"):
-        print(f"skip plant: there is no {missing[0]} and no nvcc to make it")
+    if missing and not os.environ.get("NVCC", shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")):
+        print(f"skip plant: there is no {missing[0]} and no nvcc to make it\nplant: 0 passed, 0 failed")
         return 0
     make = missing + [p for p in [PROGRAM] if not os.path.exists(os.path.join(ROOT, p))]
     if make:

@@ -74,6 +74,14 @@ class Ptx(unittest.TestCase):
         self.assertEqual(done.returncode, 1)
         self.assertRegex(done.stdout, r"\.ptx:\d+: unknown instruction 'fma.rm.f32'")
 
+    def test_without_nvcc_no_faults_are_planted(self):
+        with tempfile.TemporaryDirectory() as folder:  # in which there is no PTX
+            (Path(folder) / "dev/ptx").mkdir(parents=True)
+            shutil.copy(ROOT / "dev/ptx/plant.py", folder + "/dev/ptx")
+            done = run(sys.executable, folder + "/dev/ptx/plant.py", "--quick", NVCC="")
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertRegex(done.stdout, r"^skip plant: there is no .* and no nvcc to make it\nplant: 0 passed, 0 failed\n$")
+
     @unittest.skipUnless(NVCC, "needs nvcc")
     def test_planted_faults_are_listed_and_found(self):
         plant = [sys.executable, "dev/ptx/plant.py", "--filter", "norm_backward", "--jobs", "1"]
