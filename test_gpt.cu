@@ -1459,6 +1459,130 @@ TEST(slope) {
     }
 }
 
+// Of a symmetric matrix (n,n), the eigenvalue that is largest in magnitude: the power iteration, by squaring.
+double outermost_f64(const Vec& matrix, int n) {
+    Vec power = matrix, v(n);
+    double product = 0, square = 0;
+    for (int i = 0; i < 14; i++) {
+        Vec next(power.size());
+        double most = 0;
+        for (int r = 0; r < n; r++)
+            for (int k = 0; k < n; k++)
+                for (int c = 0; c < n; c++) next[r * n + c] += power[r * n + k] * power[k * n + c];
+        for (double x : next) most = std::max(most, fabs(x));
+        for (size_t j = 0; j < next.size(); j++) power[j] = next[j] / most;
+    }
+    for (int r = 0; r < n; r++)
+        for (int c = 0; c < n; c++) v[r] += power[r * n + c] * (1 + 0.1 * c);
+    for (int r = 0; r < n; r++) {
+        square += v[r] * v[r];
+        for (int c = 0; c < n; c++) product += v[r] * matrix[r * n + c] * v[c];
+    }
+    return product / square;
+}
+
+// What a norm behind a linear does to the curvature over its input, arXiv 2602.01212. For one x (K), z = W x (M) and
+// l = y.A y / 2 + b.y the outermost eigenvalue of the Hessian over x, P = 1 - u u^T:
+//   y = z                                   W^T A W
+//   y = Norm(z) = sqrt(M) D u, u = z / |z|  W^T (M P D A D P - sqrt(M) (P v u^T + u v^T P + (u.v) P)) W / |z|^2,
+//                                           v = D (A y + b), D the gains (null: no norm)
+// The first grows with W's square, the second not at all.
+double linear_curvature_f64(const double* x, const Vec& w, const Vec& A, const double* b, const double* gain, int K,
+                            int M) {
+    Vec z(M), u(M), v(M), inner = A, left(K * M), hessian(K * K);  // inner: the Hessian over z
+    double square = 0, uv = 0;
+    for (int m = 0; m < M; m++) {
+        for (int k = 0; k < K; k++) z[m] += w[m * K + k] * x[k];
+        square += z[m] * z[m];
+    }
+    if (gain) {
+        for (int m = 0; m < M; m++) u[m] = z[m] / sqrt(square);
+        for (int m = 0; m < M; m++) {
+            v[m] = gain[m] * b[m];
+            for (int n = 0; n < M; n++) v[m] += gain[m] * A[m * M + n] * sqrt(M) * gain[n] * u[n];
+            uv += v[m] * u[m];
+        }
+        auto P = [&](int m, int n) { return (m == n) - u[m] * u[n]; };
+        Vec pa(M * M);
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < M; n++)
+                for (int i = 0; i < M; i++) pa[m * M + n] += P(m, i) * gain[i] * A[i * M + n] * gain[n];
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < M; n++) {
+                double h = -sqrt(M) * ((v[m] - uv * u[m]) * u[n] + u[m] * (v[n] - uv * u[n]) + uv * P(m, n));
+                for (int i = 0; i < M; i++) h += M * pa[m * M + i] * P(i, n);
+                inner[m * M + n] = h / square;
+            }
+    }
+    for (int k = 0; k < K; k++)
+        for (int n = 0; n < M; n++)
+            for (int m = 0; m < M; m++) left[k * M + n] += w[m * K + k] * inner[m * M + n];
+    for (int k = 0; k < K; k++)
+        for (int j = 0; j < K; j++)
+            for (int m = 0; m < M; m++) hessian[k * K + j] += left[k * M + m] * w[m * K + j];
+    return outermost_f64(hessian, K);
+}
+
+// The probe's Lanczos over the inputs of one linear, all N rows together, with the trainer's kernels.
+TEST(linear_curvature) {
+    if (BF16) return;  // the probe measures no curvature
+    const int N = 8, K = 16, M = 24;
+    Model m;
+    Storage storage;
+    storage.probe = true;
+    plan(m, gpu, small_config(Backbone::llama, Variant::simplegpt), 1, true, storage);
+    create(m);
+    Probe probe = {m, "", 60, {}};
+    const Norm norm = {1e-6f, false};
+    for (bool normed : {false, true}) {
+        Vec found;
+        for (double grown : {1, 4, 16}) {
+            Random r{5};
+            const Vec half = normals(M * M, r, 0.3);
+            Vec symmetric(M * M);
+            for (int i = 0; i < M * M; i++) symmetric[i] = half[i] + half[i % M * M + i / M];
+            DevX w(normals(M * K, r, grown)), A(symmetric), b(normals(N * M, r)), gain(normals(M, r, 0.3, 1)),
+                x(normals(N * K, r)), moved(N * K), z(N * M), y(N * M), ay(N * M), dy(N * M), dz(N * M), dx(N * K);
+            DevF stats(2 * N), dgain(Vec(M, 0.0)), partial(size_t(row_blocks(N, M, m.gpu)) * M), dw(M * K),
+                difference(N * K);
+            auto gradient = [&] {
+                linear_forward(z.p, moved.p, w.p, N, K, M, m.gpu);
+                norm_forward(y.p, (float2*)stats.p, z.p, normed ? gain.p : nullptr, N, M, norm, m.gpu);
+                linear_forward(ay.p, normed ? y.p : z.p, A.p, N, M, M, m.gpu);
+                norm_residual_forward(dy.p, nullptr, ay.p, b.p, nullptr, N, M, norm, m.gpu);
+                if (normed)
+                    norm_backward(dz.p, dgain.p, partial.p, nullptr, dy.p, z.p, gain.p, (float2*)stats.p, N, M, norm,
+                                  m.gpu);
+                linear_backward(dx.p, false, dw.p, 0.0f, normed ? dz.p : dy.p, moved.p, w.p, N, K, M, m.gpu);
+            };
+            float *const at = (float*)moved.p, *const from = (float*)x.p, *const g = (float*)dx.p;
+            found.push_back(probe
+                                .lanczos(N * K, difference.p, true,
+                                         [&](const float* v, double) {
+                                             const double e = 0.01;
+                                             for (int side : {1, -1}) {
+                                                 probe.combine(at, 1.0, from, side * e, v, N * K);
+                                                 gradient();
+                                                 probe.combine(difference.p, side, g, side == 1 ? 0.0 : 1.0,
+                                                               side == 1 ? g : difference.p, N * K);
+                                             }
+                                             return e;
+                                         })
+                                .eigenvalue);
+            double want = 0;
+            for (int n = 0; n < N; n++) {
+                const double value =
+                    linear_curvature_f64(&x.v[n * K], w.v, A.v, &b.v[n * M], normed ? gain.v.data() : nullptr, K, M);
+                if (fabs(value) > fabs(want)) want = value;
+            }
+            expect_close({found.back()}, {want}, 1e-4, format("W times %g, %s norm", grown, normed ? "with" : "no"));
+        }
+        const double growth = normed ? 1 : 16;
+        expect_close({found[1], found[2]}, {found[0] * growth, found[0] * growth * growth}, 1e-4, "growth");
+    }
+    destroy(m);
+}
+
 // A captured micro-batch gives the bits of a launched one; so do matmuls that were chosen by time give the bits of those
 // whose choices were written down and read.
 TEST(graph_and_algorithms) {

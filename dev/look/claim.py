@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """The paper's claim, larger stable learning rates and a lower loss, tried on a CPU: the runs, their table, a picture.
 
-    dev/look/claim.py RUNS --train-data GLOB --val-data GLOB [--hour | --sizes | --depths | --all]
+    dev/look/claim.py RUNS --train-data GLOB --val-data GLOB [--hour | --sizes | --depths | --why | --all]
 
 dev/recipes/claim.sh prepares the data and calls this. Runs are variant x peak rate x seed, one thread each, as many at
 a time as there are cores, those first that tell most. With no option the whole main table: 2 seeds at every rate, 3 at
 each variant's best two. --hour begins no run that would end after 72 minutes. --sizes and --depths run ladders of
-models, each at its variant's best rate and the rates beside it.
+models, each at its variant's best rate and the rates beside it. --why runs the main table's model with --probe, at a
+small and at a large rate.
 
 A run is finished if its run.json has these options and its log the last step, or one by which the run is lost: the log
 tells. Ctrl-C ends all of it with a checkpoint each; the same command goes on. RUNS/claim.md and claim.png are written
@@ -37,10 +38,12 @@ SENSITIVE = 0.3                          # the end of the range of arXiv 2309.14
 MULTIPLES = [1, 3, 10, 30, 100]
 GUESS = {"simplegpt": 1e-3, "preqknorm": 1e-2, "prenorm": 1e-2}  # where the ladders begin without a main table
 BASE = {"multiple-of": 32, "tokenizer": "bytes", "seq-len": 128, "batch-size": 32, "steps": 800, "warmup": 40}
-SHAPES = {"main": (96, 8, 3), "size-0.25M": (48, 8, 3), "size-3.7M": (192, 8, 6), "size-10M": (320, 8, 10),
-          "depth-4": (96, 4, 3), "depth-16": (96, 16, 3), "depth-32": (96, 32, 3)}  # dim, layers, heads
+SHAPES = {"main": (96, 8, 3), "why": (96, 8, 3),  # dim, layers, heads
+          "size-0.25M": (48, 8, 3), "size-3.7M": (192, 8, 6), "size-10M": (320, 8, 10),
+          "depth-4": (96, 4, 3), "depth-16": (96, 16, 3), "depth-32": (96, 32, 3)}
 LADDERS = {"sizes": ["size-0.25M", "main", "size-3.7M", "size-10M"],
            "depths": ["depth-4", "main", "depth-16", "depth-32"]}
+WHY, WHY_TIMES = [1e-3, 1e-1], 2.0        # rates, and how long a run takes that probes, in runs that do not
 HOUR = 72 * 60  # seconds, behind which no run of --hour shall end
 BEGIN, END = "<!-- claim.sh: begin -->\n", "<!-- claim.sh: end -->\n"
 
@@ -203,6 +206,9 @@ def wanted(group, table, centres):
     Of a ladder's model: seed 1 at the variant's rate in `centres` and those beside it, further if the best is at an
     edge; then seed 2 at its best.
     """
+    if group == "why":
+        return [(v, rate, 1) for rate in WHY for v in VARIANTS]
+
     def first(v):
         return {r: {1: seeds[1]} for r, seeds in table.get(v, {}).items() if 1 in seeds}
 
@@ -398,7 +404,7 @@ class Experiment:
         dim, layers, _ = self.o.shape(group)
         base_dim, base_layers, _ = self.o.shape("main")
         base = statistics.median(self.seconds["main"]) if self.seconds["main"] else self.o.measured
-        return base * layers * dim * dim / (base_layers * base_dim * base_dim)
+        return base * (WHY_TIMES if group == "why" else layers * dim * dim / (base_layers * base_dim * base_dim))
 
     def measure(self):
         """Seconds of a run of main, from a few steps of as many trainers as will run side by side."""
@@ -440,7 +446,7 @@ class Experiment:
 
     def expected(self, groups):
         """How many runs the groups still have, those included whose place is not known yet."""
-        whole = {"main": 16 * len(VARIANTS) + 2 * len(VARIANTS)}
+        whole = {"main": 16 * len(VARIANTS) + 2 * len(VARIANTS), "why": 0}
         return [(g, max(len(self.open(g)), whole.get(g, 4 * len(VARIANTS)) - self.count(g)
                         - sum(r.group == g for r in self.running + self.failed))) for g in groups]
 
@@ -629,6 +635,23 @@ def ladder_table(o, experiment, name):
         ["", *VARIANTS.values(), "SimpleGPT less QK norm", "SimpleGPT less pre-norm"], body)
 
 
+def why(o, experiment):
+    """The probe's table and picture, by plot_probe.py."""
+    runs = [(v, rate) for v in VARIANTS for rate in sorted(experiment.table["why"].get(v, {}))]
+    if not runs:
+        return ""
+    named = [f"{VARIANTS[v]}, {rate:g}={Run(o, 'why', v, rate, 1).dir}" for v, rate in runs]
+    done = subprocess.run([sys.executable, Path(__file__).with_name("plot_probe.py"), *named, "--out",
+                           o.runs / "why.png"], capture_output=True, text=True)
+    if done.returncode:
+        print(f"claim: no table of --why: {done.stderr.strip()}", file=sys.stderr)
+        return ""
+    print(o.runs / "why.png")
+    table = "".join(line for line in done.stdout.splitlines(True) if line.startswith("|"))
+    return ("\nWhy: what `--probe` measured at a small and at a large rate, the largest of all blocks:\n\n"
+            f"{table}\n![what --probe measured](why.png)\n")
+
+
 def write(path, text):
     part = path.with_name(path.name + ".part")
     part.write_text(text)
@@ -639,13 +662,14 @@ def write(path, text):
 def report(o, experiment):
     table = experiment.table["main"]
     ladders = "".join(ladder_table(o, experiment, name) for name in LADDERS)
-    if not table and not ladders:
+    reasons = why(o, experiment)
+    if not table and not ladders and not reasons:
         raise Refused(f"{o.runs}: no run of a table has finished. Run dev/recipes/claim.sh.")
     dim, layers, heads = o.shape("main")
     text = (f"{experiment.count('main')} runs: dim {dim}, {layers} layers, {heads} heads, {o.tokens} tokens a step, "
             f"{o.steps} steps, of them {o.warmup} of warm-up; {experiment.spent() / 3600:.1f} hours of a core in all "
             f"({', '.join(sorted(experiment.machines))}).\n\n{main_tables(o, table)}") if table else ""
-    text += ladders + definitions(o)
+    text += ladders + definitions(o) + reasons
     picture = draw(o, experiment) if table else None
     shown = "![loss against the peak learning rate](claim.png)\n\n" if picture else ""
     write(o.runs / "claim.md", shown + text)
@@ -658,6 +682,8 @@ def report(o, experiment):
             raise Refused(f"{page}: has no place for the table. Put {BEGIN.strip()} and {END.strip()} there.") from None
         if picture:
             shutil.copyfile(picture, o.doc / "claim.png")
+        if reasons:
+            shutil.copyfile(o.runs / "why.png", o.doc / "why.png")
         write(page, before + BEGIN + shown + text + END + after)
 
 
@@ -748,7 +774,8 @@ def parse_options():
     what.add_argument("--hour", action="store_true", help="of the main table what ends within 72 minutes")
     what.add_argument("--sizes", action="store_true", help="the ladder of sizes, without the main table")
     what.add_argument("--depths", action="store_true", help="the ladder of depths, without the main table")
-    what.add_argument("--all", action="store_true", help="the main table and both ladders")
+    what.add_argument("--why", action="store_true", help="runs at a small and a large rate, probed, and no others")
+    what.add_argument("--all", action="store_true", help="all of it")
     what.add_argument("--report", action="store_true", help="only the table and the picture of what is there")
     p.add_argument("--doc", nargs="?", type=Path, const=ROOT / "dev/doc", metavar="DIR",
                    help="writes the table into results.md and claim.png beside it too (dev/doc)")
@@ -781,7 +808,7 @@ def settle(o, more):
         raise Refused("behind -- there are pairs only, --name value. Leave switches out.")
     changed = {name[2:]: value for name, value in zip(more[::2], more[1::2])}
     for name in ("variant", "lr", "seed", "out", "resume", "val-every", "save-every", "keep",
-                 "train-data", "val-data"):
+                 "probe", "train-data", "val-data"):
         if name in changed:
             raise Refused(f"--{name} behind --: the experiment sets it itself. Leave it out.")
     given.update(changed)
@@ -792,7 +819,7 @@ def settle(o, more):
         raise Refused(f"behind --: {', '.join(names)} are whole numbers. Give such.") from None
     o.steps, o.warmup = max(1, numbers["steps"]), numbers["warmup"]
     o.tokens = numbers["seq-len"] * numbers["batch-size"]
-    shapes = {**SHAPES, "main": (numbers["dim"], numbers["layers"], numbers["heads"])}
+    shapes = {**SHAPES, **dict.fromkeys(("main", "why"), (numbers["dim"], numbers["layers"], numbers["heads"]))}
     o.shape = shapes.get
     fixed = [f"--{name}={value}" for name, value in given.items() if name not in ("dim", "layers", "heads")]
     fixed += ["--shuffle", f"--val-every={max(1, o.steps // 8)}"]
@@ -801,7 +828,8 @@ def settle(o, more):
 
     def options(group):
         dim, layers, heads = shapes[group]
-        return [f"--dim={dim}", f"--layers={layers}", f"--heads={heads}", *fixed]
+        probed = [f"--probe={max(1, o.steps // 4)}"] if group == "why" else []
+        return [f"--dim={dim}", f"--layers={layers}", f"--heads={heads}", *fixed, *probed]
 
     o.options = options
     o.deadline, o.measured = None, math.nan
@@ -827,7 +855,9 @@ def main():
     if not os.access(o.trainer, os.X_OK):
         raise Refused(f"{o.trainer} is missing. Build it: make.")
     take_lock(o)
-    groups = [] if o.sizes or o.depths else ["main"]
+    groups = [] if o.sizes or o.depths or o.why else ["main"]
+    if o.all or o.why:
+        groups.append("why")
     for name in LADDERS:
         if o.all or getattr(o, name):
             groups += [g for g in LADDERS[name] if g != "main"]

@@ -7,8 +7,8 @@ usage: plot_probe.py RUN... [--out FILE.png] [--step N]
 RUN is the folder of a run or NAME=FOLDER, with the activations.csv, weights.csv, curvature.csv and curvature_inputs.csv that
 train_gpt --probe writes. What is by layer is that of --step, else of the last probe; over training, curvature over the blocks'
 inputs and attention logits are the largest of all blocks. Eigenvalues over inputs are drawn by magnitude, those below 0
-hollow. A layer's gradients and updates are those of its linears together. Without --out the picture is probe.png in the
-first run's folder.
+hollow. A layer's gradients and updates are those of its linears together. Runs of one variant have one colour, the second
+dashed. Without --out the picture is probe.png in the first run's folder. Prints the largest of all blocks as a table.
 """
 import argparse
 import csv
@@ -24,6 +24,8 @@ from plot import COLORS, MARKERS, VARIANTS, picture, plt, save
 PANELS = (("residual", "residual stream, RMS"), ("attention_branch", "what attention adds, RMS"),
           ("ffn_branch", "what the feed-forward adds, RMS"), ("activation", "activation of the feed-forward, RMS"),
           ("attention_logit", "largest attention logit"))
+TABLE = ("", "step", "attention logit", "a linear's output, RMS", "residual stream's end, RMS", "gradient's norm, by block",
+         "update's share", "Hessian over inputs, first", "at that step")
 
 
 def fail(message):
@@ -60,6 +62,24 @@ def of_linears(path):
     return {at: (math.sqrt(g), math.sqrt(u / w) if w else math.nan) for at, (w, g, u) in sums.items()}
 
 
+def span(values):
+    values = [x for x in values if math.isfinite(x)]
+    return f"{min(values):.2g} to {max(values):.2g}" if values else ""
+
+
+def figures(rows, linears, inputs, step):
+    """A row of TABLE behind the run's name."""
+    here = [r for r in rows if r["step"] == step]
+    linear = [r["rms"] for r in here if r["tensor"] in ("qkv", "o", "w13", "w2")]
+    stream = max((r for r in here if r["tensor"] == "residual"), key=lambda r: r["layer"], default={"rms": math.nan})
+    updates = [x for (s, _), x in linears.items() if s == step]
+    curvatures = [[abs(r["eigenvalue"]) for r in inputs if r["step"] == s and math.isfinite(r["eigenvalue"])]
+                  for s in (min((r["step"] for r in inputs), default=step), step)]
+    most = ([r["max"] for r in here if r["tensor"] == "attention_logit"], linear, [stream["rms"]])
+    return [f"{step:.0f}", *(f"{max(x):.3g}" if x else "" for x in most), span(gradient for gradient, _ in updates),
+            *(f"{max(x):.2g}" if x else "" for x in ([share for _, share in updates], *curvatures))]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
@@ -71,12 +91,15 @@ def main():
     fig, grid = plt.subplots(3, 4, figsize=(17, 10.5))
     fig.subplots_adjust(left=0.04, right=0.99, bottom=0.1, top=0.97, wspace=0.2, hspace=0.35)
     weights, over_steps, over_layers, *others, logits, gradients, updates, updates_over_steps = axes = list(grid.flat)
-    colors = COLORS[False]
+    colors, seen, table = COLORS[False], [], []
     for i, (name, folder) in enumerate(runs):
         folder = Path(folder)
         variant = next((v for v in sorted(VARIANTS, key=len, reverse=True) if v in f"{name} {folder}"), None)
         color = colors[VARIANTS[variant]] if variant else colors[len(VARIANTS) + i % (len(colors) - len(VARIANTS))]
-        look = {"color": color, "marker": MARKERS[i % len(MARKERS)], "markersize": 4, "linewidth": 1.2}
+        look = {"color": color, "marker": MARKERS[i % len(MARKERS)], "markersize": 4, "linewidth": 1.2,
+                "linestyle": "--" if color in seen else "-"}
+        seen.append(color)
+        linears, inputs = {}, []
         rows = read(folder / "activations.csv", ("step", "layer", "tensor", "rms", "max"))
         steps = {r["step"] for r in rows}
         step = max(steps) if args.step is None else args.step
@@ -97,22 +120,23 @@ def main():
             shares = {s: max(x[1] for (other, _), x in linears.items() if other == s) for s, _ in sorted(linears)}
             updates_over_steps.plot(shares.keys(), shares.values(), **look)
         if (folder / "curvature.csv").exists():  # a bf16 build writes none
-            rows = read(folder / "curvature.csv", ("step", "eigenvalue", "error"))
-            rows = [r for r in rows if r["eigenvalue"] > 0 <= r["error"] < math.inf]  # a log scale has no others
-            if rows:  # none of a run that came apart
-                weights.errorbar([r["step"] for r in rows], [r["eigenvalue"] for r in rows], [r["error"] for r in rows],
-                                 label=name, capsize=2, **look)
+            found = read(folder / "curvature.csv", ("step", "eigenvalue", "error"))
+            found = [r for r in found if r["eigenvalue"] > 0 <= r["error"] < math.inf]  # a log scale has no others
+            if found:  # none of a run that came apart
+                weights.errorbar([r["step"] for r in found], [r["eigenvalue"] for r in found],
+                                 [r["error"] for r in found], label=name, capsize=2, **look)
         if (folder / "curvature_inputs.csv").exists():  # nor this, and older runs have none
-            rows = read(folder / "curvature_inputs.csv", ("step", "layer", "eigenvalue"))
-            rows = [r for r in rows if 0 < abs(r["eigenvalue"]) < math.inf]
-            largest = [max((r for r in rows if r["step"] == s), key=lambda r: abs(r["eigenvalue"]))
-                       for s in sorted({r["step"] for r in rows})]
+            inputs = read(folder / "curvature_inputs.csv", ("step", "layer", "eigenvalue"))
+            inputs = [r for r in inputs if 0 < abs(r["eigenvalue"]) < math.inf]
+            largest = [max((r for r in inputs if r["step"] == s), key=lambda r: abs(r["eigenvalue"]))
+                       for s in sorted({r["step"] for r in inputs})]
             for axis, x, points in ((over_steps, "step", largest),
-                                    (over_layers, "layer", [r for r in rows if r["step"] == step])):
+                                    (over_layers, "layer", [r for r in inputs if r["step"] == step])):
                 axis.plot([r[x] for r in points], [abs(r["eigenvalue"]) for r in points], **look)
                 below = [r for r in points if r["eigenvalue"] < 0]
                 axis.plot([r[x] for r in below], [-r["eigenvalue"] for r in below],
                           **{**look, "linestyle": "none", "markerfacecolor": "white", "zorder": 3})
+        table.append([name, *figures(rows, linears, inputs, step)])
     weights.set(title="Hessian over parameters, largest eigenvalue", xlabel="step", yscale="log")
     over_steps.set(title="Hessian over inputs of blocks, largest", xlabel="step", yscale="log")
     over_layers.set(title="Hessian over inputs of blocks (<0: hollow)", xlabel="layer", yscale="log")
@@ -129,6 +153,8 @@ def main():
     handles, labels = others[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="lower center", ncols=min(4, len(runs)), frameon=False)
     save(fig, args.out or str(Path(runs[0][1]) / "probe.png"), 90)
+    for row in [TABLE, ["---"] + ["--:"] * (len(TABLE) - 1), *table]:
+        print("| " + " | ".join(row) + " |")
 
 
 if __name__ == "__main__":

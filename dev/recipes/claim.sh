@@ -3,6 +3,7 @@
 #   dev/recipes/claim.sh --hour      of the main table what 72 minutes give, first what tells most
 #   dev/recipes/claim.sh             the main table: 2 seeds at every rate, 3 at each variant's best two
 #   dev/recipes/claim.sh --sizes     0.25M, 3.7M and 10M parameters beside its 0.9M; --depths: 4, 16 and 32 layers
+#   dev/recipes/claim.sh --why       its model with --probe at 1e-3 and 0.1: logits, activations, updates, Hessians
 #   dev/recipes/claim.sh --all       all of it, a night on 2 cores
 #   dev/recipes/claim.sh --report    only the table and the picture of the runs that are there
 # --runs DIR (runs/claim), --jobs N (the cores), --doc: table and picture into dev/doc too; behind -- options for the

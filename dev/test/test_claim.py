@@ -47,6 +47,12 @@ with open(flags["--out"] + "/log.csv", "w") as f:
         time.sleep(slow / steps)
 if lr == 1:
     time.sleep(60)
+if "--probe" in flags:
+    with open(flags["--out"] + "/activations.csv", "w") as f:
+        f.write("step,layer,tensor,rms,max\\n")
+        for step in (0, steps):
+            for i, name in enumerate(("qkv", "attention_logit", "residual")):
+                f.write(f"{step},0,{name},{lr + i},{7 + step + i}\\n")
 os.makedirs(flags["--out"] + f"/step_{steps:08}", exist_ok=True)
 """
 
@@ -340,6 +346,17 @@ class Command(unittest.TestCase):
         self.claim("--depths")
         self.assertEqual(self.begun(), [])
         self.assertGreater((self.runs / "claim.png").stat().st_size, 20000)
+
+    def test_why(self):
+        self.claim("--why")
+        begun = {tuple(b[1:4]) for b in self.begun() if b[3] != "0"}  # without those that measure
+        self.assertEqual(begun, {(v, lr, "1") for lr in ("0.001", "0.1") for v in claim.VARIANTS})
+        report = (self.runs / "claim.md").read_text()
+        self.assertIn("| pre-norm, 0.1 | 80 | 88 | 0.1 | 2.1 |", report)
+        self.assertIn("![what --probe measured](why.png)", report)
+        self.assertGreater((self.runs / "why.png").stat().st_size, 10000)
+        (self.runs / "why/prenorm/lr0.1_seed1/activations.csv").unlink()
+        self.assertIn("activations.csv", self.claim("--report", status=1).stderr)
 
     def test_lost_above(self):
         self.claim("--lost-above", 5.0, "--hour", "--minutes", 0.05)
