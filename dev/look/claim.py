@@ -45,7 +45,7 @@ LADDERS = {"sizes": ["size-0.25M", "main", "size-3.7M", "size-10M"],
            "depths": ["depth-4", "main", "depth-16", "depth-32"]}
 WHY, WHY_TIMES = [1e-3, 1e-1], 2.0        # rates, and how long a run takes that probes, in runs that do not
 HOUR = 72 * 60  # seconds, behind which no run of --hour shall end
-BEGIN, END = "<!-- claim.sh: begin -->\n", "<!-- claim.sh: end -->\n"
+PLACE = "<!-- claim.sh, {}: begin -->\n", "<!-- claim.sh, {}: end -->\n"  # in a page, for the runs of a folder's name
 
 
 class Refused(runlog.LogError):
@@ -544,14 +544,14 @@ def span(rates):
 
 
 def main_tables(o, table):
-    """The report of the main table: {variant: {rate: {seed: Result}}}."""
+    """The main table, {variant: {rate: {seed: Result}}}: losses; what can be claimed; the rest."""
     here = [v for v in VARIANTS if v in table]
     rates = sorted({rate for v in here for rate in table[v]})
     common = [rate for rate in rates if all(rate in table[v] for v in here)]
     sensitive = [rate for rate in common if rate <= SENSITIVE]
-    text = "Loss at the end by peak rate:\n\n"
-    text += rows(["", *(f"{rate:g}" for rate in rates)],
-                 [[VARIANTS[v], *(number(table[v], rate) for rate in rates)] for v in here])
+    by_rate = "Loss at the end by peak rate:\n\n"
+    by_rate += rows(["", *(f"{rate:g}" for rate in rates)],
+                    [[VARIANTS[v], *(number(table[v], rate) for rate in rates)] for v in here])
     target = mean(table["prenorm"], best(table["prenorm"])) if "prenorm" in here else None
     body = []
     for v in here:
@@ -566,7 +566,7 @@ def main_tables(o, table):
             "none" if stable is None else ("at least " if stable == max(runs) else "") + f"{stable:g}",
             f"{sensitivity(runs, common):.3f}", f"{sensitivity(runs, sensitive):.3f}",
             "never" if reached is None else f"{reached * o.tokens / 1e6:.2f}M"])
-    text += "\n" + rows(["", "best loss", "at rate", "as good", "largest stable rate",
+    text = "\n" + rows(["", "best loss", "at rate", "as good", "largest stable rate",
                          f"sensitivity, {span(common) if common else 'no rates'}",
                          f"sensitivity, {span(sensitive) if sensitive else 'no rates'}", "tokens to pre-norm's loss"],
                         body)
@@ -579,9 +579,9 @@ def main_tables(o, table):
         text += f"\nLoss at multiples of pre-norm's best rate, {base:g}:\n\n"
         text += rows(head, [[VARIANTS[v], *(number(table[v], nearest(table[v], n * base)) for n in MULTIPLES)]
                             for v in here])
-    pairs = [(a, b) for i, a in enumerate(here) for b in here[i + 1:]]
+    claims, pairs = "", [(a, b) for i, a in enumerate(here) for b in here[i + 1:]]
     if pairs:
-        text += "\nWhat of it can be claimed:\n\n"
+        claims = "\nWhat of it can be claimed:\n\n"
         body = []
         for a, b in pairs:
             mine, other = as_good(table[a]), as_good(table[b])
@@ -592,8 +592,8 @@ def main_tables(o, table):
             body.append([f"{VARIANTS[a]} against {VARIANTS[b]}", compared(table[a], table[b]),
                          f"{factor:.2g}" + ("" if apart else " (no claim)"),
                          f"{stables[0] / stables[1]:.2g}" if None not in stables else ""])
-        text += rows(["", "best loss, difference", "best rate, factor", "largest stable rate, factor"], body)
-    return text
+        claims += rows(["", "best loss, difference", "best rate, factor", "largest stable rate, factor"], body)
+    return by_rate, claims, text
 
 
 def definitions(o):
@@ -666,25 +666,33 @@ def report(o, experiment):
     if not table and not ladders and not reasons:
         raise Refused(f"{o.runs}: no run of a table has finished. Run dev/recipes/claim.sh.")
     dim, layers, heads = o.shape("main")
-    text = (f"{experiment.count('main')} runs: dim {dim}, {layers} layers, {heads} heads, {o.tokens} tokens a step, "
-            f"{o.steps} steps, of them {o.warmup} of warm-up; {experiment.spent() / 3600:.1f} hours of a core in all "
-            f"({', '.join(sorted(experiment.machines))}).\n\n{main_tables(o, table)}") if table else ""
-    text += ladders + definitions(o) + reasons
+    short = rest = ""
+    if table:
+        by_rate, claims, rest = main_tables(o, table)
+        short = (f"{experiment.count('main')} runs: dim {dim}, {layers} layers, {heads} heads, {o.tokens} tokens a step, "
+                 f"{o.steps} steps, of them {o.warmup} of warm-up; {experiment.spent() / 3600:.1f} hours of a core in "
+                 f"all ({', '.join(sorted(experiment.machines))}).\n\n{by_rate}{claims}")
     picture = draw(o, experiment) if table else None
     shown = "![loss against the peak learning rate](claim.png)\n\n" if picture else ""
-    write(o.runs / "claim.md", shown + text)
+    text = shown + short + rest + ladders + definitions(o) + reasons
+    write(o.runs / "claim.md", text)
     if o.doc:
-        page = o.doc / "results.md"
-        try:
-            before, rest = page.read_text().split(BEGIN)
-            _, after = rest.split(END)
-        except ValueError:
-            raise Refused(f"{page}: has no place for the table. Put {BEGIN.strip()} and {END.strip()} there.") from None
-        if picture:
-            shutil.copyfile(picture, o.doc / "claim.png")
-        if reasons:
-            shutil.copyfile(o.runs / "why.png", o.doc / "why.png")
-        write(page, before + BEGIN + shown + text + END + after)
+        into_pages(o, text, shown + short, [p for p in (picture, reasons and o.runs / "why.png") if p])
+
+
+def into_pages(o, text, short, pictures):
+    """The report into dev/doc/results.md, its beginning into README.md, where they have a place for it."""
+    name, doc = o.runs.resolve().name, o.doc / "dev/doc"
+    begin, end = (mark.format(name) for mark in PLACE)
+    for page, folder, what in ((doc / "results.md", "", text), (o.doc / "README.md", "dev/doc/", short)):
+        before, found, rest = page.read_text().partition(begin)
+        _, closed, after = rest.partition(end)
+        if found and closed:
+            write(page, before + begin + re.sub(r"\]\((\w+\.png)\)", rf"]({folder}{name}-\1)", what) + end + after)
+        elif page.parent == doc:
+            raise Refused(f"{page}: has no place for the table. Put {begin.strip()} and {end.strip()} there.")
+    for picture in pictures:
+        shutil.copyfile(picture, doc / f"{name}-{picture.name}")
 
 
 def draw(o, experiment):
@@ -777,8 +785,9 @@ def parse_options():
     what.add_argument("--why", action="store_true", help="runs at a small and a large rate, probed, and no others")
     what.add_argument("--all", action="store_true", help="all of it")
     what.add_argument("--report", action="store_true", help="only the table and the picture of what is there")
-    p.add_argument("--doc", nargs="?", type=Path, const=ROOT / "dev/doc", metavar="DIR",
-                   help="writes the table into results.md and claim.png beside it too (dev/doc)")
+    p.add_argument("--doc", nargs="?", type=Path, const=ROOT, metavar="DIR",
+                   help="also writes the report into DIR/dev/doc/results.md, and its beginning into DIR/README.md, between "
+                   "marks with the name of RUNS' folder (the project)")
     p.add_argument("--train-data", default="", help="shards to train on")
     p.add_argument("--val-data", default="", help="shards to validate on")
     p.add_argument("--lost-above", type=positive(float), default=math.inf, metavar="LOSS",

@@ -266,10 +266,12 @@ class Command(unittest.TestCase):
         return {row[0]: row for row in reversed(found) if row[0] in claim.VARIANTS.values()}
 
     def test_main_table(self):
-        doc = self.dir / "doc"
-        doc.mkdir()
-        (doc / "results.md").write_text("before\n" + claim.BEGIN + "old\n" + claim.END + "after\n")
-        r = self.claim("--doc", doc)
+        doc = self.dir / "dev/doc"
+        doc.mkdir(parents=True)
+        begin, end = (mark.format("runs") for mark in claim.PLACE)
+        for page in (doc / "results.md", self.dir / "README.md"):
+            page.write_text("before\n" + begin + "old\n" + end + "after\n")
+        r = self.claim("--doc", self.dir)
         real = [b for b in self.begun() if b[3] != "0"]  # without those that measure
         self.assertEqual(len(real), 54)
         self.assertEqual(len({tuple(b) for b in real}), 54)
@@ -292,8 +294,13 @@ class Command(unittest.TestCase):
         # three times the best rate: 0.2 (log10 3)^2 = 0.0455 more, and 3 seeds, as it is the second best
         self.assertIn("| SimpleGPT | 2.030 ± 0.010 | 2.076 ± 0.010 | *lost: 5.600 ± 0.000 at 6* |  |  |", text)
         self.assertGreater((self.runs / "claim.png").stat().st_size, 10000)
-        self.assertEqual((doc / "claim.png").read_bytes(), (self.runs / "claim.png").read_bytes())
-        self.assertEqual((doc / "results.md").read_text(), "before\n" + claim.BEGIN + text + claim.END + "after\n")
+        self.assertEqual((doc / "runs-claim.png").read_bytes(), (self.runs / "claim.png").read_bytes())
+        page = text.replace("(claim.png)", "(runs-claim.png)")
+        self.assertEqual((doc / "results.md").read_text(), "before\n" + begin + page + end + "after\n")
+        short = (self.dir / "README.md").read_text()
+        self.assertIn("](dev/doc/runs-claim.png)", short)
+        self.assertIn("What of it can be claimed", short)
+        self.assertNotIn("- Loss: at the end", short)
         self.assertEqual(list(self.runs.glob("main/*/*/step_*")), [], "checkpoints stay")
         self.started.write_text("")
         self.claim()
@@ -391,8 +398,9 @@ class Command(unittest.TestCase):
 
     def test_doc_without_place(self):
         self.claim("--hour", "--minutes", 0.05)
-        (self.dir / "results.md").write_text("nothing\n")
-        self.refused("--report", "--doc", self.dir, words=["results.md", "no place", "claim.sh: begin"])
+        (self.dir / "dev/doc").mkdir(parents=True)
+        (self.dir / "dev/doc/results.md").write_text("nothing\n")
+        self.refused("--report", "--doc", self.dir, words=["results.md", "no place", "claim.sh, runs: begin"])
 
     def test_strange_folders(self):
         """Others' folders beside the runs are left alone"""
