@@ -461,14 +461,17 @@ class Experiment:
         return makespan(rest, self.o.jobs)
 
     def next(self, groups):
-        """The run to begin now, or None: nothing is left, or it waits for others, or for --hour there is no time."""
-        for group in groups:
+        """The run to begin now, or None: nothing is left, or it waits for others, or there is no time. The main table
+        before the ladders, whose models take turns, each variant's run at its first rate before any at its second."""
+        found = []
+        for place, group in enumerate(groups):
             if self.o.deadline and time.time() + self.estimate(group) > self.o.deadline:
                 continue
             todo = self.open(group)
+            begun = self.count(group) + sum(r.group == group for r in self.running + self.failed)
             if todo:
-                return Run(self.o, group, *todo[0])
-        return None
+                found.append((group != "main", begun // len(VARIANTS), place, Run(self.o, group, *todo[0])))
+        return min(found)[-1] if found else None
 
     def all(self, groups):
         begin = told = time.time()
@@ -794,7 +797,8 @@ def parse_options():
                    help="a run still above it after half of its steps is lost (none; claim.sh: a bigram model's + 0.5)")
     p.add_argument("--jobs", type=positive(int), default=len(os.sched_getaffinity(0)),
                    help="runs at a time, of one thread each (the cores)")
-    p.add_argument("--minutes", type=positive(float), default=HOUR / 60, help="of --hour (72)")
+    p.add_argument("--minutes", type=positive(float), metavar="N",
+                   help="begin no run that would end later; --hour counts what it took before too (of --hour 72)")
     p.add_argument("--measure-steps", type=positive(int), default=12, help="to know the time of a run before (12)")
     p.add_argument("--trainer", default=str(ROOT / "train_gpt"), help="(./train_gpt)")
     p.add_argument("--poll", type=positive(float), default=2.0, help="seconds between looks at the runs (2)")
@@ -875,8 +879,10 @@ def main():
     each, begin = experiment.estimate(groups[0]), time.time()
     print(f"a run of {groups[0]} takes about {each / 60:.1f} minutes, {o.jobs} at a time; "
           f"all of it {duration(experiment.left(groups))} at most", flush=True)
+    if o.minutes and not o.hour:
+        o.deadline = begin + 60 * o.minutes
     if o.hour:
-        rest = max(0.0, 60 * o.minutes - experiment.spent() / o.jobs)
+        rest = max(0.0, (60 * o.minutes if o.minutes else HOUR) - experiment.spent() / o.jobs)
         o.deadline = begin + rest
         if not experiment.count("main") and not fitting(each, o.jobs, rest):
             raise Refused("--hour: here not one run ends in that time. Leave --hour out.")

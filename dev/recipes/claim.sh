@@ -6,8 +6,9 @@
 #   dev/recipes/claim.sh --why       its model with --probe at 1e-3 and 0.1: logits, activations, updates, Hessians
 #   dev/recipes/claim.sh --all       all of it, a night on 2 cores
 #   dev/recipes/claim.sh --report    only the table and the picture of the runs that are there
-# --runs DIR (runs/claim), --jobs N (the cores), --doc: the report into dev/doc/results.md and README.md too; behind -- options for the
-# trainer. Ctrl-C stops it, the same command goes on. Environment: PYTHON, DATA (data/quickstart, made if missing).
+# --runs DIR (runs/claim), --jobs N (the cores), --minutes N: begins no run that would end later (of --hour 72), --doc:
+# the report into dev/doc/results.md and README.md too; behind -- options for the trainer. Ctrl-C stops it, the same
+# command goes on. Environment: PYTHON, DATA (data/quickstart, made if missing).
 set -eu
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-/usr/bin/python3} data=${DATA:-data/quickstart}

@@ -354,6 +354,16 @@ class Command(unittest.TestCase):
         self.assertEqual(self.begun(), [])
         self.assertGreater((self.runs / "claim.png").stat().st_size, 20000)
 
+    def test_ladders_take_turns(self):
+        """What --minutes cuts off is each model's later runs, not the later models"""
+        self.claim("--sizes", "--jobs", 1)
+        begun = [(b[0], b[1]) for b in self.begun() if b[3] != "0"]
+        self.assertEqual(sorted(begun[:9]), sorted((dim, v) for dim in ("48", "192", "320") for v in claim.VARIANTS))
+        shutil.rmtree(self.runs)
+        self.started.write_text("")
+        self.claim("--sizes", "--minutes", 0.05, "--measure-steps", 5, SLOW=0.3)
+        self.assertTrue(3 <= len([b for b in self.begun() if b[3] != "0"]) < 30, self.begun())
+
     def test_why(self):
         self.claim("--why")
         begun = {tuple(b[1:4]) for b in self.begun() if b[3] != "0"}  # without those that measure
