@@ -7,6 +7,7 @@
 #pragma once
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
@@ -32,15 +33,17 @@ struct LoaderState {
 
 // The shards, sorted by name, are one stream of tokens, cut into windows of T+1 tokens, stride T+1. A window may cross
 // from a shard into the next; what is left at the end is not used. A batch that reaches the last window goes on with
-// the next epoch's first, so nothing is skipped. One thread at a time may call.
+// the next epoch's first, so nothing is skipped. Of several sources each is such a stream with epochs of its own, and
+// their windows take turns by weight. One thread at a time may call.
 class DataLoader {
 public:
-    // glob: a path, or a pattern for glob(3). A global batch is world*B windows, and rank gets the rank-th B of them:
-    // what a step sees depends on world*B only. Every epoch is a permutation of the windows drawn from (seed, epoch) if
-    // shuffle, else their order in the stream. Checks all headers; tokens are checked against vocab_size when read.
-    DataLoader(const std::string& glob, int B, int T, int vocab_size, bool shuffle = false, uint64_t seed = 0,
+    // data: a path or a pattern for glob(3), or several with a weight each, "GLOB:WEIGHT,GLOB:WEIGHT". A global batch is
+    // world*B windows, and rank gets the rank-th B of them: what a step sees depends on world*B only. Every epoch is a
+    // permutation of the windows drawn from (seed, source, epoch) if shuffle, else their order in the stream. Checks all
+    // headers; tokens are checked against vocab_size when read.
+    DataLoader(const std::string& data, int B, int T, int vocab_size, bool shuffle = false, uint64_t seed = 0,
                int rank = 0, int world = 1)
-        : glob_(glob), B_(B), width_(uint64_t(T) + 1), vocab_size_(vocab_size), shuffle_(shuffle), seed_(seed),
+        : data_(data), B_(B), width_(uint64_t(T) + 1), vocab_size_(vocab_size), shuffle_(shuffle), seed_(seed),
           rank_(rank), world_(world) {
         auto at_least_1 = [](const char* name, int value) {
             if (value < 1)
@@ -52,16 +55,22 @@ public:
         if (rank < 0 || rank >= world)
             throw std::runtime_error("data: rank " + std::to_string(rank) + " of " + std::to_string(world) +
                                      ". Ranks count from 0.");
-        for (const std::string& path : find(glob)) add_shard(path);
-        windows_ = tokens_ / width_;
-        while ((windows_ >> 2 * half_bits_) > 0) half_bits_++;
-        if (windows_ < B_ * world_) {
+        split(data);
+        for (Source& source : sources_) {
+            for (const std::string& path : find(source.glob)) add_shard(source, path);
+            source.windows = source.tokens / width_;
+            while ((source.windows >> 2 * source.half_bits) > 0) source.half_bits++;
+            windows_ += source.windows, tokens_ += source.tokens;
+            // a source among others may be smaller than a batch, and is then seen several times in one
+            const uint64_t least = sources_.size() == 1 ? B_ * world_ : 1;
+            if (source.windows >= least) continue;
             char needed[64];  // this product alone can pass 2^64
-            snprintf(needed, sizeof needed, "%.0Lf", (long double)(B_ * world_) * width_);
-            fail(glob, std::to_string(tokens_) + " tokens, but one batch needs " + needed + " (" +
-                           std::to_string(B_ * world_) + " windows of T+1 = " + std::to_string(width_) +
-                           "). Give more data, a smaller batch or a smaller T.");
+            snprintf(needed, sizeof needed, "%.0Lf", (long double)least * width_);
+            fail(source.glob, std::to_string(source.tokens) + " tokens, but one " + (least == 1 ? "window" : "batch") +
+                                  " needs " + needed + " (" + std::to_string(least) + " windows of T+1 = " +
+                                  std::to_string(width_) + "). Give more data, a smaller batch or a smaller T.");
         }
+        take_turns();
         ahead_.resize(B_ * width_), current_.resize(B_ * width_);
         thread_ = std::thread(&DataLoader::read_ahead, this);
     }
@@ -99,8 +108,8 @@ public:
 
     // Goes to s and forgets what was read ahead.
     void seek(LoaderState s) {
-        if (s.window >= windows_)
-            fail(glob_, "has " + std::to_string(windows_) + " windows of T+1 = " + std::to_string(width_) +
+        if (s.window >= epoch_)
+            fail(data_, "has " + std::to_string(windows_) + " windows of T+1 = " + std::to_string(width_) +
                             " tokens, the position to go to is window " + std::to_string(s.window) +
                             ". Give the data and T that the run was begun with.");
         {
@@ -111,8 +120,23 @@ public:
         changed_.notify_all();
     }
 
-    uint64_t windows() const { return windows_; }  // of one epoch
+    uint64_t windows() const { return windows_; }  // of one epoch, of all sources
     uint64_t tokens() const { return tokens_; }    // in all shards
+
+    // What a position has seen: of each source the pattern, its share of the windows, and its epochs.
+    struct Seen {
+        std::string glob;
+        double share, epochs;
+    };
+    std::vector<Seen> seen(LoaderState at) const {
+        std::vector<Seen> all;
+        for (const Source& s : sources_) {
+            const uint64_t n = at.epoch * epoch_ + at.window;
+            all.push_back(
+                {s.glob, double(s.share) / double(turns_.size()), double(handed_out(s, n)) / double(s.windows)});
+        }
+        return all;
+    }
 
 private:
     static constexpr int HEADER_BYTES = 256 * sizeof(int32_t);
@@ -123,14 +147,25 @@ private:
         int bytes;              // of a token
     };
 
-    const std::string glob_;
+    struct Source {
+        std::string glob;
+        double weight;
+        std::vector<Shard> shards = {};
+        uint64_t tokens = 0, windows = 0;
+        int half_bits = 1;                  // 4^half_bits > windows
+        uint64_t share = 0;                 // its turns in a round
+        std::vector<uint16_t> before = {};  // its turns before each of a round
+    };
+
+    const std::string data_;
     const uint64_t B_, width_;
     const uint32_t vocab_size_;
     const bool shuffle_;
     const uint64_t seed_, rank_, world_;
-    std::vector<Shard> shards_;
+    std::vector<Source> sources_;
+    std::vector<uint16_t> turns_;  // the source of each window of a round, after which the next round is the same
     uint64_t tokens_ = 0, windows_ = 0;
-    int half_bits_ = 1;  // 4^half_bits > windows
+    uint64_t epoch_ = 0;  // windows after which the position's epoch ends; of several sources never
 
     // Under the mutex, but for ahead_ while !ready_: then it is the thread's. State_ is written by the caller only.
     std::mutex mutex_;
@@ -170,7 +205,61 @@ private:
         return paths;
     }
 
-    void add_shard(const std::string& path) {
+    // "GLOB" or "GLOB:WEIGHT,GLOB:WEIGHT"; without any weight it is one pattern, whatever is in it.
+    void split(const std::string& data) {
+        size_t weighted = 0;
+        for (size_t begin = 0, end; begin <= data.size(); begin = end + 1) {
+            end = std::min(data.find(',', begin), data.size());
+            const std::string part = data.substr(begin, end - begin);
+            const size_t colon = part.rfind(':');
+            const char* number = colon == std::string::npos ? "" : part.c_str() + colon + 1;
+            char* rest = nullptr;
+            const double weight = strtod(number, &rest);
+            const bool given = rest != number && !*rest;
+            weighted += given;
+            if (given && !(weight > 0 && weight < 1e9))
+                fail(data, "the weight " + std::string(number) + " is not above 0. Leave that source out.");
+            sources_.push_back({given ? part.substr(0, colon) : part, weight});
+        }
+        if (weighted == sources_.size()) return;
+        if (weighted > 0) fail(data, "some sources have a weight and some have none. Give each one, as GLOB:0.5.");
+        sources_.clear();
+        sources_.push_back({data, 1});
+    }
+
+    // Shares of ROUND turns, of the turns dealt to whom most is owed: of every n windows in a row each source has its
+    // share, to one or two. Whole numbers, so that it is the same everywhere.
+    void take_turns() {
+        const int64_t ROUND = 10000;  // weights to 0.01%
+        double sum = 0;
+        uint64_t round = 0;
+        for (const Source& s : sources_) sum += s.weight;
+        for (Source& s : sources_) {
+            s.share = sources_.size() == 1 ? 1 : std::max<int64_t>(1, std::llround(s.weight / sum * ROUND));
+            round += s.share;
+        }
+        if (round > 60000) fail(data_, "are too many sources. Give fewer.");
+        std::vector<int64_t> owed(sources_.size());
+        while (turns_.size() < round) {
+            size_t most = 0;
+            for (size_t i = 0; i < sources_.size(); i++) {
+                const uint64_t turn = turns_.size();
+                sources_[i].before.push_back(turn == 0 ? 0 : sources_[i].before.back() + (turns_.back() == i));
+                owed[i] += int64_t(sources_[i].share);
+                if (owed[i] > owed[most]) most = i;
+            }
+            owed[most] -= int64_t(round);
+            turns_.push_back(uint16_t(most));
+        }
+        epoch_ = sources_.size() == 1 ? windows_ : uint64_t(1) << 62;
+    }
+
+    // How many of the first n windows are the source's.
+    uint64_t handed_out(const Source& s, uint64_t n) const {
+        return n / turns_.size() * s.share + s.before[n % turns_.size()];
+    }
+
+    void add_shard(Source& source, const std::string& path) {
         struct Fd {
             int fd;
             ~Fd() { close(fd); }
@@ -192,16 +281,19 @@ private:
         if (surplus < 0)
             fail_broken(path, promise + "the file holds " + std::to_string(held / bytes) + "; it was cut short");
         if (surplus > 0) fail_broken(path, promise + "but " + std::to_string(surplus) + " bytes follow them");
-        shards_.push_back({path, tokens_, uint64_t(count), bytes});
-        tokens_ += count;
+        source.shards.push_back({path, source.tokens, uint64_t(count), bytes});
+        source.tokens += count;
     }
 
     // What the first bytes of a foreign file, or zeros, tell about it.
     static std::string describe(const char* start, size_t size) {
-        static const std::pair<std::string, const char*> known[] = {
-            {"version https://git-lfs", "a Git LFS pointer"}, {"SGPTTOK", "a tokenizer"},
-            {"\x93NUMPY", "a NumPy array"}, {"PAR1", "a Parquet file"}, {"PK\3\4", "a zip archive"},
-            {"\x1f\x8b", "compressed by gzip"}, {"\x28\xb5\x2f\xfd", "compressed by zstd"}};
+        static const std::pair<std::string, const char*> known[] = {{"version https://git-lfs", "a Git LFS pointer"},
+                                                                    {"SGPTTOK", "a tokenizer"},
+                                                                    {"\x93NUMPY", "a NumPy array"},
+                                                                    {"PAR1", "a Parquet file"},
+                                                                    {"PK\3\4", "a zip archive"},
+                                                                    {"\x1f\x8b", "compressed by gzip"},
+                                                                    {"\x28\xb5\x2f\xfd", "compressed by zstd"}};
         for (auto& [magic, what] : known)
             if (std::string(start, std::min(size, magic.size())) == magic) return what;
         uint64_t length;  // of a safetensors header, which is JSON
@@ -242,7 +334,7 @@ private:
     }
 
     LoaderState plus(LoaderState s, uint64_t n) const {
-        return {s.epoch + (s.window + n) / windows_, (s.window + n) % windows_};
+        return {s.epoch + (s.window + n) / epoch_, (s.window + n) % epoch_};
     }
 
     // A bijection of 64-bit numbers that mixes them well (splitmix64's).
@@ -252,19 +344,20 @@ private:
         return x ^ (x >> 31);
     }
 
-    // The window at place i of a shuffled epoch. A Feistel network permutes [0, 4^half_bits) whatever its round
-    // function is; going on along its cycles to the next number below windows_ makes that a permutation of
-    // [0, windows_), with no table.
-    uint64_t shuffled(uint64_t epoch, uint64_t i) const {
-        const uint64_t key = mix(mix(seed_ + 0x9e3779b97f4a7c15) + epoch), mask = (uint64_t(1) << half_bits_) - 1;
+    // The window at place i of a source's shuffled epoch. A Feistel network permutes [0, 4^half_bits) whatever its round
+    // function is; going on along its cycles to the next number below `windows` makes that a permutation of
+    // [0, windows), with no table.
+    uint64_t shuffled(const Source& source, uint64_t epoch, uint64_t i) const {
+        const uint64_t number = &source - sources_.data(), seed = seed_ + (number + 1) * 0x9e3779b97f4a7c15;
+        const uint64_t key = mix(mix(seed) + epoch), mask = (uint64_t(1) << source.half_bits) - 1;
         do {
-            uint64_t left = i >> half_bits_, right = i & mask;
+            uint64_t left = i >> source.half_bits, right = i & mask;
             for (int round = 0; round < 8; round++) {
                 left ^= mix(key + 8 * right + round) & mask;
                 std::swap(left, right);
             }
-            i = left << half_bits_ | right;
-        } while (i >= windows_);
+            i = left << source.half_bits | right;
+        } while (i >= source.windows);
         return i;
     }
 
@@ -279,7 +372,12 @@ private:
             try {
                 for (uint64_t b = 0; b < B_; b++) {
                     LoaderState s = plus(at, rank_ * B_ + b);
-                    read_window(&ahead_[b * width_], shuffle_ ? shuffled(s.epoch, s.window) : s.window);
+                    const Source& source = sources_[turns_[s.window % turns_.size()]];
+                    if (sources_.size() > 1) {
+                        const uint64_t n = handed_out(source, s.window);
+                        s = {n / source.windows, n % source.windows};
+                    }
+                    read_window(&ahead_[b * width_], source, shuffle_ ? shuffled(source, s.epoch, s.window) : s.window);
                 }
             } catch (const std::exception& e) {
                 error = e.what();
@@ -291,12 +389,12 @@ private:
         }
     }
 
-    void read_window(int32_t* to, uint64_t window) {
+    void read_window(int32_t* to, const Source& source, uint64_t window) {
         const uint64_t end = (window + 1) * width_;
         for (uint64_t at = window * width_; at < end;) {
             // The last shard that begins at or before `at`; it is not empty, since then the next would begin there too.
             auto before = [](uint64_t a, const Shard& s) { return a < s.begin; };
-            const Shard& shard = *std::prev(std::upper_bound(shards_.begin(), shards_.end(), at, before));
+            const Shard& shard = *std::prev(std::upper_bound(source.shards.begin(), source.shards.end(), at, before));
             const uint64_t n = std::min(end, shard.begin + shard.count) - at;
             read_tokens(to, shard, at - shard.begin, n);
             to += n, at += n;

@@ -2127,16 +2127,18 @@ double learning_rate(const Schedule& a, int64_t s, int64_t S) {
 // =====================================================================================================================
 // Training: the loop, and what is done between its steps.
 
-// Mean loss over the first `batches` batches of all ranks, always the same ones.
-float validate(Model& m, DataLoader& data, int64_t batches, int64_t step) {
+// Mean loss over the first `batches` batches of all ranks, always the same ones, in val_loss. False: a rank was asked to
+// stop meanwhile.
+bool validate(float& val_loss, Model& m, DataLoader& data, int64_t batches, int64_t step) {
     double sum = 0.0, total = 0.0;
     data.seek({0, 0});
-    for (int64_t i = 0; i < batches; i++) {
+    for (int64_t i = 0; i < batches && !asked_to_stop; i++) {
         sum += evaluate(m, data.next(), m.B, m.c.T);
         channel.progress("validating", step);
     }
     for (double part : ranks.exchange(sum)) total += part;
-    return float(total / (double(batches) * ranks.size));
+    val_loss = float(total / (double(batches) * ranks.size));
+    return ranks.most(asked_to_stop != 0) == 0;
 }
 
 bool happened(cudaEvent_t event) {
@@ -2145,9 +2147,6 @@ bool happened(cudaEvent_t event) {
     cudaGetLastError();  // "not ready" is not to be taken for a launch's error later
     return status == cudaSuccess;
 }
-
-// Set by SIGTERM, SIGINT (a second one kills) or SIGUSR1, which Slurm sends ahead of a job's end.
-volatile sig_atomic_t asked_to_stop = 0;
 
 void catch_signals() {
     struct sigaction action = {};
@@ -2246,6 +2245,9 @@ struct Training {
         if (!stopping) end = std::min(o.steps, step + 1), stopping = true, bad = why;
     }
 
+    // The same, where no rank has begun the next step.
+    void stop_here(int64_t step) { end = step, stopping = true; }
+
     void launch(int64_t step) {
         const double before = ranks.sent;
         train_step(m, data, o, step, checked(step));
@@ -2261,8 +2263,10 @@ struct Training {
         channel.progress("reporting", step);
         const double done = now(), lr = learning_rate(o.schedule, step - 1, o.steps);
         if (checked(step)) compare_hashes(r.hashes, step);
-        const bool validated = val && !n.skip && due(step, o.val_every);
-        const float val_loss = validated ? validate(m, *val, o.val_batches, step) : 0.0f;
+        bool validated = val && !n.skip && due(step, o.val_every);
+        float val_loss = 0.0f;
+        if (validated && !validate(val_loss, m, *val, o.val_batches, step)) validated = false, stop_here(step);
+        if (validated && o.keep_best && val_loss < state.best_loss) state.best_loss = val_loss, state.best_step = step;
         const bool spike = log.spikes.add(n.loss);
         if (ranks.rank == 0)
             log.row(step, n.loss, lr, n.grad_norm, tokens / (done - last), validated ? &val_loss : nullptr,
@@ -2293,9 +2297,10 @@ struct Training {
                         n.skipped, (long long)step));
         if (n.skip && suspect <= step) suspect = step + 2;  // no rank has begun it yet
         if (n.stop) stop(step, "");
-        if (tokenizer && due(step, o.sample_every)) print_sample(m, *tokenizer, o, step);
-        if (due(step, o.probe)) probe.run(step, adamw_of(o, step));
-        if (due(step, o.save_every) || (stopping && step == end)) {
+        if (tokenizer && due(step, o.sample_every) && !stopping) print_sample(m, *tokenizer, o, step);
+        if (due(step, o.probe) && !stopping) probe.run(step, adamw_of(o, step));
+        if (due(step, o.probe) && asked_to_stop) stop_here(step);  // there is one rank
+        if (due(step, o.save_every) || (stopping && step == end) || (step > begun && step == state.best_step)) {
             check_weights(m, step);
             saver.save(m, state);
         }
@@ -2325,6 +2330,9 @@ struct Training {
             trouble = format("training: ended after step %lld, but its last checkpoint could not be saved: %s",
                              (long long)end, saver.failure.c_str());
         if (end > begun) print_use(m, memory_before, sent, o.grad_accum);
+        if (o.keep_best && state.best_step > 0)
+            printf("lowest validation loss %.4f, in %s/%s\n", state.best_loss, o.out.c_str(),
+                   checkpoint_name(state.best_step).c_str());
         if (stopping && trouble.empty())
             printf("asked to stop: saved after step %lld in %s; --resume goes on\n", (long long)end,
                    (o.out + "/" + checkpoint_name(end)).c_str());
@@ -2356,6 +2364,7 @@ void run(Options& o, const World& world) {
     Model m;
     plan_training(m, gpu, o, B);
     print_run(m, o);
+    if (data) print_mixture(*data, o);
     fflush(stdout);
     channel.progress("allocating memory", 0);
     create_or_advise(m);

@@ -33,7 +33,10 @@ struct TrainState {
     int64_t updates = 0, skipped = 0;  // of the steps
     uint64_t windows = 0;              // of the data
     Schedule schedule;
-    int64_t steps = -1;  // of the run; -1: unknown, as is the schedule
+    int64_t steps = -1;     // of the run; -1: unknown, as is the schedule
+    Fields training;        // what else the steps so far depend on, under the options' names
+    int64_t best_step = 0;  // with the lowest validation loss, of --keep-best; 0: none
+    double best_loss = INFINITY;
 };
 
 // What a checkpoint says of the schedule, which a resume may change, under the options' names.
@@ -109,7 +112,8 @@ std::string model_file(const Model& m, int i) {
 // Writes checkpoints, in the foreground or, from a copy in host memory, behind the training's back.
 struct Saver {
     std::string out;
-    int keep = 0;  // the newest that stay, 0: all
+    int keep = 0;      // the newest that stay, 0: all
+    int64_t best = 0;  // stays too
     bool background = false;
     std::string tokenizer;  // lines of state.json
     std::string failure;    // why the last save was given up, "" if it was not; the first rank's, after finish()
@@ -138,7 +142,7 @@ struct Saver {
     // All ranks call, between steps. Returns when the training may go on.
     void save(Model& m, const TrainState& state) {
         finish();
-        step = state.step, written = false;
+        step = state.step, best = state.best_step, written = false;
         channel.progress(WRITING, step);
         wait_for_device(m);
         Files files = own_files(m);
@@ -252,7 +256,10 @@ private:
                        ranks.size, (unsigned long long)s.loader.epoch, (unsigned long long)s.loader.window,
                        (unsigned long long)s.windows);
         json += "  \"config\": " + json_text(config_fields(m.c, m.storage)) + ",\n";
-        return json + "  \"schedule\": " + json_text(schedule_fields(s.schedule, s.steps)) + ",\n";
+        json += "  \"schedule\": " + json_text(schedule_fields(s.schedule, s.steps)) + ",\n";
+        if (s.best_step > 0)
+            json += format("  \"best\": {\"step\": %lld, \"val_loss\": %.9g},\n", (long long)s.best_step, s.best_loss);
+        return json + "  \"training\": " + json_text(s.training) + ",\n";
     }
 
     // Lines of Hugging Face's index; none with one file.
@@ -362,7 +369,8 @@ private:
         if (rename(dir.c_str(), final_dir.c_str()))
             throw Error(final_dir + ": cannot be made: " + strerror(errno) + ". Check the run's folder.");
         fsync_dir(out);
-        const std::vector<int64_t> steps = list_checkpoints(out);
+        std::vector<int64_t> steps = list_checkpoints(out);
+        steps.erase(std::remove(steps.begin(), steps.end(), best), steps.end());
         for (size_t i = 0; keep > 0 && i + keep < steps.size(); i++) remove_checkpoint(out, steps[i]);
     }
 };
@@ -413,6 +421,13 @@ Manifest read_manifest(const std::string& dir) {
         m.state.loader = {number(loader, "epoch"), number(loader, "window")};
         m.state.windows = number(loader, "windows");
         read_schedule(m.json.find("schedule"), m.state);
+        if (const Json* training = m.json.find("training"))
+            for (auto& [key, value] : training->fields) m.state.training.push_back({key, value.string});
+        if (const Json* best = m.json.find("best")) {
+            m.state.best_step = int64_t(number(best, "step"));
+            const Json* loss = best->find("val_loss");
+            if (loss && loss->kind == Json::number) m.state.best_loss = strtod(loss->string.c_str(), nullptr);
+        }
         m.state.updates = int64_t(number(&m.json, "updates")), m.state.skipped = int64_t(number(&m.json, "skipped"));
         const uint64_t ranks = number(&m.json, "ranks"), most = uint64_t(1) << 50;
         if (ranks < 1 || ranks > 1 << 20 || !files) throw Error("lacks ranks or files");

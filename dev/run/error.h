@@ -4,6 +4,7 @@
 // speak of what that layer knows: options are named by the command line alone.
 #pragma once
 #include <atomic>
+#include <csignal>
 #include <chrono>
 #include <cstdarg>
 #include <cstdio>
@@ -49,6 +50,8 @@ inline std::string reason(const std::exception& e) {
 // Pieces of long work done on the host: weights set, bytes written. By them the watch over the ranks (channel.h) sees
 // that this process moves.
 inline std::atomic<long long> ticks{0};
+// Set by SIGTERM, SIGINT (a second one kills) or SIGUSR1, which Slurm sends ahead of a job's end.
+inline volatile sig_atomic_t asked_to_stop = 0;
 // Collectives that this process has begun; by them the watch knows who is behind.
 inline std::atomic<long long> collectives{0};
 

@@ -159,9 +159,15 @@ inline void make_dirs(const std::string& path) {  // with the folders above it
 // A name in a folder is on the disk only when the folder is.
 inline void fsync_dir(const std::string& path) {
     const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    const bool done = fd >= 0 && (fsync(fd) == 0 || errno == EINVAL);  // some file systems have nothing to sync
+    const bool done = fd >= 0 && fsync(fd) == 0;
     const int error = errno;
     if (fd >= 0) close(fd);
+    if (fd >= 0 && (error == EINVAL || error == EOPNOTSUPP) && !done) {  // FUSE's and some NFS servers' do not
+        static std::atomic<bool> said{false};
+        if (!said.exchange(true))
+            warn(path + ": this file system does not sync folders; a power cut may cost the newest files their names.");
+        return;
+    }
     if (!done) throw Error(path + ": cannot be written to the disk: " + strerror(error) + ". Check the disk.");
 }
 

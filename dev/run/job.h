@@ -77,6 +77,8 @@ void settle_options(Options& o, const World& world, std::unique_ptr<Tokenizer>& 
         throw Error("--gradients: the fp32 build's are fp32. Leave it out, or make PRECISION=bf16.");
     if (o.val_every > 0 && o.val_data.empty())
         throw Error("--val-every: needs --val-data. Give it, or leave both out.");
+    if (o.keep_best && (o.val_data.empty() || o.val_every == 0))
+        throw Error("--keep-best: needs --val-data, and --val-every above 0. Give them, or leave it out.");
     if (o.probe && world.size > 1)
         throw Error("--probe: is for one rank. Probe a checkpoint: --init-from DIR --steps 0 --probe 1.");
     o.storage.probe = o.probe > 0;
@@ -253,37 +255,72 @@ void claim_folder(const Options& o) {
     remove_leftovers(o.out);
 }
 
-// Tells what a resume changes of the run's schedule. It is a warning where steps that are done had other learning rates
-// than they would have now; they had the same if the change lies ahead: a wsd prolonged, a fall put behind a constant.
-void compare_schedules(const Options& o, const TrainState& had, const std::string& dir) {
-    if (had.steps < 0 || had.step >= o.steps) return;  // of a build that did not write it; nothing is left to train
-    const Fields before = schedule_fields(had.schedule, had.steps);
+// What else a run's steps depend on: the data's order, and AdamW.
+Fields training_fields(const Options& o) {
+    auto word = [](bool on) { return std::string(on ? "on" : "off"); };
+    auto number = [](float x) { return format("%.7g", x); };
+    return {{"train_data", o.train_data},
+            {"shuffle", word(o.shuffle)},
+            {"total_batch", std::to_string(int64_t(o.batch_size) * o.grad_accum * o.storage.ranks)},
+            {"weight_decay", number(o.adamw.weight_decay)},
+            {"no_decay_1d", word(!o.adamw.decay_1d)},
+            {"beta1", number(o.adamw.beta1)},
+            {"beta2", number(o.adamw.beta2)},
+            {"adam_eps", number(o.adamw.eps)},
+            {"clip", number(o.adamw.clip)}};
+}
+
+// The fields that are not as they were, as options; one that was not written down counts as `missing`, null: as the same.
+std::string changes(const Fields& now, const Fields& before, const char* missing) {
     auto shown = [](const std::string& value) {  // a tenth of 3e-4 as 3e-05
-        return isdigit(value[0]) ? format("%.15g", strtod(value.c_str(), nullptr)) : value;
+        char* end;
+        const double x = strtod(value.c_str(), &end);
+        return end != value.c_str() && !*end ? format("%.15g", x) : value;
     };
-    std::string changes;
-    for (auto& [key, value] : schedule_fields(o.schedule, o.steps)) {
-        std::string option = "--" + key, was = "none";
+    std::string found;
+    for (auto& [key, value] : now) {
+        std::string option = "--" + key;
+        const std::string* was = nullptr;
         std::replace(option.begin(), option.end(), '_', '-');
         for (auto& field : before)
-            if (field.first == key) was = field.second;
-        if (was == value) continue;
-        changes += (changes.empty() ? "" : ", ") + option + " " + shown(value) + " (was " + shown(was) + ")";
+            if (field.first == key) was = &field.second;
+        if (was ? *was == value : !missing) continue;
+        found +=
+            (found.empty() ? "" : ", ") + option + " " + shown(value) + " (was " + (was ? shown(*was) : missing) + ")";
     }
-    if (changes.empty()) return;
-    int64_t first = 0, last = 0;  // of the steps that differ
-    for (int64_t s = 0; s < had.step; s++) {
-        if (learning_rate(o.schedule, s, o.steps) == learning_rate(had.schedule, s, had.steps)) continue;
-        if (!first) first = s + 1;
-        last = s + 1;
+    return found;
+}
+
+// Tells what a resume changes, in one line. It is a warning where steps that are done had something else than they would
+// have now; of the learning rate they had the same if the change lies ahead: a wsd prolonged, a fall behind a constant.
+void compare_options(const Options& o, const TrainState& had, uint64_t windows, const std::string& dir) {
+    if (had.step >= o.steps) return;  // nothing is left to train
+    std::string all = changes(training_fields(o), had.training, nullptr), past;
+    if (windows != had.windows)
+        all += format("%s%llu windows of data (was %llu)", all.empty() ? "" : ", ", (unsigned long long)windows,
+                      (unsigned long long)had.windows);
+    if (!all.empty()) past = format("steps 1 to %lld were trained with what they were", (long long)had.step);
+    const std::string rates =
+        had.steps < 0 ? ""
+                      : changes(schedule_fields(o.schedule, o.steps), schedule_fields(had.schedule, had.steps), "none");
+    if (!rates.empty()) {
+        all += (all.empty() ? "" : ", ") + rates;
+        int64_t first = 0, last = 0;  // of the steps that differ
+        for (int64_t s = 0; s < had.step; s++) {
+            if (learning_rate(o.schedule, s, o.steps) == learning_rate(had.schedule, s, had.steps)) continue;
+            if (!first) first = s + 1;
+            last = s + 1;
+        }
+        if (last && past.empty())
+            past = format("steps %lld to %lld were trained with other learning rates than a run with these options has",
+                          (long long)first, (long long)last);
     }
-    if (!last)
-        printf("changed with the resume: %s\n", changes.c_str());
+    if (all.empty()) return;
+    if (past.empty())
+        printf("changed with the resume: %s\n", all.c_str());
     else if (ranks.rank == 0)
-        warn(format(
-            "%s: changed with the resume: %s; steps %lld to %lld were trained with other learning rates than a run "
-            "with these options has. Give its own options, unless that is meant.",
-            dir.c_str(), changes.c_str(), (long long)first, (long long)last));
+        warn(format("%s: changed with the resume: %s; %s. Give its own options, unless that is meant.", dir.c_str(),
+                    all.c_str(), past.c_str()));
 }
 
 // Sets weights, AdamW's state and the place in the data (null: none): of the newest checkpoint with --resume, else
@@ -302,18 +339,13 @@ TrainState set_state(Model& m, const Options& o, DataLoader* data) {
             throw Error(
                 format("%s: was begun with --seed %llu. Give the same.", dir.c_str(), (unsigned long long)state.seed));
         if (data) data->seek(state.loader);
-        if (data && state.windows != data->windows() && ranks.rank == 0)
-            warn(
-                format("%s: its run had %llu windows of data, --train-data has %llu. Give the same files, or windows "
-                       "are seen twice or never.",
-                       dir.c_str(), (unsigned long long)state.windows, (unsigned long long)data->windows()));
         printf("resumed from %s\n", dir.c_str());
-        compare_schedules(o, state, dir);
+        compare_options(o, state, data ? data->windows() : state.windows, dir);
         if (o.steps > 0 && state.step >= o.steps)
             printf("--steps %lld: are done; nothing is left to train, a larger number goes on\n", (long long)o.steps);
     }
     if (data) state.windows = data->windows();
-    state.schedule = o.schedule, state.steps = o.steps;
+    state.schedule = o.schedule, state.steps = o.steps, state.training = training_fields(o);
     return state;
 }
 
@@ -378,9 +410,10 @@ void settle_matmuls(Model& m, const std::string& path, bool resumed) {
     const double timed = ranks.most(matmul.timed);
     if (timed == 0) return;
     if (ranks.most(there || resumed) != 0)
-        printf("%s%s: lacks %.0f matmuls of this run on this machine (%s); they are timed again, sums may round "
-               "differently\n",
-               path.c_str(), ranks.size > 1 ? " or another rank's" : "", timed, machine.c_str());
+        printf(
+            "%s%s: lacks %.0f matmuls of this run on this machine (%s); they are timed again, sums may round "
+            "differently\n",
+            path.c_str(), ranks.size > 1 ? " or another rank's" : "", timed, machine.c_str());
     OutFile file(path);
     file.write(matmul_choices(machine));
     file.commit();
@@ -421,6 +454,15 @@ void print_run(const Model& m, const Options& o) {
                schedule_text(o.schedule, o.steps).c_str());
     printf("%s", memory_plan(m).c_str());
     if (o.save_async) printf("  and on the host, for --save-async %10.1f MiB\n", saved_bytes(m) / 1048576.0);
+}
+
+// What several sources of data come to in the run.
+void print_mixture(const DataLoader& data, const Options& o) {
+    const uint64_t windows = uint64_t(o.steps) * uint64_t(o.batch_size) * uint64_t(o.grad_accum * o.storage.ranks);
+    const auto sources = data.seen({0, windows});
+    for (auto& s : sources)
+        if (sources.size() > 1)
+            printf("data: %.2f%% %s, %.3g epochs in all\n", 100 * s.share, s.glob.c_str(), s.epochs);
 }
 
 // What multiplies; warns if it is slow.

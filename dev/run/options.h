@@ -26,7 +26,7 @@ struct Options {
     std::string rendezvous;
     int64_t check_every = 1000, max_bad_steps = 10;
     std::string train_data, val_data, tokenizer, prompt, init_from, export_to, out = "run";
-    bool shuffle = false, resume = false, graph = false, export_half = false;
+    bool shuffle = false, resume = false, graph = false, export_half = false, keep_best = false;
     int seq_len = 0;           // 0: 1024, or the checkpoint's
     int batch_size = 4;        // 0: as many as fit
     int64_t val_batches = -1;  // 0: all; -1: 20 in training, all in eval
@@ -164,7 +164,8 @@ inline std::vector<Flag> flags(Options& o) {
     only(TRAIN);
 
     heading("Data", ALL_COMMANDS);
-    text("train-data", "GLOB", "token shards (llm.c's format; dev/data/prepare.py makes them); quote a pattern",
+    text("train-data", "GLOB[:WEIGHT,...]",
+         "token shards (llm.c's format; dev/data/prepare.py makes them); quote a pattern. Several take turns by weight",
          &o.train_data);
     only(TRAIN);
     text("val-data", "GLOB", "token shards to validate on, cut into windows of --seq-len + 1 tokens", &o.val_data);
@@ -247,6 +248,8 @@ inline std::vector<Flag> flags(Options& o) {
     integer("save-every", &o.save_every, 0, int64_t(1) << 50,
             "steps between checkpoints, one at the end too; 0 for none (0)");
     integer("keep", &o.keep, 0, big, "checkpoints that stay, the newest; 0 for all (2)");
+    toggle("keep-best", "save where the validation loss is the lowest so far; the best stays, beside --keep's",
+           &o.keep_best, true);
     toggle("save-async", "write checkpoints from a copy in host memory while training goes on", &o.save_async, true);
     toggle("resume", "go on from the newest sound checkpoint in --out, or begin if there is none", &o.resume, true);
     integer("max-bad-steps", &o.max_bad_steps, 1, big,

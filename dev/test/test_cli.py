@@ -368,6 +368,12 @@ class Tests:
              "--schedule wsd (was constant), --steps 20 (was 12), --min-lr 0 (was none), "
              "--decay-steps 8 (was none)", 0, 0),
             ("flat", flat, 20, "--steps 20 (was 12)", 0, 0),
+            ("flat", [*flat, "--shuffle", "--weight-decay", 0.2, "--no-decay-1d", "--beta2", 0.99, "--clip", 2], 20,
+             "--shuffle on (was off), --weight-decay 0.2 (was 0.1), --no-decay-1d on (was off), "
+             "--beta2 0.99 (was 0.95), --clip 2 (was 1), --steps 20 (was 12)", 1, 12),
+            ("flat", [*flat, "--grad-accum", 2], 13, "--total-batch 6 (was 3), --steps 13 (was 12)", 1, 12),
+            ("flat", [*flat, "--train-data", self.path("tokens.bin") + ":1"], 13,
+             f"--train-data {self.path('tokens.bin')}:1 (was {self.path('tokens.bin')}), --steps 13 (was 12)", 1, 12),
         ):
             lines, warnings = told(run, *flags, steps=steps)
             if last:
@@ -378,6 +384,71 @@ class Tests:
                 expect((lines, warnings) == (want, []), f"{changes}: {lines} {warnings}")
         for run, flags in (("linear", ["--warmup", 2]), ("flat", flat)):
             expect(told(run, *flags) == ([], []), "something is said of an unchanged schedule")
+
+    def stopped_in(self, out, *more):
+        """SIGTERM while something long goes on behind step 6: the run ends at once, with a checkpoint of that step."""
+        command = [self.args.train_gpt, *map(str, self.small(out, "--log-every", 1, *more))]
+        p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in p.stdout:
+            if line.startswith("step      5/12"):
+                break
+        time.sleep(1)  # step 6 takes milliseconds
+        begin = time.time()
+        p.send_signal(signal.SIGTERM)
+        said, error = p.communicate(timeout=100)
+        seconds = time.time() - begin
+        expect(p.returncode == 0 and "asked to stop: saved after step 6" in said, f"{p.returncode}: {said} {error}")
+        expect(seconds < 10, f"it took {seconds:.1f} s")  # else it would be minutes
+        expect([r["val_loss"] for r in read_log(self.path(out))] == [""] * 6, "the log")
+        rows = self.run(*self.small(out, "--log-every", 1, "--resume", "--val-every", 0)).count("step  ")
+        expect(rows == 6, f"resumed, it took {rows} steps")
+
+    def stopped_in_validation(self):
+        self.stopped_in("stopped_val", "--val-data", self.path("tokens.bin"), "--val-every", 6, "--val-batches", 10**6)
+
+    def stopped_in_probe(self):
+        self.stopped_in("stopped_probe", "--probe", 6, "--probe-batches", 190)
+        expect(len(read_rows(self.path("stopped_probe/curvature.csv"))) == 1, "rows of a probe that did not finish")
+
+    def keep_best(self):
+        """Data that the first steps learn and the others spoil: the best is none of the last."""
+        write_shard(self.path("easy.bin"), [7] * 3000)
+        state, hard = 1, []
+        for _ in range(20000):
+            state = (state * 1103515245 + 12345) % 2**31
+            hard.append(state // 65536 % 64)
+        write_shard(self.path("mixed.bin"), [7] * 612 + hard)  # 18 windows of 34: 6 steps
+        flags = ("--val-data", self.path("easy.bin"), "--val-every", 2, "--val-batches", 5, "--keep-best", "--lr", 0.03,
+                 "--save-every", 2, "--keep", 2)
+        said = self.run(*self.small("best", *flags, steps=16, data="mixed.bin"))
+        rows = {int(r["step"]): float(r["val_loss"]) for r in read_log(self.path("best")) if r["val_loss"]}
+        best = min(rows, key=rows.get)
+        expect(2 < best < 12, f"the best step is {best}: {rows}")
+        there = sorted(n for n in os.listdir(self.path("best")) if n.startswith("step_"))
+        expect(there == [f"step_{s:08d}" for s in (best, 14, 16)], f"kept {there}, the best is {best}")
+        expect(f"lowest validation loss {rows[best]:.4f}, in {self.path('best')}/step_{best:08d}" in said, said)
+        # resumed, without validating anew what was the best
+        self.run(*self.small("best", *flags, "--resume", steps=20, data="mixed.bin"))
+        there = sorted(n for n in os.listdir(self.path("best")) if n.startswith("step_"))
+        expect(there == [f"step_{s:08d}" for s in (best, 18, 20)], f"then kept {there}")
+        # without --save-every it is saved when it comes
+        self.run(*self.small("best2", *flags, "--save-every", 0, steps=16, data="mixed.bin"))
+        there = sorted(n for n in os.listdir(self.path("best2")) if n.startswith("step_"))
+        expect(f"step_{best:08d}" in there and len(there) <= 3, f"kept {there}")
+
+    def mixtures(self):
+        """Two sources by weight, said with their epochs; resumed, the same bits."""
+        write_shard(self.path("few.bin"), [3] * 340)  # 10 windows
+        self.small("x")
+        data = f"{self.path('tokens.bin')}:0.75,{self.path('few.bin')}:0.25"
+        said = self.run(*self.small("mix", "--train-data", data, "--shuffle", steps=40))
+        expect(f"data: 75.00% {self.path('tokens.bin')}, 0.153 epochs in all" in said, said)
+        expect(f"data: 25.00% {self.path('few.bin')}, 3 epochs in all" in said, said)
+        self.run(*self.small("mix2", "--train-data", data, "--shuffle", "--save-every", 20, "--keep", 0, steps=40))
+        shutil.rmtree(self.path("mix2/step_00000040"))
+        self.run(*self.small("mix2", "--train-data", data, "--shuffle", "--resume", steps=40))
+        losses = [[r["loss"] for r in read_log(self.path(n))] for n in ("mix", "mix2")]
+        expect(losses[0] == losses[1], "the logs differ")
 
     def keep(self):
         self.run(*self.small("keep", "--save-every", 3, "--keep", 2))
@@ -621,12 +692,14 @@ class Tests:
                 if name.endswith(".safetensors"):
                     self.test("golden " + name, self.golden, os.path.join(d, name))
         for body in (self.help, self.same_twice, self.loss_falls, self.resume, self.schedules, self.prolonged,
-                     self.changed_schedules, self.keep, self.import_export, self.export_dtype, self.import_halves,
+                     self.changed_schedules, self.keep, self.keep_best, self.mixtures,
+                     self.stopped_in_validation, self.import_export, self.export_dtype, self.import_halves,
                      self.metadata, self.folders, self.sample, self.plan, self.memory_options, self.probe,
                      self.probe_updates, self.no_decay_1d, self.log_every):
             self.test(body.__name__, body)
         if not self.args.bf16:  # whose probe leaves curvature out
             self.test("probe_batches", self.probe_batches)
+            self.test("stopped_in_probe", self.stopped_in_probe)
         for name in sorted(os.listdir(CURVATURE)):
             self.test("curvature " + name, self.curvature, os.path.join(CURVATURE, name))
 
@@ -655,6 +728,7 @@ class Tests:
             ("fall longer than the run", small("bad", "--schedule", "wsd", "--warmup", 2, "--decay-steps", 11),
              ["--decay-steps: 11", "10"]),
             ("one dash", small("bad", "-nonsense"), ["-nonsense: unknown option"]),
+            ("best without validation", small("bad", "--keep-best"), ["--keep-best", "--val-data"]),
             ("value of a switch", small("bad", "--shuffle=1"), ["--shuffle: takes no value"]),
             ("epsilon of 0", small("bad", "--adam-eps", 0), ["--adam-eps"]),  # 0/0 where a token was not seen yet
             ("more batches than data", small("bad", "--probe", 1, "--probe-batches", 10**9),

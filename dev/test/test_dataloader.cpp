@@ -188,6 +188,62 @@ static void test_shuffle() {
     expect(chi_neighbours < 211, "neighbours are not even: chi-square " + text(chi_neighbours));
 }
 
+// Three sources whose windows begin with their source and its window's number: shares over every prefix, epochs of each,
+// shuffled or not; positions; ranks.
+static void test_mixtures() {
+    const int sizes[] = {7, 50, 3};
+    const double weights[] = {0.3, 0.6, 0.1};
+    std::string data;
+    for (int i = 0; i < 3; i++) {
+        Tokens stream;
+        for (int w = 0; w < sizes[i]; w++) stream.insert(stream.end(), {uint32_t(i), uint32_t(w), 9});
+        data += (i ? "," : "") + shard("s" + text(i) + ".bin", stream) + ":" + (i == 0 ? "3" : i == 1 ? "6" : "1.0");
+    }
+    for (bool shuffle : {false, true}) {
+        DataLoader d(data, 1, 2, 60000, shuffle, 3);
+        expect(d.windows() == 60 && d.tokens() == 180, "counts differ");
+        std::vector<std::vector<uint32_t>> seen(3);
+        std::vector<Tokens> batches;
+        std::vector<LoaderState> states;
+        for (int n = 1; n <= 1000; n++) {
+            states.push_back(d.state());
+            batches.push_back(batch(d, 1, 2));
+            seen[batches.back()[0]].push_back(batches.back()[1]);
+            for (int i = 0; i < 3; i++)
+                expect(std::abs(double(seen[i].size()) - n * weights[i]) < 2, "source " + text(i) + " has " +
+                                                                                  text(seen[i].size()) + " of " + text(n));
+        }
+        for (int i = 0; i < 3; i++) {
+            expect(std::abs(d.seen(d.state())[i].share - weights[i]) < 1e-9, "share differs");
+            expect(d.seen(d.state())[i].epochs == double(seen[i].size()) / sizes[i], "epochs differ");
+            for (size_t begin = 0; begin + sizes[i] <= seen[i].size(); begin += sizes[i]) {
+                std::vector<uint32_t> epoch(seen[i].begin() + begin, seen[i].begin() + begin + sizes[i]);
+                if (shuffle) std::sort(epoch.begin(), epoch.end());
+                for (int w = 0; w < sizes[i]; w++) expect(epoch[w] == uint32_t(w), "an epoch lacks a window");
+            }
+        }
+        DataLoader other(data, 1, 2, 60000, shuffle, 3);
+        for (int at : {999, 500, 0, 37}) {
+            other.seek(states[at]);
+            expect(batch(other, 1, 2) == batches[at], "batch differs from position " + text(at));
+        }
+        for (int rank : {0, 1}) {  // two ranks of 2 see, together, what one with 4 sees
+            DataLoader part(data, 2, 2, 60000, shuffle, 3, rank, 2);
+            for (int step = 0; step < 20; step++) {
+                const Tokens got = batch(part, 2, 2);
+                for (int b = 0; b < 2; b++)
+                    expect(Tokens(got.begin() + b * 3, got.begin() + b * 3 + 3) == batches[step * 4 + rank * 2 + b],
+                           "a rank's window differs");
+            }
+        }
+    }
+    DataLoader one(dir + "/s0.bin:0.2", 1, 2, 60000), plain(dir + "/s0.bin", 1, 2, 60000);
+    for (int n = 0; n < 20; n++) expect(batch(one, 1, 2) == batch(plain, 1, 2), "one source's weight changes it");
+    expect(one.state().epoch == 2 && one.seen(one.state())[0].epochs == 20.0 / 7, "one source's epochs");
+    shard("a,b:c.bin", numbered(9));  // without weights it is a name
+    DataLoader(dir + "/a,b:c.bin", 1, 2, 60000);
+}
+
 static void test_ranks() {
     const Tokens stream = numbered(17 * 5 + 2);
     const std::string path = shard("a.bin", stream);
@@ -305,6 +361,13 @@ static void test_errors_of_arguments() {
                  "smaller T.", [&] { DataLoader(path, 2, 1, 100, false, 0, 0, 3); });
     const std::string huge = message([&] { DataLoader(path, INT32_MAX, INT32_MAX, 100, false, 0, 0, INT32_MAX); });
     expect(huge.find("a.bin: 8 tokens, but one batch needs 9903520305059670") == 0, huge);  // about 2^93
+    const std::string two = path + ":1," + shard("one.bin", {1});
+    expect_error("a.bin:1,one.bin: some sources have a weight and some have none. Give each one, as GLOB:0.5.",
+                 [&] { DataLoader(two, 1, 3, 100); });
+    expect_error("a.bin:1,one.bin:0: the weight 0 is not above 0. Leave that source out.",
+                 [&] { DataLoader(two + ":0", 1, 3, 100); });
+    expect_error("one.bin: 1 tokens, but one window needs 4 (1 windows of T+1 = 4). Give more data, a smaller batch or a "
+                 "smaller T.", [&] { DataLoader(two + ":1e-9", 1, 3, 100); });
     DataLoader d(path, 1, 3, 100);
     expect_error("a.bin: has 2 windows of T+1 = 4 tokens, the position to go to is window 2. Give the data and T that "
                  "the run was begun with.", [&] { d.seek({0, 2}); });
@@ -445,6 +508,7 @@ int main(int argc, char**) {
     test("epochs", test_epochs);
     test("seek", test_seek);
     test("shuffle", test_shuffle);
+    test("mixtures", test_mixtures);
     test("ranks", test_ranks);
     test("names", test_names);
     test("many_shards", test_many_shards);

@@ -194,6 +194,13 @@ class DiskTests(Tests):
                 got = contents(os.path.join(checkpoint(self.path(name), step), file))
                 expect(got == contents(os.path.join(want, file)), f"step {step}: {file} differs")
 
+    def folders(self):
+        """A file system that does not sync folders: one warning, the same run."""
+        job = run(self.exe, self.flags("folders", 0), 0, self.faults("folders", FAULT_ERRNO="FOLDERS"))
+        expect(len(job.warnings()) == 1 and "does not sync folders" in job.warnings()[0], job.text())
+        expect(checkpoints(self.path("folders")) == [2, 4, 6], f"checkpoints {checkpoints(self.path('folders'))}")
+        expect(contents(self.path("folders.st")) == self.calm(0, 0)[2], "the weights differ")
+
     def hangs(self, rank, more):
         """One rank's disk never answers: the job ends, and says who."""
         call = list(self.calls_of(2, rank, 4))[5]
@@ -233,6 +240,7 @@ class DiskTests(Tests):
             for rank in (0, 1):
                 test(f"a disk of rank {rank} that hangs{mode}", self.hangs, rank, more)
         test("a slow disk, weights", self.slow, "weights", 2, ())
+        test("folders that cannot be synced", self.folders)
 
     def report(self):
         super().report()

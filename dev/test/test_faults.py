@@ -359,7 +359,8 @@ class FaultTests(Tests):
         flags = self.flags("other", "--resume")
         flags[flags.index("--train-data") + 1] = self.path("other.bin")
         job = run(self.exe, flags)
-        expect(len(job.warnings()) == 1 and "3529 windows of data, --train-data has 176" in job.warnings()[0], job.text())
+        expect(len(job.warnings()) == 1 and f"{self.path('other.bin')} (was" in job.warnings()[0] and
+               "), 176 windows of data (was 3529); steps 1 to 2 were" in job.warnings()[0], job.text())
 
     def not_readable(self):
         """A checkpoint that this user may not read is not damaged: the run ends, and it keeps its name."""

@@ -242,7 +242,7 @@ struct Probe {
 
     float loss() {
         double sum = 0.0;
-        for (auto& b : batches) sum += evaluate(m, b.data(), m.B, m.c.T);
+        for (size_t i = 0; i < batches.size() && !asked_to_stop; i++) sum += evaluate(m, batches[i].data(), m.B, m.c.T);
         return float(sum / double(batches.size()));
     }
 
@@ -259,7 +259,7 @@ struct Probe {
         combine(v, 1.0 / sqrt(dot(v, v, size)), v, 0.0, v, size);
         Curvature found;
         std::vector<double> a, b;
-        while (found.iterations < iterations) {
+        while (found.iterations < iterations && !asked_to_stop) {
             const double e = product(v, found.eigenvalue);
             a.push_back(dot(v, g, size) / (2 * e));
             lanczos_kernel<<<chunks(size), 256, 0, m.gpu.stream>>>(previous, v, g, float(0.5 / e), float(a.back()),
@@ -288,7 +288,7 @@ struct Probe {
             const double e = 0.002 / sqrt(std::max(fabs(eigenvalue), 30.0));
             for (int side : {1, -1}) {  // a half of the difference runs with negative weights
                 combine(w, 1.0, m.kept, side * e, v, P);
-                for (size_t i = 0; i < batches.size(); i++) {
+                for (size_t i = 0; i < batches.size() && !asked_to_stop; i++) {
                     channel.progress("probing", step);
                     forward_backward(m, batches[i].data(), m.B, m.c.T, float(side) / float(batches.size()),
                                      side == 1 && i == 0);
@@ -353,11 +353,13 @@ struct Probe {
         if (!m.direction || iterations == 0) return;
         const float mean = loss();
         const Curvature w = over_parameters(step);
+        if (asked_to_stop) return;  // what was not finished is not written down
         append("curvature.csv",
                format("%lld,%.9g,%.6g,%.3g,%d\n", (long long)step, mean, w.eigenvalue, w.error, w.iterations));
         printf("probe at step %lld: loss %.4f, largest eigenvalue of the Hessian %.4g +- %.2g (%d iterations)\n",
                (long long)step, mean, w.eigenvalue, w.error, w.iterations);
         const std::vector<Curvature> inputs = over_inputs(step);
+        if (asked_to_stop) return;
         std::string rows;
         for (int l = 0; l < m.c.L; l++) {
             const Curvature& x = inputs[l];
