@@ -2127,8 +2127,7 @@ double learning_rate(const Schedule& a, int64_t s, int64_t S) {
 // =====================================================================================================================
 // Training: the loop, and what is done between its steps.
 
-// Mean loss over the first `batches` batches of all ranks, always the same ones, in val_loss. False: a rank was asked to
-// stop meanwhile.
+// val_loss: the mean over the first `batches` batches of all ranks, always the same ones. False: one was asked to stop.
 bool validate(float& val_loss, Model& m, DataLoader& data, int64_t batches, int64_t step) {
     double sum = 0.0, total = 0.0;
     data.seek({0, 0});

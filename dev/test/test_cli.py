@@ -698,8 +698,8 @@ class Tests:
                      self.probe_updates, self.no_decay_1d, self.log_every):
             self.test(body.__name__, body)
         if not self.args.bf16:  # whose probe leaves curvature out
-            self.test("probe_batches", self.probe_batches)
             self.test("stopped_in_probe", self.stopped_in_probe)
+            self.test("probe_batches", self.probe_batches)
         for name in sorted(os.listdir(CURVATURE)):
             self.test("curvature " + name, self.curvature, os.path.join(CURVATURE, name))
 
