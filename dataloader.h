@@ -37,10 +37,10 @@ struct LoaderState {
 // their windows take turns by weight. One thread at a time may call.
 class DataLoader {
 public:
-    // data: a path or a pattern for glob(3), or several with a weight each, "GLOB:WEIGHT,GLOB:WEIGHT". A global batch is
-    // world*B windows, and rank gets the rank-th B of them: what a step sees depends on world*B only. Every epoch is a
-    // permutation of the windows drawn from (seed, source, epoch) if shuffle, else their order in the stream. Checks all
-    // headers; tokens are checked against vocab_size when read.
+    // data: a path or a pattern for glob(3), or several with a weight each, "GLOB:WEIGHT,GLOB:WEIGHT". A global batch
+    // is world*B windows, and rank gets the rank-th B of them: what a step sees depends on world*B only. Every epoch is
+    // a permutation of the windows drawn from (seed, source, epoch) if shuffle, else their order in the stream. Checks
+    // all headers; tokens are checked against vocab_size when read.
     DataLoader(const std::string& data, int B, int T, int vocab_size, bool shuffle = false, uint64_t seed = 0,
                int rank = 0, int world = 1)
         : data_(data), B_(B), width_(uint64_t(T) + 1), vocab_size_(vocab_size), shuffle_(shuffle), seed_(seed),
@@ -344,8 +344,8 @@ private:
         return x ^ (x >> 31);
     }
 
-    // The window at place i of a source's shuffled epoch. A Feistel network permutes [0, 4^half_bits) whatever its round
-    // function is; going on along its cycles to the next number below `windows` makes that a permutation of
+    // The window at place i of a source's shuffled epoch. A Feistel network permutes [0, 4^half_bits) whatever its
+    // round function is; going on along its cycles to the next number below `windows` makes that a permutation of
     // [0, windows), with no table.
     uint64_t shuffled(const Source& source, uint64_t epoch, uint64_t i) const {
         const uint64_t number = &source - sources_.data(), seed = seed_ + (number + 1) * 0x9e3779b97f4a7c15;
