@@ -270,7 +270,7 @@ Fields training_fields(const Options& o) {
             {"clip", number(o.adamw.clip)}};
 }
 
-// The fields that are not as they were, as options; one that was not written down counts as `missing`, null: as the same.
+// The fields that are not as they were, as options; one that was not written down was `missing`, null: the same.
 std::string changes(const Fields& now, const Fields& before, const char* missing) {
     auto shown = [](const std::string& value) {  // a tenth of 3e-4 as 3e-05
         char* end;
@@ -291,8 +291,9 @@ std::string changes(const Fields& now, const Fields& before, const char* missing
     return found;
 }
 
-// Tells what a resume changes, in one line. It is a warning where steps that are done had something else than they would
-// have now; of the learning rate they had the same if the change lies ahead: a wsd prolonged, a fall behind a constant.
+// Tells what a resume changes, in one line. It is a warning where steps that are done had something else than they
+// would have now; of the learning rate they had the same if the change lies ahead: a wsd prolonged, a fall behind a
+// constant.
 void compare_options(const Options& o, const TrainState& had, uint64_t windows, const std::string& dir) {
     if (had.step >= o.steps) return;  // nothing is left to train
     std::string all = changes(training_fields(o), had.training, nullptr), past;
