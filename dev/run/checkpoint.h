@@ -34,7 +34,7 @@ struct TrainState {
     uint64_t windows = 0;              // of the data
     Schedule schedule;
     int64_t steps = -1;     // of the run; -1: unknown, as is the schedule
-    Fields training;        // what else the steps so far depend on, under the options' names
+    Fields training = {};   // what else the steps so far depend on, under the options' names
     int64_t best_step = 0;  // with the lowest validation loss, of --keep-best; 0: none
     double best_loss = INFINITY;
 };
