@@ -55,6 +55,7 @@ clean_asan16       | build/train_gpt_asan_bf16     | $python dev/test/clean_run.
 clean_tsan         | build/train_gpt_tsan_fp32     | $python dev/test/clean_run.py build/train_gpt_tsan_fp32 --alone
 clean_valgrind     | build/train_gpt_valgrind_fp32 | $python dev/test/clean_run.py build/train_gpt_valgrind_fp32 --alone --valgrind
 lint               |                                | dev/ci/lint.sh
+pythons            | $trainer                       | dev/ci/pythons.sh $trainer
 leak               | $trainer | $python dev/test/clean_run.py $trainer --leak 10000
 leak_2_ranks       | $trainer | $python dev/test/clean_run.py $trainer --leak 3000 --ranks 2
 build              |                                | $python dev/test/test_build.py --full

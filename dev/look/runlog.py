@@ -118,7 +118,10 @@ class Log:
         rows = []
         for number, line in enumerate(lines, self.lines + (1 if self.header else 2)):
             try:
-                fields = dict(zip(header, line.decode().split(","), strict=True))
+                texts = line.decode().split(",")
+                if len(texts) != len(header):
+                    raise ValueError
+                fields = dict(zip(header, texts))
                 note = fields.pop("note")
                 step = int(fields.pop("step"))
                 if not 0 <= step <= 1 << 50:

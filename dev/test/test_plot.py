@@ -576,8 +576,11 @@ class ExportTest(Case):
         self.refused(SystemExit, "neither --tensorboard nor --wandb", self.export, folder)
         self.refused(runlog.NoRows, "none/log.csv: is not there", self.export, self.dir / "none", "--wandb", out)
         for names in (["a", "./a"], ["..=a"]):  # one would replace the other, or lie outside of DIR
-            with contextlib.chdir(self.dir):
-                self.refused(SystemExit, "is no name of one run's folder", self.export, *names, "--tensorboard", out)
+            here = os.getcwd()
+            self.addCleanup(os.chdir, here)
+            os.chdir(self.dir)
+            self.refused(SystemExit, "is no name of one run's folder", self.export, *names, "--tensorboard", out)
+            os.chdir(here)
 
 
 if __name__ == "__main__":
