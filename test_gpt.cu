@@ -411,7 +411,8 @@ TEST(embedding) {
                               {3, 5, 200, 1000},
                               {1, 2, 192 * PACK, 3},
                               {1, 2, BF16 ? 8192 : 6144, 3}})
-        for (bool learned : {false, true}) {
+        for (int option = 0; option < 3; option++) {  // no positions, those in the sequence, those in each document
+            const bool learned = option > 0;
             Random r{uint64_t(T)};
             const int N = B * T;
             DevX tok(normals(size_t(V) * C, r)), pos(normals(size_t(T + 2) * C, r)), x(size_t(N) * C),
@@ -420,19 +421,25 @@ TEST(embedding) {
             std::vector<int> tokens(N);
             for (int& t : tokens) t = r.below(V);
             TokenPlaces p = token_places(tokens.data(), N);
+            std::vector<int2> spans(N);
+            document_spans(spans.data(), tokens.data(), B, T, tokens[N / 2]);
+            Dev<int2> dev_spans(N);
+            CHECK(cudaMemcpy(dev_spans.p, spans.data(), N * sizeof(int2), cudaMemcpyHostToDevice));
+            const int2* given = option == 2 ? dev_spans.p : nullptr;
+            auto position = [&](int n) { return n % T - (given ? spans[n].x : 0); };
             Dev<int> dev_tokens(N), places(N), begin(p.begin.size());
             CHECK(cudaMemcpy(dev_tokens.p, tokens.data(), N * 4, cudaMemcpyHostToDevice));
             CHECK(cudaMemcpy(places.p, p.places.data(), N * 4, cudaMemcpyHostToDevice));
             CHECK(cudaMemcpy(begin.p, p.begin.data(), p.begin.size() * 4, cudaMemcpyHostToDevice));
-            embedding_forward(x.p, dev_tokens.p, tok.p, learned ? pos.p : nullptr, N, T, C, gpu);
-            embedding_backward(dtok.p, learned ? dpos.p : nullptr, dx.p, dev_tokens.p, places.p, begin.p,
+            embedding_forward(x.p, dev_tokens.p, tok.p, learned ? pos.p : nullptr, given, N, T, C, gpu);
+            embedding_backward(dtok.p, learned ? dpos.p : nullptr, dx.p, dev_tokens.p, places.p, begin.p, given,
                                int(p.begin.size()) - 1, B, T, C, gpu);
             Vec want, want_tok = dtok.v, want_pos = dpos.v;
             for (int n = 0; n < N; n++)
                 for (int c = 0; c < C; c++) {
-                    want.push_back(tok.v[tokens[n] * C + c] + (learned ? pos.v[n % T * C + c] : 0));
+                    want.push_back(tok.v[tokens[n] * C + c] + (learned ? pos.v[position(n) * C + c] : 0));
                     want_tok[tokens[n] * C + c] += dx.v[n * C + c];
-                    if (learned) want_pos[n % T * C + c] += dx.v[n * C + c];
+                    if (learned) want_pos[position(n) * C + c] += dx.v[n * C + c];
                 }
             expect_close(x.get(), want, TOL, "x");
             expect_close(dtok.get(), want_tok, TOL_FLOAT, "dtok");
@@ -468,7 +475,8 @@ TEST(linear) {
 struct AttentionWant {
     Vec out, lse, dq, dk, dv;
 };
-AttentionWant attention_reference(const Heads& h, const Vec& q, const Vec& k, const Vec& v, const Vec& dout) {
+AttentionWant attention_reference(const Heads& h, const Vec& q, const Vec& k, const Vec& v, const Vec& dout,
+                                  const std::vector<int2>& spans) {
     AttentionWant w = {Vec(q.size()), Vec(size_t(h.B) * h.NH * h.T), Vec(q.size()), Vec(k.size()), Vec(v.size())};
     const int HS = h.HS;
     const double scale = 1 / sqrt(double(HS));
@@ -480,16 +488,17 @@ AttentionWant attention_reference(const Heads& h, const Vec& q, const Vec& k, co
                 const size_t o = ((size_t(b) * h.T + i) * h.NH + head) * HS;
                 Vec p(i + 1);
                 double top = -INFINITY, sum = 0, d = 0;
-                for (int j = 0; j <= i; j++) {
+                const int begin = spans.empty() ? 0 : spans[size_t(b) * h.T + i].x;
+                for (int j = begin; j <= i; j++) {
                     for (int c = 0; c < HS; c++) p[j] += scale * q[row * HS + c] * k[(kv + j) * HS + c];
                     top = std::max(top, p[j]);
                 }
-                for (double& x : p) sum += x = exp(x - top);
+                for (int j = begin; j <= i; j++) sum += p[j] = exp(p[j] - top);
                 w.lse[row] = top + log(sum);
-                for (int j = 0; j <= i; j++)
+                for (int j = begin; j <= i; j++)
                     for (int c = 0; c < HS; c++) w.out[o + c] += (p[j] /= c ? 1 : sum) * v[(kv + j) * HS + c];
                 for (int c = 0; c < HS; c++) d += dout[o + c] * w.out[o + c];
-                for (int j = 0; j <= i; j++) {
+                for (int j = begin; j <= i; j++) {
                     double dp = 0;
                     for (int c = 0; c < HS; c++) dp += dout[o + c] * v[(kv + j) * HS + c];
                     const double ds = scale * p[j] * (dp - d);
@@ -542,10 +551,20 @@ TEST(attention) {
                     {{{2, 130, 4, 1, HS}, 3, true}, {{1, 400, 1, 1, HS}, 5, true}, {{9, 66, 4, 2, HS}, 1, true}});
             if (!quick && !EXACT) shapes.push_back({{2, 1000, 4, 2, HS}, 3, true});
         }
-    auto check = [&](const Shape& shape) {
-        const auto [h, q_scale, on_hopper] = shape;
+    auto check = [&](const Shape& shape, bool separate) {
+        auto [h, q_scale, on_hopper] = shape;
         gpu.hopper = on_hopper;
         Random r{uint64_t(h.T * h.HS)};
+        std::vector<int2> spans;
+        if (separate) {  // documents of one token, of a few, and of whole tiles
+            std::vector<int> tokens(h.B * h.T);
+            for (size_t i = 0; i < tokens.size(); i += 1 + r.below(r.below(2) ? 3 : h.T)) tokens[i] = 1;
+            spans.resize(tokens.size());
+            document_spans(spans.data(), tokens.data(), h.B, h.T, 1);
+        }
+        Dev<int2> dev_spans(spans.size());
+        CHECK(cudaMemcpy(dev_spans.p, spans.data(), spans.size() * sizeof(int2), cudaMemcpyHostToDevice));
+        h.spans = separate ? dev_spans.p : nullptr;
         const size_t q_size = size_t(h.B) * h.T * h.width(0), kv_size = size_t(h.B) * h.T * h.width(1),
                      rows = size_t(h.B) * h.NH * h.T;
         DevX q(normals(q_size, r, q_scale)), k(normals(kv_size, r)), v(normals(kv_size, r)), out(q_size),
@@ -562,9 +581,9 @@ TEST(attention) {
             gpu.sms = sms;
             EXPECT(again.get() == out.get() && again_lse.get() == lse.get());
         }
-        const AttentionWant want = attention_reference(h, q.v, k.v, v.v, dout.v);
-        std::string what = format(" T %d HS %d NH %d NKV %d%s, %zu KB", h.T, h.HS, h.NH, h.NKV,
-                                  gpu.hopper ? " Hopper" : "", gpu.shared >> 10);
+        const AttentionWant want = attention_reference(h, q.v, k.v, v.v, dout.v, spans);
+        std::string what = format(" T %d HS %d NH %d NKV %d%s%s, %zu KB", h.T, h.HS, h.NH, h.NKV,
+                                  gpu.hopper ? " Hopper" : "", separate ? " documents" : "", gpu.shared >> 10);
         expect_close(out.get(), want.out, TOL_ATTENTION, "out" + what);
         expect_close(lse.get(), want.lse, TOL_FLOAT, "lse" + what);
         attention_backward(dq.p, dk.p, dv.p, scratch.p, dout.p, out.p, q.p, k.p, v.p, lse.p, h, gpu);
@@ -575,11 +594,12 @@ TEST(attention) {
         attention_backward(dq_again.p, dk_again.p, dv_again.p, scratch.p, dout.p, out.p, q.p, k.p, v.p, lse.p, h, gpu);
         EXPECT(dq_again.get() == dq.get() && dk_again.get() == dk.get() && dv_again.get() == dv.get());
     };
-    for (const Shape& shape : shapes) check(shape);
+    for (const Shape& shape : shapes)
+        for (bool separate : {false, true}) check(shape, separate);
     if (!SERIAL) {  // and where a block has no more shared memory than on most cards
         SmallShared small;
         for (const Shape& shape : shapes)
-            if (shape.h.HS > 64 && !shape.hopper) check(shape);
+            if (shape.h.HS > 64 && !shape.hopper) check(shape, true);
     }
     gpu.hopper = had_hopper;
 }
@@ -1457,6 +1477,51 @@ TEST(slope) {
         }
         destroy(m);
     }
+}
+
+// Documents that are kept apart in windows have the losses, and together the gradients, of those same documents alone.
+TEST(documents) {
+    for (Backbone backbone : {Backbone::llama, Backbone::nanogpt})
+        for (Variant variant : variants()) {
+            const Config c = small_config(backbone, variant);
+            const int B = 2, T = c.T, bos = 5, lengths[B][3] = {{9, 1, 14}, {8, 16, 0}};
+            std::vector<int32_t> windows = some_windows(c, B, 3);
+            for (int32_t& t : windows) t += t == bos;
+            for (int b = 0; b < B; b++)
+                for (int i = 0, at = 0; i < 3; at += lengths[b][i++]) windows[b * (T + 1) + at] = bos;
+            Model m;
+            Storage storage;
+            storage.bos = bos;
+            plan(m, gpu, c, B, true, storage);
+            create(m);
+            initialize(m, 4);
+            begin_step(m);
+            forward_backward(m, windows.data(), B, T, 1.0f, true);
+            auto floats = [](const float* p, size_t n) {
+                std::vector<float> x(n);
+                CHECK(cudaDeviceSynchronize());
+                CHECK(cudaMemcpy(x.data(), p, n * sizeof(float), cudaMemcpyDeviceToHost));
+                return Vec(x.begin(), x.end());
+            };
+            const Vec losses = floats(m.losses, B * T);
+            const std::vector<float> together = get_floats(m.grads, 0, m.table.size);
+            Vec alone;
+            begin_step(m);
+            for (int b = 0; b < B; b++)
+                for (int i = 0, at = 0; i < 3; at += lengths[b][i++]) {
+                    const int n = lengths[b][i];
+                    if (!n) continue;
+                    forward_backward(m, &windows[b * (T + 1) + at], 1, n, float(n) / float(B * T), at + b == 0);
+                    const Vec own = floats(m.losses, n);
+                    alone.insert(alone.end(), own.begin(), own.end());
+                }
+            const std::string what = BACKBONES[int(backbone)] + " " + VARIANTS[int(variant)];
+            expect_close(losses, alone, BF16 ? 4e-3 : 2e-6, what + " losses");
+            const std::vector<float> sum = get_floats(m.grads, 0, m.table.size);
+            expect_close(Vec(together.begin(), together.end()), Vec(sum.begin(), sum.end()), BF16 ? 2e-2 : 1e-5,
+                         what + " gradients");
+            destroy(m);
+        }
 }
 
 // Of a symmetric matrix (n,n), the eigenvalue that is largest in magnitude: the power iteration, by squaring.

@@ -29,6 +29,7 @@
 #include <vector>
 
 #include "dev/device/attention_hopper.cuh"
+#include "dev/device/batch.cuh"
 #include "dev/device/gpu.cuh"
 #include "dev/run/ranks.h"
 #include "simplenorm.cuh"
@@ -184,6 +185,7 @@ struct Storage {
     bool half_gradients = false;  // in bf16: 2 bytes a parameter instead of 4, each micro-batch's sum rounded
     bool half_moments = false;    // AdamW's moments in bf16, rounded at random: 4 bytes a parameter, not 8
     bool no_master = false;       // no float weights beside the bf16 ones, which are rounded at random: 4 bytes less
+    int bos = -1;                 // of --documents separate, else -1
     bool probe = false;           // room for the probe's directions and copies of what it displaces
     // ZeRO (Rajbhandari et al. 2020): of `ranks` ranks each keeps 1/ranks of nothing (0), of masters and moments (1),
     // of gradients too (2), of weights too (3).
@@ -377,8 +379,9 @@ void initial_values(std::vector<float>& out, const Tensor& t, uint64_t seed, uin
 
 template <int PACKS>
 __global__ void __launch_bounds__(ROW_THREADS)
-    embedding_forward_kernel(floatX* x, const int* tokens, const floatX* tok, const floatX* pos, int T, int C) {
-    const size_t n = blockIdx.x, token = tokens[n], t = n % T;
+    embedding_forward_kernel(floatX* x, const int* tokens, const floatX* tok, const floatX* pos, const int2* spans,
+                             int T, int C) {
+    const size_t n = blockIdx.x, token = tokens[n], t = n % T - (spans ? spans[n].x : 0);
     if (SERIAL && n + 2 < gridDim.x) expect(tok + size_t(tokens[n + 2]) * C, C);
     PackReader a, b;
     PackWriter write;
@@ -388,31 +391,13 @@ __global__ void __launch_bounds__(ROW_THREADS)
     });
 }
 
-void embedding_forward(floatX* x, const int* tokens, const floatX* tok, const floatX* pos, int N, int T, int C,
-                       const Gpu& gpu) {
+void embedding_forward(floatX* x, const int* tokens, const floatX* tok, const floatX* pos, const int2* spans, int N,
+                       int T, int C, const Gpu& gpu) {
     row_shape(C, [&](auto packs, int threads) {
         constexpr int P = packs.value;
-        embedding_forward_kernel<P><<<N, threads, 0, gpu.stream>>>(x, tokens, tok, pos, T, C);
+        embedding_forward_kernel<P><<<N, threads, 0, gpu.stream>>>(x, tokens, tok, pos, spans, T, C);
     });
     CHECK(cudaGetLastError());
-}
-
-// The places of each token that occurs, made on the host, where the tokens come from: with it a block sums all rows of
-// one token in order, and no atomics are needed.
-struct TokenPlaces {
-    std::vector<int> places;  // (N) positions n, sorted by token, then by n
-    std::vector<int> begin;   // (U+1) where the u-th token's places begin
-};
-
-TokenPlaces token_places(const int* tokens, int N) {
-    TokenPlaces p;
-    p.places.resize(N);
-    for (int n = 0; n < N; n++) p.places[n] = n;
-    std::stable_sort(p.places.begin(), p.places.end(), [&](int a, int b) { return tokens[a] < tokens[b]; });
-    for (int i = 0; i < N; i++)
-        if (i == 0 || tokens[p.places[i]] != tokens[p.places[i - 1]]) p.begin.push_back(i);
-    p.begin.push_back(N);
-    return p;
 }
 
 // dtok[token,c] += sum over its places n of dx[n,c]. One block a token that occurs; blocks beyond those have no places.
@@ -436,21 +421,23 @@ __global__ void embedding_backward_kernel(G* dtok, const floatX* dx, const int* 
     }
 }
 
-// dpos[t,c] += sum_b dx[b,t,c]. One block a position, threads stride over the columns. dpos (max_T,C) G; dx (B,T,C).
+// dpos[t,c] += sum_b dx[b,t,c]; with spans over all tokens that are the t-th of their document. One block a position,
+// threads stride over the columns. dpos (max_T,C) G; dx (B,T,C).
 template <typename G>
-__global__ void position_backward_kernel(G* dpos, const floatX* dx, int B, int T, int C) {
-    size_t t = blockIdx.x;
+__global__ void position_backward_kernel(G* dpos, const floatX* dx, const int2* spans, int B, int T, int C) {
+    const int t = blockIdx.x;
     for (int c = threadIdx.x; c < C; c += blockDim.x) {
-        float sum = dpos[t * C + c];
-        for (int b = 0; b < B; b++) sum += float(dx[(b * size_t(T) + t) * C + c]);
-        dpos[t * C + c] = sum;
+        float sum = dpos[size_t(t) * C + c];
+        for (int n = t; n < B * T; n += spans ? 1 : T)
+            if (!spans || n % T - spans[n].x == t) sum += float(dx[size_t(n) * C + c]);
+        dpos[size_t(t) * C + c] = sum;
     }
 }
 
 // tokens (N) int; places (N), begin (blocks+1): TokenPlaces on the device, begin filled up with N. blocks: as many as
 // tokens occur, or more, so that it need not depend on the batch.
 void embedding_backward(Flat dtok, Flat dpos, const floatX* dx, const int* tokens, const int* places, const int* begin,
-                        int blocks, int B, int T, int C, const Gpu& gpu) {
+                        const int2* spans, int blocks, int B, int T, int C, const Gpu& gpu) {
     dtok.visit([&](auto* d) {
         using G = std::decay_t<decltype(*d)>;
         embedding_backward_kernel<G><<<blocks, row_threads(C), 0, gpu.stream>>>(d, dx, tokens, places, begin, C);
@@ -459,7 +446,7 @@ void embedding_backward(Flat dtok, Flat dpos, const floatX* dx, const int* token
     if (!dpos.p) return;
     dpos.visit([&](auto* d) {
         using G = std::decay_t<decltype(*d)>;
-        position_backward_kernel<G><<<T, row_threads(C), 0, gpu.stream>>>(d, dx, B, T, C);
+        position_backward_kernel<G><<<T, row_threads(C), 0, gpu.stream>>>(d, dx, spans, B, T, C);
     });
     CHECK(cudaGetLastError());
 }
@@ -666,7 +653,10 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, BF16 ? 2 : 1)
     const int first = warp() * M;  // this warp's rows in the block
     const size_t q_at = size_t(place.head) * T + row0,
                  kv_at = (size_t(b) * h.NKV + head / (h.NH / h.NKV)) * h.room * HS;
-    const int steps = ceil_div(min(h.past + row0 + ROWS, keys), COLS);
+    const int2* spans = h.spans ? h.spans + size_t(b) * T : nullptr;
+    auto document = [&](int t) { return spans ? spans[min(t, T - 1)].x : 0; };  // its first token
+    const int begin = document(row0) / COLS, steps = ceil_div(min(h.past + row0 + ROWS, keys), COLS);
+    const int first_document = document(row0 + first), last_document = document(row0 + first + M - 1);
 
     // tile n of k0, v0, k1, v1, ..: where it comes from, where it lies
     auto source = [&](int n) { return (n % 2 ? v : k) + kv_at + size_t(n / 2 * COLS) * HS; };
@@ -677,7 +667,7 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, BF16 ? 2 : 1)
     };
     auto stream = [&](int n) { return tile_home<W, COLS>(slot(n), source(n), HS, HS, keys - n / 2 * COLS); };
     load_transposed<W, ROWS, THREADS>(sq, q + q_at * HS, HS, HS, T - row0);
-    for (int n = 0; n < FORWARD_AHEAD; n++) fetch(n);
+    for (int n = 0; n < FORWARD_AHEAD; n++) fetch(2 * begin + n);
     Left<W, M, KEPT> rows(sq, first);
     if (KEPT) {
         copy_wait<1>();
@@ -692,10 +682,11 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, BF16 ? 2 : 1)
     acc.zero();
     float top[Out::SLOTS], sum[Out::SLOTS];  // p are taken relative to 2^(scale2 top)
     for (int s = 0; s < Out::SLOTS; s++) top[s] = -INFINITY, sum[s] = 0.0f;
-    for (int step = 0; step < steps; step++) {
+    for (int step = begin; step < steps; step++) {
         const int diagonal =
             h.past + row0 + first - step * COLS;  // the tile's columns up to row + diagonal are visible
-        const bool some_visible = diagonal + M > 0, all_visible = diagonal >= COLS - 1;
+        const bool some_visible = diagonal + M > 0 && first_document < (step + 1) * COLS;
+        const bool all_visible = diagonal >= COLS - 1;
         const Part part = diagonal > 0 ? ALL : LOWER;
         copy_wait<FORWARD_AHEAD / 2>();
         __syncthreads();  // this tile is here, and nobody reads the one before it any more
@@ -704,6 +695,7 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, BF16 ? 2 : 1)
         if (some_visible) {
             mma_nt(p, rows, stream(2 * step), part);
             if (!all_visible) mask_scores(p, diagonal);
+            if (last_document > step * COLS) mask_documents(p, spans, row0 + first, T, step * COLS);
             float keep[Out::SLOTS];
             if (softmax_top(p, top, keep, scale2)) {
                 #pragma unroll
@@ -810,10 +802,14 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, 1)
     const int dq_row = warp() / DQ_PARTS * DQ_ROWS, dq_col = out_col + warp() % DQ_PARTS * DQ_COLS;
     const float scale2 = scale * LOG2E;
     for (int block = place.tile; block < (SERIAL ? blocks : place.tile + 1); block++) {
-        const int row0 = block * KEYS, last_tiles = tiles - row0 / COLS, steps = group * last_tiles;
+        const int row0 = block * KEYS;
+        // the last tile of queries that see the last key
+        const int2* spans = h.spans ? h.spans + size_t(b) * T : nullptr;
+        const int last_tile = spans ? (spans[min(row0 + KEYS, T) - 1].y - 1) / COLS : tiles - 1;
+        const int last_tiles = last_tile + 1 - row0 / COLS, steps = group * last_tiles;
         const size_t kv_at = (size_t(kv_head) * T + row0) * HS;
         auto step_head = [&](int step) { return size_t(b) * NH + head0 + step / last_tiles; };
-        auto step_tile = [&](int step) { return tiles - 1 - step % last_tiles; };
+        auto step_tile = [&](int step) { return last_tile - step % last_tiles; };
         auto slot = [&](int step) { return step % (BACKWARD_AHEAD + 1) * COLS; };
         auto source_q = [&](int step) { return q + (step_head(step) * T + step_tile(step) * COLS) * HS; };
         auto source_do = [&](int step) {
@@ -845,7 +841,11 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, 1)
         int* turn_to_pass = nullptr;
         for (int step = 0; step < steps; step++) {
             const int tile = step_tile(step), diagonal = row0 + first - tile * COLS;  // columns from row + diagonal on
-            const bool some_visible = diagonal < COLS, all_visible = diagonal <= 1 - M;
+            // of the tile's queries the first's document and the last's
+            const int first_document = spans ? spans[tile * COLS].x : 0;
+            const int last_document = spans ? spans[min(tile * COLS + COLS, T) - 1].x : 0;
+            const bool some_visible = diagonal < COLS && first_document < row0 + first + M;
+            const bool all_visible = diagonal <= 1 - M;
             const Part part = all_visible ? ALL : UPPER;
             const int there = T - tile * COLS;
             const SharedX* tile_q = tile_home<W, COLS>(sq + slot(step) * LD, source_q(step), HS, HS, there);
@@ -874,6 +874,7 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, 1)
                         for (int s = 0; s < p.SLOTS; s++)
                             p.at(s, e) = p.col(e) >= p.row(s) + diagonal ? p.at(s, e) : 0.0f;
                 }
+                if (last_document > row0 + first) mask_queries(p, spans, tile * COLS, T, row0 + first);
                 mma_nn<W>(acc_v, p, tile_do, out_col, part);
                 mma_nt(ds, v_rows, tile_do, part);
                 #pragma unroll
@@ -897,7 +898,7 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, 1)
                               size_t(warp()) * DQ_ROWS * DQ_COLS;
             Tile<DQ_ROWS, DQ_COLS> acc;
             acc.zero();
-            if (adds && block > 0) {  // early, so that the loads take no time
+            if (adds && block > first_document / KEYS) {  // early, so that the loads take no time
                 wait_for_turn(turn, block);
                 #pragma unroll
                 for (int i = 0; i < int(sizeof(acc.v) / 16); i++)
@@ -1114,7 +1115,7 @@ struct Arena {
 // Pinned host memory for a batch on its way to the device. There are two, so that the host fills one while the other
 // may still be read.
 struct Staging {
-    int* batch = nullptr;  // tokens (N), targets (N), places (N), begin (N+1)
+    int* batch = nullptr;  // tokens (N), targets (N), spans (N) of two, places (N), begin (N+1)
     cudaEvent_t copied = nullptr;
 };
 
@@ -1189,7 +1190,8 @@ struct Model {
     unsigned long long *hashes = nullptr, *hash_parts = nullptr;     // (ranks), (chunks)
     float *partial = nullptr, *square_sums = nullptr;
     float2* rope = nullptr;                                                          // (T,HS/2) cos, sin
-    int *tokens = nullptr, *targets = nullptr, *places = nullptr, *begin = nullptr;  // (N) (N) (N) (N+1), neighbours
+    int *tokens = nullptr, *targets = nullptr, *places = nullptr, *begin = nullptr;  // (N) (N) (N) (N+1), neighbours,
+    int2* spans = nullptr;                                                           // behind targets (N)
 
     // gradients of activations, shared by all layers
     floatX *dres = nullptr, *dbranch = nullptr, *datt = nullptr, *dnormed = nullptr;  // (N,C)
@@ -1233,7 +1235,7 @@ constexpr size_t CHUNK = 16384;  // elements a block of the flat kernels (norm, 
 constexpr int LOGIT_ROWS = 64;   // queries a block of the probe's
 inline int chunks(size_t elements) { return int((elements + CHUNK - 1) / CHUNK); }
 
-inline size_t batch_ints(size_t N) { return 4 * N + 1; }  // a batch: tokens, targets, places, begin
+inline size_t batch_ints(size_t N) { return 6 * N + 1; }  // a batch: tokens, targets, spans, places, begin
 
 // Bytes of the logits' place. Between steps units pass through it on their way to the host (get_unit), with room for
 // 256 bytes of each rank's piece at the least.
@@ -1669,7 +1671,11 @@ void reduce_gradients(Model& m, int u, bool first) {
 // The block.
 
 // B sequences of T tokens; the model may run fewer and shorter ones than it has memory for
-Heads heads(const Model& m, int B, int T) { return {B, T, m.c.NH, m.c.NKV, m.c.HS(), m.past, m.room ? m.room : T}; }
+// The spans of the documents in set_batch's tokens, null if they are not kept apart.
+const int2* spans(const Model& m) { return m.storage.bos < 0 || m.room ? nullptr : m.spans; }
+Heads heads(const Model& m, int B, int T) {
+    return {B, T, m.c.NH, m.c.NKV, m.c.HS(), m.past, m.room ? m.room : T, spans(m)};
+}
 
 QkvGains qkv_gains(const Model& m, const LayerOffsets& at) {
     const floatX* q = m.w(at.qkv_gain);
@@ -1785,13 +1791,15 @@ void set_batch(Model& m, const int32_t* windows, int B, int T, bool places) {
         std::copy_n(windows + b * size_t(T + 1), T, tokens + b * size_t(T));
         std::copy_n(windows + b * size_t(T + 1) + 1, T, targets + b * size_t(T));
     }
+    if (m.storage.bos >= 0) document_spans(reinterpret_cast<int2*>(targets + N), tokens, B, T, m.storage.bos);
     if (places) {
         const TokenPlaces p = token_places(tokens, int(N));
-        std::copy(p.places.begin(), p.places.end(), s.batch + 2 * N);
-        std::fill(std::copy(p.begin.begin(), p.begin.end(), s.batch + 3 * N), s.batch + batch_ints(N), int(N));
+        std::copy(p.places.begin(), p.places.end(), s.batch + 4 * N);
+        std::fill(std::copy(p.begin.begin(), p.begin.end(), s.batch + 5 * N), s.batch + batch_ints(N), int(N));
     }
-    m.targets = m.tokens + N, m.places = m.targets + N, m.begin = m.places + N;
-    CHECK(cudaMemcpyAsync(m.tokens, s.batch, (places ? batch_ints(N) : 2 * N) * sizeof(int), cudaMemcpyHostToDevice,
+    m.targets = m.tokens + N, m.spans = reinterpret_cast<int2*>(m.targets + N);
+    m.places = m.targets + 3 * N, m.begin = m.places + N;
+    CHECK(cudaMemcpyAsync(m.tokens, s.batch, (places ? batch_ints(N) : 4 * N) * sizeof(int), cudaMemcpyHostToDevice,
                           m.gpu.stream));
     CHECK(cudaEventRecord(s.copied, m.gpu.stream));
 }
@@ -1805,7 +1813,8 @@ void forward(Model& m, int B, int T, const std::function<void(int)>& after_block
     need_weights(m, 0, 1);
     const floatX* positions = m.w(m.table.pos);
     if (positions) positions += size_t(m.past) * C;
-    if (from == EMBEDDING) embedding_forward(m.acts[0].x, m.tokens, m.w(m.table.tok), positions, N, T, C, m.gpu);
+    if (from == EMBEDDING)
+        embedding_forward(m.acts[0].x, m.tokens, m.w(m.table.tok), positions, spans(m), N, T, C, m.gpu);
     for (int l = std::max(from, 0); l < L; l++) {
         need_weights(m, l + 1, l + 2);
         block_forward(m, l, l + 1 < L ? m.acts[l + 1].x : m.out, B, T);
@@ -1861,8 +1870,8 @@ void launch_micro_batch(Model& m, int B, int T, float weight, bool first, bool l
     }
     if (from != EMBEDDING) return;
     if (!m.table.tied()) begin_gradients(m, 0, first);
-    embedding_backward(m.g(m.table.tok), m.g(m.table.pos), m.dres, m.tokens, m.places, m.begin, B * T, B, T, m.c.C,
-                       m.gpu);
+    embedding_backward(m.g(m.table.tok), m.g(m.table.pos), m.dres, m.tokens, m.places, m.begin, spans(m), B * T, B, T,
+                       m.c.C, m.gpu);
     finished(0);
 }
 

@@ -352,7 +352,7 @@ std::vector<Case> embedding_and_loss_cases(const Config& c, int B, int logit_row
                        floatX *x = t.x(size_t(N) * C), *tok = t.x(size_t(Vp) * C),
                               *pos = gated ? nullptr : t.x(size_t(T) * C);
                        int* at = t.ints(tokens);
-                       return [=] { embedding_forward(x, at, tok, pos, N, T, C, gpu); };
+                       return [=] { embedding_forward(x, at, tok, pos, nullptr, N, T, C, gpu); };
                    }});
     all.push_back({"embedding_backward", format("N %d, C %d", N, C), "embedding, backward", 1, 0,
                    sizeof(floatX) * double(N) * C * (gated ? 1 : 2) + 8.0 * (double(unique) * C + positions),
@@ -361,7 +361,7 @@ std::vector<Case> embedding_and_loss_cases(const Config& c, int B, int logit_row
                        floatX* dx = t.x(size_t(N) * C);
                        int *at = t.ints(tokens), *places = t.ints(p.places), *begin = t.ints(p.begin);
                        return [=] {
-                           embedding_backward(dtok, gated ? Flat() : Flat(dpos), dx, at, places, begin, unique, B, T, C,
+                           embedding_backward(dtok, gated ? Flat() : Flat(dpos), dx, at, places, begin, nullptr, unique, B, T, C,
                                               gpu);
                        };
                    },

@@ -36,6 +36,29 @@ __device__ inline void mask_scores(Tile<M, N, BY_COLUMN>& p, int diagonal) {
         #pragma unroll
         for (int s = 0; s < p.SLOTS; s++) p.at(s, e) = p.col(e) <= p.row(s) + diagonal ? p.at(s, e) : -INFINITY;
 }
+// The same where a column is before the first token of the row's document; rows are tokens t.. of T, col0 is the tile's
+// first column. Not -infinity, as a row's first tile may show it nothing: what is summed there is forgotten once
+// something is visible, as 2^(scale2 (SMALL - top)) is 0.
+constexpr float SMALL = -1e30f;
+template <int M, int N>
+__device__ inline void mask_documents(Tile<M, N, BY_COLUMN>& p, const int2* spans, int t, int T, int col0) {
+    #pragma unroll
+    for (int s = 0; s < p.SLOTS; s++) {
+        const int hidden = spans[min(t + p.row(s), T - 1)].x - col0;
+        #pragma unroll
+        for (int e = 0; e < p.PER_ROW; e++) p.at(s, e) = p.col(e) < hidden ? SMALL : p.at(s, e);
+    }
+}
+// The same of the backward, whose columns are queries t.. of T and rows keys from `key` on: 0 there.
+template <int M, int N>
+__device__ inline void mask_queries(Tile<M, N, BY_COLUMN>& p, const int2* spans, int t, int T, int key) {
+    #pragma unroll
+    for (int e = 0; e < p.PER_ROW; e++) {
+        const int hidden = spans[min(t + p.col(e), T - 1)].x - key;
+        #pragma unroll
+        for (int s = 0; s < p.SLOTS; s++) p.at(s, e) = p.row(s) < hidden ? 0.0f : p.at(s, e);
+    }
+}
 // p will be taken relative to 2^(scale2 top). What was summed is rescaled to the new maximum only when that has grown
 // by more than 2^8, which p bears. True, for the whole warp, if so: `top` is new, and sums so far are to be multiplied
 // by `keep`. Column 0 is in everyone's first tile, so the maximum is finite from there on.

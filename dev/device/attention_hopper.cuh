@@ -43,7 +43,8 @@ template <int HS>
 __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
     attention_forward_hopper_kernel(const __grid_constant__ CUtensorMap out, float* lse,
                                     const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
-                                    const __grid_constant__ CUtensorMap v, int B, int T, int NH, int NKV, float scale) {
+                                    const __grid_constant__ CUtensorMap v, int B, int T, int NH, int NKV,
+                                    const int2* spans, float scale) {
     if (!HOPPER_CODE) return;
     using F = HopperForward<HS>;
     constexpr int KEYS = F::KEYS, LINE = F::LINE, STAGES = F::STAGES;
@@ -65,6 +66,8 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
     const int group = __shfl_sync(ALL_LANES, int(threadIdx.x) / 128, 0);  // the compiler sees that a warp agrees
     auto first_row = [&](const Place& place) { return (tiles - 1 - place.tile) * F::ROWS; };
     auto steps_of = [&](int row0) { return ceil_div(min(row0 + F::ROWS, T), KEYS); };
+    // the first token of the document of query t of a head
+    auto document = [&](int head, int t) { return spans ? spans[size_t(head / NH) * T + min(t, T - 1)].x : 0; };
     int stage = 0;  // of k's ring, and of v's in the same step
     unsigned phase = 0;
     auto advance = [&] {
@@ -95,7 +98,7 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
             const int kv_head = place.head / NH * NKV + place.head % NH / (NH / NKV);
             load(sq + buffer * F::Q, &q, q_full + buffer, F::ROWS, row0, place.head);
             #pragma unroll 1
-            for (int n = 0; n < steps; n++, advance()) {
+            for (int n = document(place.head, row0) / KEYS; n < steps; n++, advance()) {
                 mbarrier_wait(k_empty + stage, phase ^ 1);
                 load(sk + stage * F::TILE, &k, k_full + stage, KEYS, n * KEYS, kv_head);
                 mbarrier_wait(v_empty + stage, phase ^ 1);
@@ -125,6 +128,7 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
         const int row0 = first_row(place), steps = steps_of(row0);
         unsigned char* rows = sq + buffer * F::Q + group * 64 * LINE;  // this group's, all columns
         const uint64_t q_rows = wgmma_descriptor(rows, 16, 8 * LINE);
+        const int begin = document(place.head, row0) / KEYS, last_document = document(place.head, row0 + first + 15);
 
         Tile<16, KEYS, BY_COLUMN> p;
         Tile<16, HS> acc;
@@ -150,6 +154,8 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
         auto softmax = [&](int n) {  // true: sums before are to be multiplied by keep
             const int diagonal = row0 + first - n * KEYS;
             if (diagonal < KEYS - 1) mask_scores(p, diagonal);
+            if (last_document > n * KEYS)
+                mask_documents(p, spans + size_t(place.head / NH) * T, row0 + first, T, n * KEYS);
             const bool grown = softmax_top(p, top, keep, scale2);
             for (int s = 0; s < 2 && grown; s++) sum[s] *= keep[s];
             softmax_exp(p, top, sum, scale2);
@@ -163,9 +169,9 @@ __global__ void __launch_bounds__(HopperForward<HS>::THREADS, 1)
         wgmma_wait<0>();
         wgmma_registers<KEYS / 2>(p.v);
         release(k_empty + stage);
-        softmax(0);
+        softmax(begin);
         round_operand<KEYS>(weights, p.v);
-        for (int n = 1; n < steps; n++) {
+        for (int n = begin + 1; n < steps; n++) {
             const int before = stage;
             const unsigned before_phase = phase;
             advance();
@@ -240,7 +246,7 @@ void attention_forward_hopper(floatX* out, float* lse, const floatX* q, const fl
     auto kernel = attention_forward_hopper_kernel<HS>;
     CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, F::SMEM));
     attention_forward_hopper_kernel<HS><<<blocks, F::THREADS, F::SMEM, gpu.stream>>>(
-        map_out, lse, map_q, map_k, map_v, h.B, h.T, h.NH, h.NKV, 1.0f / sqrtf(float(HS)));
+        map_out, lse, map_q, map_k, map_v, h.B, h.T, h.NH, h.NKV, h.spans, 1.0f / sqrtf(float(HS)));
     CHECK(cudaGetLastError());
 }
 
@@ -272,7 +278,8 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
                                      const __grid_constant__ CUtensorMap dv, float* sum, int* turns,
                                      const __grid_constant__ CUtensorMap dout, const __grid_constant__ CUtensorMap q,
                                      const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,
-                                     const float* lse, const float* delta, int B, int T, int NH, int NKV, float scale) {
+                                     const float* lse, const float* delta, int B, int T, int NH, int NKV,
+                                     const int2* spans, float scale) {
     if (!HOPPER_CODE) return;
     using F = HopperBackward<HS>;
     constexpr int KEYS = F::KEYS, QUERIES = F::QUERIES, LINE = F::LINE, STAGES = F::STAGES;
@@ -294,10 +301,14 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     const int block = place.tile, row0 = block * KEYS;
     const int first_head = place.head * (NH / NKV), end_head = first_head + NH / NKV;  // of all in the batch
     const int group = __shfl_sync(ALL_LANES, int(threadIdx.x) / 128, 0);  // the compiler sees that a warp agrees
+    // of the sequence; the last tile of queries that see the last key; the first block that adds to a tile's dq
+    if (spans) spans += size_t(place.head / NKV) * T;
+    const int last_tile = spans ? (spans[min(row0 + KEYS, T) - 1].y - 1) / QUERIES : tiles - 1;
+    auto first_block = [&](int tile) { return spans ? spans[tile * QUERIES].x / KEYS : 0; };
     // query heads and tiles that see the block's keys
     auto for_each_tile = [&](auto work) {
         for (int head = first_head; head < end_head; head++)
-            for (int tile = tiles - 1; tile >= row0 / QUERIES; tile--) work(head, tile);
+            for (int tile = last_tile; tile >= row0 / QUERIES; tile--) work(head, tile);
     };
     // where their dq is summed
     auto sum_at = [&](int head, int tile) { return sum + size_t(head * tiles + tile) * QUERIES * HS; };
@@ -327,11 +338,11 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
                 next_buffer ^= 1;
                 if (!mine) return;
                 int* turn = turn_of(head, tile);
-                wait_for_turn(turn, block);
+                if (block > first_block(tile)) wait_for_turn(turn, block);
                 named_barrier_sync(buffer_full(adder), BUFFER_THREADS);
                 if (lane() == 0) {
                     fence_async_global();
-                    if (block == 0)
+                    if (block == first_block(tile))
                         bulk_store(sum_at(head, tile), from, F::DQ);
                     else
                         bulk_add(sum_at(head, tile), from, F::DQ);
@@ -443,6 +454,8 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
                     for (int s = 0; s < 2; s++)
                         p[i].at(s, e) = Scores::col(e) >= Scores::row(s) + diagonal ? p[i].at(s, e) : 0.0f;
             }
+            const int t = tile * QUERIES + 64 * i;
+            if (spans && spans[min(t + 63, T - 1)].x > row0 + first) mask_queries(p[i], spans, t, T, row0 + first);
             round_operand<64>(rounded_p[i], p[i].v);
             multiply_columns(acc_v, rounded_p[i], do_columns + piece_at(i));
             // committed behind dp[0]: p[1] if there is one, dv; behind dp[1]: dv
@@ -480,7 +493,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
         wgmma_registers<32>(acc.v);
         const int at = group * 8 * 128 + threadIdx.x % 128;
         if (is_last(tile)) {
-            if (block > 0) {
+            if (block > first_block(tile)) {
                 wait_for_turn(turn_of(head, tile), block);
                 #pragma unroll
                 for (int i = 0; i < 8; i++) {
@@ -510,7 +523,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     // ptxas would wait for each product by itself. Before the first tile dq is of what lies there, for nobody.
     mbarrier_wait(kv_full, 0);
     for_each_tile([&](int head, int tile) {
-        const bool first_tile = head == first_head && tile == tiles - 1, next_head = tile == tiles - 1;
+        const bool first_tile = head == first_head && tile == last_tile, next_head = tile == last_tile;
         Tile<16, 64> acc;
         Scores p[PIECES];
         static_assert(STAGES == 2);
@@ -563,7 +576,7 @@ void attention_backward_hopper(floatX* dq, floatX* dk, floatX* dv, float* sum, i
     auto kernel = attention_backward_hopper_kernel<HS>;
     CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, F::SMEM));
     attention_backward_hopper_kernel<HS><<<h.B * h.NKV * ceil_div(h.T, F::KEYS), F::THREADS, F::SMEM, gpu.stream>>>(
-        dq, map_dk, map_dv, sum, turns, map_dout, map_q, map_k, map_v, lse, delta, h.B, h.T, h.NH, h.NKV,
+        dq, map_dk, map_dv, sum, turns, map_dout, map_q, map_k, map_v, lse, delta, h.B, h.T, h.NH, h.NKV, h.spans,
         1.0f / sqrtf(float(HS)));
     CHECK(cudaGetLastError());
 }

@@ -82,6 +82,9 @@ void settle_options(Options& o, const World& world, std::unique_ptr<Tokenizer>& 
     if (o.probe && world.size > 1)
         throw Error("--probe: is for one rank. Probe a checkpoint: --init-from DIR --steps 0 --probe 1.");
     o.storage.probe = o.probe > 0;
+    if (o.separate && !tokenizer)
+        throw Error("--documents: separate needs --tokenizer, whose BOS begins a document. Give the data's.");
+    if (o.separate) o.storage.bos = tokenizer->bos();
     if (o.graph && world.size > 1) throw Error("--graph: is for one rank. Leave it out.");
     if (o.val_batches == 0) throw Error("--val-batches: all is for eval. Give a number.");
     if (o.val_batches < 0) o.val_batches = 20;
@@ -261,6 +264,7 @@ Fields training_fields(const Options& o) {
     auto number = [](float x) { return format("%.7g", x); };
     return {{"train_data", o.train_data},
             {"shuffle", word(o.shuffle)},
+            {"documents", o.separate ? "separate" : "joined"},
             {"total_batch", std::to_string(int64_t(o.batch_size) * o.grad_accum * o.storage.ranks)},
             {"weight_decay", number(o.adamw.weight_decay)},
             {"no_decay_1d", word(!o.adamw.decay_1d)},
@@ -450,6 +454,7 @@ void print_run(const Model& m, const Options& o) {
         o.storage.ranks > 1 ? format(" on %d ranks, ZeRO %d", o.storage.ranks, o.storage.zero) : "";
     printf("%zu parameters; %lld steps of %d x %d sequences%s\n", m.table.parameters, (long long)o.steps, o.grad_accum,
            o.batch_size, many.c_str());
+    if (o.separate) printf("documents: separate, each begins with token %d\n", o.storage.bos);
     if (o.steps > 0)
         printf("learning rate, %s, steps: %s\n", SCHEDULES[int(o.schedule.decay)].c_str(),
                schedule_text(o.schedule, o.steps).c_str());

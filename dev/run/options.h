@@ -26,7 +26,8 @@ struct Options {
     std::string rendezvous;
     int64_t check_every = 1000, max_bad_steps = 10;
     std::string train_data, val_data, tokenizer, prompt, init_from, export_to, out = "run";
-    bool shuffle = false, resume = false, graph = false, export_half = false, keep_best = false;
+    bool shuffle = false, resume = false, graph = false, export_half = false, keep_best = false,
+         separate = false;
     int seq_len = 0;           // 0: 1024, or the checkpoint's
     int batch_size = 4;        // 0: as many as fit
     int64_t val_batches = -1;  // 0: all; -1: 20 in training, all in eval
@@ -180,6 +181,11 @@ inline std::vector<Flag> flags(Options& o) {
     integer_or("batch-size", "auto", &o.batch_size, big,
                "sequences run at a time, a micro-batch; auto, in training: as many as fit into memory (4)");
     only(TRAIN | EVAL);
+    choice("documents", {"joined", "separate"},
+           "attention across the documents of a window, as the paper's code, or within each only (needs --tokenizer, "
+           "whose BOS begins one)",
+           [&o](int i) { o.separate = i; });
+    only(TRAIN);
     toggle("shuffle", "windows in an order drawn from --seed, anew each epoch (in order)", &o.shuffle, true);
     only(TRAIN);
     integer("seed", &o.seed, 0, INT64_MAX, "of weights, order of the data, and text (1)");

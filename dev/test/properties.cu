@@ -584,8 +584,8 @@ Kernel embedding_kernel(Random& r) {
         auto ints = [&](const std::vector<int>& x) { return r.constant(I32, Vec(x.begin(), x.end())).i(); };
         const int *ids = ints(mine), *places = ints(p.places), *begin = ints(p.begin);
         const int N = int(mine.size());
-        embedding_forward(r.out[0]->x(), ids, r.in[0]->x(), learned ? r.in[1]->x() : nullptr, N, T, C, gpu);
-        embedding_backward(r.din[0]->flat(), learned ? r.din[1]->flat() : Flat(), r.dout[0]->x(), ids, places, begin,
+        embedding_forward(r.out[0]->x(), ids, r.in[0]->x(), learned ? r.in[1]->x() : nullptr, nullptr, N, T, C, gpu);
+        embedding_backward(r.din[0]->flat(), learned ? r.din[1]->flat() : Flat(), r.dout[0]->x(), ids, places, begin, nullptr,
                            int(p.begin.size()) - 1, r.B, T, C, gpu);
     };
     k.reference = [=](Tape& t, const std::vector<Var>& in) {
