@@ -426,7 +426,7 @@ TEST(embedding) {
             Dev<int2> dev_spans(N);
             CHECK(cudaMemcpy(dev_spans.p, spans.data(), N * sizeof(int2), cudaMemcpyHostToDevice));
             const int2* given = option == 2 ? dev_spans.p : nullptr;
-            auto position = [&](int n) { return n % T - (given ? spans[n].x : 0); };
+            auto position = [&, T = T](int n) { return n % T - (given ? spans[n].x : 0); };
             Dev<int> dev_tokens(N), places(N), begin(p.begin.size());
             CHECK(cudaMemcpy(dev_tokens.p, tokens.data(), N * 4, cudaMemcpyHostToDevice));
             CHECK(cudaMemcpy(places.p, p.places.data(), N * 4, cudaMemcpyHostToDevice));

@@ -653,10 +653,8 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, BF16 ? 2 : 1)
     const int first = warp() * M;  // this warp's rows in the block
     const size_t q_at = size_t(place.head) * T + row0,
                  kv_at = (size_t(b) * h.NKV + head / (h.NH / h.NKV)) * h.room * HS;
-    const int2* spans = h.spans ? h.spans + size_t(b) * T : nullptr;
-    auto document = [&](int t) { return spans ? spans[min(t, T - 1)].x : 0; };  // its first token
+    auto document = [&](int t) { return h.spans ? h.spans[b * T + min(t, T - 1)].x : 0; };  // its first token
     const int begin = document(row0) / COLS, steps = ceil_div(min(h.past + row0 + ROWS, keys), COLS);
-    const int first_document = document(row0 + first), last_document = document(row0 + first + M - 1);
 
     // tile n of k0, v0, k1, v1, ..: where it comes from, where it lies
     auto source = [&](int n) { return (n % 2 ? v : k) + kv_at + size_t(n / 2 * COLS) * HS; };
@@ -685,7 +683,7 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, BF16 ? 2 : 1)
     for (int step = begin; step < steps; step++) {
         const int diagonal =
             h.past + row0 + first - step * COLS;  // the tile's columns up to row + diagonal are visible
-        const bool some_visible = diagonal + M > 0 && first_document < (step + 1) * COLS;
+        const bool some_visible = diagonal + M > 0 && document(row0 + first) < (step + 1) * COLS;
         const bool all_visible = diagonal >= COLS - 1;
         const Part part = diagonal > 0 ? ALL : LOWER;
         copy_wait<FORWARD_AHEAD / 2>();
@@ -695,7 +693,8 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, BF16 ? 2 : 1)
         if (some_visible) {
             mma_nt(p, rows, stream(2 * step), part);
             if (!all_visible) mask_scores(p, diagonal);
-            if (last_document > step * COLS) mask_documents(p, spans, row0 + first, T, step * COLS);
+            if (document(row0 + first + M - 1) > step * COLS)
+                mask_documents(p, h.spans + b * T, row0 + first, T, step * COLS);
             float keep[Out::SLOTS];
             if (softmax_top(p, top, keep, scale2)) {
                 #pragma unroll
@@ -804,8 +803,7 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, 1)
     for (int block = place.tile; block < (SERIAL ? blocks : place.tile + 1); block++) {
         const int row0 = block * KEYS;
         // the last tile of queries that see the last key
-        const int2* spans = h.spans ? h.spans + size_t(b) * T : nullptr;
-        const int last_tile = spans ? (spans[min(row0 + KEYS, T) - 1].y - 1) / COLS : tiles - 1;
+        const int last_tile = h.spans ? (h.spans[b * T + min(row0 + KEYS, T) - 1].y - 1) / COLS : tiles - 1;
         const int last_tiles = last_tile + 1 - row0 / COLS, steps = group * last_tiles;
         const size_t kv_at = (size_t(kv_head) * T + row0) * HS;
         auto step_head = [&](int step) { return size_t(b) * NH + head0 + step / last_tiles; };
@@ -841,10 +839,8 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, 1)
         int* turn_to_pass = nullptr;
         for (int step = 0; step < steps; step++) {
             const int tile = step_tile(step), diagonal = row0 + first - tile * COLS;  // columns from row + diagonal on
-            // of the tile's queries the first's document and the last's
-            const int first_document = spans ? spans[tile * COLS].x : 0;
-            const int last_document = spans ? spans[min(tile * COLS + COLS, T) - 1].x : 0;
-            const bool some_visible = diagonal < COLS && first_document < row0 + first + M;
+            const int document = h.spans ? h.spans[b * T + tile * COLS].x : 0;  // the first query's, its first token
+            const bool some_visible = diagonal < COLS && document < row0 + first + M;
             const bool all_visible = diagonal <= 1 - M;
             const Part part = all_visible ? ALL : UPPER;
             const int there = T - tile * COLS;
@@ -874,7 +870,8 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, 1)
                         for (int s = 0; s < p.SLOTS; s++)
                             p.at(s, e) = p.col(e) >= p.row(s) + diagonal ? p.at(s, e) : 0.0f;
                 }
-                if (last_document > row0 + first) mask_queries(p, spans, tile * COLS, T, row0 + first);
+                if (h.spans && h.spans[b * T + min(tile * COLS + COLS, T) - 1].x > row0 + first)
+                    mask_queries(p, h.spans + b * T, tile * COLS, T, row0 + first);
                 mma_nn<W>(acc_v, p, tile_do, out_col, part);
                 mma_nt(ds, v_rows, tile_do, part);
                 #pragma unroll
@@ -898,7 +895,7 @@ __global__ void __launch_bounds__(WARPS* WARP_SIZE, 1)
                               size_t(warp()) * DQ_ROWS * DQ_COLS;
             Tile<DQ_ROWS, DQ_COLS> acc;
             acc.zero();
-            if (adds && block > first_document / KEYS) {  // early, so that the loads take no time
+            if (adds && block > document / KEYS) {  // early, so that the loads take no time
                 wait_for_turn(turn, block);
                 #pragma unroll
                 for (int i = 0; i < int(sizeof(acc.v) / 16); i++)

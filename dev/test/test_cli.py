@@ -450,6 +450,30 @@ class Tests:
         losses = [[r["loss"] for r in read_log(self.path(n))] for n in ("mix", "mix2")]
         expect(losses[0] == losses[1], "the logs differ")
 
+    def documents(self):
+        """Kept apart they give other losses, but where a window is one document the same bits; it is said, and kept."""
+        tokens = [256 if i % 20 == 0 else i * 7 % 97 for i in range(3400)]
+        write_shard(self.path("many.bin"), tokens)
+        write_shard(self.path("long.bin"), [256 if i % 34 == 0 else t % 97 for i, t in enumerate(tokens)])
+        losses = {}
+        for data in ("many.bin", "long.bin"):
+            for how in ("joined", "separate"):
+                flags = ("--vocab-size", 258, "--tokenizer", "bytes", "--documents", how, "--save-every", 12)
+                said = self.run(*self.small(data + how, *flags, data=data))
+                expect(("documents: separate, each begins with token 256" in said) == (how == "separate"), said)
+                losses[data, how] = [r["loss"] for r in read_log(self.path(data + how))]
+        expect(losses["long.bin", "joined"] == losses["long.bin", "separate"], "windows of one document differ")
+        expect(losses["many.bin", "joined"] != losses["many.bin", "separate"], "windows of several do not")
+        # eval does as the training did
+        val = ("--val-data", self.path("many.bin"), "--val-batches", 33)
+        got = json.loads(self.run("eval", "--checkpoint", self.path("many.binseparate"), "--batch-size", 3, *val))
+        self.run(*self.small("val", *flags, *val, "--val-every", 12, data="many.bin"))
+        (loss,) = [float(r["val_loss"]) for r in read_log(self.path("val")) if r["val_loss"]]
+        expect(abs(got["loss"] - loss) < 1e-5, f"eval has {got['loss']}, the training {loss}")
+        (warning,) = self.told("many.binseparate", "--vocab-size", 258, "--tokenizer", "bytes", "--train-data",
+                               self.path("many.bin"), steps=13)[1]
+        expect("--documents joined (was separate), --steps 13" in warning, warning)
+
     def keep(self):
         self.run(*self.small("keep", "--save-every", 3, "--keep", 2))
         there = sorted(n for n in os.listdir(self.path("keep")) if "step" in n)
@@ -692,7 +716,7 @@ class Tests:
                 if name.endswith(".safetensors"):
                     self.test("golden " + name, self.golden, os.path.join(d, name))
         for body in (self.help, self.same_twice, self.loss_falls, self.resume, self.schedules, self.prolonged,
-                     self.changed_schedules, self.keep, self.keep_best, self.mixtures,
+                     self.changed_schedules, self.keep, self.keep_best, self.mixtures, self.documents,
                      self.stopped_in_validation, self.import_export, self.export_dtype, self.import_halves,
                      self.metadata, self.folders, self.sample, self.plan, self.memory_options, self.probe,
                      self.probe_updates, self.no_decay_1d, self.log_every):
@@ -728,6 +752,7 @@ class Tests:
             ("fall longer than the run", small("bad", "--schedule", "wsd", "--warmup", 2, "--decay-steps", 11),
              ["--decay-steps: 11", "10"]),
             ("one dash", small("bad", "-nonsense"), ["-nonsense: unknown option"]),
+            ("documents without BOS", small("bad", "--documents", "separate"), ["--documents", "--tokenizer"]),
             ("best without validation", small("bad", "--keep-best"), ["--keep-best", "--val-data"]),
             ("value of a switch", small("bad", "--shuffle=1"), ["--shuffle: takes no value"]),
             ("epsilon of 0", small("bad", "--adam-eps", 0), ["--adam-eps"]),  # 0/0 where a token was not seen yet

@@ -157,7 +157,11 @@ void run_eval(Options& o) {
     if (data) {
         uint64_t windows = data->windows();
         if (o.val_batches > 0) windows = std::min(windows, uint64_t(o.val_batches) * m.B);
+        if (o.separate && !tokenizer)
+            warn(weights + ": was trained with --documents separate, which takes a tokenizer. They are joined here.");
+        if (o.separate && tokenizer) m.storage.bos = tokenizer->bos();
         const Validation v = validation(m, *data, windows, tokenizer.get());
+        m.storage.bos = -1;
         const double loss = v.nats / double(v.tokens);
         json += format(", \"tokens\": %llu", (unsigned long long)v.tokens);
         put("loss", loss), put("perplexity", exp(loss));

@@ -44,6 +44,7 @@ std::string settle_weights(Options& o, std::unique_ptr<Tokenizer>& tokenizer) {
     std::string dir = find_weights(o.checkpoint);
     const Manifest manifest = read_manifest(dir);
     c = config_of(manifest, dir);
+    for (auto& [key, value] : manifest.state.training) o.separate |= key == "documents" && value == "separate";
     if (o.seq_len && !c.gated() && o.seq_len > c.max_T)
         throw Error(format("--seq-len: the model has %d learned positions. Give at most that.", c.max_T));
     if (o.seq_len) c.T = o.seq_len;
