@@ -651,8 +651,8 @@ def why(o, experiment):
         return ""
     print(o.runs / "why.png")
     table = "".join(line for line in done.stdout.splitlines(True) if line.startswith("|"))
-    return ("\nWhy: what `--probe` measured at a small and at a large rate, the largest of all blocks:\n\n"
-            f"{table}\n![what --probe measured](why.png)\n")
+    return ("\nWhy: what `--probe` measured at a small and at a large rate, the largest of all blocks and probed "
+            f"steps:\n\n{table}\n![what --probe measured](why.png)\n")
 
 
 def write(path, text):
@@ -672,8 +672,8 @@ def report(o, experiment):
     short = rest = ""
     if table:
         by_rate, claims, rest = main_tables(o, table)
-        short = (f"{experiment.count('main')} runs: dim {dim}, {layers} layers, {heads} heads, {o.tokens} tokens a step, "
-                 f"{o.steps} steps, of them {o.warmup} of warm-up; {experiment.spent() / 3600:.1f} hours of a core in "
+        short = (f"{experiment.count('main')} runs: dim {dim}, {layers} layers, {heads} heads, {o.tokens} tokens a "
+                 f"step, {o.steps} steps, of them {o.warmup} of warm-up; {experiment.spent() / 3600:.1f} hours of a core in "
                  f"all ({', '.join(sorted(experiment.machines))}).\n\n{by_rate}{claims}")
     picture = draw(o, experiment) if table else None
     shown = "![loss against the peak learning rate](claim.png)\n\n" if picture else ""
@@ -789,8 +789,8 @@ def parse_options():
     what.add_argument("--all", action="store_true", help="all of it")
     what.add_argument("--report", action="store_true", help="only the table and the picture of what is there")
     p.add_argument("--doc", nargs="?", type=Path, const=ROOT, metavar="DIR",
-                   help="also writes the report into DIR/dev/doc/results.md, and its beginning into DIR/README.md, between "
-                   "marks with the name of RUNS' folder (the project)")
+                   help="also writes the report into DIR/dev/doc/results.md, and its beginning into DIR/README.md, "
+                   "between marks with the name of RUNS' folder (the project)")
     p.add_argument("--train-data", default="", help="shards to train on")
     p.add_argument("--val-data", default="", help="shards to validate on")
     p.add_argument("--lost-above", type=positive(float), default=math.inf, metavar="LOSS",

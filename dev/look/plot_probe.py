@@ -8,7 +8,8 @@ RUN is the folder of a run or NAME=FOLDER, with the activations.csv, weights.csv
 train_gpt --probe writes. What is by layer is that of --step, else of the last probe; over training, curvature over the blocks'
 inputs and attention logits are the largest of all blocks. Eigenvalues over inputs are drawn by magnitude, those below 0
 hollow. A layer's gradients and updates are those of its linears together. Runs of one variant have one colour, the second
-dashed. Without --out the picture is probe.png in the first run's folder. Prints the largest of all blocks as a table.
+dashed. Without --out the picture is probe.png in the first run's folder. Prints a table of the largest of all blocks and
+probed steps.
 """
 import argparse
 import csv
@@ -24,8 +25,8 @@ from plot import COLORS, MARKERS, VARIANTS, picture, plt, save
 PANELS = (("residual", "residual stream, RMS"), ("attention_branch", "what attention adds, RMS"),
           ("ffn_branch", "what the feed-forward adds, RMS"), ("activation", "activation of the feed-forward, RMS"),
           ("attention_logit", "largest attention logit"))
-TABLE = ("", "step", "attention logit", "a linear's output, RMS", "residual stream's end, RMS", "gradient's norm, by block",
-         "update's share", "Hessian over inputs, first", "at that step")
+TABLE = ("", "attention logit", "a linear's output, RMS", "residual stream, RMS", "gradient's norm", "update's share",
+         "Hessian over inputs, first", "largest", "last")
 
 
 def fail(message):
@@ -62,22 +63,20 @@ def of_linears(path):
     return {at: (math.sqrt(g), math.sqrt(u / w) if w else math.nan) for at, (w, g, u) in sums.items()}
 
 
-def span(values):
-    values = [x for x in values if math.isfinite(x)]
-    return f"{min(values):.2g} to {max(values):.2g}" if values else ""
+def figures(rows, linears, inputs):
+    """A row of TABLE behind the run's name: the largest of all blocks and probed steps."""
+    def most(values):
+        return f"{max(values):.2g}" if values else ""
 
-
-def figures(rows, linears, inputs, step):
-    """A row of TABLE behind the run's name."""
-    here = [r for r in rows if r["step"] == step]
-    linear = [r["rms"] for r in here if r["tensor"] in ("qkv", "o", "w13", "w2")]
-    stream = max((r for r in here if r["tensor"] == "residual"), key=lambda r: r["layer"], default={"rms": math.nan})
-    updates = [x for (s, _), x in linears.items() if s == step]
-    curvatures = [[abs(r["eigenvalue"]) for r in inputs if r["step"] == s and math.isfinite(r["eigenvalue"])]
-                  for s in (min((r["step"] for r in inputs), default=step), step)]
-    most = ([r["max"] for r in here if r["tensor"] == "attention_logit"], linear, [stream["rms"]])
-    return [f"{step:.0f}", *(f"{max(x):.3g}" if x else "" for x in most), span(gradient for gradient, _ in updates),
-            *(f"{max(x):.2g}" if x else "" for x in ([share for _, share in updates], *curvatures))]
+    outer = {}  # step: the largest eigenvalue over inputs, in magnitude
+    for r in inputs:
+        outer[r["step"]] = max(outer.get(r["step"], 0), abs(r["eigenvalue"]))
+    return [most([r["max"] for r in rows if r["tensor"] == "attention_logit"]),
+            most([r["rms"] for r in rows if r["tensor"] in ("qkv", "o", "w13", "w2")]),
+            most([r["rms"] for r in rows if r["tensor"] == "residual"]),
+            most([gradient for gradient, _ in linears.values()]), most([share for _, share in linears.values()]),
+            *(most([outer[at]] if outer else []) for at in (min(outer, default=0), max(outer, key=outer.get, default=0),
+                                                            max(outer, default=0)))]
 
 
 def main():
@@ -136,7 +135,7 @@ def main():
                 below = [r for r in points if r["eigenvalue"] < 0]
                 axis.plot([r[x] for r in below], [-r["eigenvalue"] for r in below],
                           **{**look, "linestyle": "none", "markerfacecolor": "white", "zorder": 3})
-        table.append([name, *figures(rows, linears, inputs, step)])
+        table.append([name, *figures(rows, linears, inputs)])
     weights.set(title="Hessian over parameters, largest eigenvalue", xlabel="step", yscale="log")
     over_steps.set(title="Hessian over inputs of blocks, largest", xlabel="step", yscale="log")
     over_layers.set(title="Hessian over inputs of blocks (<0: hollow)", xlabel="layer", yscale="log")

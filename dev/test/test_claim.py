@@ -369,7 +369,7 @@ class Command(unittest.TestCase):
         begun = {tuple(b[1:4]) for b in self.begun() if b[3] != "0"}  # without those that measure
         self.assertEqual(begun, {(v, lr, "1") for lr in ("0.001", "0.1") for v in claim.VARIANTS})
         report = (self.runs / "claim.md").read_text()
-        self.assertIn("| pre-norm, 0.1 | 80 | 88 | 0.1 | 2.1 |", report)
+        self.assertIn("| pre-norm, 0.1 | 88 | 0.1 | 2.1 |", report)
         self.assertIn("![what --probe measured](why.png)", report)
         self.assertGreater((self.runs / "why.png").stat().st_size, 10000)
         (self.runs / "why/prenorm/lr0.1_seed1/activations.csv").unlink()

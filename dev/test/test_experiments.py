@@ -195,7 +195,8 @@ class ProbePicture(Case):
     def test_picture(self):
         a, b = self.probed("simplegpt"), self.probed("prenorm")
         tool = ROOT / "dev/look/plot_probe.py"
-        self.run_tool(sys.executable, tool, a, f"B={b}", "--out", "probe.png")
+        said = self.run_tool(sys.executable, tool, a, f"B={b}", "--out", "probe.png").stdout
+        self.assertIn("| simplegpt | 9 |  | 3.5 | 1 | 0.02 | 0.2 | 0.3 | 0.3 |", said)
         self.assertGreater((self.dir / "probe.png").stat().st_size, 10000)
         with open(b / "curvature.csv", "w") as f:  # of a run that came apart
             f.write("step,loss,eigenvalue,error,iterations\n0,nan,nan,nan,2\n")
