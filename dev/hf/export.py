@@ -1,25 +1,29 @@
 #!/usr/bin/env python3
 """Make a folder for Hugging Face's transformers from weights of ./train_gpt.
 
-    export.py WEIGHTS OUT_DIR [--tokenizer bytes|FILE.model|tokenizer.json|DIR] [--dtype fp32|bf16]
+    export.py WEIGHTS OUT_DIR [--tokenizer bytes|FILE.model|RANKS|tokenizer.json|DIR] [--dtype fp32|bf16]
 
-WEIGHTS is what --export wrote, or a checkpoint's folder (of which the weights as trained are taken, not the float32
-masters: those --resume --export writes). The folder holds
+WEIGHTS is what --export wrote, a checkpoint's folder, or a run's, which means its newest whole checkpoint. Of a
+checkpoint the weights as trained are taken, not the float32 masters: those --resume --export writes. OUT_DIR then holds
 
     prenorm, rmsnorm, llama        LlamaForCausalLM
     prenorm, layernorm, nanogpt    GPT2LMHeadModel, with GELU by erf and biases of 0
     all others                     SimpleGPTForCausalLM and its code: from_pretrained(DIR, trust_remote_code=True)
 
+A sentencepiece .model and a rank file (Llama 3's tokenizer.model) become a tokenizer.json with the same ids.
 Needs numpy. One tensor is held in memory at a time. import.py is the way back.
 """
 import json
 import os
+import re
 import shutil
+import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
+from tokenizer_json import PRESETS, byte_tokenizer, of_file
 from weights import RAW, Parser, Refused, Weights, convert, description, family, file_metadata, our_shapes, read_json, \
-    run, write_json, write_weights
+    read_whole, run, write_json, write_weights
 
 HERE = Path(__file__).resolve().parent
 SHARD = 5 * 10**9  # bytes of a file, as transformers' own
@@ -31,15 +35,34 @@ PAIRS = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<|endoftex
 
 
 def open_model(path):
-    """weights and the model's description"""
-    weights, state = Weights(path), Path(path, "state.json")
-    if state.exists():
-        words = read_json(state).get("config", {})
-    else:
+    """weights and the model's description; of a run's folder the newest checkpoint that is whole"""
+    steps = sorted(step for step in Path(path).glob("step_*") if re.fullmatch(r"step_\d{8,}", step.name))
+    if not steps or Path(path, "state.json").exists() or Path(path, "model.safetensors").exists():
+        return open_weights(path)
+    trouble = []
+    for step in reversed(steps):
         try:
-            words = json.loads(weights.metadata["config"])
-        except (KeyError, ValueError, TypeError):
-            words = {}
+            found = open_weights(step)
+        except (OSError, Refused) as e:
+            trouble.append(f"{e.filename}: {e.strerror}." if isinstance(e, OSError) else str(e))
+            continue
+        if trouble:
+            print(f"export: warning: {trouble[0]} Taking {step}.", file=sys.stderr)
+        return found
+    raise Refused(f"{trouble[0]} No other checkpoint in {path} is whole.")
+
+
+def open_weights(path):
+    weights, state = Weights(path), Path(path, "state.json")
+    try:
+        manifest = read_json(state) if state.exists() else {"config": json.loads(weights.metadata["config"])}
+        words, files = manifest["config"], manifest.get("files", {})
+        for name, size in ((name, files[name]["bytes"]) for name in files if name.startswith("model")):
+            there = Path(path, name).stat().st_size
+            if there != size:
+                raise Refused(f"{Path(path, name)}: has {there} bytes, {size} were written. Give another checkpoint.")
+    except (AttributeError, KeyError, ValueError, TypeError):
+        words = {}
     hint = "Export it again: ./train_gpt --steps 0 --init-from FILE --export NEW, with the model's flags."
     c = description(words, path, hint)
     weights.check(our_shapes(c), hint)
@@ -72,28 +95,7 @@ def config_json(c, name, dtype, bos, eos):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers: what writes files into a folder, the ids of BOS and EOS, and the number of tokens
-
-def byte_tokenizer():
-    """prepare.py's bytes as a tokenizer.json: byte-level BPE without a merge. GPT-2's byte-level alphabet shows each
-    byte as a printable character: itself if it is one, else the next from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    shown = {b: chr(b) for b in printable}
-    shown.update({b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in shown)})
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    special = [{"id": 256 + i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False, "special": True} for i, text in enumerate(("<s>", "</s>"))]
-    begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-            "pre_tokenizer": level,
-            "post_processor": {"type": "TemplateProcessing", "single": begin,
-                               "pair": [*begin, {"Sequence": {"id": "B", "type_id": 1}}],
-                               "special_tokens": {"<s>": {"id": "<s>", "ids": [256], "tokens": ["<s>"]}}},
-            "decoder": level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                      "vocab": {shown[b]: b for b in range(256)}, "merges": []}}
-
+# Tokenizers
 
 def fast_tokenizer(path, tokenizer, settings):
     """ids of BOS and EOS, and how many tokens there are"""
@@ -112,64 +114,51 @@ def fast_tokenizer(path, tokenizer, settings):
         raise Refused(f"{path}: not a tokenizer.json as transformers has it. Give one.") from None
 
 
-def tokenizer_files(given, out, c):
+def tokenizer_files(given, preset, out, c):
     """writes them; the ids of BOS and EOS, None if unknown"""
     if given is None:
         return None, None
-    settings = {"clean_up_tokenization_spaces": False, "model_max_length": c["max_seq_len"]}
-    fast = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
-    path = Path(given)
+    settings = {"clean_up_tokenization_spaces": False, "model_max_length": c["max_seq_len"],
+                "tokenizer_class": "PreTrainedTokenizerFast"}
+    path, written, there = Path(given), None, {}
     if given == "bytes":
-        write_json(out / "tokenizer.json", byte_tokenizer())
-        write_json(out / "tokenizer_config.json", {**fast, "bos_token": "<s>", "eos_token": "</s>"})
-        ids, size = (256, 257), 258
+        written, named, ids, size = byte_tokenizer(), ("<s>", "</s>", None), (256, 257), 258
     elif path.is_dir():
         found = [name for name in TOKENIZER_FILES if (path / name).is_file()]
         if "tokenizer.json" not in found:
-            raise Refused(f"--tokenizer: {path} holds no tokenizer.json. Give one, a sentencepiece .model, or bytes.")
+            raise Refused(f"--tokenizer: {path} holds no tokenizer.json. Give one, a sentencepiece .model, a rank "
+                          "file, or bytes.")
         for name in found:
             shutil.copyfile(path / name, out / name)
         there = read_json(path / "tokenizer_config.json") if "tokenizer_config.json" in found else {}
         ids, named, size = fast_tokenizer(path / "tokenizer.json", read_json(path / "tokenizer.json"), there)
-        if not there:
-            write_json(out / "tokenizer_config.json", {**fast, "bos_token": named[0], "eos_token": named[1]})
     elif path.suffix == ".json":
         ids, named, size = fast_tokenizer(path, read_json(path), {})
         shutil.copyfile(path, out / "tokenizer.json")
-        write_json(out / "tokenizer_config.json", {**fast, "bos_token": named[0], "eos_token": named[1]})
     else:
-        ids, named, size = sentencepiece(path)
-        shutil.copyfile(path, out / "tokenizer.model")
+        data = read_whole(path, "Give the tokenizer of the data.")
+        written, named, ids, size = of_file(path, data, preset)
+        if written["normalizer"]:  # sentencepiece's, which other programs want
+            (out / "tokenizer.model").write_bytes(data)
+    if written:
+        write_json(out / "tokenizer.json", written)
+    if not there:
+        keys = ("bos_token", "eos_token", "unk_token")
         write_json(out / "tokenizer_config.json",
-                   {**settings, "tokenizer_class": "LlamaTokenizer", "bos_token": named[0], "eos_token": named[1],
-                    "unk_token": named[2], "add_bos_token": True, "add_eos_token": False, "legacy": True})
+                   {**settings, **{key: name for key, name in zip(keys, named) if name is not None}})
     if size > c["vocab_size"]:
         raise Refused(f"--tokenizer: has {size} tokens, the model {c['vocab_size']}. Give the tokenizer of its data.")
     return ids
 
 
-def sentencepiece(path):
-    import convert_tokenizer
-    try:
-        model = path.read_bytes()
-        convert_tokenizer.convert(model)  # refuses what the trainer could not have used
-        pieces, trainer = [], {}
-        for number, value in convert_tokenizer.fields(model):
-            if number == 1:
-                pieces.append(dict(convert_tokenizer.fields(value)).get(1, b""))
-            elif number == 2:
-                trainer.update(convert_tokenizer.fields(value))
-    except convert_tokenizer.Refused as e:
-        raise Refused(f"{path}: {e}. Give a sentencepiece BPE model, a tokenizer.json, a folder, or bytes.") from None
-    named = [trainer.get(field) or name for field, name in ((46, b"<s>"), (47, b"</s>"), (45, b"<unk>"))]
-    return [pieces.index(name) for name in named[:2]], [name.decode() for name in named], len(pieces)
-
-
 def main():
     parser = Parser(prog="export", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("weights", help="file of --export, or folder of a checkpoint")
+    parser.add_argument("weights", help="file of --export, or folder of a checkpoint or a run")
     parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--tokenizer", metavar="WHAT", help="bytes, sentencepiece .model, tokenizer.json, its folder")
+    parser.add_argument("--tokenizer", metavar="WHAT",
+                        help="bytes, sentencepiece .model, rank file (Llama 3's), tokenizer.json, its folder")
+    parser.add_argument("--preset", choices=list(PRESETS),
+                        help="whose rules a rank file has, if its size does not tell")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (as they are)")
     parser.add_argument("--shard-size", type=float, default=SHARD, metavar="BYTES", help="of a file, at most (5e9)")
     args = parser.parse_args()
@@ -192,7 +181,7 @@ def main():
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        bos, eos = tokenizer_files(args.tokenizer, unfinished, c)
+        bos, eos = tokenizer_files(args.tokenizer, args.preset, unfinished, c)
         write_json(unfinished / "config.json", config_json(c, name, tensors[0][1], bos, eos))
         write_json(unfinished / "generation_config.json",
                    {key: value for key, value in (("bos_token_id", bos), ("eos_token_id", eos)) if value is not None})

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "data"))
-from common import Parser, Refused, run, write_whole  # noqa: E402,F401: the programs here use all of them
+import convert_tokenizer  # noqa: E402,F401: the programs here use all of them
+from common import Parser, Refused, read_whole, run, write_whole  # noqa: E402,F401
 
 try:
     import numpy as np

@@ -6,6 +6,7 @@ usage: test_hf.py TRAIN_GPT GOLDEN_DIR [--filter TEXT] [--verbose]
 What needs torch and transformers (all comparisons of logits) is left out with a line where they are missing.
 """
 import argparse
+import base64
 import contextlib
 import importlib.util
 import io
@@ -31,7 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HF = ROOT / "dev" / "hf"
 sys.dont_write_bytecode = True
 sys.path += [str(HF), str(ROOT / "dev" / "reference")]
-import weights  # noqa: E402  dev/hf/weights.py
+import tokenizer_json  # noqa: E402  of dev/hf, as weights
+import weights  # noqa: E402
+import encoders  # noqa: E402  of dev/data
 
 try:
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -226,9 +229,46 @@ class Convert(Case):
                            for n, t in read_safetensors(checkpoint / "model.safetensors")[0].items()]
                 os.remove(checkpoint / "model.safetensors")
                 weights.write_weights(checkpoint / "model.safetensors", tensors, {}, 10000)
+                state = json.loads((checkpoint / "state.json").read_text())
+                state["files"] = {p.name: {"bytes": p.stat().st_size} for p in checkpoint.glob("model*")}
+                (checkpoint / "state.json").write_text(json.dumps(state))
             self.tool("export", checkpoint, self.dir / f"hf{several}")
             self.tool("import", self.dir / f"hf{several}", self.dir / "back.safetensors")
             self.same(self.dir / "end.st", self.dir / "back.safetensors")
+
+    def test_run(self):
+        """a run's folder: its newest checkpoint, or the one before with a warning where that is damaged"""
+        _, c, o, path = self.golden("simplegpt_hs16")
+        write_shard(self.dir / "tokens.bin", list(range(61)) * 40)
+        run = self.dir / "steps"
+        self.train(*golden_model(c), *golden_run(o), "--train-data", self.dir / "tokens.bin", "--init-from", path,
+                   "--out", run, "--save-every", 3)
+        steps = sorted(run.glob("step_*"))
+        (run / "step_old").mkdir()
+        self.assertEqual(len(steps), 2)
+
+        def exported(want, warning):
+            shutil.rmtree(self.dir / "hf", ignore_errors=True)
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                self.tool("export", run, self.dir / "hf")
+            said = said.getvalue()
+            self.assertTrue(warning in said and said.count("\n") == bool(warning), said)
+            self.tool("import", self.dir / "hf", self.dir / "back.safetensors")
+            self.same(want / "model.safetensors", self.dir / "back.safetensors")
+        exported(steps[1], "")
+        model, state = steps[1] / "model.safetensors", steps[1] / "state.json"
+        whole, words = model.read_bytes(), state.read_text()
+        for broken in (whole[:-4], whole + b"1234", whole[:90], b""):
+            model.write_bytes(broken)
+            exported(steps[0], "model.safetensors: ")
+        model.write_bytes(whole)
+        for broken in (words[:90], "[]", "{}", words.replace("simplegpt", "gpt")):
+            state.write_text(broken)
+            exported(steps[0], "step_00000006")
+        model.unlink()
+        exported(steps[0], "step_00000006")
+        (steps[0] / "state.json").write_text("")
+        self.refused("export", run, self.dir / "hf2", words="No other checkpoint in")
 
     def test_hidden_flags(self):
         for dim, hidden in ((4096, 11008), (4096, 14336), (8192, 28672), (2048, 5632), (3200, 8640), (64, 8),
@@ -269,6 +309,21 @@ class Convert(Case):
         model.write_bytes(piece.model(pieces=[((1, b"ab"), (2, -1.0))]))
         self.assertEqual(self.tokenizer(model), (1, 2))
         self.assertEqual((self.dir / "hf" / "tokenizer.model").read_bytes(), model.read_bytes())
+        written = json.loads((self.dir / "hf" / "tokenizer.json").read_text())
+        self.assertEqual(written["model"]["vocab"], {"<unk>": 0, "<s>": 1, "</s>": 2, "ab": 3})
+        self.assertEqual((written["model"]["merges"], written["model"]["byte_fallback"]), ([], False))
+        kept = json.loads((self.dir / "hf" / "tokenizer_config.json").read_text())
+        self.assertEqual([kept[key] for key in ("tokenizer_class", "bos_token", "eos_token", "unk_token")],
+                         ["PreTrainedTokenizerFast", "<s>", "</s>", "<unk>"])
+        for words, broken in (("space as a suffix", piece.model(trainer=((3, 2), (24, 1)))),
+                              ("unused pieces", piece.model(pieces=[((1, b"a"), (3, 5))])),
+                              ("spaces that stay", piece.model(normalizer=((5, 0),))),
+                              ("user-defined pieces", piece.model(pieces=[((1, b"a"), (3, 4))]))):
+            model.write_bytes(broken)
+            self.tokenizer(model, words=words)
+        ranks = self.dir / "ranks"
+        ranks.write_bytes(rank_lines([bytes([b]) for b in range(256)] + [b"ab", b"abab"]))
+        self.tokenizer(ranks, words="--preset must say")
         model.write_bytes(piece.model(trainer=((3, 1),)))
         self.tokenizer(model, words="a.model: the model is not of type BPE")
         self.tokenizer(self.dir / "none.model", words="none.model: No such file")
@@ -276,6 +331,17 @@ class Convert(Case):
         self.tokenizer(file, words="not a tokenizer.json")
         file.write_text("{")
         self.tokenizer(file, words="not valid JSON")
+
+
+    def test_merges(self):
+        """all pairs that give a piece, the best piece first; of one piece, the pair that lies further to the left"""
+        ranks = [bytes([b]) for b in range(256)] + [b"ab", b"ba", b"aba", b"abab"]
+        (self.dir / "ranks").write_bytes(rank_lines(ranks))
+        out, names, ids, size = tokenizer_json.of_file("ranks", (self.dir / "ranks").read_bytes(), "llama3")
+        self.assertEqual(out["model"]["merges"], ["a b", "b a", "ab a", "a ba", "ab ab", "aba b"])
+        self.assertEqual((names[:2], ids, size), (tokenizer_json.SPECIAL[False], (260, 261), 516))
+        names, ids, size = tokenizer_json.of_file("ranks", (self.dir / "ranks").read_bytes(), "gpt2")[1:]
+        self.assertEqual((names[:2], ids, size), (tokenizer_json.SPECIAL[True], (260, 260), 261))
 
 
 class Refusals(Case):
@@ -383,6 +449,21 @@ class Refusals(Case):
             (self.dir / "modules" / "numpy.py").unlink()
         code, _, error = status("from_torch.py", "a", "b", module="torch")
         self.assertTrue(code == 1 and error.count("\n") == 1 and "pip install torch" in error, error)
+
+
+def rank_lines(tokens):
+    """a rank file"""
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+
+
+def code_and_prose(size=1 << 20):
+    """text that every machine has: half Python's library, half these pages, and what tokenizers stumble over"""
+    modules = sorted(Path(os.__file__).parent.glob("*.py"))[:99]
+    code = "".join(p.read_text(errors="replace") for p in modules)[:size // 2]
+    prose = "".join(p.read_text() for p in sorted((ROOT / "dev" / "doc").glob("*.md")))
+    odd = ("hello  world   x\n\n\n\t\t\u00e4 \u4e16\u754c\u00a0\U0001f642 e\u0301 \ufb01 don't DON'T 1234567 --- "
+           "aaaaaaa  \n ")
+    return odd + code + (prose * (size // 2 // len(prose) + 1))[:size // 2] + odd
 
 
 def random_weights(c, seed):
@@ -596,6 +677,67 @@ class Transformers(Case):
             self.assertEqual(tokenizer(text)["input_ids"], [256, *text.encode()])
             self.assertEqual(tokenizer.decode(list(text.encode())), text)
         self.assertEqual((tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)), (256, 257, 258))
+
+    def same_ids(self, file, *flags):
+        """of the folder's tokenizer and of the library whose file it is, on 1 MB"""
+        try:
+            encoder = encoders.load(str(file), *flags)
+        except encoders.Refused as e:
+            self.skipTest(str(e))
+        c = dict(backbone="llama", variant="simplegpt", norm="rmsnorm", dim=16, layers=1, heads=1, kv_heads=1, hidden=8,
+                 vocab_size=encoder.V, rope_theta=1e4, norm_eps=1e-5, seq_len=64, max_seq_len=64)
+        write_safetensors(self.dir / "a.st", as_tensors(random_weights(c, 1)), weights.file_metadata(c))
+        shutil.rmtree(self.dir / "hf", ignore_errors=True)
+        self.tool("export", self.dir / "a.st", self.dir / "hf", "--tokenizer", file,
+                  *(["--preset", *flags] if flags else []))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.dir / "hf", trust_remote_code=True)
+        text = code_and_prose()
+        for part in (text, *text.splitlines()[:300], "", " ", "  a"):
+            got, want = tokenizer(part)["input_ids"], [encoder.bos, *encoder.ids("text", part.encode())]
+            if got != want:
+                at = next((i for i, (a, b) in enumerate(zip(got, want)) if a != b), min(len(got), len(want)))
+                after = tokenizer.decode(want[:at])[-20:]
+                self.fail(f"{flags}: {got[at:at + 5]} for {want[at:at + 5]} after {after!r}")
+        self.assertEqual((tokenizer.bos_token_id, tokenizer.eos_token_id), (encoder.bos, encoder.eos))
+        return tokenizer, encoder.ids("text", text.encode()), text
+
+    def test_sentencepiece(self):
+        """models as Llama 2's, as spm_train makes them without options, as Gemma's"""
+        try:
+            import sentencepiece
+        except ImportError:
+            self.skipTest("the package sentencepiece is missing")
+        (self.dir / "text").write_text(code_and_prose(1 << 18))
+        for name, options in (
+            ("llama", dict(normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=True,
+                           split_digits=True, allow_whitespace_only_pieces=True)),
+            ("plain", {}),
+            ("gemma", dict(normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=True,
+                           add_dummy_prefix=False, user_defined_symbols=["\u2581" * 2, "\u2581" * 4, "\n", "def"])),
+        ):
+            with self.subTest(name):
+                sentencepiece.SentencePieceTrainer.train(
+                    input=str(self.dir / "text"), model_prefix=str(self.dir / name), model_type="bpe", vocab_size=1200,
+                    character_coverage=0.999, minloglevel=2, num_threads=1, **options)
+                tokenizer, ids, text = self.same_ids(self.dir / f"{name}.model")
+                if name != "plain":  # which loses spaces
+                    self.assertEqual(tokenizer.decode(ids), text)
+
+    def test_rank_files(self):
+        """every family's way to cut words; ids with a hole before EOS (cl100k, o200k)"""
+        import tokenizers
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        bpe.train_from_iterator([code_and_prose(1 << 18)], tokenizers.trainers.BpeTrainer(
+            vocab_size=1500, show_progress=False, initial_alphabet=alphabet))
+        shown = tokenizer_json.convert.alphabet()
+        vocab = sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
+        (self.dir / "ranks").write_bytes(rank_lines([bytes(shown[character] for character in text) for text in vocab]))
+        for preset in tokenizer_json.PRESETS:
+            with self.subTest(preset):
+                tokenizer, ids, text = self.same_ids(self.dir / "ranks", preset)
+                self.assertEqual(tokenizer.decode(ids), text)
 
     def test_from_torch(self):
         """what the paper's code saves: a state_dict, plain, nested, wrapped; a folder of distributed checkpoint"""
