@@ -108,8 +108,7 @@ def merges(pieces, texts):
     """All pairs of pieces whose concatenation is one, by its score, as sentencepiece and tiktoken take any such pair.
     Of the pairs of one piece those come first whose right half begins the piece too: where two of its pairs overlap
     (in ab a ba: ab a, a ba), this is the one further to the left, which both libraries take."""
-    usable = {piece: i for i, (piece, _, kind) in enumerate(pieces)
-              if kind in (convert.NORMAL, convert.USER_DEFINED) and piece}
+    usable = {piece: i for i, (piece, _, kind) in enumerate(pieces) if kind == convert.NORMAL}
     found = []
     for piece, i in usable.items():
         for cut in range(1, len(piece)):

@@ -306,12 +306,14 @@ class Convert(Case):
         self.assertEqual(self.tokenizer(folder), (3, 1))
         piece = test_convert_tokenizer.SentencePiece("test_fields")
         model = self.dir / "a.model"
-        model.write_bytes(piece.model(pieces=[((1, b"ab"), (2, -1.0))]))
+        # control pieces are not merged
+        texts = enumerate((b"ab", b"a", b"b", b"<", b"s>", b"ba"), 1)
+        model.write_bytes(piece.model(pieces=[((1, text), (2, -float(score))) for score, text in texts]))
         self.assertEqual(self.tokenizer(model), (1, 2))
         self.assertEqual((self.dir / "hf" / "tokenizer.model").read_bytes(), model.read_bytes())
         written = json.loads((self.dir / "hf" / "tokenizer.json").read_text())
-        self.assertEqual(written["model"]["vocab"], {"<unk>": 0, "<s>": 1, "</s>": 2, "ab": 3})
-        self.assertEqual((written["model"]["merges"], written["model"]["byte_fallback"]), ([], False))
+        self.assertEqual(list(written["model"]["vocab"]), ["<unk>", "<s>", "</s>", "ab", "a", "b", "<", "s>", "ba"])
+        self.assertEqual((written["model"]["merges"], written["model"]["byte_fallback"]), (["a b", "b a"], False))
         kept = json.loads((self.dir / "hf" / "tokenizer_config.json").read_text())
         self.assertEqual([kept[key] for key in ("tokenizer_class", "bos_token", "eos_token", "unk_token")],
                          ["PreTrainedTokenizerFast", "<s>", "</s>", "<unk>"])
