@@ -2241,12 +2241,38 @@ TEST(validation) {
     destroy(m);
 }
 
+// RoPE stretched: the frequencies that transformers 4.46 and 5.24 have for Llama 3.2 1B, and the model's table of them.
+TEST(rope_scaling) {
+    const Vec theirs = {1,             0.663601279,    0.440366626,    0.292227834,    0.193922758,    0.128687382,
+                        0.0853971019,  0.0566696189,   0.0376060307,   0.0249554086,   0.0165604409,   0.0109895291,
+                        0.00729266508, 0.00483942125,  0.00321144611,  0.00129054801,  0.000429556705, 9.70828623e-05,
+                        1.94616387e-05, 1.29147675e-05, 8.57025589e-06, 5.68723226e-06, 3.77405445e-06, 2.50446715e-06,
+                        1.66196742e-06, 1.10288363e-06, 7.31874934e-07, 4.85673127e-07, 3.22293289e-07, 2.1387423e-07,
+                        1.41927202e-07, 9.41830649e-08};
+    Config c = small_config(Backbone::llama, Variant::simplegpt);
+    c.C = 128, c.NH = 2, c.NKV = 0, c.T = 40, c.max_T = 0, c.rope_theta = 5e5f, c.rope_scaling = {32, 1, 4, 8192};
+    finish(c);
+    Model m;
+    plan(m, gpu, c, 1, true);
+    create(m);
+    std::vector<float2> table(c.T * theirs.size());
+    CHECK(cudaMemcpy(table.data(), m.rope, table.size() * sizeof(float2), cudaMemcpyDeviceToHost));
+    destroy(m);
+    for (size_t i = 0; i < theirs.size(); i++) {
+        EXPECT(fabs(rope_frequency(c, int(i)) - theirs[i]) <= 1.3e-7 * theirs[i]);  // an ulp of float
+        const double angle = 39 * theirs[i];
+        const float2 last = table[39 * theirs.size() + i];
+        EXPECT(fabs(last.x - cos(angle)) < 6e-6 && fabs(last.y - sin(angle)) < 6e-6);
+    }
+}
+
 // What a checkpoint says of a model makes that model again.
 TEST(config_of_checkpoint) {
     for (const Flavour& f : FLAVOURS)
         for (Variant variant : {Variant::simplegpt, Variant::prenorm}) {
             Config c;
             apply_flavour(c, f.name);
+            if (variant == Variant::simplegpt && c.gated()) c.rope_scaling = {7.9f, 0.1f, 4, 100};
             c.variant = variant, c.layernorm = variant == Variant::prenorm, c.T = 100, c.max_T = 300;
             finish(c);
             std::string json = "{\"config\": {";
@@ -2262,7 +2288,9 @@ TEST(config_of_checkpoint) {
                               {"\"4\"", "\"0\""},
                               {"\"4\"", "\"99999999999\""},
                               {"dim", "dime"},
-                              {"\"dim\"", "\"rope_scaling\": \"2\", \"dim\""}}) {
+                              {"\"dim\"", "\"rope_scaling\": \"2\", \"dim\""},
+                              {"\"dim\"", "\"rope_scaling\": \"8,4,1,8192\", \"dim\""},
+                              {"\"dim\"", "\"rope_scale\": \"2\", \"dim\""}}) {
         std::string json = "{\"config\": {";
         for (auto& [key, value] : config_fields(small_config(Backbone::llama, Variant::simplegpt), Storage()))
             json += (json.back() == '{' ? "" : ", ") + ("\"" + key + "\": \"" + (key == "layers" ? "4" : value) + "\"");

@@ -44,6 +44,12 @@ const Words BACKBONES = {"llama", "nanogpt"};
 enum class Variant { simplegpt, prenorm, preqknorm };
 const Words VARIANTS = {"simplegpt", "prenorm", "preqknorm"}, NORMS = {"rmsnorm", "layernorm"};
 
+// RoPE stretched to contexts longer than those it was trained on, as Llama 3.1 and 3.2 have it. Factor 1: it is not.
+struct RopeScaling {
+    float factor = 1.0f, low = 1.0f, high = 4.0f;
+    int original = 8192;  // tokens of the contexts before
+};
+
 struct Config {
     Backbone backbone = Backbone::llama;
     Variant variant = Variant::simplegpt;
@@ -54,6 +60,7 @@ struct Config {
     int multiple_of = 256;
     int hidden = 0;  // the feed-forward width; 0: by the formula (checkpoints know the width alone)
     float rope_theta = 1e4f;
+    RopeScaling rope_scaling;
     float norm_eps = 1e-5f;
     int T = 1024;   // seq-len
     int max_T = 0;  // max-seq-len: rows of the learned positions (nanogpt); 0: T
@@ -148,6 +155,9 @@ void finish(Config& c) {
         throw Error("norm-eps: must be above 0 and at most 1. The paper uses 1e-5.");
     if (!(c.rope_theta > 0 && c.rope_theta < INFINITY))
         throw Error("rope-theta: must be above 0. Llama 2 uses 1e4, Llama 3 5e5.");
+    const RopeScaling& r = c.rope_scaling;
+    if (!(r.factor >= 1 && r.low > 0 && r.low < r.high && r.original > 0) || (r.factor > 1 && !c.gated()))
+        throw Error("rope-scaling: is for the llama backbone, FACTOR >= 1, 0 < LOW < HIGH, TOKENS >= 1. Change it.");
     if (c.C % c.NH)
         throw Error(format("dim: %d is not divisible by %d heads. Choose dim = heads x head size.", c.C, c.NH));
     if (c.HS() % 8 || c.HS() > 256)
@@ -168,6 +178,17 @@ void finish(Config& c) {
             format("multiple-of: hidden width %d is no multiple of 8, which tensor cores need. "
                    "Give a multiple of 8.",
                    c.F()));
+}
+
+// By how much RoPE turns pair i from token to token: theta^(-2i/HS), in float32 as the paper's code. Scaled, waves longer
+// than original / low tokens turn 1/factor as fast, shorter than original / high as before, between them by a mixture.
+float rope_frequency(const Config& c, int i) {
+    const RopeScaling& r = c.rope_scaling;
+    const float f = 1.0f / powf(c.rope_theta, float(2 * i) / c.HS()), wave = float(2 * M_PI) / f;
+    if (r.factor == 1 || wave < r.original / r.high) return f;
+    if (wave > r.original / r.low) return f / r.factor;
+    const float kept = (r.original / wave - r.low) / (r.high - r.low);
+    return (1.0f - kept) * f / r.factor + kept * f;
 }
 
 // What memory is spent on. Recompute: the activations that the forward does not keep and the backward makes again. Each
@@ -1486,11 +1507,11 @@ void create(Model& m) {
     // padding between tensors and rows beyond V stay zero for good, and so do gradients of what a slot does not hold
     CHECK(cudaMemsetAsync(m.memory, 0, m.state_bytes, m.gpu.stream));
     CHECK(cudaMemsetAsync(m.numbers, 0, sizeof(Numbers), m.gpu.stream));
-    if (m.rope) {  // (cos, sin) of t theta^(-2i/HS), as the paper's code: float32 frequencies
+    if (m.rope) {  // (cos, sin) of t times the pair's frequency, a float
         const int half = m.c.HS() / 2;
         std::vector<float2> rope(size_t(m.c.T) * half);
         for (int i = 0; i < half; i++) {
-            float frequency = 1.0f / powf(m.c.rope_theta, float(2 * i) / m.c.HS());
+            const float frequency = rope_frequency(m.c, i);
             for (int t = 0; t < m.c.T; t++) {
                 double angle = float(t * frequency);
                 rope[size_t(t) * half + i] = make_float2(float(cos(angle)), float(sin(angle)));

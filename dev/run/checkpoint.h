@@ -519,6 +519,7 @@ Config config_of(const Manifest& manifest, const std::string& dir) {
         c.hidden = integer("hidden"), c.V = integer("vocab_size");
         c.T = integer("seq_len"), c.max_T = integer("max_seq_len");
         c.rope_theta = strtof(text("rope_theta").c_str(), nullptr);
+        if (config->find("rope_scaling")) c.rope_scaling = parse_rope_scaling(text("rope_scaling"));
         c.norm_eps = strtof(text("norm_eps").c_str(), nullptr);
         finish(c);
         const Fields known = config_fields(c, Storage());
@@ -537,7 +538,11 @@ Config config_of(const Manifest& manifest, const std::string& dir) {
 TrainState load_checkpoint(Model& m, const std::string& dir) {
     const Manifest manifest = read_manifest(dir);
     const Json* config = manifest.json.find("config");
-    config_of(manifest, dir);  // refuses what this build does not know
+    const Config theirs = config_of(manifest, dir);  // refuses what this build does not know
+    const std::string scaling = rope_scaling_text(theirs.rope_scaling), mine = rope_scaling_text(m.c.rope_scaling);
+    if (scaling != mine)  // which only one of them may name
+        throw Error(dir + "/state.json: the checkpoint has rope_scaling " + scaling + ", this run " + mine +
+                    ". Resume with the options of the first run.");
     for (auto& [key, value] : config_fields(m.c, m.storage)) {
         const Json* there = config ? config->find(key) : nullptr;
         if (!there || there->string != value)

@@ -447,9 +447,11 @@ std::string schedule_text(const Schedule& a, int64_t S) {
 
 void print_run(const Model& m, const Options& o) {
     const Config& c = m.c;
-    printf("%s %s, %s: dim %d, %d layers, %d heads of %d (%d key/value), hidden %d, vocabulary %d, T %d; %s\n",
+    std::string scaling;
+    if (c.rope_scaling.factor != 1) scaling = ", RoPE scaled " + rope_scaling_text(c.rope_scaling);
+    printf("%s %s, %s: dim %d, %d layers, %d heads of %d (%d key/value), hidden %d, vocabulary %d, T %d%s; %s\n",
            BACKBONES[int(c.backbone)].c_str(), VARIANTS[int(c.variant)].c_str(), NORMS[c.layernorm].c_str(), c.C, c.L,
-           c.NH, c.HS(), c.NKV, c.F(), c.V, c.T, PRECISION);
+           c.NH, c.HS(), c.NKV, c.F(), c.V, c.T, scaling.c_str(), PRECISION);
     const std::string many =
         o.storage.ranks > 1 ? format(" on %d ranks, ZeRO %d", o.storage.ranks, o.storage.zero) : "";
     printf("%zu parameters; %lld steps of %d x %d sequences%s\n", m.table.parameters, (long long)o.steps, o.grad_accum,

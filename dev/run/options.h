@@ -9,6 +9,7 @@
 
 #include "../../train_gpt.cu"
 #include "../use/sampling.h"
+#include "weights.h"
 
 // What the program is asked to do, and so which options it takes.
 enum Command { TRAIN = 1, GENERATE = 2, EVAL = 4, ALL_COMMANDS = TRAIN | GENERATE | EVAL };
@@ -145,6 +146,9 @@ inline std::vector<Flag> flags(Options& o) {
             o.vocab_given = true;
         });
     number("rope-theta", &c.rope_theta, 0, 1e12, "base of RoPE's wavelengths (1e4)");
+    add("rope-scaling", "FACTOR,LOW,HIGH,TOKENS|none",
+        "stretch RoPE's waves, those beyond TOKENS / LOW, not those below TOKENS / HIGH; Llama 3.2: 32,1,4,8192 (none)",
+        [&c](const char* s) { as_options([&] { c.rope_scaling = parse_rope_scaling(s); }); });
     number("norm-eps", &c.norm_eps, 0, 1, "added to the mean square in norms (1e-5)");
     add("max-seq-len", "N", "learned positions, nanogpt only (those of --init-from, else --seq-len)",
         [&o](const char* s) {

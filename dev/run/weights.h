@@ -55,9 +55,23 @@ std::vector<size_t> shape_of(const Tensor& t) {
     return t.cols ? std::vector<size_t>{t.rows, t.cols} : std::vector<size_t>{t.rows};
 }
 
-// What a file of weights says of its model, and state.json too.
+// RoPE's scaling in words, as the option has it: FACTOR,LOW,HIGH,TOKENS or none.
+std::string rope_scaling_text(const RopeScaling& r) {
+    return r.factor == 1 ? "none" : format("%.9g,%.9g,%.9g,%d", r.factor, r.low, r.high, r.original);
+}
+RopeScaling parse_rope_scaling(const std::string& text) {
+    RopeScaling r;
+    int used = 0;
+    const bool four = sscanf(text.c_str(), "%f,%f,%f,%d%n", &r.factor, &r.low, &r.high, &r.original, &used) == 4;
+    if (text != "none" && !(four && size_t(used) == text.size() && std::isfinite(r.factor + r.high)))
+        throw Error("rope-scaling: '" + text + "' is not FACTOR,LOW,HIGH,TOKENS. Llama 3.2's is 32,1,4,8192.");
+    return r;
+}
+
+// What a file of weights says of its model, and state.json too. What is newer stands there only if it is used, so that
+// other builds and older files understand each other.
 Fields model_fields(const Config& c) {
-    return {{"backbone", BACKBONES[int(c.backbone)]},
+    Fields fields = {{"backbone", BACKBONES[int(c.backbone)]},
             {"variant", VARIANTS[int(c.variant)]},
             {"norm", NORMS[c.layernorm]},
             {"dim", std::to_string(c.C)},
@@ -70,10 +84,12 @@ Fields model_fields(const Config& c) {
             {"norm_eps", format("%.9g", c.norm_eps)},
             {"seq_len", std::to_string(c.T)},
             {"max_seq_len", std::to_string(c.max_T)}};
+    if (c.rope_scaling.factor != 1) fields.push_back({"rope_scaling", rope_scaling_text(c.rope_scaling)});
+    return fields;
 }
 
 // Looks at what names and shapes of tensors do not tell, if the file has an export's metadata: another norm or number
-// of heads is refused, another rope_theta or norm_eps, which one may want to change, is a warning.
+// of heads is refused, another rope_theta, rope_scaling or norm_eps, which one may want to change, is a warning.
 void check_metadata(const Safetensors& file, const Config& c) {
     const Json* text = file.metadata.find("config");
     Json config;
@@ -91,6 +107,10 @@ void check_metadata(const Safetensors& file, const Config& c) {
         if (!number) throw Error(message + " Make it " + other + ".");
         if (ranks.rank == 0) warn(message);
     }
+    const Json* there = config.find("rope_scaling");
+    const std::string other = there ? there->string : "none", mine = rope_scaling_text(c.rope_scaling);
+    if (config.find("rope_theta") && c.gated() && other != mine && ranks.rank == 0)
+        warn(file.path + ": its model has rope_scaling " + other + ", this one " + mine + ".");
 }
 
 // Weights from safetensors with the paper's names. All must be there, in the model's shapes, and nothing else; all are
