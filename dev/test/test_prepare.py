@@ -922,6 +922,79 @@ class Choices(Case):
         self.assertEqual(self.made(first, second), [258, want])
         self.assertEqual(self.made(first, second, "--limit", "1"), [258, want[:1]])
 
+    # an example as each has it, and the texts that lm-evaluation-harness makes of it
+    HELLASWAG = {"activity_label": "Roof shingles", "ctx_a": "[header] How to  be [title] A man is on a roof.",
+                 "ctx_b": "he Ran", "ctx": "...", "label": "1", "endings": ["is [substeps] up.", " starts [step] "]}
+    ARC = {"id": "x", "question": "Which?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "2"}
+    MMLU = {"question": " 1 + 1? ", "subject": "abstract_algebra", "choices": ["1", "2", "3"], "answer": 1}
+    TEXTS = (("Roof shingles: How to be. A man is on a roof. He ran", [" is up.", " starts "], 1),
+             ("Question: Which?\nAnswer:", [" ice", " fire"], 1),
+             ("The following are multiple choice questions (with answers) about abstract algebra.\n\n1 + 1?\nA. 1\nB. 2"
+              "\nC. 3\nAnswer:", [" A", " B", " C"], 1))
+
+    def texts(self, *lines):
+        examples = self.made(*lines)[1]
+        return tuple((bytes(context[1:]).decode(), [bytes(c).decode() for c in choices], label)
+                     for context, choices, label in examples)
+
+    def test_families(self):
+        """HellaSwag, ARC (its authors' form too), MMLU, by their fields"""
+        self.assertEqual(self.texts(self.HELLASWAG, self.ARC, self.MMLU), self.TEXTS)
+        authors = {"id": "x", "question": {"stem": "Which?", "choices": [{"text": "ice", "label": "1"}, {
+            "text": "fire", "label": "2"}]}, "answerKey": "2"}
+        plain = {**self.MMLU, "answer": "B", "subject": ""}
+        want = self.TEXTS[1], (self.TEXTS[2][0].split("\n\n")[1], *self.TEXTS[2][1:])
+        self.assertEqual(self.texts(authors, plain), want)
+        # spaces at a context's end belong to the choice
+        self.assertEqual(self.texts({**self.HELLASWAG, "ctx_b": "it is [a]"})[0][:2],
+                         ("Roof shingles: How to be. A man is on a roof. It is", ["  is up.", "  starts "]))
+        for broken in ({**self.HELLASWAG, "ctx_b": None}, {**self.ARC, "answerKey": "3"}, {**self.ARC, "choices": 3},
+                       {**authors, "question": {"stem": 3}}, {**self.MMLU, "question": 1}, {**self.MMLU, "choices": 1}):
+            with self.subTest(broken):
+                self.refused("hellaswag", self.file("a.jsonl", json.dumps(broken)), "--out", self.dir / "h.bin",
+                             words="a.jsonl:1: not as")
+        self.refused("hellaswag", self.file("a.jsonl", json.dumps({**self.MMLU, "answer": 3})), "--out",
+                     self.dir / "h.bin", words="label 3 is none of 0 to 2")
+
+    def test_parquet(self):
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError:
+            self.skipTest("the package pyarrow is missing")
+        for value, want in zip((self.HELLASWAG, self.ARC, self.MMLU), self.TEXTS):
+            pq.write_table(pa.Table.from_pylist([value] * 3), self.dir / "a")
+            with unittest.mock.patch.object(self, "file", lambda *_: self.dir / "a"):
+                self.assertEqual(self.texts({}), (want,) * 3)
+        whole = (self.dir / "a").read_bytes()
+        self.refused("hellaswag", self.file("b", whole[:-5]), "--out", self.dir / "h.bin", words="b: row 1: damaged")
+
+    def test_llmc(self):
+        """llm.c's file: the ids as they are"""
+        def example(i, label, *parts):
+            stream = [65535, 0, i, label, len(parts) - 1, *(n for part in parts for n in (len(part), *part))]
+            stream[1] = 2 * len(stream)
+            return stream
+        examples = [example(0, 3, [5, 6], [1], [2, 3], [4], [50256]), example(1, 0, [65534], [1], [2], [3], [4])]
+        def file(numbers, version=1):
+            header = [20240522, version, 2, 50] + [0] * 252
+            return self.file("v.bin", struct.pack(f"<256i{len(numbers)}H", *header, *numbers))
+
+        def made(path, *flags):
+            with unittest.mock.patch.object(self, "file", lambda *_: path):
+                return self.made({}, *flags)
+        self.assertEqual(made(file(sum(examples, []))), [65535, [([5, 6], [[1], [2, 3], [4], [50256]], 3),
+                                                                 ([65534], [[1], [2], [3], [4]], 0)]])
+        self.assertEqual(made(self.dir / "v.bin", "--limit", "1")[0], 50257)
+        good = sum(examples, [])
+        for i in (0, 1, 3, 4, 5):
+            broken = good[:i] + [good[i] + 1 & 65535] + good[i + 1:]
+            self.refused("hellaswag", file(broken), "--out", self.dir / "h.bin", words="example 1 is damaged")
+        for broken in (good[:-1], good[:5], []):
+            self.refused("hellaswag", file(broken), "--out", self.dir / "h.bin", words="is damaged or cut short")
+        self.refused("hellaswag", file(good + [1]), "--out", self.dir / "h.bin", words="does not promise all")
+        self.refused("hellaswag", file(good, 2), "--out", self.dir / "h.bin", words="v.bin: ")
+
     def test_refusals(self):
         good = '{"ctx": "a", "endings": ["b", "c"], "label": 1}\n'
         for line, words in (('{"endings": ["b", "c"], "label": 1}', "a.jsonl:2: no ctx or query"),
