@@ -185,10 +185,8 @@ void finish(Config& c) {
 float rope_frequency(const Config& c, int i) {
     const RopeScaling& r = c.rope_scaling;
     const float f = 1.0f / powf(c.rope_theta, float(2 * i) / c.HS()), wave = float(2 * M_PI) / f;
-    if (r.factor == 1 || wave < r.original / r.high) return f;
-    if (wave > r.original / r.low) return f / r.factor;
-    const float kept = (r.original / wave - r.low) / (r.high - r.low);
-    return (1.0f - kept) * f / r.factor + kept * f;
+    const float kept = std::clamp((r.original / wave - r.low) / (r.high - r.low), 0.0f, 1.0f);
+    return r.factor == 1 ? f : (1.0f - kept) * f / r.factor + kept * f;
 }
 
 // What memory is spent on. Recompute: the activations that the forward does not keep and the backward makes again. Each

@@ -1,5 +1,6 @@
 """What the programs of this folder share: refusals of one line, files that appear whole or not at all, checksums."""
 import argparse
+import errno
 import hashlib
 import os
 import signal
@@ -8,6 +9,8 @@ from pathlib import Path
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while a program loads its modules; then run() tells it
 BLOCK = 1 << 20  # bytes read at a time
+UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a file system that has nothing to sync in a folder
+warned = set()
 
 
 class Refused(Exception):
@@ -17,6 +20,13 @@ class Refused(Exception):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         sys.exit(f"{self.prog}: {message}. --help lists the options.")
+
+
+def warn(line):
+    """once"""
+    if line not in warned:
+        warned.add(line)
+        print(f"{Path(sys.argv[0]).stem}: warning: {line}", file=sys.stderr)
 
 
 def run(name, main):
@@ -71,14 +81,24 @@ def sha256_of(path):
 
 def sync(f):
     f.flush()
-    os.fsync(f.fileno())
+    try:
+        os.fsync(f.fileno())
+    except OSError as e:
+        e.filename = f.name
+        raise
 
 
 def sync_directory(path):
-    """makes renames in it last through a loss of power"""
+    """makes renames in it last through a loss of power, where the file system can"""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as e:
+        e.filename = path
+        if e.errno not in UNSYNCED:
+            raise
+        warn(f"{path}: its file system cannot sync a folder ({e.strerror}). A loss of power just now could undo the "
+             "renaming of the files.")
     finally:
         os.close(fd)
 

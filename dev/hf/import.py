@@ -3,15 +3,16 @@
 
     import.py HF_DIR OUT.safetensors
 
-Reads LlamaForCausalLM (Llama 1 to 3, TinyLlama, ...), GPT2LMHeadModel without biases and with GELU by erf, and what
-export.py makes of all variants. What the trainer's models cannot express is refused: scaled RoPE, biases, tied heads of
-Llamas, quantised weights. Dtypes stay as they are (F32, BF16, F16). Needs numpy.
+Reads LlamaForCausalLM (Llama 1 to 3.2, TinyLlama, ...), MistralForCausalLM, GPT2LMHeadModel without biases and with
+GELU by erf, and what export.py makes of all variants, from safetensors files or pytorch_model.bin. A head that is tied
+to the embedding becomes one of its own. What the trainer's models cannot express is refused: RoPE scaled otherwise than
+Llama 3.1's, biases, quantised weights. Dtypes stay as they are (F32, BF16, F16). Needs numpy.
 """
+import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
-from weights import Parser, Refused, Weights, description, family, file_metadata, flags, our_shapes, read_json, run, \
-    simplegpt_rows, write_weights
+from weights import Parser, Refused, Weights, description, family, flags, read_json, run, simplegpt_rows, write_ours
 
 IGNORED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")  # buffers that older versions stored
 
@@ -35,7 +36,8 @@ def their_description(path):
     must("the weights are quantised", "quantization_config" not in config, "and --init-from needs them whole")
     if kind == "gpt2":
         activation = take("activation_function", default="gelu_new")
-        must(f"activation_function is {activation}", activation == "gelu", "the trainer's is gelu, by erf")
+        must(f"it is of GPT-2's own kind, with biases and activation_function {activation}", activation == "gelu",
+             "the trainer has no biases, and GELU by erf")
         must("its head is not the embedding", take("tie_word_embeddings", default=True), "the nanogpt backbone's is")
         must("attention is scaled otherwise", take("scale_attn_weights", default=True) and
              not take("scale_attn_by_inverse_layer_idx", default=False), "the trainer scales by 1 / sqrt(head size)")
@@ -48,11 +50,12 @@ def their_description(path):
         }
         must(f"n_inner is {words['hidden']}", words["hidden"] == 4 * dim, "the trainer's is 4 n_embd")
         return words
-    must(f"model_type is {kind}", kind in ("llama", "simplegpt"), "the trainer knows llama, gpt2 and simplegpt")
+    must(f"model_type is {kind}", kind in ("llama", "mistral", "simplegpt"),
+         "the trainer knows llama, mistral, gpt2 and simplegpt")
     # transformers 5 has RoPE's settings in rope_parameters; before, its scaling, or null, was in rope_scaling
     rope = take("rope_parameters", "rope_scaling", default={})
     scaling = rope.get("rope_type", rope.get("type", "default"))
-    must(f"RoPE is scaled ({scaling})", scaling == "default", "the trainer's is not")
+    must(f"RoPE is scaled ({scaling})", scaling in ("default", "llama3"), "the trainer knows llama3's way alone")
     must("RoPE turns a part of each head only", rope.get("partial_rotary_factor", 1) == 1, "the trainer's turns all")
     dim, heads = take("hidden_size"), take("num_attention_heads")
     positions = take("max_position_embeddings", default=2048)
@@ -66,18 +69,27 @@ def their_description(path):
     }
     must("head_dim is not hidden_size / num_attention_heads", take("head_dim", default=dim // heads) * heads == dim,
          "the trainer's is")
-    if kind == "llama":
+    if scaling == "llama3":
+        names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+        words["rope_scaling"] = ",".join(str(rope.get(name)) for name in names)
+    window = config.get("sliding_window", 4096) if kind == "mistral" else None
+    if window and window < positions:  # within it, tokens see all before them
+        words["seq_len"] = words["max_seq_len"] = window
+        note(f"its tokens see {window} before them, the trainer's all: --seq-len is {window}")
+    if kind != "simplegpt":
         activation = take("hidden_act", default="silu")
         must(f"hidden_act is {activation}", activation == "silu", "the trainer's is silu")
         must("it has biases", not config.get("attention_bias") and not config.get("mlp_bias"), "the trainer has none")
-        must("its head is tied to the embedding", not config.get("tie_word_embeddings"),
-             "the llama backbone's is its own")
     return words
+
+
+def note(text):
+    print(f"import: warning: {text}.", file=sys.stderr)
 
 
 def main():
     parser = Parser(prog="import", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="with config.json and model*.safetensors")
+    parser.add_argument("folder", type=Path, help="with config.json and model*.safetensors or pytorch_model*.bin")
     parser.add_argument("out", type=Path, help="safetensors file to write")
     args = parser.parse_args()
     path = args.folder / "config.json"
@@ -91,24 +103,18 @@ def main():
     for name in [name for name in weights.entries if name.endswith(IGNORED)]:
         if name not in {row.name for row in rows}:
             del weights.entries[name]
-    if c["backbone"] == "nanogpt" and "lm_head.weight" in weights.entries:
-        del weights.entries["lm_head.weight"]  # the embedding once more
+    if c["backbone"] == "nanogpt":
+        weights.entries.pop("lm_head.weight", None)  # the embedding once more
+    elif read_json(path).get("tie_word_embeddings") and "model.embed_tokens.weight" in weights.entries:
+        note("its head is tied to the embedding; written as a tensor of its own, which trains apart from it")
+        weights.entries["lm_head.weight"] = weights.entries["model.embed_tokens.weight"]
     for row in rows:
         if not row.ours and row.name in weights.entries and weights.read(row.name).any():
             raise Refused(f"{args.folder}: {row.name} is not zero, the trainer has no biases. Take another model.")
     weights.check({row.name: row.shape for row in rows if row.ours or row.name in weights.entries},
                   "Only models that config.json describes in full can be read.")
 
-    shapes, held = our_shapes(c), {}
-
-    def tensor(row, i):
-        def values():
-            if held.get("row") is not row:
-                held.update(row=row, values=row.our(weights.read(row.name)))
-            return held["values"][i]
-        return row.ours[i], weights.dtype(row.name), shapes[row.ours[i]], values
-
-    write_weights(args.out, [tensor(row, i) for row in rows for i in range(len(row.ours))], file_metadata(c))
+    write_ours(args.out, c, rows, weights)
     print(f"./train_gpt {flags(c)} --init-from {args.out}")
 
 

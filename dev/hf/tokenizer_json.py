@@ -74,12 +74,13 @@ def regex(split):
 def sentencepiece(f):
     has = f.flags.__and__
     kinds = {kind for _, _, kind in f.pieces}
-    for what, there in (("space as a suffix", has(convert.SPACE_AS_SUFFIX)), ("unused pieces", convert.UNUSED in kinds),
-                        ("spaces that stay as they are", not has(convert.ESCAPE_SPACES)),
-                        ("user-defined pieces beside a dummy prefix",
+    for what, there in (("the model has space as a suffix", has(convert.SPACE_AS_SUFFIX)),
+                        ("the model has unused pieces", convert.UNUSED in kinds),
+                        ("the model has spaces that stay as they are", not has(convert.ESCAPE_SPACES)),
+                        ("the model has user-defined pieces beside a dummy prefix",
                          convert.USER_DEFINED in kinds and has(convert.DUMMY_PREFIX))):
         if there:
-            raise convert.Refused(f"the model has {what}, which a tokenizer.json cannot express")
+            raise convert.Refused(f"{what}, which a tokenizer.json cannot express")
     texts = {i: piece.decode() for i, (piece, _, _) in enumerate(f.pieces)}
     steps = []
     if f.trie:

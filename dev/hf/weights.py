@@ -1,8 +1,10 @@
 """What export.py, import.py and from_torch.py share: safetensors files, a model's description and its tensors' names.
 
 A description is a dict with the words of state.json and of an export's metadata: backbone, variant, norm, dim, layers,
-heads, kv_heads, hidden, vocab_size, rope_theta, norm_eps, seq_len, max_seq_len. Tensors pass one at a time.
+heads, kv_heads, hidden, vocab_size, rope_theta, norm_eps, seq_len, max_seq_len, and rope_scaling where RoPE is scaled.
+Tensors pass one at a time.
 """
+import functools
 import json
 import os
 import struct
@@ -10,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "data"))
-import convert_tokenizer  # noqa: E402,F401: the programs here use all of them
+import convert_tokenizer  # noqa: E402,F401: the programs here use all of these
 from common import Parser, Refused, read_whole, run, write_whole  # noqa: E402,F401
 
 try:
@@ -18,6 +20,7 @@ try:
 except ImportError:
     sys.exit(
         f"{Path(sys.argv[0]).stem}: the package numpy is missing. apt-get install python3-numpy, or pip install numpy.")
+import torch_file  # noqa: E402
 
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}
 RAW = {"F32": np.float32, "BF16": np.uint16, "F16": np.float16}  # bf16 as its bits, numpy has no such type
@@ -27,23 +30,36 @@ RAW = {"F32": np.float32, "BF16": np.uint16, "F16": np.float16}  # bf16 as its b
 # safetensors: uint64 length of a JSON header, the header (name: dtype, shape, data_offsets), then the data
 
 class Weights:
-    """The tensors of a file, or of a folder's model.safetensors, or of those that its index names."""
+    """The tensors of a file, or of a folder's model.safetensors, or of those that its index names; of pytorch_model.bin
+    where there is no safetensors file. entries: name: (dtype, shape, function that gives the raw values)"""
 
-    def __init__(self, path):
+    def __init__(self, path, entries=None):
         self.path, self.metadata, self.entries = path, {}, {}
+        if entries is not None:
+            self.entries = entries
+            return
         for file in self.files(Path(path)):
-            self.read_header(file)
+            refuse_pipe(file)
+            with open(file, "rb") as f:
+                zipped = f.read(4) == torch_file.MAGIC
+            for name, entry in torch_entries(file)[0].items() if zipped or file.suffix == ".bin" else self.header(file):
+                if name in self.entries:
+                    raise Refused(f"{file}: holds {name}, which another file of the folder has too. Write it again.")
+                self.entries[name] = entry
 
     @staticmethod
     def files(path):
         if not path.is_dir():
             return [path]
-        whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
-        if whole.exists():
-            return [whole]
-        if not index.exists():
-            raise Refused(f"{path}: holds neither model.safetensors nor model.safetensors.index.json. "
-                          "Give a file, or a folder with one of them.")
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            whole, index = path / name, path / f"{name}.index.json"
+            if whole.exists():
+                return [whole]
+            if index.exists():
+                break
+        else:
+            raise Refused(f"{path}: holds neither model.safetensors nor model.safetensors.index.json, and no "
+                          "pytorch_model.bin. Give a file, or a folder with one of them.")
         try:
             names = sorted(set(read_json(index)["weight_map"].values()))
             if not all(name and "/" not in name and name not in (".", "..") for name in names):
@@ -52,9 +68,8 @@ class Weights:
             raise Refused(f"{index}: its weight_map is missing or broken. Fetch the folder again.") from None
         return [path / name for name in names]
 
-    def read_header(self, file):
+    def header(self, file):
         size = os.path.getsize(file)
-        refuse_pipe(file)
         try:
             with open(file, "rb") as f:
                 (length,) = struct.unpack("<Q", f.read(8))
@@ -69,24 +84,19 @@ class Weights:
                         and t["dtype"] in WIDTHS:
                     raise Refused(f"{file}: the data of {name} lies outside the file or has the wrong size. "
                                   "It was cut short: fetch or write it again.")
-                if name in self.entries:
-                    raise Refused(f"{file}: holds {name}, which another file of the folder has too. Write it again.")
-                self.entries[name] = file, t["dtype"], tuple(t["shape"]), 8 + length + begin
+                shape, at = tuple(t["shape"]), 8 + length + begin
+                yield name, (t["dtype"], shape, functools.partial(read_raw, file, at, t["dtype"], shape))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, struct.error):
             raise Refused(f"{file}: no safetensors file. Give one, or a folder that holds some.") from None
 
     def shape(self, name):
-        return self.entries[name][2]
-
-    def dtype(self, name):
         return self.entries[name][1]
 
+    def dtype(self, name):
+        return self.entries[name][0]
+
     def read(self, name):
-        file, dtype, shape, begin = self.entries[name]
-        with open(file, "rb") as f:
-            f.seek(begin)
-            data = np.fromfile(f, RAW[dtype], int(np.prod(shape, dtype=np.int64)))
-        return data.reshape(shape)
+        return self.entries[name][2]()
 
     def check(self, shapes, hint):
         """names and shapes are those expected, and no others; dtypes are known"""
@@ -100,6 +110,21 @@ class Weights:
         for name in self.entries:
             if name not in shapes:
                 raise Refused(f"{self.path}: holds {name}, which such a model lacks. {hint}")
+
+
+def read_raw(file, at, dtype, shape):
+    with open(file, "rb") as f:
+        f.seek(at)
+        return np.fromfile(f, RAW[dtype], int(np.prod(shape, dtype=np.int64))).reshape(shape)
+
+
+def torch_entries(file):
+    """of a file of torch.save; and all that it holds"""
+    tree, read = torch_file.load(file)
+    tensors = torch_file.tensors(tree)
+    if tensors is None:
+        raise Refused(f"{file}: holds no state_dict. Save model.state_dict() with torch.save.")
+    return {name: (t.dtype, t.shape, functools.partial(read, t)) for name, t in tensors.items()}, tree
 
 
 def convert(data, old, new):
@@ -176,6 +201,20 @@ def write_json(path, value):
     Path(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def write_ours(path, c, rows, weights):
+    """our tensors, of the rows' in `weights`"""
+    shapes, held = our_shapes(c), {}
+
+    def tensor(row, i):
+        def values():
+            if held.get("row") is not row:
+                held.update(row=row, values=row.our(weights.read(row.name)))
+            return held["values"][i]
+        return row.ours[i], weights.dtype(row.name), shapes[row.ours[i]], values
+
+    write_weights(path, [tensor(row, i) for row in rows for i in range(len(row.ours))], file_metadata(c))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The model's description
 
@@ -193,6 +232,11 @@ def description(words, where, hint):
         c.update({key: int(words[key]) for key in NUMBERS})
         # the trainer's are float32: the shortest decimal that means the same, 1e-05 and not 9.99999975e-06
         c.update({key: float(str(np.float32(words[key]))) for key in ("rope_theta", "norm_eps")})
+        if words.get("rope_scaling", "none") != "none":
+            c["rope_scaling"] = ",".join(f"{float(np.float32(x)):.9g}" for x in words["rope_scaling"].split(","))
+            factor, low, high, original = scaling_numbers(c)
+            if not factor >= 1 or not 0 < low < high or not 1 <= original < 1 << 31 or original % 1:
+                raise ValueError
         known = all(c[key] in WORDS[key] for key in WORDS)
         if not known or min(c[key] for key in NUMBERS) < 1 or c["layers"] > 1 << 16 or c["dim"] % c["heads"]:
             raise ValueError
@@ -202,6 +246,11 @@ def description(words, where, hint):
     if strange:
         raise Refused(f"{where}: its model has {min(strange)}, which is not known here. Take the tools of its trainer.")
     return c
+
+
+def scaling_numbers(c):
+    """of RoPE's scaling: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings"""
+    return [float(str(np.float32(x))) for x in c["rope_scaling"].split(",")]
 
 
 def file_metadata(c):
@@ -216,7 +265,7 @@ def flags(c):
              "--seq-len", c["seq_len"]]
     if c["backbone"] == "llama":
         words += ["--kv-heads", c["kv_heads"], "--multiple-of", multiple, "--ffn-mult", factor, "--rope-theta",
-                  f"{c['rope_theta']:.9g}"]
+                  f"{c['rope_theta']:.9g}", *(["--rope-scaling", c["rope_scaling"]] if "rope_scaling" in c else [])]
     else:
         words += ["--max-seq-len", c["max_seq_len"]]
     return " ".join(map(str, words))
@@ -267,23 +316,25 @@ def our_shapes(c):
 
 
 class Row:
-    """A tensor of Hugging Face's model and ours that it holds. The shape is theirs; raw values pass both ways."""
+    """A tensor of another program's model and ours that it holds, stacked if several. The shape is theirs; raw values
+    pass both ways."""
 
-    def __init__(self, name, shape, ours=(), heads=0, stacked=False):
-        self.name, self.shape, self.ours, self.heads, self.stacked = name, tuple(shape), ours, heads, stacked
+    def __init__(self, name, shape, ours=(), heads=0, transposed=False):
+        self.name, self.shape, self.ours, self.heads, self.transposed = name, tuple(shape), ours, heads, transposed
 
     def theirs(self, values, raw):
         """values: of our tensors; raw: the numpy type, for what we have not (a bias of zero)"""
         if not values:
             return np.zeros(self.shape, raw)
-        if self.stacked:
-            return np.concatenate(values).T
-        return self.rotary(values[0], self.shape[0] // self.heads // 2, 2) if self.heads else values[0]
+        if self.heads:
+            return self.rotary(values[0], self.shape[0] // self.heads // 2, 2)
+        whole = values[0] if len(values) == 1 else np.concatenate(values)
+        return whole.T if self.transposed else whole
 
     def our(self, value):
-        if self.stacked:
-            return np.split(value.T, len(self.ours))
-        return [self.rotary(value, 2, self.shape[0] // self.heads // 2) if self.heads else value]
+        if self.heads:
+            return [self.rotary(value, 2, self.shape[0] // self.heads // 2)]
+        return np.split(value.T if self.transposed else value, len(self.ours))
 
     def rotary(self, value, slow, fast):
         """RoPE turns rows 2i and 2i+1 of a head here, rows i and i + HS/2 there: (pairs, 2) to (2, pairs), or back"""
@@ -309,9 +360,9 @@ def llama_rows(c):
     yield Row("lm_head.weight", (c["vocab_size"], dim), ["output.weight"])
 
 
-def gpt2_rows(c):
+def gpt2_rows(c, nanogpt=False):
     """GPT2LMHeadModel: prenorm with layernorm on the nanogpt backbone. Its linears are stored (inputs, outputs), and it
-    has biases, which are 0 here."""
+    has biases, which are 0 here. nanoGPT's own model has the same names, but (outputs, inputs) and no biases."""
     dim, hidden = c["dim"], c["hidden"]
     yield Row("transformer.wte.weight", (c["vocab_size"], dim), ["wte.weight"])
     yield Row("transformer.wpe.weight", (c["max_seq_len"], dim), ["wpe.weight"])
@@ -319,11 +370,14 @@ def gpt2_rows(c):
         for their, shape, our in (("ln_1", (dim,), ["norm1"]), ("attn.c_attn", (dim, 3 * dim), "qkv"),
                                   ("attn.c_proj", (dim, dim), "o"), ("ln_2", (dim,), ["norm2"]),
                                   ("mlp.c_fc", (dim, hidden), ["fc"]), ("mlp.c_proj", (hidden, dim), ["proj"])):
-            yield Row(f"transformer.h.{i}.{their}.weight", shape, [f"layers.{i}.{name}.weight" for name in our],
-                      stacked=len(shape) == 2)
-            yield Row(f"transformer.h.{i}.{their}.bias", shape[-1:])
+            ours, linear = [f"layers.{i}.{name}.weight" for name in our], len(shape) == 2
+            yield Row(f"transformer.h.{i}.{their}.weight", shape[::-1] if nanogpt else shape, ours,
+                      transposed=linear and not nanogpt)
+            if not nanogpt:
+                yield Row(f"transformer.h.{i}.{their}.bias", shape[-1:])
     yield Row("transformer.ln_f.weight", (dim,), ["norm.weight"])
-    yield Row("transformer.ln_f.bias", (dim,))
+    if not nanogpt:
+        yield Row("transformer.ln_f.bias", (dim,))
 
 
 def simplegpt_rows(c):

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstdint>
 #include <cstdio>
@@ -156,19 +157,18 @@ inline void make_dirs(const std::string& path) {  // with the folders above it
     }
 }
 
-// A name in a folder is on the disk only when the folder is.
+// A name in a folder is on the disk only when the folder is. Some file systems (FUSE, NFS) cannot say when: told once.
 inline void fsync_dir(const std::string& path) {
+    static std::atomic<bool> told{false};
     const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    const bool done = fd >= 0 && fsync(fd) == 0;
-    const int error = errno;
+    const int error = fd >= 0 && fsync(fd) == 0 ? 0 : errno;
     if (fd >= 0) close(fd);
-    if (fd >= 0 && (error == EINVAL || error == EOPNOTSUPP) && !done) {  // FUSE's and some NFS servers' do not
-        static std::atomic<bool> said{false};
-        if (!said.exchange(true))
-            warn(path + ": this file system does not sync folders; a power cut may cost the newest files their names.");
-        return;
-    }
-    if (!done) throw Error(path + ": cannot be written to the disk: " + strerror(error) + ". Check the disk.");
+    if (!error) return;
+    if (fd < 0 || (error != EINVAL && error != ENOTSUP && error != EOPNOTSUPP))
+        throw Error(path + ": cannot be written to the disk: " + strerror(error) + ". Check the disk.");
+    if (!told.exchange(true))
+        warn(path + ": its file system cannot sync a folder (" + strerror(error) +
+             "). A loss of power just now could undo the renaming of the files.");
 }
 
 // The names in a folder, in no order; none if it cannot be read.

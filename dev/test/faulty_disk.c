@@ -3,9 +3,9 @@
 //   FAULT_PATH     prefixes, with colons between; one that ends in $ is a whole path
 //   FAULT_AT       the call, from 1; 0 or not set: none
 //   FAULT_ERRNO    ENOSPC (default), EIO, or SHORT: a write takes half of the bytes, the one after it fails with ENOSPC
-//                  SLOW: no call fails, every write takes a tenth of a second; HANG: that call never returns;
-//                  FOLDERS: fsync of a folder is not supported, wherever it is
+//                  SLOW: no call fails, every write takes a tenth of a second; HANG: that call never returns
 //   FAULT_STICKY   1: all matching calls after that one fail as well
+//   FAULT_FOLDERS  the errno of every fsync of a folder
 //   FAULT_RANK     only in this rank of MPI's
 //   FAULT_LIST     file to which, with .RANK behind its name, each call goes as a line: its name and path
 // Build: gcc -shared -fPIC -o X.so faulty_disk.c -ldl
@@ -27,7 +27,7 @@ static char* path_of[FILES];  // of open files that match; a file is opened and 
 static atomic_long calls, short_at = -2;
 static FILE* list;
 static long fault_at;
-static int fault_errno = ENOSPC, is_short, is_slow, is_hang, is_folders, sticky;
+static int fault_errno = ENOSPC, is_short, is_slow, is_hang, sticky;
 
 #define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
@@ -42,7 +42,6 @@ __attribute__((constructor)) static void begin(void) {
     fault_at = at && mine() ? atol(at) : 0;
     if (error && strcmp(error, "EIO") == 0) fault_errno = EIO;
     is_slow = error && strcmp(error, "SLOW") == 0 && mine();
-    is_folders = error && strcmp(error, "FOLDERS") == 0;
     is_hang = error && strcmp(error, "HANG") == 0;
     is_short = error && strcmp(error, "SHORT") == 0;
     sticky = more && *more == '1';
@@ -105,9 +104,13 @@ ssize_t write(int fd, const void* data, size_t bytes) {
 }
 
 int fsync(int fd) {
+    const char* folders = getenv("FAULT_FOLDERS");
+    struct stat info;
+    if (folders && fstat(fd, &info) == 0 && S_ISDIR(info.st_mode)) {
+        errno = atoi(folders);
+        return -1;
+    }
     const char* path = fd >= 0 && fd < FILES ? path_of[fd] : NULL;
-    struct stat what;
-    if (is_folders && fstat(fd, &what) == 0 && S_ISDIR(what.st_mode)) return errno = EOPNOTSUPP, -1;
     if (path && fails("fsync", path)) return -1;
     return NEXT(fsync)(fd);
 }

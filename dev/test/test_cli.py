@@ -557,6 +557,42 @@ class Tests:
             write_safetensors(self.path("strange.st"), tensors, strange)  # another program's metadata is no trouble
             expect(self.passed_through(self.path("strange.st"))[0] == tensors, f"not imported with metadata {strange}")
 
+    def rope_scaling(self):
+        """RoPE stretched is another model: checkpoint and export name it, and so must who goes on from them."""
+        scaling, data, weights = "4,1,4,16", self.path("tokens.bin"), self.path("scaled.st")
+        plain = self.small("unscaled", "--save-every", 12)
+        flags = self.small("scaled", "--rope-scaling", scaling, "--save-every", 12, "--export", weights)
+        self.run(*plain)
+        for text in (self.run(*flags), self.run(*flags, "--plan")):
+            expect(", T 33, RoPE scaled 4,1,4,16; " in text, f"the plan does not say it: {text[:300]}")
+        runs = ("unscaled", "scaled")
+        losses = [read_log(self.path(run))[0]["loss"] for run in runs]
+        expect(losses[0] != losses[1], "the first loss is the same with scaled RoPE")
+        configs = [json.load(open(self.path(f"{run}/step_00000012/state.json")))["config"] for run in runs]
+        expect([c.get("rope_scaling") for c in configs] == [None, scaling], f"checkpoints have {configs}")
+        expect(json.loads(read_safetensors(weights)[1]["config"])["rope_scaling"] == scaling, "the export has it not")
+        self.bad([*plain, "--resume", "--rope-scaling", scaling], "has rope_scaling none, this run 4,1,4,16. Resume")
+        self.bad(self.small("scaled", "--rope-scaling", "none", "--resume"), "has rope_scaling 4,1,4,16, this run none.")
+        self.run(*flags, "--resume")
+
+        def evaluated(*more):
+            command = [self.args.train_gpt, "eval", *map(str, more), "--val-data", data, "--val-batches", "3"]
+            r = subprocess.run(command, capture_output=True, text=True)
+            expect(r.returncode == 0, r.stderr)
+            return json.loads(r.stdout)["loss"], r.stderr
+
+        shape = flags[:flags.index("--batch-size")]
+        loss, said = evaluated("--checkpoint", self.path("scaled"))
+        again, told = evaluated("--init-from", weights, *shape, "--rope-scaling", scaling)
+        expect("warning" not in said + told and (self.args.bf16 or loss == again), f"{loss}, {again}, {said}{told}")
+        other, told = evaluated("--init-from", weights, *shape)
+        expect(other != loss and "its model has rope_scaling 4,1,4,16, this one none." in told, f"{other}, {told}")
+        for value in ("8", "8,1,4", "8,1,4,32x", "x,1,4,32", "inf,1,4,32", "nan,1,4,32"):
+            self.bad([*plain, "--rope-scaling", value], "--rope-scaling: ", "32,1,4,8192")
+        for value in ("0.5,1,4,32", "8,0,4,32", "8,4,4,32", "8,1,4,0"):
+            self.bad([*plain, "--rope-scaling", value], "--rope-scaling: ", "0 < LOW < HIGH")
+        self.bad([*plain, "--rope-scaling", scaling, "--backbone", "nanogpt"], "--rope-scaling: ", "llama backbone")
+
     def folders(self):
         """Weights in several files, as Hugging Face has them."""
         tensors, _ = self.seed_tensors()
@@ -718,8 +754,8 @@ class Tests:
         for body in (self.help, self.same_twice, self.loss_falls, self.resume, self.schedules, self.prolonged,
                      self.changed_schedules, self.keep, self.keep_best, self.mixtures, self.documents,
                      self.stopped_in_validation, self.import_export, self.export_dtype, self.import_halves,
-                     self.metadata, self.folders, self.sample, self.plan, self.memory_options, self.probe,
-                     self.probe_updates, self.no_decay_1d, self.log_every):
+                     self.metadata, self.rope_scaling, self.folders, self.sample, self.plan, self.memory_options,
+                     self.probe, self.probe_updates, self.no_decay_1d, self.log_every):
             self.test(body.__name__, body)
         if not self.args.bf16:  # whose probe leaves curvature out
             self.test("stopped_in_probe", self.stopped_in_probe)

@@ -4,6 +4,7 @@ checkpoint before stays and loads, and nothing half done has a checkpoint's name
 
 usage: test_disk.py TRAIN_GPT [--full] [--bf16] [--filter TEXT] [--jobs N]
 """
+import errno
 import os
 import shutil
 import subprocess
@@ -194,13 +195,6 @@ class DiskTests(Tests):
                 got = contents(os.path.join(checkpoint(self.path(name), step), file))
                 expect(got == contents(os.path.join(want, file)), f"step {step}: {file} differs")
 
-    def folders(self):
-        """A file system that does not sync folders: one warning, the same run."""
-        job = run(self.exe, self.flags("folders", 0), 0, self.faults("folders", FAULT_ERRNO="FOLDERS"))
-        expect(len(job.warnings()) == 1 and "does not sync folders" in job.warnings()[0], job.text())
-        expect(checkpoints(self.path("folders")) == [2, 4, 6], f"checkpoints {checkpoints(self.path('folders'))}")
-        expect(contents(self.path("folders.st")) == self.calm(0, 0)[2], "the weights differ")
-
     def hangs(self, rank, more):
         """One rank's disk never answers: the job ends, and says who."""
         call = list(self.calls_of(2, rank, 4))[5]
@@ -209,6 +203,17 @@ class DiskTests(Tests):
                        self.faults(name, FAULT_ERRNO="HANG", FAULT_AT=call, FAULT_RANK=rank), limit=30)
         expect(f"rank {rank} " in error and "hangs at step" in error and "saving" in error, error)
         expect(2 in checkpoints(self.path(name)) and 4 not in checkpoints(self.path(name)), "not the checkpoint of 2")
+
+    def folders(self, error):
+        """A file system that cannot sync a folder (FUSE, NFS): one warning; one whose disk fails: no checkpoint."""
+        name = f"folders_{error}"
+        job = Job(self.exe, self.flags(name, 0), 0, self.faults(name, FAULT_FOLDERS=error)).wait()
+        there, warnings = checkpoints(self.path(name)), job.warnings()
+        if error == errno.EIO:
+            expect(job.status == 1 and not there and len(warnings) == 2, f"{job.status}, {there}: {job.text()}")
+            return
+        expect(job.status == 0 and there == [2, 4, 6], f"{job.status}, {there}: {job.text()}")
+        expect(len(warnings) == 1 and "cannot sync a folder (" + os.strerror(error) in warnings[0], job.text())
 
     def all(self):
         full, test = self.full, self.test
@@ -240,7 +245,8 @@ class DiskTests(Tests):
             for rank in (0, 1):
                 test(f"a disk of rank {rank} that hangs{mode}", self.hangs, rank, more)
         test("a slow disk, weights", self.slow, "weights", 2, ())
-        test("folders that cannot be synced", self.folders)
+        for error in (errno.EINVAL, errno.EOPNOTSUPP, errno.EIO):
+            test(f"folders, {errno.errorcode[error]}", self.folders, error)
 
     def report(self):
         super().report()

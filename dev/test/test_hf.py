@@ -7,18 +7,25 @@ What needs torch and transformers (all comparisons of logits) is left out with a
 """
 import argparse
 import base64
+import collections
 import contextlib
+import errno
 import importlib.util
+import inspect
 import io
 import itertools
 import json
 import os
+import pickle
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
+import types
 import unittest
+import unittest.mock
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +277,135 @@ class Convert(Case):
         (steps[0] / "state.json").write_text("")
         self.refused("export", run, self.dir / "hf2", words="No other checkpoint in")
 
+    def as_arrays(self, path):
+        return {name: as_numpy(t).copy() for name, t in read_safetensors(path)[0].items()}
+
+    def test_torch_files(self):
+        """files of torch.save without torch: the paper's code's with all that may lie beside, nanoGPT's, a folder's"""
+        file, out = self.dir / "a.pt", self.dir / "out.safetensors"
+        _, c, o, path = self.golden("simplegpt_gqa_hs32")
+        state = self.as_arrays(path)
+        flags = ["--heads", c["n_heads"], "--seq-len", o["T"], "--rope-theta", c["rope_theta"]]
+        flat = np.concatenate([a.reshape(-1) for a in state.values()])  # as FSDP holds them
+        ends = np.cumsum([a.size for a in state.values()])
+        views = {name: flat[end - a.size:end].reshape(a.shape) for (name, a), end in zip(state.items(), ends)}
+        turned = {name: np.asfortranarray(a) for name, a in state.items()}
+        beside = {"optimizer": {"state": {0: {"step": np.zeros(()), "exp_avg": np.ones(3)}}, "lr": 1e-3},
+                  "args": argparse.Namespace(dim=3, path=Path("x")), "rng": np.arange(9), "more": [{1, 2}, None, 1j],
+                  "evil": Caller(self.dir / "made")}
+        for tree in (state, {"model": views, **beside}, {"state_dict": {"module." + n: a for n, a in turned.items()}}):
+            torch_save(file, tree)
+            self.tool("from_torch", file, out, *flags)
+            self.same(path, out)
+        self.assertFalse((self.dir / "made").exists())
+        whole = file.read_bytes()
+        at = whole.index(state["output.weight"].T.tobytes()[:64])
+        for broken in (whole[:at] + b"\1" + whole[at + 1:], whole[:-9], b"", b"PK\3\4" + bytes(99), b"no checkpoint"):
+            file.write_bytes(broken)
+            self.refused("from_torch", file, self.dir / "b.st", *flags, words="a.pt: ")
+        file.write_bytes(pickle.dumps(1, 2))
+        self.refused("from_torch", file, self.dir / "b.st", *flags, words="from before 1.6")
+        for words, tree in (("holds no state_dict", [1]), ("no tok_embeddings", {"a": state["norm.weight"]}),
+                            ("is Double", {n: a.astype("f8") for n, a in state.items()}),
+                            ("norm.weight is (32,) there", {**state, "norm.weight": state["norm.weight"][::2]})):
+            torch_save(file, tree)
+            self.refused("from_torch", file, self.dir / "b.st", *flags, words=words)
+        torch_save(file, state)
+        self.refused("from_torch", file, self.dir / "b.st", words="--heads: is missing")
+        with zipfile.ZipFile(file) as old, zipfile.ZipFile(self.dir / "short.pt", "w") as new:
+            for name in old.namelist():
+                data = old.read(name)
+                new.writestr(name, data[:-4] if "/data/" in name else data)
+        self.refused("from_torch", self.dir / "short.pt", self.dir / "b.st", *flags, words="are not whole")
+
+    def test_nanogpt_files(self):
+        """nanoGPT's ckpt.pt; its biases are refused by name"""
+        file, out = self.dir / "ckpt.pt", self.dir / "out.safetensors"
+        _, c, o, path = self.golden("nanogpt_prenorm")
+        state, words = self.as_arrays(path), json.loads(read_safetensors(path)[1]["config"])
+        rows = weights.gpt2_rows(weights.description(words, path, ""), True)
+        theirs = {row.name: np.ascontiguousarray(row.theirs([state[our] for our in row.ours], None)) for row in rows}
+        dim = c["dim"]
+        shapes = [theirs[f"transformer.h.0.{n}.weight"].shape for n in ("attn.c_attn", "mlp.c_fc", "mlp.c_proj")]
+        self.assertEqual(shapes, [(3 * dim, dim), (4 * dim, dim), (dim, 4 * dim)])
+        theirs["lm_head.weight"] = theirs["transformer.wte.weight"]
+        theirs["transformer.h.0.attn.bias"] = np.tril(np.ones((1, 1, 9, 9), np.float32))
+        saved = {"model": {"_orig_mod." + name: a for name, a in theirs.items()}, "iter_num": 5,
+                 "config": {"bias": False}, "model_args": {"n_layer": c["n_layers"], "n_head": c["n_heads"]},
+                 "best_val_loss": np.zeros((), np.float32), "optimizer": {"state": {0: {"exp_avg": np.ones(3)}}}}
+        torch_save(file, saved)
+        printed = self.tool("from_torch", file, out)
+        self.same(path, out)
+        self.train(*printed.split()[1:], "--export", self.dir / "again.st", "--steps", 0, "--out", self.dir / "run")
+        self.same(path, self.dir / "again.st")
+        torch_save(file, theirs)
+        self.tool("from_torch", file, out, "--heads", c["n_heads"])
+        self.same(path, out)
+        torch_save(file, {**theirs, "transformer.h.0.attn.c_attn.bias": np.zeros(3 * dim, np.float32)})
+        self.refused("from_torch", file, self.dir / "b.st", "--heads", c["n_heads"],
+                     words="holds h.0.attn.c_attn.bias. GPT-2 has biases")
+
+    def test_bin_folders(self):
+        """pytorch_model.bin, in one file and in several; a tied head; Mistral's window"""
+        _, _, _, path = self.golden("prenorm_hs128")
+        folder, out = self.dir / "hf", self.dir / "out.safetensors"
+        self.tool("export", path, folder)
+        state, config = self.as_arrays(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+        (folder / "model.safetensors").unlink()
+        self.refused("import", folder, out, words="holds neither model.safetensors nor")
+        torch_save(folder / "pytorch_model.bin", state)
+        self.tool("import", folder, out)
+        self.same(path, out)
+        (folder / "pytorch_model.bin").unlink()
+        names = sorted(state)
+        for i in (0, 1):
+            torch_save(folder / f"pytorch_model-{i}.bin", {n: state[n] for n in names[i::2]})
+        index = {"weight_map": {n: f"pytorch_model-{i}.bin" for i in (0, 1) for n in names[i::2]}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        self.tool("import", folder, out)
+        self.same(path, out)
+
+        def changed(**change):
+            (folder / "config.json").write_text(json.dumps({**config, **change}))
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                printed = self.tool("import", folder, out)
+            return printed, said.getvalue(), read_safetensors(out)[0]
+        _, said, tensors = changed(tie_word_embeddings=True)
+        self.assertEqual(tensors["output.weight"], tensors["tok_embeddings.weight"])
+        self.assertTrue(said.count("\n") == 1 and "tied to the embedding" in said, said)
+        for window, length, told in ((None, 4096, ""), (5, 5, "--seq-len is 5"), (5000, 4096, "")):
+            printed, said, _ = changed(model_type="mistral", sliding_window=window, max_position_embeddings=4096)
+            self.assertTrue(f"--seq-len {length} " in printed and told in said and bool(told) == bool(said), said)
+        scaling = {"rope_type": "llama3", "factor": 7.9, "low_freq_factor": 1, "high_freq_factor": 4.0,
+                   "original_max_position_embeddings": 8192}
+        printed, said, _ = changed(rope_scaling=scaling)
+        self.assertTrue("--rope-scaling 7.9000001,1,4,8192" in printed and not said, printed)
+        self.train(*printed.split()[1:], "--seq-len", 9, "--steps", 0, "--export", self.dir / "end.st", "--out",
+                   self.dir / "run")
+        self.tool("export", self.dir / "end.st", self.dir / "again")
+        self.assertEqual(json.loads((self.dir / "again" / "config.json").read_text())["rope_scaling"], scaling)
+
+    def test_unsynced_folders(self):
+        """on a file system that cannot sync a folder (FUSE, NFS) all is written, with one warning"""
+        _, _, _, path = self.golden("simplegpt_hs16")
+        sync = os.fsync
+
+        def fsync(fd):
+            if os.path.isdir(f"/proc/self/fd/{fd}"):
+                raise OSError(error, os.strerror(error))
+            sync(fd)
+        for error in (errno.EINVAL, errno.EOPNOTSUPP, errno.EIO):
+            folder, back = self.dir / f"hf{error}", self.dir / "back.safetensors"
+            with unittest.mock.patch("os.fsync", fsync), contextlib.redirect_stderr(io.StringIO()) as said:
+                if error == errno.EIO:
+                    self.refused("export", path, folder, words="Input/output error")
+                    continue
+                self.tool("export", path, folder)
+                self.tool("import", folder, back)
+            told = [line for line in said.getvalue().splitlines() if "cannot sync a folder" in line]
+            self.assertTrue(len(told) == len(said.getvalue().splitlines()) == 2, told)  # one a folder
+            self.same(path, back)
+
     def test_hidden_flags(self):
         for dim, hidden in ((4096, 11008), (4096, 14336), (8192, 28672), (2048, 5632), (3200, 8640), (64, 8),
                             (64, 1000)):
@@ -363,7 +499,10 @@ class Refusals(Case):
         written(lambda t, m: m.pop("config"), "description of the model")
         written(lambda t, m: m.update(config="{"), "description of the model")
         written(lambda t, m: m.update(config=m["config"].replace("prenorm", "postnorm")), "description of the model")
-        written(lambda t, m: m.update(config=m["config"].replace("{", '{"rope_scaling": "2", ', 1)), "has rope_scaling")
+        written(lambda t, m: m.update(config=m["config"].replace("{", '{"rope_scale": "2", ', 1)), "has rope_scale")
+        for scaling in ("2", "8,4,1,32", "a,1,4,32", "8,1,4,32.5"):
+            written(lambda t, m: m.update(config=m["config"].replace("{", f'{{"rope_scaling": "{scaling}", ', 1)),
+                    "description of the model")
         written(lambda t, m: m.update(config=m["config"].replace('"heads": "1"', '"heads": "3"')),
                 "description of the model")
         written(lambda t, m: t.pop("norm.weight"), "lacks the tensor norm.weight")
@@ -389,13 +528,12 @@ class Refusals(Case):
             self.refused("import", folder, self.dir / "out.safetensors", words=words)
             (folder / "config.json").write_text(json.dumps(config))
         for words, change in (
-            ("RoPE is scaled (llama3)", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+            ("description", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
             ("RoPE is scaled (linear)", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
             ("RoPE is scaled (yarn)", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}),
             ("a part of each head", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
             ("biases", {"attention_bias": True}),
             ("biases", {"mlp_bias": True}),
-            ("tied", {"tie_word_embeddings": True}),
             ("hidden_act is gelu", {"hidden_act": "gelu"}),
             ("head_dim", {"head_dim": 64}),
             ("quantised", {"quantization_config": {"bits": 4}}),
@@ -408,7 +546,7 @@ class Refusals(Case):
             ("embed_tokens", {"vocab_size": 34}),
         ):
             changed("prenorm_hs128", words, **change)
-        for words, change in (("activation_function", {"activation_function": "gelu_new"}),
+        for words, change in (("GPT-2's own kind, with biases", {"activation_function": "gelu_new"}),
                               ("n_inner", {"n_inner": 64}), ("head", {"tie_word_embeddings": False}),
                               ("attention is scaled", {"scale_attn_by_inverse_layer_idx": True})):
             changed("nanogpt_prenorm", words, **change)
@@ -449,8 +587,61 @@ class Refusals(Case):
             code, _, error = status(program, "a", "b", module="numpy")
             self.assertTrue(code == 1 and error.count("\n") == 1 and "pip install numpy" in error, error)
             (self.dir / "modules" / "numpy.py").unlink()
-        code, _, error = status("from_torch.py", "a", "b", module="torch")
+        code, _, error = status("from_torch.py", self.dir, "b", module="torch")
         self.assertTrue(code == 1 and error.count("\n") == 1 and "pip install torch" in error, error)
+
+
+def torch_save(path, tree):
+    """what torch.save writes, of numpy's arrays for tensors (of uint16 for bfloat16); views stay views"""
+    torch_, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+
+    def rebuild(*_):
+        pass
+
+    rebuild.__module__, rebuild.__qualname__, utils._rebuild_tensor_v2 = "torch._utils", "_rebuild_tensor_v2", rebuild
+    kinds = {"f4": "Float", "f2": "Half", "u2": "BFloat16", "f8": "Double", "i8": "Long"}
+    for kind in kinds.values():
+        setattr(torch_, kind + "Storage", type(kind + "Storage", (), {"__module__": "torch"}))
+    storages = []
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            if not isinstance(value, Held):
+                return None
+            kind = getattr(torch_, kinds[value.array.dtype.str[1:]] + "Storage")
+            return "storage", kind, str(value.key), "cpu", value.array.size
+
+        def reducer_override(self, value):
+            if not isinstance(value, np.ndarray):
+                return NotImplemented
+            base = value
+            while isinstance(base.base, np.ndarray):
+                base = base.base
+            key = next((i for i, held in enumerate(storages) if held is base), len(storages))
+            if key == len(storages):
+                storages.append(base)
+            offset = (value.__array_interface__["data"][0] - base.__array_interface__["data"][0]) // value.itemsize
+            return rebuild, (Held(base, key), offset, value.shape, tuple(s // value.itemsize for s in value.strides),
+                             False, collections.OrderedDict())
+
+    Held = collections.namedtuple("Held", "array key")
+    out = io.BytesIO()
+    with unittest.mock.patch.dict(sys.modules, {"torch": torch_, "torch._utils": utils}):
+        Pickler(out, 2).dump(tree)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", out.getvalue())
+        archive.writestr("archive/byteorder", "little")
+        for key, array in enumerate(storages):
+            archive.writestr(f"archive/data/{key}", array.tobytes("A"))
+
+
+class Caller:
+    """pickled so that whoever reads it as pickle does by itself runs a command"""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def rank_lines(tokens):
@@ -485,8 +676,10 @@ def sweep():
             hs, heads, kv = next(shapes)
             dim, kv = hs * heads, kv if backbone == "llama" else heads
             hidden = 4 * dim if backbone == "nanogpt" else (24, 56, 200)[k % 3]
-            yield dict(backbone=backbone, variant=variant, norm=norm, dim=dim, layers=1 + k // 2 % 3, heads=heads,
-                       kv_heads=kv, hidden=hidden, vocab_size=(37, 101, 257, 64, 83)[k % 5],
+            scaling = ("8,1,4,64", "3.5,0.5,2,100")[k // 2 % 2]
+            scaled = {"rope_scaling": scaling} if backbone == "llama" and k % 2 else {}
+            yield dict(scaled, backbone=backbone, variant=variant, norm=norm, dim=dim, layers=1 + k // 2 % 3,
+                       heads=heads, kv_heads=kv, hidden=hidden, vocab_size=(37, 101, 257, 64, 83)[k % 5],
                        rope_theta=(1e4, 5e5)[k % 2], norm_eps=(1e-5, 1e-6)[k // 3 % 2], seq_len=(33, 70)[k // 2 % 2],
                        max_seq_len=75)
             k += 1
@@ -583,14 +776,16 @@ class Transformers(Case):
                 windows = np.random.default_rng(i).integers(0, c["vocab_size"], (4, c["seq_len"] + 1))
                 got = self.logits(model, windows[:, :-1])
                 multiple, factor = weights.hidden_flags(c["dim"], c["hidden"])
+                self.close("trainer loss", model, self.losses(got, windows), self.trainer_losses(printed, windows),
+                           LOSS_LIMIT)
+                self.generates(model, windows[:2, :7])
+                if "rope_scaling" in c:  # which the twin has not
+                    continue
                 twin = Model(Config(c["backbone"], c["variant"], c["dim"], c["layers"], c["heads"], c["kv_heads"],
                                     c["vocab_size"], multiple, float(np.float32(factor)), c["norm_eps"],
                                     c["rope_theta"], c["max_seq_len"], c["norm"]))
                 twin.load_state_dict({n: torch.as_tensor(a, dtype=torch.float32) for n, a in arrays.items()})
                 self.close("twin logits", model, got, self.logits_of(twin, windows[:, :-1]), LIMIT)
-                self.close("trainer loss", model, self.losses(got, windows), self.trainer_losses(printed, windows),
-                           LOSS_LIMIT)
-                self.generates(model, windows[:2, :7])
 
     @staticmethod
     def losses(logits, windows):
@@ -628,15 +823,25 @@ class Transformers(Case):
         torch.manual_seed(1)
         llama = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=2, vocab_size=203,
                      max_position_embeddings=64)
-        rope = {"rope_theta": 5e5}
+        rope, scaling = {"rope_theta": 5e5}, {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+                                              "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+        scaled = {**rope, "rope_scaling": scaling}
         if not transformers.__version__.startswith("4."):
+            scaled = {"rope_parameters": {**rope, **scaling}}
             rope = {"rope_parameters": {"rope_type": "default", **rope}}
+        mistral = {**llama, "num_attention_heads": 4, "num_key_value_heads": 2}
         gpt2 = transformers.GPT2Config(vocab_size=203, n_positions=64, n_embd=64, n_layer=2, n_head=4,
                                        activation_function="gelu")
         for model in (
             transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama, **rope, num_attention_heads=4,
                                                                    num_key_value_heads=2, rms_norm_eps=1e-6)),
             transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama, num_attention_heads=8)),
+            # as Llama 3.2
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama, **scaled, num_attention_heads=4,
+                                                                   tie_word_embeddings=True)),
+            transformers.MistralForCausalLM(transformers.MistralConfig(**mistral, sliding_window=None)),
+            transformers.MistralForCausalLM(transformers.MistralConfig(
+                **{**mistral, "max_position_embeddings": 100}, sliding_window=64)),
             transformers.GPT2LMHeadModel(gpt2),
         ):
             with torch.no_grad():
@@ -646,7 +851,9 @@ class Transformers(Case):
                     elif name.endswith("weight"):
                         p.normal_(1, 0.1)
             model.eval().save_pretrained(self.dir / "theirs", max_shard_size="100KB")
-            printed = self.tool("import", self.dir / "theirs", self.dir / "ours.safetensors").split()[1:]
+            with contextlib.redirect_stderr(io.StringIO()):
+                printed = self.tool("import", self.dir / "theirs", self.dir / "ours.safetensors").split()[1:]
+            self.bin_file(model, printed)
             windows = np.random.default_rng(1).integers(0, 203, (4, 65))
             logits = self.logits(model, windows[:, :-1])
             self.close("trainer loss, theirs", model, self.losses(logits, windows),
@@ -654,10 +861,27 @@ class Transformers(Case):
             self.train(*printed, "--steps", 0, "--export", self.dir / "end.st", "--out", self.dir / "run")
             self.tool("export", self.dir / "end.st", self.dir / "again")
             again = self.load(self.dir / "again")
-            self.assertIs(type(again), type(model))
-            self.assertTrue(np.array_equal(self.logits(again, windows[:, :-1]), logits))
+            self.assertEqual(type(again).__name__, type(model).__name__.replace("Mistral", "Llama"))
+            same = type(again) is type(model)
+            self.close("logits there and back", model, self.logits(again, windows[:, :-1]), logits, 0 if same else LIMIT)
             for folder in ("theirs", "again"):
                 shutil.rmtree(self.dir / folder)
+
+    def bin_file(self, model, printed):
+        """of the same model gives the same tensors; of GPT-2 also nanoGPT's"""
+        state = {name: t for name, t in model.state_dict().items()}
+        (self.dir / "bin").mkdir(exist_ok=True)
+        shutil.copy(self.dir / "theirs" / "config.json", self.dir / "bin")
+        torch.save(state, self.dir / "bin" / "pytorch_model.bin")
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.tool("import", self.dir / "bin", self.dir / "bin.safetensors")
+        self.same(self.dir / "ours.safetensors", self.dir / "bin.safetensors")
+        if "transformer.wte.weight" in state:
+            theirs = {name: t.T if t.dim() == 2 and ".h." in name else t for name, t in state.items()
+                      if not name.endswith(".bias")}
+            torch.save({"model": theirs, "model_args": {"n_head": model.config.n_head}}, self.dir / "ckpt.pt")
+            self.tool("from_torch", self.dir / "ckpt.pt", self.dir / "bin.safetensors")
+            self.same(self.dir / "ours.safetensors", self.dir / "bin.safetensors")
 
     def test_bf16(self):
         for name in ("prenorm_hs128", "simplegpt_gqa_hs32", "nanogpt_preqknorm"):
@@ -752,7 +976,8 @@ class Transformers(Case):
             wrapped = {"_orig_mod." + n.replace("layers.0.", inner): t for n, t in state.items()}
             shutil.rmtree(folder, ignore_errors=True)
             dcp.save({"model": state, "optimizer": {"state": {n + ".exp_avg": t for n, t in state.items()}},
-                      "train_state": {"step": torch.tensor(5)}}, checkpoint_id=folder, no_dist=True)
+                      "train_state": {"step": torch.tensor(5)}}, checkpoint_id=folder,
+                     **({"no_dist": True} if "no_dist" in inspect.signature(dcp.save).parameters else {}))
             for source, save in (
                 (file, lambda: torch.save(state, file)), (folder, lambda: None),
                 (file, lambda: torch.save({"model": wrapped, "optimizer": {"state": {}}}, file)),
@@ -787,14 +1012,14 @@ class Transformers(Case):
             self.assertEqual((got[n][0], got[n][2]), ("BF16", t.bfloat16().view(torch.int16).numpy().tobytes()))
         refusals = [("lacks the tensor", {"tok_embeddings.weight": state["norm.weight"][None]}),
                     ("no tok_embeddings", {}),
-                    ("norm.weight is missing", {n: t for n, t in state.items() if n != "norm.weight"}),
+                    ("lacks the tensor norm.weight", {n: t for n, t in state.items() if n != "norm.weight"}),
                     ("holds layers.0.more", {**state, "layers.0.more.weight": state["norm.weight"]}),
-                    ("float64", {n: t.double() for n, t in state.items()})]
+                    ("is Double", {n: t.double() for n, t in state.items()})]
         for words, broken in refusals:
             torch.save(broken, file)
             self.refused("from_torch", file, self.dir / "b.st", *flags, words=words)
         file.write_bytes(b"no checkpoint")
-        self.refused("from_torch", file, self.dir / "b.st", *flags, words="torch cannot read it")
+        self.refused("from_torch", file, self.dir / "b.st", *flags, words="no whole file of torch.save")
         torch.save(state, file)
         for heads in (0, 7):
             self.refused("from_torch", file, self.dir / "b.st", "--heads", heads, words="--heads")
