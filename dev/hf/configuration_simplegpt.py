@@ -7,7 +7,7 @@ class SimpleGPTConfig(PretrainedConfig):
 
     def __init__(self, backbone="llama", variant="simplegpt", norm="rmsnorm", vocab_size=32000, hidden_size=256,
                  intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=None,
-                 head_dim=None, max_position_embeddings=1024, rope_theta=1e4, rope_scaling=None, norm_eps=1e-5,
+                 head_dim=None, max_position_embeddings=1024, rope_theta=1e4, rope_llama3=None, norm_eps=1e-5,
                  initializer_range=0.02, use_cache=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
                  tie_word_embeddings=False, **more):
         self.backbone = backbone  # llama: RoPE, SwiGLU, own head; nanogpt: learned positions, GELU, tied head
@@ -22,7 +22,7 @@ class SimpleGPTConfig(PretrainedConfig):
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.max_position_embeddings = max_position_embeddings
         self.rope_theta = rope_theta
-        self.rope_scaling = rope_scaling  # None, or Llama 3.1's: factor, low_freq_factor, ...
+        self.rope_llama3 = rope_llama3  # None, or of scaled RoPE: factor, low and high frequency factor, positions
         self.norm_eps = norm_eps
         self.initializer_range = initializer_range
         self.use_cache = use_cache

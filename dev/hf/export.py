@@ -22,8 +22,8 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from tokenizer_json import PRESETS, byte_tokenizer, of_file
-from weights import RAW, Parser, Refused, Weights, convert, description, family, file_metadata, our_shapes, read_json, \
-    read_whole, run, scaling_numbers, write_json, write_weights
+from weights import LLAMA3, RAW, Parser, Refused, Weights, convert, description, family, file_metadata, our_shapes, \
+    read_json, read_whole, run, scaling_numbers, write_json, write_weights
 
 HERE = Path(__file__).resolve().parent
 SHARD = 5 * 10**9  # bytes of a file, as transformers' own
@@ -82,18 +82,16 @@ def config_json(c, name, dtype, bos, eos):
     config.update({"hidden_size": c["dim"], "intermediate_size": c["hidden"], "num_hidden_layers": c["layers"],
                    "num_attention_heads": c["heads"], "num_key_value_heads": c["kv_heads"],
                    "head_dim": c["dim"] // c["heads"], "max_position_embeddings": c["max_seq_len"],
-                   "rope_theta": c["rope_theta"], "rope_scaling": None, "tie_word_embeddings": False})
-    if "rope_scaling" in c:
-        factor, low, high, original = scaling_numbers(c)
-        config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low,
-                                  "high_freq_factor": high, "original_max_position_embeddings": int(original)}
+                   "rope_theta": c["rope_theta"], "tie_word_embeddings": False})
+    scaling = scaling_numbers(c) if "rope_scaling" in c else None
     if name == "LlamaForCausalLM":
         return {
-            **config, "model_type": "llama", "rms_norm_eps": c["norm_eps"], "hidden_act": "silu",
+            **config, "model_type": "llama", "rms_norm_eps": c["norm_eps"],
+            "rope_scaling": scaling and dict(zip(LLAMA3, scaling), rope_type="llama3"), "hidden_act": "silu",
             "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "pretraining_tp": 1
         }
     return {**config, "model_type": "simplegpt", "backbone": c["backbone"], "variant": c["variant"], "norm": c["norm"],
-            "norm_eps": c["norm_eps"],
+            "norm_eps": c["norm_eps"], "rope_llama3": scaling,
             "auto_map": {"AutoConfig": "configuration_simplegpt.SimpleGPTConfig",
                          "AutoModelForCausalLM": "modeling_simplegpt.SimpleGPTForCausalLM"}}
 

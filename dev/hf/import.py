@@ -12,7 +12,8 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
-from weights import Parser, Refused, Weights, description, family, flags, read_json, run, simplegpt_rows, write_ours
+from weights import LLAMA3, Parser, Refused, Weights, description, family, flags, read_json, run, simplegpt_rows, \
+    write_ours
 
 IGNORED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")  # buffers that older versions stored
 
@@ -69,9 +70,9 @@ def their_description(path):
     }
     must("head_dim is not hidden_size / num_attention_heads", take("head_dim", default=dim // heads) * heads == dim,
          "the trainer's is")
-    if scaling == "llama3":
-        names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-        words["rope_scaling"] = ",".join(str(rope.get(name)) for name in names)
+    scaled = [rope.get(name) for name in LLAMA3] if scaling == "llama3" else config.get("rope_llama3")
+    if scaled:
+        words["rope_scaling"] = ",".join(map(str, scaled))
     window = config.get("sliding_window", 4096) if kind == "mistral" else None
     if window and window < positions:  # within it, tokens see all before them
         words["seq_len"] = words["max_seq_len"] = window

@@ -57,9 +57,8 @@ def angles(positions, config):
     """cos and sin (B,1,T,HS/2) of position theta^(-2i/HS); scaled, of Llama 3.1's frequencies"""
     i = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     frequency = config.rope_theta ** (-i / config.head_dim)
-    if config.rope_scaling:
-        names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-        factor, low, high, original = (config.rope_scaling[name] for name in names)
+    if config.rope_llama3:
+        factor, low, high, original = config.rope_llama3
         kept = ((original * frequency / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
         frequency = (1 - kept) * frequency / factor + kept * frequency
     turn = positions[:, None, :, None].float() * frequency

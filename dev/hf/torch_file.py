@@ -13,7 +13,7 @@ import numpy as np
 from common import Refused
 
 DTYPES = {"Float": ("F32", np.float32), "BFloat16": ("BF16", np.uint16), "Half": ("F16", np.float16)}  # bf16 as bits
-MAGIC = b"PK\x03\x04"
+MAGICS = b"PK\x03\x04", b"\x80\x02\x8a\x0a"  # of today's, and from before 1.6
 AGAIN = "Fetch it again, or save it again with torch.save."
 
 
@@ -75,7 +75,7 @@ def load(path):
         raise
     except Exception:  # a broken pickle raises anything
         with open(path, "rb") as f:
-            old = f.read(2) == b"\x80\x02"
+            old = f.read(4) == MAGICS[1]
         raise Refused(f"{path}: is in torch's format from before 1.6. Save it again with torch.save." if old else
                       f"{path}: is no whole file of torch.save. {AGAIN}") from None
 

@@ -41,8 +41,8 @@ class Weights:
         for file in self.files(Path(path)):
             refuse_pipe(file)
             with open(file, "rb") as f:
-                zipped = f.read(4) == torch_file.MAGIC
-            for name, entry in torch_entries(file)[0].items() if zipped or file.suffix == ".bin" else self.header(file):
+                saved = f.read(4) in torch_file.MAGICS
+            for name, entry in torch_entries(file)[0].items() if saved else self.header(file):
                 if name in self.entries:
                     raise Refused(f"{file}: holds {name}, which another file of the folder has too. Write it again.")
                 self.entries[name] = entry
@@ -233,9 +233,10 @@ def description(words, where, hint):
         # the trainer's are float32: the shortest decimal that means the same, 1e-05 and not 9.99999975e-06
         c.update({key: float(str(np.float32(words[key]))) for key in ("rope_theta", "norm_eps")})
         if words.get("rope_scaling", "none") != "none":
-            c["rope_scaling"] = ",".join(f"{float(np.float32(x)):.9g}" for x in words["rope_scaling"].split(","))
+            *three, original = words["rope_scaling"].split(",")
+            c["rope_scaling"] = ",".join([*(f"{float(np.float32(x)):.9g}" for x in three), str(int(original))])
             factor, low, high, original = scaling_numbers(c)
-            if not factor >= 1 or not 0 < low < high or not 1 <= original < 1 << 31 or original % 1:
+            if not factor >= 1 or not 0 < low < high or not 1 <= original < 1 << 31:
                 raise ValueError
         known = all(c[key] in WORDS[key] for key in WORDS)
         if not known or min(c[key] for key in NUMBERS) < 1 or c["layers"] > 1 << 16 or c["dim"] % c["heads"]:
@@ -248,9 +249,13 @@ def description(words, where, hint):
     return c
 
 
+# RoPE's scaling in the order of --rope-scaling, as transformers calls its numbers
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 def scaling_numbers(c):
-    """of RoPE's scaling: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings"""
-    return [float(str(np.float32(x))) for x in c["rope_scaling"].split(",")]
+    *three, original = c["rope_scaling"].split(",")
+    return [*(float(str(np.float32(x))) for x in three), int(original)]
 
 
 def file_metadata(c):

@@ -303,7 +303,7 @@ class Convert(Case):
         for broken in (whole[:at] + b"\1" + whole[at + 1:], whole[:-9], b"", b"PK\3\4" + bytes(99), b"no checkpoint"):
             file.write_bytes(broken)
             self.refused("from_torch", file, self.dir / "b.st", *flags, words="a.pt: ")
-        file.write_bytes(pickle.dumps(1, 2))
+        file.write_bytes(pickle.dumps(0x1950a86a20f9469cfc6c, 2))
         self.refused("from_torch", file, self.dir / "b.st", *flags, words="from before 1.6")
         for words, tree in (("holds no state_dict", [1]), ("no tok_embeddings", {"a": state["norm.weight"]}),
                             ("is Double", {n: a.astype("f8") for n, a in state.items()}),
