@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 
 from common import BLOCK, Refused, sha256_of
-from reading import Rules, Source, bare, local, walk
+from reading import Rules, Source, bare, local, one_each, walk
 
 HUB = "https://huggingface.co"
 FIRST, STALLED = 20, 30  # seconds: to the first answer of all; without a byte in a download
@@ -86,6 +86,7 @@ def from_files(name, given):
         files += walk(place, ["*"]) if place.is_dir() else [place]
     sources = [local(path, split) for split, patterns in in_order(corpus, None)
                for path in matching(set(files), patterns, lambda path: path.name)]
+    sources = list(one_each(sources))
     if not any(s.split != "val" for s in sources):
         raise Refused(f"{given[0]}: no file of {name} is there. Its names are like {' or '.join(corpus.train)}.")
     if all(s.split == "train" for s in sources):
@@ -170,7 +171,7 @@ def from_web(web, name, subset, revision):
     if not any(s.split != "val" for s in sources):
         raise Refused(f"{name}: {corpus.repository} has no files like {corpus.train[0]} in {folder or 'it'} any more. "
                       "Fetch them by other means, for --from.")
-    return sources, revision
+    return list(one_each(sources)), revision
 
 
 class Downloads:

@@ -8,9 +8,14 @@
     prepare.py --corpus c4 --from downloads/ --tokenizer llama2.model    # ... or by other means before
     prepare.py --verify --out data/c4                      # are the shards still as they were written?
 
-Inputs are text and JSONL, also as .gz and .zst, and parquet; - is the standard input. Documents are packed as BOS,
-tokens, EOS into one stream (as BOS, tokens where one token is both). A shard is 256 int32 (magic, version, number of
-tokens, zeros) and the tokens: magic 20240520, version 1, uint16; or 20240801, version 7, uint32 when V is above 65536.
+Inputs are text (UTF-8, or UTF-16 that begins with its mark), JSON (a record a line, or one array of them) and parquet,
+compressed (gzip, bzip2, xz, zstd) or not, in tar and zip archives too, through pipes too; - is the standard input. What
+a file is, its first bytes tell, whatever its name. Of a directory or an archive the files of one kind are taken, that
+with the most bytes, and the others named. Of X and X.gz side by side the first is taken.
+
+Documents are packed as BOS, tokens, EOS into one stream (as BOS, tokens where one token is both). A shard is 256 int32
+(magic, version, number of tokens, zeros) and the tokens: magic 20240520, version 1, uint16; or 20240801, version 7,
+uint32 when V is above 65536.
 
 Validation is the corpus's own where it has files for it (c4, tinystories), else every k-th document, k = 1/F of
 --val-fraction F; of fewer than k documents it is the end of each. OUT/PREFIX_manifest.json has the counts and each
@@ -19,8 +24,9 @@ PREFIX are replaced once the new ones are whole. A run that was cut off goes on 
 same command is given again.
 
 Memory: 200 MB, 120 MB a process, and the largest document 10 times with bytes, 15 with tiktoken, 40 with sentencepiece,
-125 with tokenizers. Disk, beside the shards: two files of the corpus, where it is fetched. In directories, hidden files
-are left out.
+125 with tokenizers; an array of JSON counts as a document. Disk, beside the shards: two files of the corpus, where it
+is fetched; in $TMPDIR a copy of an archive or parquet that comes through a pipe, or of parquet in an archive. Hidden
+files of directories and archives are left out.
 """
 import argparse
 import collections
@@ -30,6 +36,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -37,7 +44,7 @@ import time
 import zlib
 from pathlib import Path
 
-from common import Parser, Refused, run
+from common import Parser, Refused, run, warn
 
 try:
     import numpy as np
@@ -46,7 +53,7 @@ except ImportError:
 
 import corpora
 import encoders
-from reading import FORMATS, Reader, Rules, bare, find, stdlib
+from reading import FORMATS, MOST_BAD, Counts, Reader, Rules, bare, find, stdlib
 from shards import Output, bigram_loss, verify
 
 BATCH = 1 << 18   # bytes of text that a process is given at a time
@@ -81,9 +88,11 @@ class Input:
         self.val_full = False  # set by the writer: no more of a corpus's own validation files
         self.number = 0        # documents seen
         self.first, self.records, self.crc = 0, 0, 0
+        self.counts, self.before = Counts(), None  # of all records; of those in the sources before this one
         if position:
             self.first, self.records, self.crc = (position[k] for k in ("source", "records", "crc32"))
             self.number, self.cut = position["documents"], position["cut"]
+            self.counts = Counts(*position.get("counts", ()))
             now = [[s.name, s.size] for s in sources[:self.first]]
             for (name, size), before in itertools.zip_longest(now, position["used"], fillvalue=("no file", 0)):
                 if [name, size] != before:
@@ -96,14 +105,21 @@ class Input:
         """are there fewer than k documents to split?"""
         if not self.every or self.sources[0].split:
             return False
-        if self.downloads or self.sources[0].name == "-":  # not to be read twice: decided by what it is
+        if self.downloads or any(s.kind for s in self.sources):  # not to be read twice: decided by what it is
             return len(self.sources) == 1 and Reader(self.sources[0], self.rules).whole()
         documents = (d for source in self.sources for d in Reader(source, self.rules))
         return sum(1 for _ in itertools.islice(documents, self.every)) < self.every
 
     def position(self, i, records, crc):
         return {"source": i, "records": records, "crc32": crc, "documents": self.number, "cut": self.cut,
-                "used": [[s.name, s.size] for s in self.sources[:i]]}
+                "used": [[s.name, s.size] for s in self.sources[:i]], "counts": self.before,
+                "counts_now": dataclasses.astuple(self.counts)}
+
+    def end(self):
+        """the position behind all"""
+        self.counts.check(0)
+        self.before = dataclasses.astuple(self.counts)
+        return self.position(len(self.sources), 0, 0)
 
     def pieces(self, source, where, text):
         self.number += 1
@@ -125,7 +141,8 @@ class Input:
                 if self.downloads:
                     source = self.downloads.get(i)
                 skip, expected = (self.records, self.crc) if i == self.first else (0, 0)
-                reader, records, crc = Reader(source, self.rules), 0, 0
+                reader, records, crc = Reader(source, self.rules, self.counts), 0, 0
+                self.before = dataclasses.astuple(self.counts)
                 for where, text in reader:
                     records, crc = records + 1, zlib.crc32(text, crc)
                     if records <= skip:
@@ -145,7 +162,7 @@ class Input:
                     self.downloads.release(i)
             before += source.size
         if waiting:
-            yield batch(self.position(len(self.sources), 0, 0), before)
+            yield batch(self.end(), before)
 
     @staticmethod
     def changed(source):
@@ -242,7 +259,8 @@ def prepare(args, out, prefix):
     corpus = corpora.CORPORA.get(args.corpus)
     rules = dataclasses.replace(corpus.rules) if corpus else Rules()
     rules.format, rules.field = args.format or rules.format, args.field or rules.field
-    rules.separator = os.fsencode(args.separator) if args.separator else rules.separator
+    rules.separator = unescaped(args.separator) if args.separator else rules.separator
+    rules.skip_bad = args.skip_bad
     if corpus and rules.format == "text" and not args.format:
         rules.format = None  # tinystories: its files are text or parquet
     fraction = args.val_fraction if args.val_fraction is not None else corpus.fraction if corpus else 0.1
@@ -254,7 +272,7 @@ def prepare(args, out, prefix):
         web = corpora.Web(args.corpus)
     else:
         sources = stdlib() if args.stdlib else corpora.from_files(args.corpus, args.files) if corpus else \
-            find(args.inputs, args.glob)
+            find(args.inputs, args.glob, rules)
     options = encoders.from_options(args)
     tokenizer = encoders.load(*options)
     out.mkdir(parents=True, exist_ok=True)
@@ -262,7 +280,8 @@ def prepare(args, out, prefix):
                 "tokenizer_sha256": tokenizer.checksum, "vocab_size": tokenizer.V, "bos": tokenizer.bos,
                 "eos": tokenizer.eos, "shard_tokens": args.shard_tokens, "val_fraction": fraction,
                 "limit_tokens": args.limit_tokens, "format": rules.format, "field": rules.field,
-                "separator": rules.separator and rules.separator.decode(errors="backslashreplace")}
+                "separator": rules.separator and rules.separator.decode(errors="backslashreplace"),
+                "skip_bad": rules.skip_bad or None}
     output = Output(out, prefix, tokenizer.V, args.shard_tokens, identity, args.restart)
     train, val = output.splits["train"], output.splits["val"]
     downloads, progress, whole = None, None, False
@@ -290,13 +309,15 @@ def prepare(args, out, prefix):
             source_input.val_full = bool(args.limit_tokens) and val.tokens >= limits["val"]
             if args.limit_tokens and train.tokens >= args.limit_tokens:
                 break
+        else:
+            position = {**source_input.end(), "revision": revision}
         if not train.documents or (fraction and not val.documents):
             raise Refused(f"{sources[0].name}: too little text in all inputs, {train.bytes + val.bytes} bytes. Give "
                           "more.")
         for split in (train, val):
             split.close()
         output.save(position)
-        own = any(s.split == "val" for s in sources)
+        own, counts = any(s.split == "val" for s in sources), Counts(*position["counts_now"])
         manifest = {"corpus": args.corpus, "subset": subset, "revision": revision} if corpus else {}
         manifest |= {key: identity[key] for key in ("tokenizer", "tokenizer_sha256", "vocab_size", "bos", "eos")}
         manifest |= {
@@ -305,10 +326,13 @@ def prepare(args, out, prefix):
             "validation": "the corpus's own" if own else "none" if not fraction else "the end of each document"
             if source_input.cut else f"every document whose number is a multiple of {source_input.every}",
             "field": rules.field, "separator": identity["separator"], "limit_tokens": args.limit_tokens,
+            "bad_records": counts.bad,
             "shard_tokens": args.shard_tokens, "train": train.counts(), "val": val.counts()}
         if tokenizer.name == "bytes" and val.tokens:
             manifest["bigram_val_loss"] = round(bigram_loss(train, val, tokenizer.V), 6)
         output.publish(manifest)
+        if counts.bad:
+            warn(f"{counts.bad:,} of {counts.seen:,} records are bad and left out. The first: {counts.first}")
         whole = True
         return manifest
     except Refused as e:
@@ -340,6 +364,19 @@ def check(out, prefix):
     return 1 if bad else 0
 
 
+def of_input(name):
+    """a prefix from the name that is given, whatever it links to"""
+    last = Path(bare(os.path.basename(os.path.abspath(name)))).stem
+    return "stdin" if name == "-" else "pipe" if last.isdigit() and Path(name).is_fifo() else last  # /dev/fd/63
+
+
+def unescaped(text):
+    """the bytes of an argument in which \\n is a line break, \\t a tab, \\xHH a byte, \\\\ a backslash"""
+    known = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"0": b"\0", b"\\": b"\\"}
+    return re.sub(rb"\\(?:x([0-9a-fA-F]{2})|([ntr0\\]))",
+                  lambda found: bytes.fromhex(found[1].decode()) if found[1] else known[found[2]], os.fsencode(text))
+
+
 def in_range(name, value, low, high):
     if value is not None and not low <= value <= high:
         raise Refused(f"{name}: {value} is out of range. Give a number from {low} to {high}.")
@@ -357,11 +394,16 @@ def main():
                         help="the corpus's files, or directories with them, instead of the web")
     parser.add_argument("--glob", default="*", metavar="PATTERN", help="names to take in directories (*)")
     parser.add_argument("--format", choices=FORMATS,
-                        help="of all inputs (by their names: .jsonl, .json.gz, .parquet, else text)")
-    parser.add_argument("--field", "--jsonl-key", "--column", metavar="NAME",
-                        help="where a JSONL line or a parquet row has its text (text)")
-    parser.add_argument("--separator", metavar="TEXT", help="what stands between the documents of a text file; "
-                        "white space around it goes (a file is one document)")
+                        help="of all inputs, whatever their bytes (what these tell)")
+    parser.add_argument("--field", "--jsonl-key", "--column", metavar="NAME", help="where a record of JSON or a row of "
+                        "parquet has its text; NAME.NAME is a field within a field (text)")
+    parser.add_argument("--skip-bad", action="store_true",
+                        help="leave out records that are no JSON, lack the text or hold half of a surrogate pair, and "
+                        f"count them in the manifest; stops when more than {MOST_BAD * 100:.0f}%% of all records are "
+                        "bad (the first one stops it)")
+    parser.add_argument("--separator", metavar="TEXT",
+                        help=r"what stands between the documents of a text file, with \n, \t, \r, \0, \xHH and \\ for "
+                        r"\; white space around it goes (a file is one document)")
     encoders.add_options(parser)
     parser.add_argument("--out", default="data", metavar="DIR", help="where the shards go; made if missing (data)")
     parser.add_argument("--prefix", help="how their names start (the corpus, or the first input without its suffix)")
@@ -386,9 +428,7 @@ def main():
     in_range("--shard-tokens", args.shard_tokens, 1, 2**31 - 1)
     in_range("--limit-tokens", args.limit_tokens, 1, 2**62)
     in_range("--processes", args.processes, 1, 1024)
-    first = args.corpus or ("stdlib" if args.stdlib else "stdin" if args.inputs[0] == "-" else
-                            Path(bare(os.path.basename(os.path.realpath(args.inputs[0])))).stem)
-    prefix = args.prefix or first
+    prefix = args.prefix or args.corpus or ("stdlib" if args.stdlib else of_input(args.inputs[0]))
     if "/" in prefix:
         raise Refused(f"--prefix: {prefix} is no file name. Give the directory with --out.")
     out = Path(args.out)

@@ -2,26 +2,34 @@
 """Tests of the programs in dev/data through their command lines. Needs numpy; what needs pyarrow, zstandard,
 sentencepiece, tiktoken or tokenizers is skipped where that package is missing."""
 import base64
+import bz2
 import contextlib
+import errno
 import gzip
 import hashlib
 import http.server
 import importlib.util
+import io
+import itertools
 import json
+import lzma
 import math
 import os
 import random
 import runpy
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 import unittest
 import unittest.mock
+import zipfile
 from pathlib import Path
 
 sys.dont_write_bytecode = True
@@ -109,9 +117,14 @@ class Case(unittest.TestCase):
             err.seek(0)
             return status, out.read().decode(), err.read().decode()
 
-    def run_program(self, program, *args, module=None, missing=(), chunk=None, status=0, stdin=b"", environment=None):
-        """what it printed; module: stand-in for sentencepiece; missing: packages; chunk: tokens and bytes at a time"""
+    def run_program(self, program, *args, module=None, missing=(), chunk=None, status=0, stdin=b"",
+                    environment=None, warned=(), piped=None):
+        """what it printed; module: stand-in for sentencepiece; missing: packages; chunk: tokens and bytes at a time;
+        warned: words of its warnings, in order, a line each; piped: a file that comes through /dev/fd/63"""
         def change():
+            if piped:
+                self.writer = subprocess.Popen(["cat", piped], stdout=subprocess.PIPE)
+                os.dup2(self.writer.stdout.fileno(), 63)
             os.environ.update(environment or {})
             for name in missing:
                 sys.modules[name] = None
@@ -124,7 +137,10 @@ class Case(unittest.TestCase):
         code, out, err = self.fork(program, args, change, stdin)
         self.assertEqual(code, status, err)
         if status == 0:
-            self.assertEqual(err, "")
+            self.assertEqual(err.count("\n"), len(warned), err)
+            for line, words in zip(err.splitlines(), warned):
+                self.assertIn(words, line)
+                self.assertTrue(line.startswith(f"{program}: warning: "), line)
         return out if status == 0 else err
 
     def refused(self, program, *args, words, **options):
@@ -153,7 +169,7 @@ class Case(unittest.TestCase):
 class Prepare(Case):
     def test_one_document_loses_its_tail(self):
         text = bytes(range(256)) * 4
-        self.prepare(self.file("a.txt", text), "--val-fraction", "0.25")
+        self.prepare(self.file("a.txt", text), "--val-fraction", "0.25", "--format", "text")
         self.assertEqual(self.stream("train"), packed(text[:768]))
         self.assertEqual(self.stream("val"), packed(text[768:]))
 
@@ -259,7 +275,7 @@ class Prepare(Case):
         refused(good, "--val-fraction", "0.6", words="--val-fraction")
         refused(good, "--val-fraction", "nan", words="--val-fraction")
         refused(good, "--val-fraction", "1e-300", words="--val-fraction")
-        refused("-", "-", words="-: the standard input is closed, or stands there twice")
+        refused("-", "-", words="-: stands there twice, and can be read but once")
         refused(good, "--shard-tokens", "0", words="--shard-tokens")
         refused(good, "--prefix", "a/b", words="--prefix")
         refused(good, "--tokenizer", model, words="package sentencepiece is missing", missing=["sentencepiece"])
@@ -362,7 +378,8 @@ class Corpora(Case):
         refused(path, words="a.parquet: it has no column 'text', but body, n.")
         refused(path, "--column", "n", words="a.parquet: column 'n' holds int64")
         refused(path, "--column", "body", words="a.parquet: row 46: no text under 'body'")
-        for damaged in (whole[:-20], b"", whole[:100] + b"\xff" * (len(whole) - 1000) + whole[-900:]):
+        refused(self.file("a.parquet", b""), words="a.parquet: the file is empty")
+        for damaged in (whole[:-20], b"PAR1", whole[:100] + b"\xff" * (len(whole) - 1000) + whole[-900:]):
             refused(self.file("a.parquet", damaged), "--field", "body", words="a.parquet: row ")
 
     def test_limit(self):
@@ -389,8 +406,8 @@ class Corpora(Case):
         refused("--corpus", "pile", words="invalid choice: 'pile'")
         refused("--corpus", "c4", "--from", c4, "--limit-tokens", "0", words="--limit-tokens: 0 is out of range")
         refused("--corpus", "c4", "--from", c4, "--processes", "0", words="--processes: 0 is out of range")
-        for package, name in (("zstandard", "a.jsonl.zst"), ("pyarrow", "a.parquet")):
-            refused(self.file(name, "x"), missing=[package],
+        for package, name, magic in (("zstandard", "a.jsonl.zst", b"(\xb5/\xfd"), ("pyarrow", "a.parquet", b"PAR1")):
+            refused(self.file(name, magic), missing=[package],
                     words=f"{name}: the package {package} is missing. pip install {package}")
         for package, contents in (("tiktoken", "IQ== 0\n"), ("tokenizers", "{}")):
             refused(self.file("a.txt", "text"), "--tokenizer", self.file("tokenizer", contents), missing=[package],
@@ -420,7 +437,7 @@ class Inputs(Case):
         lines, compress = jsonl(self.texts), zstandard.ZstdCompressor(write_content_size=False).compress
         whole = compress(lines[:999]) + compress(lines[999:])
         self.same(self.file("a.jsonl.zst", whole))
-        for damaged in (whole[:-1], whole[:len(whole) // 2], whole[:-400] + b"\xff" * 400, b"no zstd"):
+        for damaged in (whole[:-1], whole[:len(whole) // 2], whole[:-400] + b"\xff" * 400, whole[:9]):
             with self.subTest(len(damaged)):
                 self.refused("prepare", self.file("a.jsonl.zst", damaged), "--out", self.dir / "no", "--prefix", "x",
                              words="damaged or cut short from here on")
@@ -448,7 +465,7 @@ class Inputs(Case):
         broken = bytearray(packed_lines)
         broken[len(broken) // 2] ^= 255
         refused("a.jsonl.gz", bytes(broken), "a.jsonl.gz:")
-        refused("a.jsonl.gz", lines, "a.jsonl.gz: damaged or cut short from here on (Not a gzipped file")
+        refused("a.jsonl.gz", packed_lines + lines, "a.jsonl.gz:61: damaged or cut short from here on (Not a gzipped")
         refused("a.jsonl.gz", b"", "a.jsonl.gz: the file is empty")
         refused("a.jsonl", b"", "a.jsonl: the file is empty")
         refused("a.jsonl", lines[:-9], "a.jsonl:60: not valid JSON")
@@ -458,6 +475,354 @@ class Inputs(Case):
                 "--val-fraction", "0", "--tokenizer", model, module="wide")
         model.write_bytes(b"SGPTTOK1")
         refused("a.txt", b"good", "m.model: this file is the trainer's", "--tokenizer", model)
+
+
+def tar(members, compression=""):
+    """an archive of (name, bytes)"""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w:" + compression) as archive:
+        for name, contents in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(contents)
+            archive.addfile(info, io.BytesIO(contents))
+    return made.getvalue()
+
+
+def zipped(members, compression=zipfile.ZIP_DEFLATED):
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", compression) as archive:
+        for name, contents in members:
+            archive.writestr(name, contents)
+    return made.getvalue()
+
+
+def zst(data):
+    import zstandard
+    return zstandard.ZstdCompressor().compress(data)
+
+
+COMPRESSIONS = {"plain": lambda data: data, "gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress,
+                "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+                "twice": lambda data: bz2.compress(gzip.compress(data))}
+if importlib.util.find_spec("zstandard"):
+    COMPRESSIONS["zstd"] = zst
+
+
+class Kinds(Case):
+    """What a file is, its bytes tell: under any name, in any compression, as a file and through pipes."""
+    texts = numbered(60)
+    card = ("README.md", b"---\nlicense: mit\n---\n# Data\n")
+
+    def ways(self, contents, *args, names=("a", "a.txt", "data.json.gz"), want=None, **options):
+        """the documents of contents in every compression, by every way"""
+        want = packed(*encoded(self.texts)) if want is None else want
+        ways = [*zip(COMPRESSIONS, itertools.cycle(names)), ("plain", "-"), ("xz", "-"), ("gzip", "/dev/fd/63")]
+        for compression, name in ways:
+            with self.subTest(compression=compression, name=name):
+                given = self.file(name if name in names else "piped", COMPRESSIONS[compression](contents))
+                self.prepare(given if name in names else name, *args, "--val-fraction", "0", **options,
+                             stdin=given.read_bytes(), piped=given if name == "/dev/fd/63" else None)
+                self.assertTrue(self.stream("train") == want, self.manifest())
+                shutil.rmtree(self.out)
+
+    def refused(self, name, contents, words, *args, **options):
+        with self.subTest(name, words=words):
+            super().refused("prepare", self.file(name, contents), *args, "--out", self.out, words=words, **options)
+
+    def test_lines(self):
+        self.ways(jsonl(self.texts), names=("a", "data.json", "a.txt.gz"))
+
+    def test_lines_that_are_long(self):
+        texts = ["x" * 100_000 + f" {i}" for i in range(3)]
+        self.ways(b"\n" + jsonl(texts), names=("a.json",), want=packed(*encoded(texts)))
+
+    def test_a_bad_first_line(self):
+        """makes no text of the others"""
+        lines = jsonl(self.texts)
+        self.refused("a", b'{"text": "cut\n' + lines, "a:1: not valid JSON")
+        self.refused("a", b"null\n" + lines, "a:1: no text under 'text'")
+        self.prepare(self.file("a", b"id, text\n" + lines), "--skip-bad", "--val-fraction", "0",
+                     warned=[f"1 of 61 records are bad and left out. The first: {self.dir}/a:1: not valid JSON"])
+        self.assertEqual(self.stream("train"), packed(*encoded(self.texts)))
+
+    def test_array(self):
+        records = [{"n": i, "text": t} for i, t in enumerate(self.texts)]
+        for indent in (None, 2):
+            self.ways(json.dumps(records, indent=indent).encode(), names=("a.json",))
+        self.refused("a.json", json.dumps(records[:9] + [{"n": 1}]), "a.json: record 10: no text under 'text'")
+        self.refused("a.json", json.dumps(records, indent=2)[:-30], "a.json:240: not valid JSON")
+        self.refused("a", json.dumps({"version": 1, "data": records}, indent=2), "a: record 1: no text under 'text'")
+        self.refused("a", b'["one", "two"]', "a: record 1: no text under 'text'")
+        self.refused("a.json", b"no JSON", "a.json:1: not valid JSON")
+
+    def test_text(self):
+        text = "[Illustration]\n{not: JSON}\n\u00e9\U0001f600 " * 50
+        for name in ("a", "a.md", "a.gz", "a.bz2"):
+            self.ways(text.encode(), names=(name,), want=packed(text.encode()))
+        self.prepare(self.file("a.txt", jsonl(self.texts)), "--format", "text", "--val-fraction", "0")
+        self.assertEqual(self.stream("train"), packed(jsonl(self.texts)))
+
+    def test_marks(self):
+        """UTF-8's is no text, UTF-16 and UTF-32 are decoded"""
+        text = "caf\u00e9 \U0001f600\r\n" * 9
+        want = packed(text.encode())
+        for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+            self.ways(text.encode(encoding), names=("a.txt",), want=want)
+        self.ways(b"\xfe\xff" + text.encode("utf-16-be"), names=("a.txt",), want=want)
+        self.ways(jsonl(self.texts).decode().encode("utf-16"), names=("a.jsonl",))
+        self.ways(b"\xef\xbb\xbf" + jsonl(self.texts), names=("a.jsonl",))
+        self.refused("a.txt", ("caf\u00e9\r\n" * 9).encode("utf-16-le"), "a.txt: is UTF-16 without its mark, no text")
+        self.refused("a.txt", b"\xff\xfe" + b"\0\xd8" * 9, "a.txt: begins as UTF-16, but is not. Convert it to UTF-8.")
+
+    def test_binary(self):
+        """is refused, with its kind"""
+        for contents, words in ((b"%PDF-1.7\ntext", "a PDF"), (b"\x89PNG\r\n", "a picture"), (b"\x7fELF", "a program"),
+                                (b"\x93NUMPY\1", "a Numpy file"), (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+                                (b"ARROW1\0\0", "an Arrow file"), (b"SQLite format 3\0", "an SQLite database"),
+                                (struct.pack("<3i", 20240520, 1, 0), "a shard of tokens, no text. Give it to the"),
+                                (struct.pack("<200H", *range(200)), "binary, no text"), (bytes(256), "binary"),
+                                (b"MMIDIDX\0\0", "Megatron's index of tokens, no text. Turn it into shards"),
+                                (zipped([("[Content_Types].xml", b"<xml>")]), "an office document or e-book")):
+            for name in ("a.txt", "a.bin", "a.jsonl"):
+                self.refused(name, contents, f"{name}: is {words}")
+            self.refused("a.txt", bz2.compress(contents), f"a.txt: is {words}")
+            super().refused("prepare", "-", "--out", self.out, words=f"-: is {words}", stdin=contents)
+
+    def test_archives(self):
+        """their members in order; neither hidden ones nor those of another kind, which are named"""
+        parts = [("d/2.jsonl", jsonl(self.texts[:20])), ("d/1.json.gz", gzip.compress(jsonl(self.texts[20:40]))),
+                 ("d/3", lzma.compress(jsonl(self.texts[40:])))]
+        left = [("./d/._2.jsonl", b"\0\5\26\7"), ("__MACOSX/d/2.jsonl", b"x"), (".git/config", b"x"), self.card,
+                ("a.png", b"\x89PNG")]
+        warned = ["its 3 files of jsonl are taken, README.md (a data set's card), a.png (a picture) left out"]
+        members = [*left[:3], *parts[:1], *left[3:], *parts[1:]]
+        nested = tar([("in.zip", zipped(members[:4])), ("in.tar.bz2", tar(members[4:], "bz2"))])
+        self.ways(tar(members), names=("a", "a.tar.gz"), warned=warned)
+        self.ways(zipped(members), names=("a.zip",), warned=warned)
+        within = warned[0].replace("README.md", "in.tar.bz2/README.md").replace("a.png", "in.tar.bz2/a.png")
+        self.ways(nested, names=("a",), warned=[within])
+        self.prepare(self.file("a.tar", tar([("a.txt", b"one"), ("b.json", jsonl(["x"])), ("c.txt", b"two")])),
+                     "--format", "text", "--val-fraction", "0")
+        self.assertEqual(self.stream("train"), packed(b"one", jsonl(["x"]), b"two"))
+
+    def test_damaged_archives(self):
+        parts = [(f"{i}.txt", os.urandom(4000).hex().encode()) for i in range(4)]
+        whole, stored = tar(parts), zipped(parts, zipfile.ZIP_STORED)
+        small, cut = bz2.compress(whole), "damaged or cut short from here on ("
+        for name, damaged, words in (
+                ("cut member", whole[:12000], cut + "unexpected end"), ("cut header", whole[:8804], cut + "truncated"),
+                ("header", whole[:8704] + b"?" * 512 + whole[9216:], cut + "invalid header"),
+                ("zip", stored[:5000] + b"?" + stored[5001:], cut + "Bad CRC-32"), ("zip's end", stored[:-40], cut),
+                ("gzip", gzip.compress(whole)[:-2000], cut), ("xz", lzma.compress(whole)[:-200], cut),
+                ("bzip2", small[:-200], cut), ("bzip2 within", small[:3000] + b"?" * 999 + small[3999:], cut)):
+            self.refused(name, damaged, words)
+            self.refused(name, damaged, words, "--format", "text")
+        locked = bytearray(stored)
+        for at in (6, stored.index(b"PK\1\2") + 8):
+            locked[at] |= 1
+        self.refused("a.zip", bytes(locked), "a.zip/0.txt: is encrypted. Unpack the archive first.")
+
+    def test_no_room_for_a_copy(self):
+        def change():
+            import resource
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        status, _, error = self.fork("prepare", ["-", "--out", self.out], change, tar([("a", b"text" * 999)]))
+        self.assertEqual((status, error.count("\n")), (1, 1), error)
+        self.assertIn("File too large. A pipe or a part of an archive is copied there: name a folder with room in",
+                      error)
+
+    def test_folder(self):
+        """its files of the kind with most bytes; a cloned data set's card is no document"""
+        for name, contents in (self.card, ("dataset_infos.json", b'{"default": {"features": 1}}'),
+                               ("data/a.jsonl", jsonl(self.texts[:30])),
+                               ("data/b", gzip.compress(jsonl(self.texts[30:]))), (".gitattributes", b"x"),
+                               ("c.png", b"\x89PNG")):
+            self.file("set/" + name, contents)
+        top, want = self.dir / "set", packed(*encoded(self.texts))
+        warned = [f"{top}: its 2 files of jsonl are taken, {top}/README.md (a data set's card), "
+                  f"{top}/c.png (a picture), {top}/dataset_infos.json (a data set's card) left out."]
+        for args in ([], ["--format", "jsonl"]):
+            self.prepare(top, *args, "--val-fraction", "0", warned=warned)
+            self.assertEqual(self.stream("train"), want)
+            self.assertEqual(self.manifest()["sources"], 2)
+        for i in range(4):
+            self.file(f"set/{i}.txt", "x" * 5000)
+        self.prepare(top, "--val-fraction", "0", warned=["its 4 files of text are taken"])
+        self.assertEqual(self.stream("train"), packed(*[b"x" * 5000] * 4))
+        self.prepare(top, "--format", "text", "--val-fraction", "0", warned=["c.png (a picture) left out"])
+        self.assertEqual(self.manifest()["sources"], 8)
+        super().refused("prepare", top, "--glob", "*.png", "--out", self.out,
+                        words=f"{top}: no file in it is text, JSON or parquet: {top}/c.png (a picture). Give others.")
+        super().refused("prepare", top, "--glob", "*.txt", "--format", "parquet", "--out", self.out, words="is parquet")
+        self.file("set/d.parquet", b"version https://git-lfs.github.com/spec/v1\n")
+        super().refused("prepare", top, "--out", self.out, words="d.parquet: only Git LFS's pointer")
+
+    def test_one_of_two_compressions(self):
+        lines = jsonl(self.texts)
+        for name, data in (("a.json", lines), ("a.json.gz", gzip.compress(lines)), ("a.json.xz", lzma.compress(lines))):
+            self.file("top/" + name, data)
+        top = self.dir / "top"
+        warned = [f"{top}/a.json.{end}: is left out, {top}/a.json is there." for end in ("gz", "xz")]
+        for inputs in ([top], sorted(top.iterdir())):
+            self.prepare(*inputs, "--val-fraction", "0", warned=warned)
+            self.assertEqual(self.stream("train"), packed(*encoded(self.texts)))
+        for name, data in (("c4-train.1.json", lines), ("c4-train.1.json.gz", gzip.compress(lines))):
+            self.file("c4/" + name, data)
+        self.prepare("--corpus", "c4", "--from", self.dir / "c4", warned=["c4-train.1.json.gz: is left out"],
+                     status=0, *["--val-fraction", "0"])
+        self.assertEqual(self.stream("train"), packed(*encoded(self.texts)))
+
+    @needs("pyarrow")
+    def test_columns(self):
+        """every type that holds text, and fields of fields"""
+        import pyarrow
+        from pyarrow.parquet import write_table
+        types = ["string", "large_string", "binary", "large_binary"]
+        types += [t for t in ("string_view", "binary_view") if hasattr(pyarrow, t)]
+        for kind in types:
+            texts = encoded(self.texts) if "binary" in kind else self.texts
+            table = pyarrow.table({"text": pyarrow.array(texts, getattr(pyarrow, kind)())})
+            try:
+                write_table(table, self.file(kind, ""))
+            except pyarrow.ArrowNotImplementedError:  # an older package
+                continue
+            self.prepare(self.dir / kind, "--val-fraction", "0")
+            self.assertEqual(self.stream("train"), packed(*encoded(self.texts)))
+        self.ways((self.dir / "string").read_bytes(), names=("a", "a.jsonl", "a.txt.gz"))
+        some = pyarrow.array(self.texts)
+        deep = pyarrow.StructArray.from_arrays([pyarrow.StructArray.from_arrays([some], ["c"]), some], ["b", "d"])
+        table = pyarrow.table({"text": some.dictionary_encode(), "a": deep, "a.d": some.cast("binary"), "n": [1] * 60})
+        write_table(table, path := self.file("columns", ""))
+        for field in ("text", "a.b.c", "a.d"):
+            self.prepare(path, "--field", field, "--val-fraction", "0")
+            self.assertEqual(self.stream("train"), packed(*encoded(self.texts)))
+        for field, words in (("a.x", "it has no column 'a.x', but text, a.b.c, a.d, a.d, n"),
+                             ("n.x", "no column 'n.x'"), ("a", "'a' holds struct<"), ("n", "holds int64, no text")):
+            super().refused("prepare", path, "--field", field, "--out", self.out, words=words)
+        self.ways(tar([("x/a.parquet", path.read_bytes()), self.card]), names=("a",),
+                  warned=["README.md (a data set's card) left out"])
+        self.ways(zipped([("x/a.parquet", path.read_bytes())]), names=("a",))
+
+    def test_fields_of_fields(self):
+        lines = b"".join(json.dumps({"meta": {"text": t, "n": 1}, "a.b": t}).encode() + b"\n" for t in self.texts)
+        for field in ("meta.text", "a.b"):
+            self.ways(lines, "--field", field, names=("a",))
+        for field in ("meta", "meta.n", "meta.text.x", "meta.x", ".", "meta."):
+            self.refused("a", lines, f"a:1: no text under '{field}'", "--field", field)
+
+
+class Bad(Case):
+    """records that are bad, with --skip-bad"""
+    texts = numbered(60)
+    lines = [b'{"text": "cut', b'{"body": "b"}', b'{"text": "\\ud800"}', b'{"text": 1}', b"[1]", b'{"text": "\xff"}']
+
+    def test_lines(self):
+        good = jsonl(self.texts).splitlines(True)
+        lines = b"".join(good[:9] + [line + b"\n" for line in self.lines] + good[9:])
+        for name, data in (("a.jsonl", lines), ("a.gz", gzip.compress(lines)), ("a.tar", tar([("b", lines)]))):
+            where = f"{self.dir / name}{'/b' if name == 'a.tar' else ''}:10: not valid JSON"
+            self.prepare(self.file(name, data), "--skip-bad", "--val-fraction", "0.1",
+                         warned=["6 of 66 records are bad and left out. The first: " + where])
+            self.assertEqual(self.stream("train") + self.stream("val"),
+                             packed(*encoded([t for i, t in enumerate(self.texts) if i % 10 != 9] + self.texts[9::10])))
+            self.assertEqual(self.manifest()["bad_records"], 6)
+        self.prepare(self.file("b.jsonl", jsonl(self.texts)), "--skip-bad")
+        self.assertEqual(self.manifest()["bad_records"], 0)
+        array = json.dumps([{"text": t} for t in self.texts] + [1, {"text": "\ud800"}])
+        self.prepare(self.file("c.json", array), "--skip-bad", warned=["2 of 62 records are bad and left out"])
+
+    def test_too_many(self):
+        """a tenth is not, more are; of long inputs before their end"""
+        for bad, good in ((6, 54), (7, 53)):
+            path = self.file("a.jsonl", jsonl(self.texts[:good]) + b"{}\n" * bad)
+            if bad == 6:
+                self.prepare(path, "--skip-bad", warned=["6 of 60 records are bad"])
+            else:
+                self.refused("prepare", path, "--skip-bad", "--out", self.dir / "no", words="7 of 60 records are bad, "
+                             "--skip-bad leaves out 10% at most")
+        self.refused("prepare", self.file("a.jsonl", jsonl(self.texts) + b"{}\n" * 5000), "--skip-bad", "--out",
+                     self.dir / "no", words="a.jsonl:61: no text under 'text'. 101 of 161 records are bad")
+
+    @needs("pyarrow")
+    def test_rows(self):
+        import pyarrow
+        from pyarrow.parquet import write_table
+        write_table(pyarrow.table({"text": self.texts[:30] + [None] + self.texts[30:]}), path := self.file("a", ""))
+        self.prepare(path, "--skip-bad", "--val-fraction", "0", warned=[
+            f"1 of 61 records are bad and left out. The first: {path}: row 31: no text under 'text'."])
+        self.assertEqual(self.stream("train"), packed(*encoded(self.texts)))
+
+
+class Names(Case):
+    """of inputs, separators"""
+
+    def test_separator(self):
+        for given, between in ((r"\n\n", b"\n\n"), (r"\x1e", b"\x1e"), (r"\t\\\r", b"\t\\\r"), (r"\0", b"\0"),
+                               (r"\q", rb"\q"), ("\u00e9\\n", "\u00e9\n".encode())):
+            with self.subTest(given):
+                self.prepare(self.file("a.txt", between.join([b"one", b"two", b"three" * 50])), "--separator", given,
+                             "--val-fraction", "0")
+                self.assertEqual(self.stream("train"), packed(b"one", b"two", b"three" * 50))
+
+    def test_prefix(self):
+        """is the given name's, not that of what it links to"""
+        self.file("store/0123abcd", "text " * 100)
+        (self.dir / "book.txt").symlink_to("store/0123abcd")
+        self.file("1984", "text " * 100)
+        self.file("here/a.txt", "text " * 100)
+        for given, prefix in ((self.dir / "book.txt", "book"), (self.dir / "1984", "1984"), ("/dev/fd/63", "pipe"),
+                              (f"{self.dir}/here/.", "here"), (f"{self.dir}/store/../here/", "here"), ("-", "stdin")):
+            with self.subTest(given):
+                self.run_program("prepare", given, "--out", self.out, stdin=b"text " * 100, piped=self.dir / "1984")
+                self.assertTrue((self.out / f"{prefix}_manifest.json").exists(), list(self.out.iterdir()))
+
+    def test_substitution(self):
+        """the shell's, and a pipe with a name, together with a file"""
+        os.mkfifo(self.dir / "pipe")
+        self.file("a.jsonl", jsonl(["a"]))
+        self.file("b.jsonl", jsonl(["b"]))
+        writer = subprocess.Popen(["sh", "-c", "cat a.jsonl >pipe"], cwd=self.dir)
+        done = subprocess.run(["bash", "-c", f"{sys.executable} {prepare.__file__} b.jsonl <(cat b.jsonl) pipe "
+                               "--out out --prefix x --val-fraction 0"], cwd=self.dir, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+        self.assertEqual((done.returncode, writer.wait()), (0, 0), done.stderr)
+        self.assertEqual(self.stream("train"), packed(b"b", b"b", b"a"))
+        self.refused("prepare", "/dev/fd/63", "/dev/fd/63", "--out", self.out, words="/dev/fd/63: stands there twice",
+                     piped=self.dir / "a.jsonl")
+        self.refused("prepare", "/dev/null", "--out", self.dir / "no", words="/dev/null: too little text")
+
+    def test_a_file_before_standard_input(self):
+        """which is read once, although it is looked into"""
+        self.prepare(self.file("a.txt", "one"), "-", "--val-fraction", "0.5", stdin=b"two")
+        self.assertEqual((self.stream("train"), self.stream("val")), (packed(b"one"), packed(b"two")))
+
+
+class Unsynced(Case):
+    """folders that cannot be synced: FUSE, some network file systems"""
+
+    def test_folder(self):
+        def failing(number):
+            def change():
+                real = os.fsync
+
+                def fsync(fd):
+                    if stat.S_ISDIR(os.fstat(fd).st_mode):
+                        raise OSError(number, os.strerror(number))
+                    real(fd)
+                os.fsync = fsync
+            return change
+
+        path = self.file("a.txt", "text " * 100)
+        for number in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EIO):
+            status, _, error = self.fork("prepare", [path, "--out", self.out, "--prefix", "x"], failing(number))
+            self.assertEqual(error.count("\n"), 1, error)
+            if number == errno.EIO:
+                self.assertEqual((status, f"{self.out}: Input/output error" in error), (1, True), error)
+            else:
+                self.assertEqual(status, 0)
+                self.assertIn(f"warning: {self.out}: its file system cannot sync a folder", error)
+                self.assertEqual(len(self.stream("train")), 452)
 
 
 class Restart(Case):
@@ -636,6 +1001,45 @@ class Restart(Case):
         shards.fcntl.flock(held, shards.fcntl.LOCK_SH)
         self.refused("prepare", *self.args, "--out", self.out, words="another prepare.py is writing there")
 
+    def test_every_kind(self):
+        """goes on from each state within archives, an array, behind bad records and, the same given again, in a pipe"""
+        texts = [numbered(40, 30 + i) for i in range(4)]
+        lines = jsonl(texts[0])
+        self.args = [
+            self.file("a.tar.gz", tar([("1", lines), Kinds.card, ("2.gz", gzip.compress(lines + b"{}\n"))], "gz")),
+            self.file("b", zipped([("1", lines + b"{\n"), ("2", bz2.compress(lines))])),
+            self.file("c.json", json.dumps([{"text": t} for t in texts[1]] + [None])),
+            self.file("d", jsonl(texts[2]).decode().encode("utf-16")), "-", "--val-fraction", "0.25", "--shard-tokens",
+            "1500", "--prefix", "x", "--skip-bad"]
+        given = tar([("x/1", jsonl(texts[3]) + b"{}\n"), ("x/2.xz", lzma.compress(lines))], "xz")
+
+        def run(saves):
+            def change():
+                prepare.BATCH, left, save = 500, [saves], shards.Output.save
+
+                def dying(*args):
+                    save(*args)
+                    left[0] -= 1
+                    if not left[0]:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                shards.Output.save = dying
+            return self.fork("prepare", [*self.args, "--out", self.out], change, given)
+
+        status, _, error = run(0)
+        self.assertEqual((status, error.count("\n")), (0, 2), error)
+        self.assertIn("4 of 324 records are bad and left out. The first: " + str(self.dir / "a.tar.gz/2.gz:41"), error)
+        want, saves = self.files(self.out), 1
+        while True:
+            shutil.rmtree(self.out)
+            if run(saves)[0] != -signal.SIGKILL:
+                break
+            status, _, error = run(0)
+            self.assertEqual(status, 0, error)
+            self.assertIn("4 of 324 records are bad", error)
+            self.assertEqual(self.files(self.out), want, saves)
+            saves += 1
+        self.assertGreater(saves, 8)
+
     def test_full_disk(self):
         def full():
             import resource
@@ -674,7 +1078,7 @@ class Streams(Case):
     def test_streams(self):
         """stdin that is closed, stdout that takes nothing: one line"""
         good = str(self.file("good.txt", "text " * 100))
-        for source, fd, words in (("-", 0, "-: the standard input is closed"), (good, 1, "No space left")):
+        for source, fd, words in (("-", 0, "-: the standard input is closed. Give it"), (good, 1, "No space left")):
             with open("/dev/full", "w") as full:
                 done = subprocess.run([sys.executable, prepare.__file__, source, "--out", str(self.out)], stdout=full,
                                       stderr=subprocess.PIPE, text=True, preexec_fn=lambda: fd or os.close(fd),
