@@ -52,6 +52,11 @@ def run(name, main):
         sys.exit(f"{name}: interrupted. Run it again.")
 
 
+def in_range(name, value, low, high):
+    if value is not None and not low <= value <= high:
+        raise Refused(f"{name}: {value} is out of range. Give a number from {low} to {high}.")
+
+
 def package(name, wanted_by):
     """the module, for those who use it only"""
     try:

@@ -44,7 +44,7 @@ import time
 import zlib
 from pathlib import Path
 
-from common import Parser, Refused, run, warn
+from common import Parser, Refused, in_range, run, warn
 
 try:
     import numpy as np
@@ -375,11 +375,6 @@ def unescaped(text):
     known = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"0": b"\0", b"\\": b"\\"}
     return re.sub(rb"\\(?:x([0-9a-fA-F]{2})|([ntr0\\]))",
                   lambda found: bytes.fromhex(found[1].decode()) if found[1] else known[found[2]], os.fsencode(text))
-
-
-def in_range(name, value, low, high):
-    if value is not None and not low <= value <= high:
-        raise Refused(f"{name}: {value} is out of range. Give a number from {low} to {high}.")
 
 
 def main():

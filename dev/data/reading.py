@@ -32,7 +32,8 @@ HEAD = 1 << 16  # bytes by which a file is known
 MOST_BAD = 0.1  # of all records, with --skip-bad
 
 KINDS = [(kind, re.compile(pattern, re.DOTALL)) for kind, pattern in (
-    ("gzip", rb"\x1f\x8b\x08"), ("bzip2", rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"), ("xz", rb"\xfd7zXZ\0|\x5d\0\0.\0"),
+    ("gzip", rb"\x1f\x8b\x08"), ("bzip2", rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"),
+    ("xz", rb"\xfd7zXZ\0|\x5d\0\0[^\0]\0(?:\xff{8}|.{5}\0{3})\0"),  # or the older lzma
     ("zstd", rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), ("tar", rb".{257}ustar"),
     ("an office document or e-book", rb"PK\x03\x04.{26}(?:\[Content_Types\]|_rels/|docProps/|mimetype)"),
     ("zip", rb"PK(?:\x03\x04|\x05\x06)"), ("parquet", rb"PAR1"), ("utf-32", rb"\xff\xfe\0\0|\0\0\xfe\xff"),
@@ -367,8 +368,8 @@ def choose(place, found, format):
     if len(left) == len(found):
         raise Refused(f"{place}: no file in it is {format or 'text, JSON or parquet'}: {listed(left)}. Give others.")
     if left:
-        warn(f"{place}: its {len(found) - len(left)} files of {'/'.join(sorted(kinds & set(sizes)))} are taken, "
-             f"{listed(left)} left out.")
+        warn(f"{place}: left out are {listed(left)}. Taken are {len(found) - len(left)} files: "
+             f"{', '.join(sorted(kinds & set(sizes)))}.")
     return kinds
 
 
@@ -482,7 +483,7 @@ class Reader:
                 for leaf in leaves(source.name, raw, source.size):
                     if leaf.name == source.name:
                         if not self.rules.format and leaf.kind not in (*FORMATS, CARD):
-                            raise Refused(f"{leaf.name}: is {leaf.kind}, no text. " + ADVICE.get(
+                            raise Refused(f"{leaf.name}: {leaf.kind}, no text. " + ADVICE.get(
                                 leaf.kind, "Leave it out, or convert it to text."))
                     elif leaf.kind not in taken(source, self.rules):
                         continue

@@ -571,7 +571,7 @@ class Kinds(Case):
         self.ways(b"\xfe\xff" + text.encode("utf-16-be"), names=("a.txt",), want=want)
         self.ways(jsonl(self.texts).decode().encode("utf-16"), names=("a.jsonl",))
         self.ways(b"\xef\xbb\xbf" + jsonl(self.texts), names=("a.jsonl",))
-        self.refused("a.txt", ("caf\u00e9\r\n" * 9).encode("utf-16-le"), "a.txt: is UTF-16 without its mark, no text")
+        self.refused("a.txt", ("caf\u00e9\r\n" * 9).encode("utf-16-le"), "a.txt: UTF-16 without its mark, no text")
         self.refused("a.txt", b"\xff\xfe" + b"\0\xd8" * 9, "a.txt: begins as UTF-16, but is not. Convert it to UTF-8.")
 
     def test_binary(self):
@@ -584,9 +584,9 @@ class Kinds(Case):
                                 (b"MMIDIDX\0\0", "Megatron's index of tokens, no text. Turn it into shards"),
                                 (zipped([("[Content_Types].xml", b"<xml>")]), "an office document or e-book")):
             for name in ("a.txt", "a.bin", "a.jsonl"):
-                self.refused(name, contents, f"{name}: is {words}")
-            self.refused("a.txt", bz2.compress(contents), f"a.txt: is {words}")
-            super().refused("prepare", "-", "--out", self.out, words=f"-: is {words}", stdin=contents)
+                self.refused(name, contents, f"{name}: {words}")
+            self.refused("a.txt", bz2.compress(contents), f"a.txt: {words}")
+            super().refused("prepare", "-", "--out", self.out, words=f"-: {words}", stdin=contents)
 
     def test_archives(self):
         """their members in order; neither hidden ones nor those of another kind, which are named"""
@@ -594,7 +594,7 @@ class Kinds(Case):
                  ("d/3", lzma.compress(jsonl(self.texts[40:])))]
         left = [("./d/._2.jsonl", b"\0\5\26\7"), ("__MACOSX/d/2.jsonl", b"x"), (".git/config", b"x"), self.card,
                 ("a.png", b"\x89PNG")]
-        warned = ["its 3 files of jsonl are taken, README.md (a data set's card), a.png (a picture) left out"]
+        warned = ["left out are README.md (a data set's card), a.png (a picture). Taken are 3 files: jsonl."]
         members = [*left[:3], *parts[:1], *left[3:], *parts[1:]]
         nested = tar([("in.zip", zipped(members[:4])), ("in.tar.bz2", tar(members[4:], "bz2"))])
         self.ways(tar(members), names=("a", "a.tar.gz"), warned=warned)
@@ -640,17 +640,18 @@ class Kinds(Case):
                                ("c.png", b"\x89PNG")):
             self.file("set/" + name, contents)
         top, want = self.dir / "set", packed(*encoded(self.texts))
-        warned = [f"{top}: its 2 files of jsonl are taken, {top}/README.md (a data set's card), "
-                  f"{top}/c.png (a picture), {top}/dataset_infos.json (a data set's card) left out."]
+        warned = [f"{top}: left out are {top}/README.md (a data set's card), {top}/c.png (a picture), "
+                  f"{top}/dataset_infos.json (a data set's card). Taken are 2 files: jsonl."]
         for args in ([], ["--format", "jsonl"]):
             self.prepare(top, *args, "--val-fraction", "0", warned=warned)
             self.assertEqual(self.stream("train"), want)
             self.assertEqual(self.manifest()["sources"], 2)
         for i in range(4):
             self.file(f"set/{i}.txt", "x" * 5000)
-        self.prepare(top, "--val-fraction", "0", warned=["its 4 files of text are taken"])
+        self.prepare(top, "--val-fraction", "0", warned=["Taken are 4 files: text."])
         self.assertEqual(self.stream("train"), packed(*[b"x" * 5000] * 4))
-        self.prepare(top, "--format", "text", "--val-fraction", "0", warned=["c.png (a picture) left out"])
+        self.prepare(top, "--format", "text", "--val-fraction", "0",
+                     warned=["c.png (a picture). Taken are 8 files: jsonl, text."])
         self.assertEqual(self.manifest()["sources"], 8)
         super().refused("prepare", top, "--glob", "*.png", "--out", self.out,
                         words=f"{top}: no file in it is text, JSON or parquet: {top}/c.png (a picture). Give others.")
@@ -701,7 +702,7 @@ class Kinds(Case):
                              ("n.x", "no column 'n.x'"), ("a", "'a' holds struct<"), ("n", "holds int64, no text")):
             super().refused("prepare", path, "--field", field, "--out", self.out, words=words)
         self.ways(tar([("x/a.parquet", path.read_bytes()), self.card]), names=("a",),
-                  warned=["README.md (a data set's card) left out"])
+                  warned=["left out are README.md (a data set's card). Taken are 1 files: parquet."])
         self.ways(zipped([("x/a.parquet", path.read_bytes())]), names=("a",))
 
     def test_fields_of_fields(self):
@@ -801,7 +802,7 @@ class Names(Case):
 class Unsynced(Case):
     """folders that cannot be synced: FUSE, some network file systems"""
 
-    def test_folder(self):
+    def test_not_synced(self):
         def failing(number):
             def change():
                 real = os.fsync
@@ -823,6 +824,102 @@ class Unsynced(Case):
                 self.assertEqual(status, 0)
                 self.assertIn(f"warning: {self.out}: its file system cannot sync a folder", error)
                 self.assertEqual(len(self.stream("train")), 452)
+
+
+class Tokens(Case):
+    """of other trainers, with convert_tokens.py"""
+
+    def convert(self, *args, **options):
+        return self.run_program("convert_tokens", *args, "--out", self.out, "--prefix", "x", **options)
+
+    def megatron(self, documents, code=8, name="m", tokens=b"", **changes):
+        """a pair of documents: lists of sequences, which are lists of tokens; changes: of the index's parts"""
+        letter = {1: "B", 4: "i", 5: "q", 8: "H"}[code]
+        sequences = [s for d in documents for s in d]
+        firsts = list(itertools.accumulate((len(d) for d in documents), initial=0))
+        places = list(itertools.accumulate((len(s) * struct.calcsize(letter) for s in sequences), initial=0))[:-1]
+        parts = {"magic": b"MMIDIDX\0\0", "version": struct.pack("<Q", 1), "type": bytes([code]),
+                 "sequences": struct.pack("<Q", len(sequences)), "documents": struct.pack("<Q", len(firsts)),
+                 "lengths": struct.pack(f"<{len(sequences)}i", *map(len, sequences)),
+                 "places": struct.pack(f"<{len(places)}q", *places),
+                 "firsts": struct.pack(f"<{len(firsts)}q", *firsts), "end": b"", **changes}
+        flat = [t for s in sequences for t in s]
+        self.file(name + ".bin", tokens or struct.pack(f"<{len(flat)}{letter}", *flat))
+        return self.file(name + ".idx", b"".join(parts.values()))
+
+    def test_without_a_header(self):
+        ids = [i * 7919 % 50257 for i in range(1000)]
+        for dtype, letter in (("uint16", "H"), ("uint32", "I")):
+            path = self.file("train.bin", struct.pack(f"<1000{letter}", *ids))
+            said = self.convert(path, "--dtype", dtype, "--val-fraction", "0.25", "--vocab-size", "50257",
+                                "--shard-tokens", "300", chunk=7)
+            self.assertIn("train 750 tokens of 1 documents in 3 shards", said)
+            self.assertEqual((self.stream("train"), self.stream("val")), (ids[:750], ids[750:]))
+            self.assertEqual([len(read_shard(p)) for p in sorted(self.out.glob("*train*.bin"))], [300, 300, 150])
+            self.assertEqual(self.manifest()["vocab_size"], 50257)
+            self.assertIn("are as they were written", self.run_program("prepare", "--verify", "--out", self.out))
+        val = self.file("val.bin", struct.pack("<3H", 5, 6, 7))
+        self.convert(self.file("train.bin", struct.pack("<1000H", *ids)), "--val", val)
+        self.assertEqual((self.stream("train"), self.stream("val")), (ids, [5, 6, 7]))
+        self.assertEqual(self.manifest()["vocab_size"], max(ids) + 1)
+        self.convert(self.file("wide.bin", struct.pack("<3I", 1, 70000, 2)), "--dtype", "uint32", "--val-fraction", "0")
+        self.assertEqual(self.stream("train"), [1, 70000, 2])
+        self.assertEqual(next(self.out.glob("*.bin")).read_bytes()[:4], struct.pack("<i", 20240801))
+        self.run_program("convert_tokens", val, "--out", self.out)
+        self.assertTrue((self.out / "val_manifest.json").exists())
+
+    def test_megatron(self):
+        documents = [[[i % 100, i] * (i % 4), [9]] for i in range(45)]
+        flat = [[t for s in d for t in s] for d in documents]
+        for code in (8, 1, 4, 5):
+            index = self.megatron(documents, code)
+            for path in (index, index.with_suffix(".bin")):
+                said = self.convert(path, "--val-fraction", "0.125", chunk=7)
+                self.assertEqual(self.stream("val"), sum(flat[7::8], []))
+                self.assertEqual(self.stream("train"), sum((d for i, d in enumerate(flat) if i % 8 != 7), []))
+            self.assertIn("val   35 tokens of 5 documents", said)
+        self.convert(self.megatron(documents[:3] + [[], [[]]] + documents[3:], end=bytes(91)), "--val-fraction", "0.02")
+        self.assertEqual((self.stream("train") + self.stream("val"), self.manifest()["documents"]), (sum(flat, []), 45))
+        self.convert(self.megatron([[[1, 2]], [[3]]]), "--val-fraction", "0", warned=["m.bin: its documents end with "
+                                                                                      "different tokens"])
+        self.assertEqual(self.stream("train"), [1, 2, 3])
+
+    def test_refusals(self):
+        def refused(*args, words):
+            with self.subTest(words):
+                self.refused("convert_tokens", *args, "--out", self.out, words=words)
+
+        good, documents = self.file("good.bin", struct.pack("<99H", *range(99))), [[[1, 2]], [[3, 4], [5]]]
+        for name, contents, words in (
+                ("a", b"text " * 99, "a: text, no tokens"), ("a", jsonl(["a"]), "a: jsonl, no tokens"),
+                ("a", gzip.compress(good.read_bytes()), "a: gzip"),
+                ("a", b"\0" * 99, "a: 99 bytes are no tokens of 2"),
+                ("a", b"", "a: text"), ("a", struct.pack("<256i", 20240520, 1, *[0] * 254), "a: a shard of"),
+                ("a", b"\x93NUMPY\1\0", "a: a Numpy file"), ("m.idx", b"MMIDIDX\0", "m.idx: is no index of"),
+                ("a", b"\7\0", "a: too few tokens. Give more, or --val-fraction 0")):
+            refused(self.file(name, contents), words=words)
+            (self.dir / name).unlink()
+        for changes, words in (({"version": struct.pack("<Q", 2)}, "is no index"), ({"type": b"\7"}, "is no index"),
+                               ({"sequences": b"\xff" * 8}, "m.idx: has 94 bytes, its header promises"),
+                               ({"firsts": b""}, "m.idx: has 70 bytes, its header promises 94"),
+                               ({"lengths": struct.pack("<3i", 2, -2, 1)}, "m.idx: its sequences are empty, or do not"),
+                               ({"places": struct.pack("<3q", 0, 6, 8)}, "m.idx: its sequences are empty, or do not"),
+                               ({"firsts": struct.pack("<3q", 0, 4, 3)}, "m.idx: its documents are not made of"),
+                               ({"tokens": bytes(8)}, "m.bin: has 8 bytes, m.idx promises 10")):
+            refused(self.megatron(documents, **changes), words=words)
+        refused(self.megatron([[[]]]), words="m.idx: its sequences are empty")
+        refused(self.megatron([[[1, -2]]], 4), words="m.bin: token 1 is -2. Give ids of tokens.")
+        (self.dir / "m.bin").unlink()
+        refused(self.dir / "m.idx", words="m.bin: No such file or directory")
+        refused(self.dir / "none", words="none: No such file or directory")
+        refused(self.dir, words=f"{self.dir}: Is a directory")
+        refused(good, "--vocab-size", "98", words="has token 98, --vocab-size is 98")
+        refused(good, "--val", good, "--val-fraction", "0.1", words="--val-fraction: --val is all of the validation")
+        refused(good, "--val-fraction", "nan", words="--val-fraction")
+        refused(good, "--shard-tokens", "0", words="--shard-tokens")
+        refused(good, "--prefix", "a/b", words="--prefix")
+        self.file("out/good_state.json", "{}")
+        refused(good, words="prepare.py was interrupted there")
 
 
 class Restart(Case):
