@@ -67,7 +67,7 @@ class Source:
     sha256: str = None
     file: typing.Any = None  # open already: a pipe, or a copy of one
     kind: str = None     # of a pipe, which can be read but once; None: any number of times
-    takes: set = None    # of an archive, the kinds of its members that are documents
+    takes: set = None    # of an archive, the names of its members that are documents
 
     def open(self):
         if not self.file:
@@ -356,25 +356,29 @@ def stdlib():
 
 
 def choose(place, found, format):
-    """The kinds of files that are taken of a folder or an archive: the format's, or those with the most bytes. found:
-    (name, kind, bytes) of each; says which are left out."""
+    """The names of the files that are taken of a folder or an archive: those of the format, or of the kind with the
+    most bytes, and of X and X.gz the first. found: (name, kind, bytes) of each; says which are left out."""
     sizes = collections.Counter()
     for _, kind, size in found:
         if kind in FORMATS or kind == "archive":
             sizes[kind] += size + 1
     most = max(sizes, key=lambda kind: (sizes[kind], kind), default=None)
     kinds = {None: {most}, "text": {"text", "jsonl", CARD, "archive"}}.get(format, {format, "archive"})
-    left = [f"{name} ({kind})" for name, kind, _ in found if kind not in kinds]
-    if len(left) == len(found):
-        raise Refused(f"{place}: no file in it is {format or 'text, JSON or parquet'}: {listed(left)}. Give others.")
+    first, left, names = {}, [], set()
+    for name, kind, _ in found:
+        if kind not in kinds:
+            left.append((name, kind))
+        elif first.setdefault(bare(name), name) != name:
+            left.append((name, f"{os.path.basename(first[bare(name)])} is there"))
+        else:
+            names.add(name)
+    listed = ", ".join(f"{name.removeprefix(place.rstrip('/') + '/')} ({why})" for name, why in left[:5])
+    listed += f" and {len(left) - 5} more" if len(left) > 5 else ""
+    if not names:
+        raise Refused(f"{place}: no file in it is {format or 'text, JSON or parquet'}: {listed}. Give others.")
     if left:
-        warn(f"{place}: left out are {listed(left)}. Taken are {len(found) - len(left)} files: "
-             f"{', '.join(sorted(kinds & set(sizes)))}.")
-    return kinds
-
-
-def listed(names):
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        warn(f"{place}: left out are {listed}. Taken are {len(names)} files: {', '.join(sorted(kinds & set(sizes)))}.")
+    return names
 
 
 def folder(name, pattern, rules):
@@ -386,15 +390,15 @@ def folder(name, pattern, rules):
         with told(str(path)), open(path, "rb") as raw:
             kind = unwrap(str(path), raw)[0]
             found.append((str(path), "archive" if kind in ("tar", "zip") else kind, path.stat().st_size))
-    kinds = choose(name, found, rules.format)
-    return [local(path) for path, (_, kind, _) in zip(paths, found) if kind in kinds]
+    names = choose(name, found, rules.format)
+    return [local(path) for path in paths if str(path) in names]
 
 
 def taken(source, rules):
-    """the kinds of an archive's members that are documents"""
+    """the names of an archive's members that are documents"""
     if source.takes is None:
         with source.open() as raw:
-            found = [(f.name[len(source.name) + 1:], f.kind, f.size) for f in leaves(source.name, raw, 0)]
+            found = [(f.name, f.kind, f.size) for f in leaves(source.name, raw, 0)]
         source.takes = choose(source.name, found, rules.format)
     return source.takes
 
@@ -485,7 +489,7 @@ class Reader:
                         if not self.rules.format and leaf.kind not in (*FORMATS, CARD):
                             raise Refused(f"{leaf.name}: {leaf.kind}, no text. " + ADVICE.get(
                                 leaf.kind, "Leave it out, or convert it to text."))
-                    elif leaf.kind not in taken(source, self.rules):
+                    elif leaf.name not in taken(source, self.rules):
                         continue
                     leaf.kind = self.rules.format or ("text" if leaf.kind == CARD else leaf.kind)
                     self.at = leaf.name

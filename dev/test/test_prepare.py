@@ -640,8 +640,8 @@ class Kinds(Case):
                                ("c.png", b"\x89PNG")):
             self.file("set/" + name, contents)
         top, want = self.dir / "set", packed(*encoded(self.texts))
-        warned = [f"{top}: left out are {top}/README.md (a data set's card), {top}/c.png (a picture), "
-                  f"{top}/dataset_infos.json (a data set's card). Taken are 2 files: jsonl."]
+        warned = [f"{top}: left out are README.md (a data set's card), c.png (a picture), dataset_infos.json "
+                  "(a data set's card). Taken are 2 files: jsonl."]
         for args in ([], ["--format", "jsonl"]):
             self.prepare(top, *args, "--val-fraction", "0", warned=warned)
             self.assertEqual(self.stream("train"), want)
@@ -654,7 +654,7 @@ class Kinds(Case):
                      warned=["c.png (a picture). Taken are 8 files: jsonl, text."])
         self.assertEqual(self.manifest()["sources"], 8)
         super().refused("prepare", top, "--glob", "*.png", "--out", self.out,
-                        words=f"{top}: no file in it is text, JSON or parquet: {top}/c.png (a picture). Give others.")
+                        words=f"{top}: no file in it is text, JSON or parquet: c.png (a picture). Give others.")
         super().refused("prepare", top, "--glob", "*.txt", "--format", "parquet", "--out", self.out, words="is parquet")
         self.file("set/d.parquet", b"version https://git-lfs.github.com/spec/v1\n")
         super().refused("prepare", top, "--out", self.out, words="d.parquet: only Git LFS's pointer")
@@ -664,10 +664,14 @@ class Kinds(Case):
         for name, data in (("a.json", lines), ("a.json.gz", gzip.compress(lines)), ("a.json.xz", lzma.compress(lines))):
             self.file("top/" + name, data)
         top = self.dir / "top"
-        warned = [f"{top}/a.json.{end}: is left out, {top}/a.json is there." for end in ("gz", "xz")]
-        for inputs in ([top], sorted(top.iterdir())):
+        left = "a.json.gz (a.json is there), a.json.xz (a.json is there)"
+        apart = [f"{top}/a.json.{end}: is left out, {top}/a.json is there." for end in ("gz", "xz")]
+        archive = self.file("a.tar", tar([("d/a.json.gz", gzip.compress(lines)), ("d/a.json", lines), ("a", lines)]))
+        for inputs, warned, times in (([top], [f"{top}: left out are {left}. Taken are 1 files: jsonl."], 1),
+                                      (sorted(top.iterdir()), apart, 1),
+                                      ([archive], ["are d/a.json (a.json.gz is there). Taken are 2 files"], 2)):
             self.prepare(*inputs, "--val-fraction", "0", warned=warned)
-            self.assertEqual(self.stream("train"), packed(*encoded(self.texts)))
+            self.assertEqual(self.stream("train"), packed(*encoded(self.texts)) * times)
         for name, data in (("c4-train.1.json", lines), ("c4-train.1.json.gz", gzip.compress(lines))):
             self.file("c4/" + name, data)
         self.prepare("--corpus", "c4", "--from", self.dir / "c4", warned=["c4-train.1.json.gz: is left out"],
