@@ -2172,16 +2172,6 @@ bool happened(cudaEvent_t event) {
     return status == cudaSuccess;
 }
 
-void catch_signals() {
-    struct sigaction action = {};
-    action.sa_handler = [](int number) {
-        if (number == SIGINT && asked_to_stop == SIGINT) signal(SIGINT, SIG_DFL), raise(SIGINT);
-        asked_to_stop = number;
-    };
-    action.sa_flags = SA_RESTART;
-    for (int number : {SIGTERM, SIGINT, SIGUSR1}) sigaction(number, &action, nullptr);
-}
-
 // AdamW's settings at step `step` from 1.
 AdamW adamw_of(const Options& o, int64_t step) {
     AdamW adamw = o.adamw;

@@ -464,6 +464,17 @@ void print_run(const Model& m, const Options& o) {
     if (o.save_async) printf("  and on the host, for --save-async %10.1f MiB\n", saved_bytes(m) / 1048576.0);
 }
 
+// Has signals set asked_to_stop.
+void catch_signals() {
+    struct sigaction action = {};
+    action.sa_handler = [](int number) {
+        if (number == SIGINT && asked_to_stop == SIGINT) signal(SIGINT, SIG_DFL), raise(SIGINT);
+        asked_to_stop = number;
+    };
+    action.sa_flags = SA_RESTART;
+    for (int number : {SIGTERM, SIGINT, SIGUSR1}) sigaction(number, &action, nullptr);
+}
+
 // What several sources of data come to in the run.
 void print_mixture(const DataLoader& data, const Options& o) {
     const uint64_t windows = uint64_t(o.steps) * uint64_t(o.batch_size) * uint64_t(o.grad_accum * o.storage.ranks);
