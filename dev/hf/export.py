@@ -134,11 +134,10 @@ def tokenizer_files(given, preset, out, c):
             shutil.copyfile(path / name, out / name)
         there = read_json(path / "tokenizer_config.json") if "tokenizer_config.json" in found else {}
         ids, named, size = fast_tokenizer(path / "tokenizer.json", read_json(path / "tokenizer.json"), there)
-    elif path.suffix == ".json":
+    elif (data := read_whole(path, "Give the tokenizer of the data.")).lstrip()[:1] == b"{":
         ids, named, size = fast_tokenizer(path, read_json(path), {})
-        shutil.copyfile(path, out / "tokenizer.json")
+        (out / "tokenizer.json").write_bytes(data)
     else:
-        data = read_whole(path, "Give the tokenizer of the data.")
         written, named, ids, size = of_file(path, data, preset)
         if written["normalizer"]:  # sentencepiece's, which other programs want
             (out / "tokenizer.model").write_bytes(data)

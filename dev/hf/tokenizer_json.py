@@ -74,7 +74,8 @@ def regex(split):
 def sentencepiece(f):
     has = f.flags.__and__
     kinds = {kind for _, _, kind in f.pieces}
-    for what, there in (("the model has space as a suffix", has(convert.SPACE_AS_SUFFIX)),
+    for what, there in (("the model is not of type BPE", f.flags >= 2 * convert.HF_BYTES),
+                        ("the model has space as a suffix", has(convert.SPACE_AS_SUFFIX)),
                         ("the model has unused pieces", convert.UNUSED in kinds),
                         ("the model has spaces that stay as they are", not has(convert.ESCAPE_SPACES)),
                         ("the model has user-defined pieces beside a dummy prefix",
@@ -97,7 +98,8 @@ def sentencepiece(f):
     of_kind = [[(i, texts[i]) for i, (_, _, kind) in enumerate(f.pieces) if kind in wanted]
                for wanted in ((convert.CONTROL, convert.UNKNOWN), (convert.USER_DEFINED,), (convert.UNKNOWN,))]
     special, defined, unknown = of_kind
-    out = whole({text: i for i, text in texts.items()}, merges(f.pieces, texts), special,
+    pairs = [] if has(convert.LISTED_MERGES) else merges(f.pieces, texts)  # of characters alone
+    out = whole({text: i for i, text in texts.items()}, pairs, special,
                 {"type": "Sequence", "normalizers": steps}, None, {"type": "Sequence", "decoders": decoders},
                 (f.bos, texts[f.bos]), defined)
     unknown = unknown[0][1] if unknown else None

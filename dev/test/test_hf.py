@@ -431,7 +431,10 @@ class Convert(Case):
                 "model": {"vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}}}
         file = self.dir / "tokenizer.json"
         file.write_text(json.dumps(fast))
-        self.assertEqual(self.tokenizer(file), (1, 2))
+        named = self.dir / "tokenizer"
+        for kind in (file, shutil.copy(file, named)):  # by what is in it
+            self.assertEqual(self.tokenizer(kind), (1, 2))
+        named.unlink()
         self.assertEqual((self.dir / "hf" / "tokenizer.json").read_text(), file.read_text())
         self.assertEqual(json.loads((self.dir / "hf" / "tokenizer_config.json").read_text())["eos_token"], "</s>")
         folder = self.dir / "tokenizer"
