@@ -180,8 +180,8 @@ void finish(Config& c) {
                    c.F()));
 }
 
-// By how much RoPE turns pair i from token to token: theta^(-2i/HS), in float32 as the paper's code. Scaled, waves longer
-// than original / low tokens turn 1/factor as fast, shorter than original / high as before, between them by a mixture.
+// By how much RoPE turns pair i from token to token: theta^(-2i/HS), in float32 as the paper's code. Scaled, waves
+// longer than original / low tokens turn 1/factor as fast, shorter than original / high as before, others between that.
 float rope_frequency(const Config& c, int i) {
     const RopeScaling& r = c.rope_scaling;
     const float f = 1.0f / powf(c.rope_theta, float(2 * i) / c.HS()), wave = float(2 * M_PI) / f;

@@ -866,7 +866,8 @@ class Transformers(Case):
             again = self.load(self.dir / "again")
             self.assertEqual(type(again).__name__, type(model).__name__.replace("Mistral", "Llama"))
             same = type(again) is type(model)
-            self.close("logits there and back", model, self.logits(again, windows[:, :-1]), logits, 0 if same else LIMIT)
+            self.close("logits there and back", model, self.logits(again, windows[:, :-1]), logits,
+                       0 if same else LIMIT)
             for folder in ("theirs", "again"):
                 shutil.rmtree(self.dir / folder)
 
