@@ -48,6 +48,8 @@ def run(name, main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(f"{name}: {e.filename or 'the output'}: {e.strerror or e}. "
                  "Check the path, its rights and the disk's room.")
+    except MemoryError:
+        sys.exit(f"{name}: there is too little memory for the largest of what is read. Give it in smaller parts.")
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted. Run it again.")
 

@@ -39,10 +39,10 @@ KINDS = [(kind, re.compile(pattern, re.DOTALL)) for kind, pattern in (
     ("zip", rb"PK(?:\x03\x04|\x05\x06)"), ("parquet", rb"PAR1"), ("utf-32", rb"\xff\xfe\0\0|\0\0\xfe\xff"),
     ("utf-16", rb"\xff\xfe|\xfe\xff"), ("a PDF", rb"%PDF-"), ("a rich text file", rb"\{\\rtf"),
     ("a picture", rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP"), ("a program", rb"\x7fELF"),
-    ("an Arrow file", rb"ARROW1|\xff\xff\xff\xff.{4}\x10\0\0\0"), ("a Numpy file", rb"\x93NUMPY"),
+    ("an Arrow file", rb"ARROW1\0\0|\xff\xff\xff\xff.{4}\x10\0\0\0"), ("a Numpy file", rb"\x93NUMPY"),
     ("a 7z archive", rb"7z\xbc\xaf"), ("a rar archive", rb"Rar!\x1a"), ("an lz4 file", rb"\x04\x22\x4d\x18"),
-    ("an SQLite database", rb"SQLite format 3\0"), ("an HDF5 file", rb"\x89HDF"), ("a GGUF model", rb"GGUF"),
-    ("an encrypted parquet file", rb"PARE"), ("Megatron's index of tokens", rb"MMIDIDX\0\0"),
+    ("an SQLite database", rb"SQLite format 3\0"), ("an HDF5 file", rb"\x89HDF"), ("a GGUF model", rb"GGUF.\0\0\0"),
+    ("Megatron's index of tokens", rb"MMIDIDX\0\0"),
     ("a shard of tokens", b"|".join(re.escape(struct.pack("<i", magic)) for magic in (20240520, 20240801))))]
 ADVICE = {"a shard of tokens": "Give it to the trainer: --train-data.",
           "Megatron's index of tokens": "Turn it into shards: dev/data/convert_tokens.py.",
@@ -50,7 +50,7 @@ ADVICE = {"a shard of tokens": "Give it to the trainer: --train-data.",
           "binary": "Leave it out, or convert it to text; tokens without a header: dev/data/convert_tokens.py."}
 CONTROL = bytes({*range(9), *range(14, 27), *range(28, 32), 127})  # hardly in a text, a tenth of any other bytes
 STRING = rb'"(?:[^"\\\n]|\\.)*"'
-RECORDS = re.compile(rb"\s*(?:(?:\[\s*)?\{\s*%b\s*:|\[\s*%b\s*[],])" % (STRING, STRING))  # how JSON begins
+RECORDS = re.compile(rb"\s*(?:(?:\[\s*)?\{\s*%b\s*:|\[\s*%b\s*(?:,\s*\"|]\s*\Z))" % (STRING, STRING))  # how JSON begins
 RECORD = re.compile(rb"\s*\{\s*%b\s*:" % STRING)  # and how a line of it
 MANY_LINES = re.compile(rb"\s*(?:\[\s*[]{\"]|\{[ \t\r]*\n)")  # one JSON value
 CARD, CARDS = "a data set's card", ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")  # and README.md
@@ -311,7 +311,7 @@ def leaves(name, stream, size):
     elif kind == "zip":
         with zipfile.ZipFile(stream if on_disk(stream) else spool(stream)) as archive:
             for member in archive.infolist():
-                if member.is_dir() or not visible(member.filename):
+                if member.is_dir() or stat.S_ISLNK(member.external_attr >> 16) or not visible(member.filename):
                     continue
                 within = f"{name}/{member.filename}"
                 if member.flag_bits & 1:
@@ -506,7 +506,8 @@ class Reader:
         self.counts.check()
 
     def not_json(self, where):
-        self.bad(where, "not valid JSON in UTF-8", "Repair or remove the line, or leave it out with --skip-bad.")
+        self.bad(where, "not valid JSON in UTF-8", "Repair or remove the line, or leave it out with --skip-bad; "
+                 "--format text if it is no JSON.")
 
     def values(self, leaf):
         """(where, value) of each record of JSON, a line or an element of an array"""
@@ -532,7 +533,8 @@ class Reader:
             value = json.loads(leaf.stream.read())
         except (ValueError, RecursionError) as e:
             where = f"{leaf.name}:{e.lineno}" if isinstance(e, json.JSONDecodeError) else leaf.name
-            raise Refused(f"{where}: not valid JSON in UTF-8. Repair it, or give a record a line.") from None
+            raise Refused(f"{where}: not valid JSON in UTF-8. Repair it, or give a record a line; "
+                          "--format text if it is no JSON.") from None
         self.progress()
         for number, element in enumerate(value if isinstance(value, list) else [value], 1):
             self.counts.seen += 1

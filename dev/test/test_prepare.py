@@ -559,6 +559,9 @@ class Kinds(Case):
         text = "[Illustration]\n{not: JSON}\n\u00e9\U0001f600 " * 50
         for name in ("a", "a.md", "a.gz", "a.bz2"):
             self.ways(text.encode(), names=(name,), want=packed(text.encode()))
+        for start in ("PARENTS", "GGUF is", "BZh9 is", "RIFF and", "PK is", "ARROW1 is", "{name}: is", '["a", or so'):
+            self.prepare(self.file("a.txt", start), "--val-fraction", "0")
+            self.assertEqual(self.stream("train"), packed(start.encode()))
         self.prepare(self.file("a.txt", jsonl(self.texts)), "--format", "text", "--val-fraction", "0")
         self.assertEqual(self.stream("train"), packed(jsonl(self.texts)))
 
@@ -601,6 +604,14 @@ class Kinds(Case):
         self.ways(zipped(members), names=("a.zip",), warned=warned)
         within = warned[0].replace("README.md", "in.tar.bz2/README.md").replace("a.png", "in.tar.bz2/a.png")
         self.ways(nested, names=("a",), warned=[within])
+        large = [(name, name.encode() * 1_500_000) for name in "ab"]
+        for archive in (tar(large), zipped(large), tar(large, "gz")):
+            self.prepare("-", "--val-fraction", "0", stdin=archive)
+            self.assertTrue(self.stream("train") == packed(*(text for _, text in large)))
+        link = zipfile.ZipInfo("link.txt")
+        link.external_attr = 0o120777 << 16
+        self.prepare(self.file("a.zip", zipped([("a.txt", b"one"), (link, b"a.txt")])), "--val-fraction", "0")
+        self.assertEqual(self.stream("train"), packed(b"one"))
         self.prepare(self.file("a.tar", tar([("a.txt", b"one"), ("b.json", jsonl(["x"])), ("c.txt", b"two")])),
                      "--format", "text", "--val-fraction", "0")
         self.assertEqual(self.stream("train"), packed(b"one", jsonl(["x"]), b"two"))
@@ -646,13 +657,12 @@ class Kinds(Case):
             self.prepare(top, *args, "--val-fraction", "0", warned=warned)
             self.assertEqual(self.stream("train"), want)
             self.assertEqual(self.manifest()["sources"], 2)
-        for i in range(4):
-            self.file(f"set/{i}.txt", "x" * 5000)
-        self.prepare(top, "--val-fraction", "0", warned=["Taken are 4 files: text."])
-        self.assertEqual(self.stream("train"), packed(*[b"x" * 5000] * 4))
+        self.file("set/a.txt", "x" * 20000)
+        self.prepare(top, "--val-fraction", "0", warned=["Taken are 1 files: text."])
+        self.assertEqual(self.stream("train"), packed(b"x" * 20000))
         self.prepare(top, "--format", "text", "--val-fraction", "0",
-                     warned=["c.png (a picture). Taken are 8 files: jsonl, text."])
-        self.assertEqual(self.manifest()["sources"], 8)
+                     warned=["c.png (a picture). Taken are 5 files: jsonl, text."])
+        self.assertEqual(self.manifest()["sources"], 5)
         super().refused("prepare", top, "--glob", "*.png", "--out", self.out,
                         words=f"{top}: no file in it is text, JSON or parquet: c.png (a picture). Give others.")
         super().refused("prepare", top, "--glob", "*.txt", "--format", "parquet", "--out", self.out, words="is parquet")
@@ -697,11 +707,13 @@ class Kinds(Case):
         self.ways((self.dir / "string").read_bytes(), names=("a", "a.jsonl", "a.txt.gz"))
         some = pyarrow.array(self.texts)
         deep = pyarrow.StructArray.from_arrays([pyarrow.StructArray.from_arrays([some], ["c"]), some], ["b", "d"])
-        table = pyarrow.table({"text": some.dictionary_encode(), "a": deep, "a.d": some.cast("binary"), "n": [1] * 60})
+        table = pyarrow.table({"text": some.dictionary_encode(), "a": deep, "a.d": [t + "!" for t in self.texts],
+                               "n": [1] * 60})
         write_table(table, path := self.file("columns", ""))
         for field in ("text", "a.b.c", "a.d"):
             self.prepare(path, "--field", field, "--val-fraction", "0")
-            self.assertEqual(self.stream("train"), packed(*encoded(self.texts)))
+            end = "!" if field == "a.d" else ""  # the column of that name, rather than the field of a field
+            self.assertEqual(self.stream("train"), packed(*encoded(t + end for t in self.texts)))
         for field, words in (("a.x", "it has no column 'a.x', but text, a.b.c, a.d, a.d, n"),
                              ("n.x", "no column 'n.x'"), ("a", "'a' holds struct<"), ("n", "holds int64, no text")):
             super().refused("prepare", path, "--field", field, "--out", self.out, words=words)
@@ -760,7 +772,7 @@ class Bad(Case):
 
 
 class Names(Case):
-    """of inputs, separators"""
+    """of inputs, separators; pipes"""
 
     def test_separator(self):
         for given, between in ((r"\n\n", b"\n\n"), (r"\x1e", b"\x1e"), (r"\t\\\r", b"\t\\\r"), (r"\0", b"\0"),
@@ -796,6 +808,21 @@ class Names(Case):
         self.refused("prepare", "/dev/fd/63", "/dev/fd/63", "--out", self.out, words="/dev/fd/63: stands there twice",
                      piped=self.dir / "a.jsonl")
         self.refused("prepare", "/dev/null", "--out", self.dir / "no", words="/dev/null: too little text")
+
+    def test_where_standard_input_stands(self):
+        """what was read of it before is not read again"""
+        status, _, error = self.fork("prepare", ["-", "--out", self.out, "--prefix", "x", "--val-fraction", "0"],
+                                     lambda: os.lseek(0, 5, os.SEEK_SET), b"head\none two")
+        self.assertEqual((status, self.stream("train")), (0, packed(b"one two")), error)
+
+    def test_too_little_memory(self):
+        def change():
+            import resource
+            resource.setrlimit(resource.RLIMIT_AS, (1 << 31, 1 << 31))
+        os.truncate(path := self.file("a", ""), 1 << 32)
+        status, _, error = self.fork("prepare", [path, "--out", self.out, "--format", "text"], change)
+        self.assertEqual((status, error.count("\n")), (1, 1), error)
+        self.assertIn("prepare: there is too little memory for the largest of what is read. Give it in", error)
 
     def test_a_file_before_standard_input(self):
         """which is read once, although it is looked into"""
