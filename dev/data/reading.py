@@ -5,6 +5,7 @@ import codecs
 import collections
 import contextlib
 import dataclasses
+import errno
 import fnmatch
 import gzip
 import io
@@ -190,7 +191,8 @@ DAMAGE = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZip
 
 
 def damage(error):
-    return isinstance(error, DAMAGE) or (isinstance(error, OSError) and error.errno is None)  # gzip and bz2 raise these
+    """also what gzip and bz2 raise, and a jump that a damaged zip archive leads to"""
+    return isinstance(error, DAMAGE) or (isinstance(error, OSError) and error.errno in (None, errno.EINVAL))
 
 
 @contextlib.contextmanager
@@ -198,6 +200,8 @@ def told(name, at=None):
     """what is wrong with a file as a line; at: says where"""
     try:
         yield
+    except NotImplementedError as e:
+        raise Refused(f"{at() if at else name}: this Python cannot unpack it ({e}). Unpack it first.") from None
     except (*DAMAGE, OSError) as e:
         if damage(e):
             raise Refused(f"{at() if at else name}: damaged or cut short from here on ({e}). Fetch it again.") from None
@@ -316,11 +320,7 @@ def leaves(name, stream, size):
                 within = f"{name}/{member.filename}"
                 if member.flag_bits & 1:
                     raise Refused(f"{within}: is encrypted. Unpack the archive first.")
-                try:
-                    opened = archive.open(member)
-                except NotImplementedError as e:
-                    raise Refused(f"{within}: {e}. Unpack the archive first.") from None
-                with opened:
+                with archive.open(member) as opened:
                     yield from leaves(within, opened, member.file_size)
     else:
         yield Leaf(name, kind, head, stream, size)

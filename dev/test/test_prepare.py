@@ -632,6 +632,11 @@ class Kinds(Case):
         for at in (6, stored.index(b"PK\1\2") + 8):
             locked[at] |= 1
         self.refused("a.zip", bytes(locked), "a.zip/0.txt: is encrypted. Unpack the archive first.")
+        foreign, newer = bytearray(stored), bytearray(stored)
+        foreign[8] = foreign[stored.index(b"PK\1\2") + 10] = 9
+        newer[stored.index(b"PK\1\2") + 6] = 99
+        for contents in (foreign, newer):
+            self.refused("a.zip", bytes(contents), "a.zip: this Python cannot unpack it (", "--format", "text")
 
     def test_no_room_for_a_copy(self):
         def change():
