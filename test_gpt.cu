@@ -588,8 +588,9 @@ TEST(attention) {
         expect_close(lse.get(), want.lse, TOL_FLOAT, "lse" + what);
         attention_backward(dq.p, dk.p, dv.p, scratch.p, dout.p, out.p, q.p, k.p, v.p, lse.p, h, gpu);
         expect_close(dv.get(), want.dv, TOL_ATTENTION, "dv" + what);
-        expect_close(dk.get(), want.dk, TOL_SCORES, "dk" + what, 1.0);
-        expect_close(dq.get(), want.dq, TOL_SCORES, "dq" + what, 1.0);
+        const double tolerance = TOL_SCORES * (separate && !BF16 ? 1.5 : 1);  // with few keys fp32 4.2e-6
+        expect_close(dk.get(), want.dk, tolerance, "dk" + what, 1.0);
+        expect_close(dq.get(), want.dq, tolerance, "dq" + what, 1.0);
         DevX dq_again(q_size), dk_again(kv_size), dv_again(kv_size);
         attention_backward(dq_again.p, dk_again.p, dv_again.p, scratch.p, dout.p, out.p, q.p, k.p, v.p, lse.p, h, gpu);
         EXPECT(dq_again.get() == dq.get() && dk_again.get() == dk.get() && dv_again.get() == dv.get());
@@ -1516,7 +1517,7 @@ TEST(documents) {
                     alone.insert(alone.end(), own.begin(), own.end());
                 }
             const std::string what = BACKBONES[int(backbone)] + " " + VARIANTS[int(variant)];
-            expect_close(losses, alone, BF16 ? 4e-3 : 2e-6, what + " losses");
+            expect_close(losses, alone, BF16 ? 8e-3 : 2e-6, what + " losses");  // bf16 4.4e-3, other positions' RoPE
             const std::vector<float> sum = get_floats(m.grads, 0, m.table.size);
             expect_close(Vec(together.begin(), together.end()), Vec(sum.begin(), sum.end()), BF16 ? 2e-2 : 1e-5,
                          what + " gradients");

@@ -442,6 +442,7 @@ class Tests:
         self.small("x")
         data = f"{self.path('tokens.bin')}:0.75,{self.path('few.bin')}:0.25"
         said = self.run(*self.small("mix", "--train-data", data, "--shuffle", steps=40))
+        self.same_matmuls("mix", "mix2")
         expect(f"data: 75.00% {self.path('tokens.bin')}, 0.153 epochs in all" in said, said)
         expect(f"data: 25.00% {self.path('few.bin')}, 3 epochs in all" in said, said)
         self.run(*self.small("mix2", "--train-data", data, "--shuffle", "--save-every", 20, "--keep", 0, steps=40))
@@ -460,6 +461,8 @@ class Tests:
             for how in ("joined", "separate"):
                 flags = ("--vocab-size", 258, "--tokenizer", "bytes", "--documents", how, "--save-every", 12)
                 said = self.run(*self.small(data + how, *flags, data=data))
+                if how == "joined":
+                    self.same_matmuls(data + how, data + "separate", "val")
                 expect(("documents: separate, each begins with token 256" in said) == (how == "separate"), said)
                 losses[data, how] = [r["loss"] for r in read_log(self.path(data + how))]
         expect(losses["long.bin", "joined"] == losses["long.bin", "separate"], "windows of one document differ")
