@@ -49,7 +49,7 @@ ADVICE = {"a shard of tokens": "Give it to the trainer: --train-data.",
           "Megatron's index of tokens": "Turn it into shards: dev/data/convert_tokens.py.",
           "an Arrow file": "Write it as parquet or JSON lines: datasets' to_parquet(), to_json().",
           "binary": "Leave it out, or convert it to text; tokens without a header: dev/data/convert_tokens.py."}
-CONTROL = bytes({*range(9), *range(14, 27), *range(28, 32), 127})  # hardly in a text, a tenth of any other bytes
+CONTROL = bytes({*range(9), *range(16, 27), *range(28, 32), 127})  # hardly in a text, a tenth of any other bytes
 STRING = rb'"(?:[^"\\\n]|\\.)*"'
 RECORDS = re.compile(rb"\s*(?:(?:\[\s*)?\{\s*%b\s*:|\[\s*%b\s*(?:,\s*\"|]\s*\Z))" % (STRING, STRING))  # how JSON begins
 RECORD = re.compile(rb"\s*\{\s*%b\s*:" % STRING)  # and how a line of it
@@ -84,7 +84,7 @@ class Rules:
     format: str = None       # None: by the bytes
     field: str = "text"      # of a record of JSON or a parquet row
     separator: bytes = None  # between the documents of a text file
-    skip_bad: bool = False   # leave out bad records, and count them
+    skip_bad: bool = None    # leave out bad records, and count them; None: not by this program
 
 
 @dataclasses.dataclass
@@ -506,8 +506,9 @@ class Reader:
         self.counts.check()
 
     def not_json(self, where):
-        self.bad(where, "not valid JSON in UTF-8", "Repair or remove the line, or leave it out with --skip-bad; "
-                 "--format text if it is no JSON.")
+        self.bad(where, "not valid JSON in UTF-8", "Repair or remove the line" + (
+            "." if self.rules.skip_bad is None else
+            ", or leave it out with --skip-bad; --format text if it is no JSON."))
 
     def values(self, leaf):
         """(where, value) of each record of JSON, a line or an element of an array"""
@@ -533,8 +534,7 @@ class Reader:
             value = json.loads(leaf.stream.read())
         except (ValueError, RecursionError) as e:
             where = f"{leaf.name}:{e.lineno}" if isinstance(e, json.JSONDecodeError) else leaf.name
-            raise Refused(f"{where}: not valid JSON in UTF-8. Repair it, or give a record a line; "
-                          "--format text if it is no JSON.") from None
+            raise Refused(f"{where}: not valid JSON in UTF-8. Repair it, or give a record a line.") from None
         self.progress()
         for number, element in enumerate(value if isinstance(value, list) else [value], 1):
             self.counts.seen += 1

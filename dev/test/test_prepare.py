@@ -559,7 +559,8 @@ class Kinds(Case):
         text = "[Illustration]\n{not: JSON}\n\u00e9\U0001f600 " * 50
         for name in ("a", "a.md", "a.gz", "a.bz2"):
             self.ways(text.encode(), names=(name,), want=packed(text.encode()))
-        for start in ("PARENTS", "GGUF is", "BZh9 is", "RIFF and", "PK is", "ARROW1 is", "{name}: is", '["a", or so'):
+        for start in ("\x0e\x0f" * 9, "PARENTS", "GGUF is", "BZh9 is", "RIFF and", "PK is", "ARROW1 is", "{name}: is",
+                      '["a", or so'):
             self.prepare(self.file("a.txt", start), "--val-fraction", "0")
             self.assertEqual(self.stream("train"), packed(start.encode()))
         self.prepare(self.file("a.txt", jsonl(self.texts)), "--format", "text", "--val-fraction", "0")
@@ -1544,7 +1545,7 @@ class Choices(Case):
                             (good.replace('"b", ', ""), "at least two choices"),
                             (good.replace('"b"', "3"), "two choices"),
                             (good.replace('"b"', '"\\ud800"'), "a.jsonl:2: not valid JSON in UTF-8"),
-                            ('{"ctx"', "a.jsonl:2: not valid JSON")):
+                            ('{"ctx"', "a.jsonl:2: not valid JSON in UTF-8. Repair or remove the line.\n")):
             with self.subTest(line):
                 self.refused("hellaswag", self.file("a.jsonl", good + line), "--out", self.dir / "h.bin", words=words)
         self.refused("hellaswag", self.file("a.jsonl", "\n"), "--out", self.dir / "h.bin", words="no example is in it")
