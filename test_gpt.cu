@@ -2283,6 +2283,7 @@ TEST(config_of_checkpoint) {
             manifest.json = parse_json(json + "}}");
             const Config again = config_of(manifest, "DIR");
             EXPECT(config_fields(again, Storage()) == config_fields(c, Storage()));
+            EXPECT(rope_scaling_text(again.rope_scaling) == rope_scaling_text(c.rope_scaling));
             EXPECT(build_table(again).size == build_table(c).size);
         }
     for (auto [word, with] : {std::pair{"llama", "gpt"},
