@@ -139,7 +139,7 @@ def tokenizer_files(given, preset, out, c):
         (out / "tokenizer.json").write_bytes(data)
     else:
         written, named, ids, size = of_file(path, data, preset)
-        if written["normalizer"]:  # sentencepiece's, which other programs want
+        if not written["pre_tokenizer"]:  # sentencepiece's, which other programs want
             (out / "tokenizer.model").write_bytes(data)
     if written:
         write_json(out / "tokenizer.json", written)

@@ -30,7 +30,13 @@ class File:
             score, kind, length = struct.unpack_from("<fBH", data, at)
             self.pieces.append((data[at + 7:at + 7 + length], score, kind))
             at += 7 + length
-        (self.split,) = struct.unpack_from("<I", data, at)
+        self.split, classes = struct.unpack_from("<II", data, at)
+        at += 8 + 4 * classes
+        (merges,) = struct.unpack_from("<I", data, at)
+        at += 4 + 8 * merges
+        self.form = None  # Unicode's normal form, of newer files; of rank files it is NFC
+        if data[:8] != b"SGPTTOK2" and any(data[at:at + 4]):
+            self.form = {"type": "NFC"}
 
 
 def byte_tokenizer():
@@ -58,7 +64,7 @@ def byte_pairs(f):
     special = sorted({(f.bos, names[0]), (f.eos, names[1])})
     texts = {i: "".join(shown[b] for b in piece) for i, (piece, _, _) in enumerate(f.pieces) if piece}
     split = {"type": "Split", "pattern": {"Regex": regex(f.split)}, "behavior": "Isolated", "invert": False}
-    out = whole({text: i for i, text in texts.items()}, merges(f.pieces, texts), special, None,
+    out = whole({text: i for i, text in texts.items()}, merges(f.pieces, texts), special, f.form,
                 {"type": "Sequence", "pretokenizers": [split, byte_level()]}, byte_level())
     out["model"]["ignore_merges"] = bool(f.flags & convert.WHOLE_WORDS)
     return out, (*names, None)

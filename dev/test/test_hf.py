@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import types
+import unicodedata
 import unittest
 import unittest.mock
 import zipfile
@@ -967,7 +968,7 @@ class Transformers(Case):
         for preset in tokenizer_json.PRESETS:
             with self.subTest(preset):
                 tokenizer, ids, text = self.same_ids(self.dir / "ranks", preset)
-                self.assertEqual(tokenizer.decode(ids), text)
+                self.assertIn(tokenizer.decode(ids), (text, unicodedata.normalize("NFC", text)))  # Qwen's normalises
 
     def test_from_torch(self):
         """what the paper's code saves: a state_dict, plain, nested, wrapped; a folder of distributed checkpoint"""
