@@ -36,6 +36,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of p
  DIGITS_APART) = (1 << i for i in range(2, 12))
 BPE = 2  # sentencepiece's number of it
 SPACE = "\u2581"
+NO_UTF8 = (0xc0, 0xc1, *range(0xf5, 256))  # bytes that no text has
 
 GPT2 = CONTRACTION
 LLAMA3 = 3 | ANY_PREFIX | CONTRACTION | ANY_CASE | NEWLINE_TAIL | NEWLINES
@@ -112,6 +113,9 @@ class Refused(Exception):
     pass
 
 
+BROKEN = (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error)  # raised by malformed files
+
+
 def classes():
     """first code point << 3 | class of each run"""
     out, first, value, shift = [], 0, 0, 0
@@ -129,15 +133,64 @@ def numbers(values):
     return struct.pack(f"<{len(values)}I", *values)
 
 
+def no_token(missing):
+    """of bytes, in words"""
+    runs = []
+    for byte in missing:
+        if runs and byte == runs[-1][1] + 1:
+            runs[-1][1] = byte
+        else:
+            runs.append([byte, byte])
+    shown = ", ".join(f"0x{a:02x}" + (f"-0x{b:02x}" if b > a else "") for a, b in runs[:20])
+    more = f" and more, {len(missing)} in all," if len(runs) > 20 else ""
+    return (f"it has no token for the bytes {shown}{more} and text with them would be lost; train it with all 256 "
+            "(initial_alphabet=pre_tokenizers.ByteLevel.alphabet() at byte level)")
+
+
+def check(flags, pieces):
+    """what tokenizer.h asks of the pieces, so that it takes whatever is written here"""
+    taken = {}
+    for i, (piece, score, kind) in enumerate(pieces):
+        if len(piece) > 65535 or not piece and kind != CONTROL or math.isnan(score) or not NORMAL <= kind <= BYTE:
+            raise Refused(f"piece {i} is broken")
+        if kind == BYTE and (not flags & BYTE_FALLBACK or not re.fullmatch(b"<0x[0-9A-F]{2}>", piece)):
+            raise Refused(f"piece {i} is of the type byte, but not of the form <0x41>, or there is no byte_fallback")
+        if kind not in (UNKNOWN, CONTROL):
+            key = NORMAL if kind == UNUSED else kind, piece
+            if taken.setdefault(key, i) != i:
+                raise Refused(f"the pieces {taken[key]} and {i} are the same, {piece.decode(errors='replace')!r}")
+    kinds = [kind for _, _, kind in pieces]
+    if kinds.count(UNKNOWN) > 1:
+        raise Refused("two pieces are of the type unknown")
+    if not flags & (BYTE_LEVEL | BYTE_FALLBACK) and UNKNOWN not in kinds:
+        raise Refused("it has neither byte_fallback nor a piece for what is unknown")
+    tokens = [(NORMAL, bytes([b])) for b in range(256)] if flags & BYTE_LEVEL else \
+        [(BYTE, b"<0x%02X>" % b) for b in range(256)] if flags & BYTE_FALLBACK else []
+    missing = [b for b, token in enumerate(tokens) if token not in taken]
+    if missing:
+        raise Refused(no_token(missing))
+
+
+def lost(model):
+    """what of a text the model of a tokenizer.json leaves out without a trace, in words"""
+    bpe = model["model"]
+    if bpe.get("type", "BPE") != "BPE" or bpe.get("unk_token") is not None:
+        return None
+    level = any(p["type"] == "ByteLevel" for key in ("normalizer", "pre_tokenizer") for p in parts(model.get(key)))
+    tokens = {b: c for c, b in alphabet().items()} if level else [f"<0x{b:02X}>" for b in range(256)]
+    missing = [b for b in range(256) if tokens[b] not in bpe["vocab"] and b not in NO_UTF8]
+    if not level and not bpe.get("byte_fallback"):
+        return "characters that it does not know would be lost; train it with an unk_token, or at byte level"
+    return no_token(missing) if missing else None
+
+
 def tokenizer_file(flags, bos, eos, pieces, split=0, merges=(), surface=b"", trie=b"", strings=b""):
     """pieces: (bytes, score, kind); merges: (left id, right id)"""
+    check(flags, pieces)
     out = [b"SGPTTOK2", numbers((flags, len(pieces), bos, eos))]
     for data in (surface, trie, strings):
         out += [numbers((len(data),)), data]
-    for i, (piece, score, kind) in enumerate(pieces):
-        if len(piece) > 65535 or not piece and kind != CONTROL:
-            raise Refused(f"piece {i} is broken")
-        out.append(struct.pack("<fBH", score, kind, len(piece)) + piece)
+    out += [struct.pack("<fBH", score, kind, len(piece)) + piece for piece, score, kind in pieces]
     runs = classes() if flags & BYTE_LEVEL else []
     out += [numbers((split, len(runs), *runs, len(merges))), *(numbers(m) for m in merges)]
     return b"".join(out)
@@ -191,8 +244,8 @@ def sentencepiece(model, bos, eos):
         raise Refused("the model is not of type BPE, the only one that tokenizer.h knows")
     if denormalizer.get(2):
         raise Refused("the model has a denormalizer, which tokenizer.h does not know")
-    for i, (piece, score, kind) in enumerate(pieces):
-        if not 0 < len(piece) < 65536 or b"\0" in piece or math.isnan(score) or kind not in range(NORMAL, BYTE + 1):
+    for i, (piece, _, _) in enumerate(pieces):
+        if not piece or b"\0" in piece:
             raise Refused(f"piece {i} is broken")
 
     def control(name):
@@ -223,15 +276,11 @@ def by_rank(ranks, offset=0):
     pieces = [(b"", 0, CONTROL)] * (offset + max(ranks.values()) + 1)
     for piece, rank in ranks.items():
         pieces[offset + rank] = (piece, -float(rank), NORMAL)
-    if len(set(ranks.values())) < len(ranks):
-        raise Refused("two tokens have the same rank")
-    for i in range(256):
-        if bytes([i]) not in ranks:
-            raise Refused(f"the byte {i} is no token")
     return pieces
 
 
-def rank_file(data, preset):
+def rank_table(data, preset):
+    """({bytes: rank}, preset, BOS, EOS, V) of a rank file"""
     ranks = {}
     for n, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
@@ -244,25 +293,43 @@ def rank_file(data, preset):
         if not 0 <= rank < 1 << 24 or token in ranks:
             raise Refused(f"line {n} has a rank out of range or a token that was there before")
         ranks[token] = rank
+    preset = preset or next((name for name, (_, known, *_) in PRESETS.items() if len(ranks) in known), None)
     if not preset:
-        preset = next((name for name, (_, known, *_) in PRESETS.items() if len(ranks) in known), None)
-        if not preset:
-            raise Refused(f"{len(ranks)} tokens are of no known tokenizer: --preset must say how it splits text")
-    split, _, bos, eos, more = PRESETS[preset]
+        raise Refused(f"{len(ranks)} tokens are of no known tokenizer: --preset must say how it splits text")
+    taken = set(ranks.values())
+    if len(taken) < len(ranks):
+        raise Refused("two tokens have the same rank")
+    missing = [b for b in range(256) if bytes([b]) not in ranks]
+    if missing:
+        raise Refused(no_token(missing))
+    _, _, bos, eos, more = PRESETS[preset]
+    free = next(i for i in range(len(ranks) + 1) if i not in taken) if preset == "gpt2" else max(taken) + 1
+    return ranks, preset, free + bos, free + eos, max(free + more, max(taken) + 1)
+
+
+def rank_file(data, preset):
+    ranks, preset, bos, eos, V = rank_table(data, preset)
     pieces = by_rank(ranks)
-    free = next((i for i, p in enumerate(pieces) if not p[0]), len(pieces)) if preset == "gpt2" else len(pieces)
-    pieces += [(b"", 0, CONTROL)] * max(free + more - len(pieces), 0)
-    return tokenizer_file(BYTE_LEVEL | WHOLE_WORDS, free + bos, free + eos, pieces, split)
+    pieces += [(b"", 0, CONTROL)] * (V - len(pieces))
+    return tokenizer_file(BYTE_LEVEL | WHOLE_WORDS, bos, eos, pieces, PRESETS[preset][0])
 
 
-def tekken(model):
+def tekken_table(model):
+    """({bytes: rank}, regular expression, first id of a rank) of Mistral's tekken.json"""
     config = model["config"]
     first = config["default_num_special_tokens"]
     tokens = model["vocab"][:config["default_vocab_size"] - first]
     ranks = {base64.b64decode(t["token_bytes"]): t["rank"] for t in tokens}
-    split = regexes().get(config["pattern"])
+    if len(set(ranks.values())) < len(tokens):
+        raise Refused("two tokens have the same rank")
+    return ranks, config["pattern"], first
+
+
+def tekken(model):
+    ranks, pattern, first = tekken_table(model)
+    split = regexes().get(pattern)
     if split is None:
-        raise Refused(f"the regular expression {config['pattern']!r} is none that tokenizer.h knows")
+        raise Refused(f"the regular expression {pattern!r} is none that tokenizer.h knows")
     return tokenizer_file(BYTE_LEVEL | WHOLE_WORDS, 1, 2, by_rank(ranks, first), split)
 
 
@@ -388,7 +455,9 @@ def tokenizer_json(model, bos, eos):
         text, i = token["content"], token["id"]
         if token["special"]:
             special[text] = i
-            pieces[i] = (text.encode(), 0, CONTROL)
+            # a byte that is called special, as training with these names does, is a byte all the same
+            is_byte = not byte_level and vocab.get(text) == i and re.fullmatch("<0x[0-9A-F]{2}>", text)
+            pieces[i] = (text.encode(), 0, BYTE if is_byte else CONTROL)
             continue
         if not byte_level or token["lstrip"] or token["rstrip"] or token["single_word"]:
             raise Refused(f"the added token {text!r} is not special and not plain text of a ByteLevel tokenizer")
@@ -396,9 +465,6 @@ def tokenizer_json(model, bos, eos):
         if all(c in letters for c in text) and bytes(letters[c] for c in text) != text.encode():
             raise Refused(f"the added token {text!r} does not decode to itself")
     normal = {piece for piece, _, kind in pieces if kind == NORMAL}
-    for i in range(256):
-        if byte_level and bytes([i]) not in normal or not byte_level and f"<0x{i:02X}>" not in vocab:
-            raise Refused(f"the byte {i} has no token" + ("" if byte_level else " and byte_fallback needs them all"))
 
     merges, taken = {}, {piece for piece, _, kind in pieces if kind == USER_DEFINED}  # these are cut out before merges
     for rank, merge in enumerate(bpe["merges"]):
@@ -420,6 +486,20 @@ def tokenizer_json(model, bos, eos):
     return tokenizer_file(flags, *ends, pieces, split, sorted(merges, key=merges.get))
 
 
+def is_rank_file(data):
+    return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data)
+
+
+def is_tekken(data):
+    if data[:1] == b"{" and b'"token_bytes"' in data:
+        try:
+            model = json.loads(data)
+            return "config" in model and "vocab" in model
+        except (ValueError, RecursionError):
+            pass
+    return False
+
+
 def convert(data, preset=None, bos=None, eos=None):
     """data: bytes of a tokenizer's file; returns bytes of the tokenizer file."""
     if data[:1] == b"{":
@@ -432,7 +512,7 @@ def convert(data, preset=None, bos=None, eos=None):
         if not isinstance(model.get("model"), dict) or "vocab" not in model["model"]:
             raise Refused("this is no tokenizer.json")
         return tokenizer_json(model, bos, eos)
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+    if is_rank_file(data):
         return rank_file(data, preset)
     return sentencepiece(data, bos, eos)
 
@@ -468,7 +548,7 @@ def main():
         sys.exit(f"convert_tokenizer: {where}: {e}. --help lists what can be converted.")
     except OSError as e:
         sys.exit(f"convert_tokenizer: {where}: {e.strerror}. Check the path.")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error):
+    except BROKEN:
         sys.exit(f"convert_tokenizer: {where}: a field is missing or has the wrong type. Get the file anew.")
 
 

@@ -16,6 +16,17 @@ LLAMA3_SPLIT = 3 | 4 | 16 | 64 | 128 | 512
 O200K_SPLIT = 3 | 4 | 8 | 32 | 64 | 128 | 256 | 512
 
 
+def tekken(tokens, special):
+    """a tekken.json"""
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    word = r"[^\r\n\p{L}\p{N}]?" + upper
+    pattern = (rf"{word}*{lower}+|{word}+{lower}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|"
+               r"\s*[\r\n]+|\s+(?!\S)|\s+")
+    config = {"default_vocab_size": special + len(tokens), "default_num_special_tokens": special, "pattern": pattern}
+    return {"config": config, "vocab": [{"rank": i, "token_bytes": base64.b64encode(t).decode()}
+                                        for i, t in enumerate(tokens)]}
+
+
 class Written:
     """a tokenizer file, read plainly"""
     def __init__(self, data):
@@ -101,6 +112,12 @@ class SentencePiece(Convert):
             (self.model(pieces=[((1, b"a"), (2, math.nan))]), "piece 3 is broken"),
             (self.model(pieces=[((1, 7),)]), "wrong type"),
             (self.model(more=self.message((2, 1))), "not a sentencepiece"),
+            # what tokenizer.h would send back here
+            (self.model(trainer=((3, 2), (35, 1)), pieces=[((1, b"<0x41>"), (3, 6))]),
+             "no token for the bytes 0x00-0x40, 0x42-0xff"),
+            (self.model(pieces=[((1, b"<0x41>"), (3, 6))]), "there is no byte_fallback"),
+            (self.model(pieces=[((1, b"a"),), ((1, b"a"), (3, 5))]), "the pieces 3 and 4 are the same, 'a'"),
+            (self.model(pieces=[((1, b"a"), (3, 2))]), "two pieces are of the type unknown"),
         ):
             with self.subTest(words):
                 self.refuses(model, words)
@@ -155,7 +172,7 @@ class RankFile(Convert):
         self.refuses(good + b"YWI= 99999999\n", "line 257 has a rank out of range", "--preset", "gpt2")
         self.refuses(good + b"YQ== 256\n", "line 257 has a rank out of range or a token", "--preset", "gpt2")
         self.refuses(good + b"YWI= 255\n", "two tokens have the same rank", "--preset", "gpt2")
-        self.refuses(self.ranks(without=[7]), "the byte 7 is no token", "--preset", "gpt2")
+        self.refuses(self.ranks(without=[7]), "no token for the bytes 0x07 ", "--preset", "gpt2")
         self.refuses(good, "--preset", "--preset", "gpt5")
 
 
@@ -215,6 +232,10 @@ class TokenizerJson(Convert):
         self.assertEqual((w.flags, w.split, w.bos, w.eos), (1 | 4 | 16 | 64 | 1024 | 2048, 0, 1, 2))
         self.assertEqual(w.pieces[:4], [(3, b"<unk>"), (3, b"<s>"), (3, b"</s>"), (6, b"<0x00>")])
         self.assertEqual(w.pieces[-1], (1, "\u2581ab".encode()))
+        model = self.metaspace()  # as a trainer writes them that was given the bytes as special tokens
+        model["added_tokens"] += [{**model["added_tokens"][0], "id": i, "content": f"<0x{i - 3:02X}>"}
+                                  for i in range(3, 259)]
+        self.assertEqual(self.convert(json.dumps(model)).pieces, w.pieces)
         self.assertEqual((w.merges, w.kinds), ([(259, 260), (261, 262)], []))
         space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
         for pre_tokenizer, flags in ((space, 1 | 4 | 256), ({**space, "split": True}, 1 | 4 | 256 | 512),
@@ -255,7 +276,8 @@ class TokenizerJson(Convert):
         refuses("merge 0 ('a', 'c')", model={"merges": ["a c"]})
         refuses("merge 0 ('a', 'zz')", model={"merges": ["a zz"]})
         vocab = self.byte_level()["model"]["vocab"]
-        refuses("the byte 97 has no token", model={"vocab": {t: i for t, i in vocab.items() if t != "a"}, "merges": []})
+        refuses("no token for the bytes 0x61 and text",
+                model={"vocab": {t: i for t, i in vocab.items() if t != "a"}, "merges": []})
         refuses("characters that ByteLevel does not write", model={"vocab": {"\u4f60": 0}})
         refuses("missing or has the wrong type", model={"vocab": 7})
         refuses("missing or has the wrong type", added_tokens=[{"content": "x"}])
@@ -284,19 +306,14 @@ class TokenizerJson(Convert):
             self.refuses(text, words)
 
     def test_tekken(self):
-        tokens = [{"rank": i, "token_bytes": base64.b64encode(t).decode()}
-                  for i, t in enumerate([*(bytes([i]) for i in range(256)), b"ab", b"beyond"])]
-        upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-        word = r"[^\r\n\p{L}\p{N}]?" + upper
-        pattern = (rf"{word}*{lower}+|{word}+{lower}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|"
-                   r"\s*[\r\n]+|\s+(?!\S)|\s+")
-        config = {"default_vocab_size": 267, "default_num_special_tokens": 10, "pattern": pattern}
-        w = self.convert(json.dumps({"config": config, "vocab": tokens}))
+        model = tekken([*(bytes([i]) for i in range(256)), b"ab", b"beyond"], 10)
+        model["config"]["default_vocab_size"] -= 1
+        w = self.convert(json.dumps(model))
         self.assertEqual((w.flags, w.split, w.bos, w.eos), (32 | 128, 1 | 4 | 8 | 128 | 256 | 512, 1, 2))
         self.assertEqual((len(w.pieces), w.pieces[9:11], w.pieces[-1]), (267, [(3, b""), (1, b"\0")], (1, b"ab")))
-        config["pattern"] = "x+"
         (self.dir / "m.bin").unlink()
-        self.refuses(json.dumps({"config": config, "vocab": tokens}), "the regular expression 'x+'")
+        model["config"]["pattern"] = "x+"
+        self.refuses(json.dumps(model), "the regular expression 'x+'")
 
 
 if __name__ == "__main__":
