@@ -22,6 +22,7 @@ import re
 import signal
 import struct
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -30,7 +31,8 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceba
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces
 # flags of the file
 (DUMMY_PREFIX, REMOVE_SPACES, ESCAPE_SPACES, SPACE_AS_SUFFIX, BYTE_FALLBACK, BYTE_LEVEL, LISTED_MERGES, WHOLE_WORDS,
- PREFIX_IF_NONE, CUT_AT_SPACES, DROP_SPACE, HF_BYTES) = (1 << i for i in range(12))
+ PREFIX_IF_NONE, CUT_AT_SPACES, DROP_SPACE, HF_BYTES, PREFIX_ONCE) = (1 << i for i in range(13))
+LSTRIP, RSTRIP, IN_NORMAL_FORM = 8, 16, 32  # with USER_DEFINED
 # how words are cut: 1..3, the most digits of a number, and these
 (ANY_PREFIX, CASED, CONTRACTION, CONTRACTION_TAIL, ANY_CASE, NEWLINE_TAIL, SLASH_TAIL, NEWLINES, END_SPACES,
  DIGITS_APART) = (1 << i for i in range(2, 12))
@@ -79,8 +81,10 @@ PRESETS = {
 BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>")
 EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
 
-# Classes of Unicode 16 as tiktoken's and tokenizers' regular expressions have them (Python's own tables depend on its
-# version): runs of code points, (distance << 3 | class) in base 128. tokenizer_vs_libraries.py --classes printed it.
+# What the libraries know of Unicode (Python's own tables depend on its version): runs of code points of one class,
+# (distance << 3 | class) in base 128. tokenizer_vs_libraries.py --classes printed them. CLASSES: those of tokenizer.h, of
+# Unicode 16, as tiktoken's and tokenizers' regular expressions have them. FORMS: 1, what tokenizers' normal forms, of
+# Unicode 9, change or put in order.
 CLASSES = (
     b"c-pmAe`p)`73aN^ou~VLkDYX<a`DOK;#0aylngm`;4&qk#P)EfbR5VX9!`fhH(-_w3|T>t29(Gt9!ZBcdBbf}&`1gy&WbiWpe_lRrGIE71Gim=AR"
     b"Txl1wor)hzr>kw!O2{vJBeLl=7tSk9Y6;-ur&P?|t6)JKnE=js?4xV8;@Cm;MTrr#-q#oq{wgT8HR27eU>tMjwe{51BuN;$gcnzBcNJb%ia@;-7q"
@@ -109,6 +113,20 @@ CLASSES = (
     b"WZ(%1eA(U)*D")
 
 
+FORMS = (
+    b"c-oCrJ!~pR5Z3Jd&EWT(*+hx<lx9zgqN9WEP#U|#N`oUsG97f#;V!S^I+MyYQRqw)`8v}*x<?n3#&nR%bPuI59dwz!kSOV*(e3T+&d$&GeS3KY8%"
+    b"UU-w%U-P8a1h=Q+;~V9q0$pGN%ij>6*R={Q+{teV)LtATC33P@3z5ZPYx19NECZr=d!)iZNC*LNZIpmXMMRhB(GLlWZmC8jpZ8IDO55+v(EdzSS&"
+    b"=YPzF&hj{f-NeC9hg@4mXr|J=Mz{Jjdsas}cSxk1Ka1U$9E6uU8QoW&cqs$^2&_`G*=~Bxh{;`cOwgKLnTM0P{WVz~=+eYIqaI<}gZPc<o^RV#jD"
+    b"iU-WT!dIwE{C>}-A4FM8k+`Ec;C)LO!(I3z<Y&l-hfm_cqNvU*2P9ou;li?R=RjBvk{L2moop_Ouun}><F)M^9GM-Hg8$FoWh01+#4+XGOV*0M+)"
+    b"mQk;ZwZnlq1Ao@Ac*xRAzslqIqq^Vl<VL-#;0(8sY_2i3bu@*LEkKrnk!GF+TO9zZ{O^aBlq`JX|g(4?EXAk#IM5{Ebur%Tf>A!NM<>a}sMdI`pz"
+    b"ca~fh7S)(jG`EsbElKM`@5-GR3#?$Ko)a3*9X?eF>ev$_5rGWXsSwX~cB4?3d$w*j9v7djar7O|Ln9O%V;)6j=g`l?p*offcAws^6fRXw5HTb82c"
+    b"`d-F2|C=(q>LX#NGezuB~MEUW0g$hX<e!>hhrI5Ydp2zno*z+Jnsl-bXk`3A;PP4cx=hGlg<o3*qNdpJwSC1&JcGBJc5vUfJc+tuiae559g5XDaK"
+    b"a)n}meB>tChq}E@IVd(28Z=re<Xw@H;?g&|A6NmeIOkU68T6uL$oKd#7I6lXM(s5rRFO*5JsPOT7TzI&0DBWV83*T%M$GrD&>x(>BA&<{^<nG4;v"
+    b"N+wn5wT4pcSm{liF1r_7V#v)$u;JG$Q|>t`A-!*{-!!{?NWXcf<nJG67hcd7|?rPbRk`7OC6~(qdT9hh%OUFib|wAsr2D<{qU*2_wpfR?uU~}ziI"
+    b"I!WV<jczO^K3<C2h;9C4&z@)t?wwEnlbFDtQa>DQ82Rrw3ZYx>nqRTvwp74THp2u=S*CCvu!f48s6pKnY3Z2"
+)
+
+
 class Refused(Exception):
     pass
 
@@ -116,10 +134,10 @@ class Refused(Exception):
 BROKEN = (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error)  # raised by malformed files
 
 
-def classes():
+def runs(table):
     """first code point << 3 | class of each run"""
     out, first, value, shift = [], 0, 0, 0
-    for byte in zlib.decompress(base64.b85decode(CLASSES)):
+    for byte in zlib.decompress(base64.b85decode(table)):
         value |= (byte & 127) << shift
         shift += 7
         if byte < 128:
@@ -127,6 +145,23 @@ def classes():
             out.append(first << 3 | value & 7)
             value = shift = 0
     return out
+
+
+def normal_form(name):
+    """the tables of "NFC" or "NFKC" for tokenizer.h"""
+    known, start = [], None
+    for run in runs(FORMS):
+        if start is not None:
+            known += map(chr, range(start, run >> 3))
+        start = run >> 3 if run & 7 else None
+    out, compositions = [numbers((len(known),))], []
+    for c in known:
+        codes = [ord(d) for d in unicodedata.normalize(name.replace("C", "D"), c) if d != c]
+        out.append(numbers((ord(c) << 8 | unicodedata.combining(c), len(codes), *codes)))
+        pair = unicodedata.decomposition(c).split()
+        if len(pair) == 2 and "<" not in pair[0] and unicodedata.normalize("NFC", c) == c:
+            compositions.append((int(pair[0], 16), int(pair[1], 16), ord(c)))
+    return b"".join(out + [numbers((len(compositions),))] + [numbers(c) for c in compositions])
 
 
 def numbers(values):
@@ -166,7 +201,8 @@ def check(flags, pieces):
         raise Refused("it has neither byte_fallback nor a piece for what is unknown")
     tokens = [(NORMAL, bytes([b])) for b in range(256)] if flags & BYTE_LEVEL else \
         [(BYTE, b"<0x%02X>" % b) for b in range(256)] if flags & BYTE_FALLBACK else []
-    missing = [b for b, token in enumerate(tokens) if token not in taken]
+    missing = [b for b, (kind, token) in enumerate(tokens) if (kind, token) not in taken
+               and (kind == BYTE or (USER_DEFINED, token) not in taken)]
     if missing:
         raise Refused(no_token(missing))
 
@@ -184,15 +220,20 @@ def lost(model):
     return no_token(missing) if missing else None
 
 
-def tokenizer_file(flags, bos, eos, pieces, split=0, merges=(), surface=b"", trie=b"", strings=b""):
-    """pieces: (bytes, score, kind); merges: (left id, right id)"""
-    check(flags, pieces)
-    out = [b"SGPTTOK2", numbers((flags, len(pieces), bos, eos))]
+def tokenizer_file(flags, bos, eos, pieces, split=0, merges=(), surface=b"", trie=b"", strings=b"", form=None):
+    """pieces: (bytes, score, kind); merges: (left id, right id); form: name of Unicode's normal form. What the second
+    version of the format can say is written in it, so that a tokenizer's file stays the same."""
+    third = form or flags & PREFIX_ONCE or any(kind > 7 or kind == USER_DEFINED and flags & HF_BYTES
+                                               for _, _, kind in pieces)
+    check(flags, [(piece, score, kind & 7) for piece, score, kind in pieces])
+    out = [b"SGPTTOK3" if third else b"SGPTTOK2", numbers((flags, len(pieces), bos, eos))]
     for data in (surface, trie, strings):
         out += [numbers((len(data),)), data]
     out += [struct.pack("<fBH", score, kind, len(piece)) + piece for piece, score, kind in pieces]
-    runs = classes() if flags & BYTE_LEVEL else []
-    out += [numbers((split, len(runs), *runs, len(merges))), *(numbers(m) for m in merges)]
+    classes = runs(CLASSES) if flags & BYTE_LEVEL or any(kind & (LSTRIP | RSTRIP) for _, _, kind in pieces) else []
+    out += [numbers((split, len(classes), *classes, len(merges))), *(numbers(m) for m in merges)]
+    if third:
+        out.append(normal_form(form) if form else numbers((0, 0)))
     return b"".join(out)
 
 
@@ -244,8 +285,8 @@ def sentencepiece(model, bos, eos):
         raise Refused("the model is not of type BPE, the only one that tokenizer.h knows")
     if denormalizer.get(2):
         raise Refused("the model has a denormalizer, which tokenizer.h does not know")
-    for i, (piece, _, _) in enumerate(pieces):
-        if not piece or b"\0" in piece:
+    for i, (piece, _, kind) in enumerate(pieces):
+        if not piece or b"\0" in piece or kind not in range(NORMAL, BYTE + 1):
             raise Refused(f"piece {i} is broken")
 
     def control(name):
@@ -371,11 +412,18 @@ def byte_level_split(model):
             raise unknown("pre_tokenizer", before[0])
     elif before or not use_regex:
         raise unknown("pre_tokenizer", before[0] if before else last)
-    for step in parts(model.get("normalizer")):
-        raise unknown("normalizer", step)
     if [d["type"] for d in parts(model.get("decoder"))] != ["ByteLevel"]:
         raise unknown("decoder", model.get("decoder"))
     return flags | BYTE_LEVEL, split
+
+
+def unicode_form(model):
+    """name of the normal form that a ByteLevel tokenizer brings text to; None: as it is"""
+    steps = parts(model.get("normalizer"))
+    for step in steps:
+        if step["type"] not in ("NFC", "NFKC") or len(steps) > 1:
+            raise unknown("normalizer", step)
+    return steps[0]["type"] if steps else None
 
 
 def metaspace_flags(model):
@@ -394,8 +442,9 @@ def metaspace_flags(model):
         if step["type"] != "Metaspace" or step.get("replacement") != SPACE or flags & (ESCAPE_SPACES | DUMMY_PREFIX):
             raise unknown("pre_tokenizer", step)
         flags |= ESCAPE_SPACES
-        if step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never":
-            flags |= DUMMY_PREFIX | PREFIX_IF_NONE
+        scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+        if scheme != "never":
+            flags |= DUMMY_PREFIX | PREFIX_IF_NONE | (PREFIX_ONCE if scheme == "first" and plain_tokens(model) else 0)
         if step.get("split", True):
             flags |= CUT_AT_SPACES
     if not flags & ESCAPE_SPACES:
@@ -409,6 +458,36 @@ def metaspace_flags(model):
     elif steps[3:]:
         raise unknown("decoder", steps[3])
     return flags
+
+
+def plain_tokens(model):
+    """the added tokens that text is searched for: special ones are ids only"""
+    return [t for t in model.get("added_tokens", []) if not t["special"]]
+
+
+def added_piece(token, form, byte_level):
+    """a plain one as a piece, with how it is found"""
+    text = token["content"]
+    if token["single_word"]:
+        raise Refused(f"the added token {text!r} is to be found as a whole word only, which tokenizer.h does not know")
+    if token["normalized"] and form:
+        text = unicodedata.normalize(form, text)
+    letters = alphabet()
+    written = token["content"]
+    if byte_level and all(c in letters for c in written) and bytes(letters[c] for c in written) != text.encode() or \
+            not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", text) or text != written:
+        raise Refused(f"the added token {written!r} does not decode to itself")
+    return text.encode(), 0, USER_DEFINED | sum(bit for bit, on in (
+        (LSTRIP, token["lstrip"]), (RSTRIP, token["rstrip"]), (IN_NORMAL_FORM, token["normalized"] and form)) if on)
+
+
+def hidden(model):
+    """a plain added token that begins within the name of a special one: the library skips both there"""
+    for special in (t["content"] for t in model.get("added_tokens", []) if t["special"]):
+        for plain in (t["content"] for t in plain_tokens(model)):
+            for at in range(len(special)):
+                if special.startswith(plain, at) or at and plain.startswith(special[at:]):
+                    raise Refused(f"the added token {plain!r} begins within the special {special!r}")
 
 
 def alphabet():
@@ -429,6 +508,8 @@ def tokenizer_json(model, bos, eos):
     steps = parts(model.get("pre_tokenizer"))
     byte_level = bool(steps) and steps[-1]["type"] == "ByteLevel"
     flags, split = byte_level_split(model) if byte_level else (metaspace_flags(model), 0)
+    form = unicode_form(model) if byte_level else None
+    hidden(model)
     flags |= LISTED_MERGES
     if bpe.get("ignore_merges"):
         if not byte_level:
@@ -459,14 +540,12 @@ def tokenizer_json(model, bos, eos):
             is_byte = not byte_level and vocab.get(text) == i and re.fullmatch("<0x[0-9A-F]{2}>", text)
             pieces[i] = (text.encode(), 0, BYTE if is_byte else CONTROL)
             continue
-        if not byte_level or token["lstrip"] or token["rstrip"] or token["single_word"]:
-            raise Refused(f"the added token {text!r} is not special and not plain text of a ByteLevel tokenizer")
-        pieces[i] = (text.encode(), 0, USER_DEFINED)
-        if all(c in letters for c in text) and bytes(letters[c] for c in text) != text.encode():
-            raise Refused(f"the added token {text!r} does not decode to itself")
-    normal = {piece for piece, _, kind in pieces if kind == NORMAL}
-
-    merges, taken = {}, {piece for piece, _, kind in pieces if kind == USER_DEFINED}  # these are cut out before merges
+        pieces[i] = added_piece(token, form, byte_level)
+    # what is added is cut out before any merge, but may arise again in a normal form
+    arises = form or not byte_level
+    taken = {piece for piece, _, kind in pieces if not arises and kind & 7 == USER_DEFINED}
+    normal = {piece for piece, _, kind in pieces if kind == NORMAL or arises and kind & 7 == USER_DEFINED}
+    merges = {}
     for rank, merge in enumerate(bpe["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         pair = vocab.get(left), vocab.get(right)
@@ -483,7 +562,7 @@ def tokenizer_json(model, bos, eos):
         if name is None:
             raise Refused(f"no special token is {given or ' or '.join(names)}: {option} must name one of them")
         ends.append(special[name])
-    return tokenizer_file(flags, *ends, pieces, split, sorted(merges, key=merges.get))
+    return tokenizer_file(flags, *ends, pieces, split, sorted(merges, key=merges.get), form=form)
 
 
 def is_rank_file(data):

@@ -7,7 +7,6 @@ once, before the document, as in the published shards of GPT-2.
 import hashlib
 import json
 import os
-import re
 import struct
 from pathlib import Path
 

@@ -1,15 +1,24 @@
 #!/usr/bin/env python3
-"""Tests of dev/data/convert_tokenizer.py through its command line: what it writes of small models, what it refuses."""
+"""Tests of dev/data/convert_tokenizer.py through its command line: what it writes of small models, what it refuses. What
+tokenizer.h makes of some is compared with Python's own tables where build/test_tokenizer is there."""
 import base64
 import json
 import math
 import os
+import random
 import struct
+import subprocess
 import sys
+import unicodedata
+import unittest
+
 
 from lines import run_all
-from test_prepare import Case
+from test_prepare import DATA, Case
 
+import convert_tokenizer  # noqa: E402
+
+PROGRAM = DATA.parent.parent / "build" / "test_tokenizer"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
           r"\s+(?!\S)|\s+")
 LLAMA3_SPLIT = 3 | 4 | 16 | 64 | 128 | 512
@@ -38,7 +47,7 @@ class Written:
             at += struct.calcsize("<" + form)
             return values if len(values) > 1 else values[0]
 
-        assert data[:8] == b"SGPTTOK2"
+        assert data[:8] in (b"SGPTTOK2", b"SGPTTOK3")
         self.flags, V, self.bos, self.eos = struct.unpack("<IIII", data[8:24])
         for _ in range(3):
             size = take("I")
@@ -52,6 +61,12 @@ class Written:
         runs = [take("I") for _ in range(take("I"))]
         self.kinds = [(run >> 3, run & 7) for run in runs]
         self.merges = [take("II") for _ in range(take("I"))]
+        if data[:8] == b"SGPTTOK3":
+            self.form = {}
+            for _ in range(take("I")):
+                character, size = take("II")
+                self.form[character >> 8] = (character & 255, [take("I") for _ in range(size)])
+            self.compositions = {take("II"): take("I") for _ in range(take("I"))}
         assert at == len(data)
 
     def kind_of(self, character):
@@ -259,8 +274,9 @@ class TokenizerJson(Convert):
 
         for kind in ("Unigram", "WordPiece", "WordLevel"):
             refuses(f"the model is of type {kind}", model={"type": kind})
-        refuses('the normalizer {"type": "NFC"}', normalizer={"type": "NFC"})
-        refuses('the normalizer {"type": "NFKC"}', normalizer={"type": "Sequence", "normalizers": [{"type": "NFKC"}]})
+        refuses('the normalizer {"type": "NFD"}', normalizer={"type": "NFD"})
+        refuses('the normalizer {"type": "NFC"}', normalizer={"type": "Sequence", "normalizers": [
+            {"type": "NFC"}, {"type": "Lowercase"}]})
         refuses("the pre_tokenizer", pre_tokenizer=self.split(r"\w+|\s+"))
         refuses(r"\\w+|\\s+", pre_tokenizer=self.split(r"\w+|\s+"))
         refuses("the pre_tokenizer", pre_tokenizer=self.split(LLAMA3, behavior="MergedWithNext"))
@@ -281,11 +297,21 @@ class TokenizerJson(Convert):
         refuses("characters that ByteLevel does not write", model={"vocab": {"\u4f60": 0}})
         refuses("missing or has the wrong type", model={"vocab": 7})
         refuses("missing or has the wrong type", added_tokens=[{"content": "x"}])
-        token = {**self.byte_level()["added_tokens"][0], "id": 259, "content": "<x>", "special": False}
-        refuses("the added token '<x>'", added_tokens=[{**token, "lstrip": True}])
-        refuses("does not decode to itself", added_tokens=[{**token, "content": "\u00e9"}])
-        w = self.convert(json.dumps(self.byte_level(added_tokens=self.byte_level()["added_tokens"] + [token])))
+        ends = self.byte_level()["added_tokens"]
+        token = {**ends[0], "id": 259, "content": "<x>", "special": False}
+        refuses("the added token '<x>' is to be found as a whole word", added_tokens=[*ends, {**token, "single_word": True}])
+        refuses("'\u00e9' does not decode to itself", added_tokens=[*ends, {**token, "content": "\u00e9"}])
+        for name in ("text", "|>x"):  # the library finds neither there
+            refuses(f"'{name}' begins within the special '<|endoftext|>'",
+                    added_tokens=[*ends, {**token, "content": name}])
+        w = self.convert(json.dumps(self.byte_level(added_tokens=[*ends, token])))
         self.assertEqual(w.pieces[259], (4, b"<x>"))
+        for flags, kind in (({"lstrip": True}, 8), ({"rstrip": True}, 16), ({"normalized": True}, 0)):
+            w = self.convert(json.dumps(self.byte_level(added_tokens=[*ends, {**token, **flags}])))
+            self.assertEqual(w.pieces[259], (4 | kind, b"<x>"))
+        w = self.convert(json.dumps(self.byte_level(added_tokens=[*ends, {**token, "normalized": True}],
+                                                    normalizer={"type": "NFC"})))
+        self.assertEqual(w.pieces[259], (4 | 32, b"<x>"))
         token["content"] = " ab"  # found in text before any merge
         w = self.convert(json.dumps(self.byte_level(added_tokens=[*self.byte_level()["added_tokens"], token])))
         self.assertEqual((w.pieces[257], w.pieces[259], len(w.merges)), ((1, b" ab"), (4, b" ab"), 1))
@@ -299,11 +325,46 @@ class TokenizerJson(Convert):
         refuses_metaspace('{"type": "Lowercase"}', normalizer={"type": "Lowercase"})
         refuses_metaspace("the decoder", decoder={"type": "Metaspace", "replacement": "\u2581"})
         refuses_metaspace("Metaspace", pre_tokenizer={"type": "Metaspace", "replacement": "\u2581"})
-        token = {**self.metaspace()["added_tokens"][1], "special": False}
-        refuses_metaspace("the added token '<s>'", added_tokens=[token])
+        ends = self.metaspace()["added_tokens"]
+        token = {**ends[0], "id": 264, "content": "<0x41>", "special": False}
+        refuses_metaspace("'<0x41>' does not decode to itself", added_tokens=[*ends, token])
+        w = self.convert(json.dumps(self.metaspace(added_tokens=[*ends, {**token, "content": "\u2581ab", "id": 263}])))
+        self.assertEqual((w.pieces[263], w.merges), ((4, "\u2581ab".encode()), [(259, 260), (261, 262)]))
+        (self.dir / "m.bin").unlink()
         for text, words in (("{", "not valid JSON"), ("{" * 100000, "not valid JSON"), ("{}", "no tokenizer.json"),
                             ('{"model": []}', "no tokenizer.json")):
             self.refuses(text, words)
+
+    @unittest.skipUnless(PROGRAM.exists(), "make build/test_tokenizer")
+    def test_normal_forms(self):
+        """Bytes of text in its normal form, against Python's: every character that it changes or puts in order, and these
+        at random among letters, vowels of Hangul and what is no UTF-8"""
+        starts = convert_tokenizer.runs(convert_tokenizer.FORMS)
+        known = [chr(c) for a, b in zip(starts, starts[1:]) if a & 7 for c in range(a >> 3, b >> 3)]
+        self.assertEqual((len(known), "\u0301" in known, "\uf900" in known), (6532, True, True))
+        rng = random.Random(1)
+        hangul = [chr(c) for c in (0x1100, 0x1112, 0x1161, 0x1175, 0x11a7, 0x11a8, 0x11c2, 0xac00, 0xac01, 0xd7a3)]
+        marks = [c for c in known if unicodedata.combining(c)]
+        texts = ["".join(known[i:i + 500]) for i in range(0, len(known), 500)]
+        texts += ["a".join(known[i:i + 500]) for i in range(0, len(known), 500)]
+        texts += ["".join(rng.choices([*hangul, *"aeo <x>", *rng.choices(marks, k=20), *rng.choices(known, k=20)], k=40))
+                  for _ in range(500)]
+        data = b"".join(struct.pack("<I", len(t)) + t for t in map(str.encode, texts))
+        broken = "a\u0301".encode() + b"\xcc" + "\u0301e\u0301".encode()
+        for form in ("NFC", "NFKC"):
+            self.convert(json.dumps(self.byte_level(normalizer={"type": form}, model={"merges": []})))
+            out = subprocess.run([PROGRAM, "many", self.dir / "m.bin"], input=data, capture_output=True, check=True).stdout
+            at = 0
+            for text in texts:
+                sizes = []
+                for width in (4, 1, 1):
+                    n = struct.unpack_from("<I", out, at)[0]
+                    sizes.append(out[at + 4:at + 4 + n * width])
+                    at += 4 + n * width
+                self.assertEqual(sizes[1].decode(), unicodedata.normalize(form, text))
+            ids = subprocess.run([PROGRAM, "encode", self.dir / "m.bin"], input=broken, capture_output=True, check=True)
+            back = subprocess.run([PROGRAM, "decode", self.dir / "m.bin"], input=ids.stdout, capture_output=True)
+            self.assertEqual(back.stdout.decode(), "\u00e1\ufffd\u0301\u00e9")
 
     def test_tekken(self):
         model = tekken([*(bytes([i]) for i in range(256)), b"ab", b"beyond"], 10)

@@ -289,7 +289,7 @@ static std::string test_malformed() {
         return "a user-defined piece behind a normal one is refused: " + why;
     if (Tokenizer::load(scratch_path()).encode("a").back() != 4) return "the normal piece is taken";
     struct { const char* why; std::string contents; } cases[] = {
-        {"not a tokenizer", "SGPTTOK3" + good.substr(8) + piece("a", 1)},
+        {"not a tokenizer", "SGPTTOK4" + good.substr(8) + piece("a", 1)},
         {"newer version", header(4096, 3, 1, 2) + none + three},
         {"cut short", header(7, 0xffffffff, 1, 2) + none + three},
         {"cut short", header(7, 3, 1, 2) + le(0xffffffff) + le(0) + le(0) + three},

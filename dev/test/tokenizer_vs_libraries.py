@@ -5,7 +5,7 @@
     g++ -std=c++17 -O2 -o test_tokenizer dev/test/test_tokenizer.cpp
     tokenizer_vs_libraries.py ./test_tokenizer TEXT ... [--tokenizer FILE ...]
     tokenizer_vs_libraries.py ./test_tokenizer TEXT --fixtures dev/test/tokenizer       (makes the fixtures anew)
-    tokenizer_vs_libraries.py --classes                                     (prints convert_tokenizer.py's CLASSES)
+    tokenizer_vs_libraries.py --classes                         (prints convert_tokenizer.py's tables of Unicode)
 
 TEXT: text files, or directories of them. FILE: a tokenizer that convert_tokenizer.py converts. Without any, small ones
 of every kind are trained on the text: sentencepiece with normalisation nmt_nfkc and own rules, no byte fallback,
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -168,7 +169,7 @@ def small_models(text, directory):
     yield "whole_lines", train(text, vocab_size=2000, split_by_whitespace=False, unk_surface="<?>", byte_fallback=False)
 
 
-def byte_level(texts, vocab_size, pre_tokenizer, ignore_merges=False, added=()):
+def byte_level(texts, vocab_size, pre_tokenizer, ignore_merges=False, added=(), normalizer=None, normalized=False):
     """a tokenizer.json with ByteLevel; trained without cutting words, so that a word cut wrongly has other ids"""
     t = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -177,7 +178,10 @@ def byte_level(texts, vocab_size, pre_tokenizer, ignore_merges=False, added=()):
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     t.train_from_iterator(texts, trainer)
     t.pre_tokenizer = pre_tokenizer
-    t.add_tokens([tokenizers.AddedToken(a, normalized=False) for a in added])
+    if normalizer:
+        t.normalizer = normalizer
+    t.add_tokens([a if isinstance(a, tokenizers.AddedToken) else tokenizers.AddedToken(a, normalized=normalized)
+                  for a in added])
     return t.to_str().encode()
 
 
@@ -197,7 +201,7 @@ def rank_file(model):
     return b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
 
 
-def metaspace(text, vocab_size, normalizer=None, pre_tokenizer=None, strip=True):
+def metaspace(text, vocab_size, normalizer=None, pre_tokenizer=None, strip=True, added=()):
     """a tokenizer.json in the manner of Llama 2"""
     t = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if normalizer:
@@ -215,6 +219,7 @@ def metaspace(text, vocab_size, normalizer=None, pre_tokenizer=None, strip=True)
         t.pre_tokenizer = pre_tokenizer
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     t.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * strip)
+    t.add_tokens(list(added))
     return t.to_str().encode()
 
 
@@ -243,6 +248,17 @@ def small_tokenizers(text, strings, directory):
     for scheme, split in itertools.product(("first", "never"), (True, False)):
         pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
         yield f"metaspace_{scheme}_{split}", metaspace(text, 2000, None, pre_tokenizer, scheme == "first"), None
+    for form in (normalizers.NFC(), normalizers.NFKC()):
+        for normalized in (False, True):
+            yield (f"{type(form).__name__}_{normalized}", byte_level(
+                texts, 3000, gpt2, normalizer=form, normalized=normalized,
+                added=["<uds>", "<uds>2", "  ", "   ", "q", "\u0301"][:None if normalized else 4]), None)
+    for flags in ({"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}):
+        added = [tokenizers.AddedToken(t, normalized=False, **flags) for t in ("<uds>", "<uds>2", "two")]
+        yield "added_" + "_".join(flags), byte_level(texts, 3000, gpt2, added=added), None
+        yield "metaspace_" + "_".join(flags), metaspace(text, 2000, None, pre_tokenizers.Metaspace(
+            prepend_scheme="first"), False, added), None
+        yield "llama_" + "_".join(flags), metaspace(text, 2000, spaces, None, True, added), None
     yield "gemma_json", metaspace(text, 2000, normalizers.Replace(" ", "\u2581"), None, False), None
 
 
@@ -351,7 +367,7 @@ def compare(program, name, data, preset, texts, files, directory):
     library = library_of(data, preset)
     problem, compared = "", 0
     for what, group in (("strings", texts), ("files", files)):
-        if isinstance(library, Tiktoken) or b'"ByteLevel"' in data:
+        if isinstance(library, Tiktoken) or (b'"ByteLevel"' in data and b'"type":"NF' not in data):
             broken = [t for t in group if not is_utf8(t)]
             for text, back in zip(broken, ours(program, path, broken)[0][1]):
                 want = text.decode(errors="replace").encode()
@@ -374,19 +390,8 @@ def compare(program, name, data, preset, texts, files, directory):
     return not problem
 
 
-def print_classes():
-    """runs of code points of one class, as tiktoken's regular expressions have them; tokenizers' must be the same"""
-    every = [chr(c) for c in range(0x110000) if not 0xd800 <= c < 0xe000]
-    text, kinds = "".join(every), {}
-    for kind, pattern in enumerate((r"[\p{Lu}\p{Lt}]", r"\p{Ll}", r"[\p{Lm}\p{Lo}]", r"\p{M}", r"\p{N}", r"\s"), 1):
-        one = tiktoken.Encoding("it", pat_str=pattern, mergeable_ranks={bytes([i]): i for i in range(256)},
-                                special_tokens={})
-        found = bytes(one.encode_ordinary(text)).decode()
-        split = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
-        if found != "".join(part for c in range(0, len(text), 4096) for part, _ in
-                            split.pre_tokenize_str(text[c:c + 4096])):
-            raise SystemExit(f"tokenizer_vs_libraries: tiktoken and tokenizers disagree about {pattern}")
-        kinds.update((ord(c), kind) for c in found)
+def print_table(name, kinds):
+    """kinds: of code points, where they are not 0; as convert_tokenizer.py's runs() reads it"""
     packed, first, last = bytearray(), 0, 0
     for code in range(0x110000):
         kind = kinds.get(code, 0)
@@ -398,8 +403,43 @@ def print_classes():
             value >>= 7
         packed.append(value)
     packed = base64.b85encode(zlib.compress(bytes(packed), 9)).decode()
+    print(f"{name} = (")
     for at in range(0, len(packed), 112):
         print(f'    b"{packed[at:at + 112]}"')
+    print(")")
+
+
+def matched(every, *patterns):
+    """code point: number, from 1, of the pattern that matches it, for tiktoken; tokenizers must say the same"""
+    text, kinds = "".join(every), {}
+    for kind, pattern in enumerate(patterns, 1):
+        one = tiktoken.Encoding("it", pat_str=pattern, mergeable_ranks={bytes([i]): i for i in range(256)},
+                                special_tokens={})
+        found = bytes(one.encode_ordinary(text)).decode()
+        split = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+        if found != "".join(part for c in range(0, len(text), 4096) for part, _ in
+                            split.pre_tokenize_str(text[c:c + 4096])):
+            raise SystemExit(f"tokenizer_vs_libraries: tiktoken and tokenizers disagree about {pattern}")
+        kinds.update((ord(c), kind) for c in found)
+    return kinds
+
+
+def print_classes():
+    """what the regular expressions of tiktoken and tokenizers, and tokenizers' normal forms know of Unicode"""
+    every = [chr(c) for c in range(0x110000) if not 0xd800 <= c < 0xe000]
+    print_table("CLASSES", matched(every, r"[\p{Lu}\p{Lt}]", r"\p{Ll}", r"[\p{Lm}\p{Lo}]", r"\p{M}", r"\p{N}", r"\s"))
+    print_table("SIGNS", matched(every, r"\p{P}", r"\p{S}"))
+    nfd, nfkd = normalizers.NFD(), normalizers.NFKD()
+
+    def known(c):
+        """has a decomposition, or is put in order with others as Python does it"""
+        if nfd.normalize_str(c) != c or nfkd.normalize_str(c) != c:
+            return not "\uac00" <= c <= "\ud7a3"
+        return unicodedata.combining(c) and all(
+            nfd.normalize_str(s) == unicodedata.normalize("NFD", s)
+            for other in "\u0334\u0315\u0301\u0323\u05b0\u3099" for s in (f"a{c}{other}", f"a{other}{c}"))
+
+    print_table("FORMS", {ord(c): 1 for c in every if known(c)})
 
 
 def main():
