@@ -1,5 +1,6 @@
-// Text to token ids and back: bytes, or byte-pair encoding with exactly the ids of sentencepiece, tiktoken or Hugging
-// Face's tokenizers. Plain C++17, usable alone. dev/data/convert_tokenizer.py writes the file from the libraries' own.
+// Text to token ids and back: bytes, or byte-pair encoding and unigram models with exactly the ids of sentencepiece,
+// tiktoken or Hugging Face's tokenizers. Plain C++17, usable alone. dev/data/convert_tokenizer.py writes the file from
+// the libraries' own.
 //
 // Special tokens (BOS, EOS, ...) are ids only: their names in a text are ordinary text (tiktoken's encode_ordinary,
 // encode_special_tokens of tokenizers), and decode() leaves them out.
@@ -12,28 +13,34 @@
 //                    64 merges are listed, 128 a word that is a piece is not merged
 //                    256 the dummy prefix only where the text starts with no space, 512 each space starts a word,
 //                    1024 decoded text loses one leading space, 2048 a run of bytes is all UTF-8 or all U+FFFD
-//                    3: 4096 the dummy prefix only at the very start
+//                    3: 4096 the dummy prefix only at the very start, 8192 unigram, not BPE
 //   uint32  V, bos, eos
 //   uint32  size of the unknown piece's surface, then its bytes (what an unknown id decodes to)
 //   uint32  size of the trie, then its uint32 units: a double array from text to offsets into the strings that follow
 //   uint32  size of the strings, then the strings that replace text, each ending in a zero byte (no trie: 0 and 0)
-//   V times: float score, uint8 type (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte; 3: and of what is
-//            user-defined 8 takes the spaces before it, 16 behind it, 32 is found in the normal form), uint16 size, the
-//            piece's bytes
+//   V times: float score, uint8 type (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte; 3: and of what
+//            is user-defined 8 takes the spaces before it, 16 behind it, 32 is found in the normal form), uint16 size,
+//            the piece's bytes
 //   uint32  split    how words are cut, see enum Split
 //   uint32  number of runs of code points of one class, then for each uint32 first << 3 | class, see enum Class: in the
 //           file, so that a newer Unicode needs no newer program
 //   uint32  number of merges, then for each uint32 left, right: ids of pieces whose concatenation is a piece, in order
 //           of precedence. Not listed: any two pieces whose concatenation is a piece, by its score.
-//   3: uint32 number of characters of Unicode's normal form, then for each uint32 code point << 8 | combining class, uint32
-//           number of code points that it is decomposed into, these (none: itself)
-//   3: uint32 number of compositions, then for each uint32 first, second, the code point that they become. Hangul needs no
-//           entries. Neither characters nor compositions: no normal form.
+//   3: uint32 number of characters of Unicode's normal form, then for each uint32 code point << 8 | combining class,
+//           uint32 number of code points that it is decomposed into, these (none: itself)
+//   3: uint32 number of compositions, then for each uint32 first, second, the code point that they become. Hangul
+//           needs no entries. Neither characters nor compositions: no normal form.
+//   3: uint32 number of runs of code points of one class of the rules, then for each uint32 first << 8 | class
+//   3: uint32 number of rules, which cut text instead of `split`, each what the one before it has cut; for each uint32
+//           number of classes and one for the end of the text, uint32 number of states, then for each state and class
+//           uint16, see struct Rule
 #pragma once
 #include <algorithm>
 #include <bitset>
 #include <cerrno>
+#include <cfloat>
 #include <climits>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -66,7 +73,7 @@ public:
     int eos() const { return eos_; }
 
     // ids of text, any bytes, without BOS and EOS. A byte that is no UTF-8 is, at byte level, encoded as it is, a
-    // character that is no letter, digit or space; else it is taken for U+FFFD.
+    // character that is no letter, digit or space; else, and where no piece has such a byte, it is taken for U+FFFD.
     std::vector<int> encode(std::string_view text) const {
         std::vector<int> ids;
         if (!bpe_) {
@@ -77,6 +84,7 @@ public:
             throw std::runtime_error("tokenizer: one text of more than 256 MiB. Split it into documents.");
         if (unused_) work_.split.assign(pieces_.size(), {-1, -1});
         ids.reserve(text.size() / 3);
+        work_.total = 0;
         if (flags_ & (BYTE_LEVEL | HF_BYTES))  // tokenizers cut first, and bring each part to its normal form
             cut(text, false, ids, [&](std::string_view part) {
                 const std::string normal = !byte_level() ? normalize(part, part.data() == text.data()) :
@@ -84,6 +92,8 @@ public:
                 cut(byte_level() && form_.empty() ? part : normal, true, ids,
                     [&](std::string_view s) { encode_part(s, ids); });
             });
+        else if (flags_ & UNIGRAM)
+            encode_part(normalize(text, true), ids);
         else
             cut(normalize(text, true), false, ids, [&](std::string_view s) { encode_part(s, ids); });
         return ids;
@@ -203,7 +213,7 @@ private:
     enum {
         DUMMY_PREFIX = 1, REMOVE_SPACES = 2, ESCAPE_SPACES = 4, SPACE_AS_SUFFIX = 8, BYTE_FALLBACK = 16,
         BYTE_LEVEL = 32, LISTED_MERGES = 64, WHOLE_WORDS = 128, PREFIX_IF_NONE = 256, CUT_AT_SPACES = 512,
-        DROP_SPACE = 1024, HF_BYTES = 2048, PREFIX_ONCE = 4096
+        DROP_SPACE = 1024, HF_BYTES = 2048, PREFIX_ONCE = 4096, UNIGRAM = 8192
     };
     enum Type : uint8_t { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };
     enum { LSTRIP = 8, RSTRIP = 16, IN_NORMAL_FORM = 32 };  // with USER_DEFINED in a file
@@ -239,7 +249,20 @@ private:
     struct CachedWord {
         uint8_t size, count;
         char word[22];
-        int ids[10];
+        int ids[9];
+        float margin;  // unigram: by how much its cut is better than any other
+    };
+    struct Path {  // unigram: the best way to cut up to here
+        float score, second;  // and the score of the next best
+        int id;               // of its last piece; < 0: unknown
+        uint32_t from;        // where that begins; NEVER: there is no way yet
+    };
+    // A regular expression as an automaton. next[state * classes + class of the next character], the last class
+    // standing for the end of the text: the next state << 1, and 1 where what has been read by now is a match, the best
+    // so far. In state 0 none follows; 1 is the first.
+    struct Rule {
+        uint32_t classes;
+        std::vector<uint16_t> next;
     };
     static_assert(sizeof(CachedWord) == 64, "a cache line");
     struct Work {
@@ -248,6 +271,8 @@ private:
         std::vector<uint64_t> queue;  // rank << 32 | index of the left symbol: a heap, lowest first
         std::vector<int> ids;
         std::vector<std::pair<int, int>> split;  // of an unused piece: what it was last made of; -1: nothing
+        std::vector<Path> paths;
+        float total = 0;  // unigram: score of the text so far
     };
     struct Added {                    // the user-defined pieces of a kind
         std::vector<size_t> lengths;  // longest first
@@ -266,7 +291,11 @@ private:
     std::vector<uint8_t> type_;
     size_t words_ = 0;                      // in slots_
     std::vector<int> slots_;                // hash table of what text can be: no unknown, control and byte pieces
-    std::vector<Merge> merges_;             // hash table by key
+    std::vector<Merge> merges_;             // hash table by key; unigram: a trie by node << 32 | byte, id the next one
+    std::vector<int> ends_;                 // of each node: the piece that ends there; < 0: none
+    float unknown_score_ = 0, reach_ = 0;   // unigram: reach_ is more than any path's score within a cached word
+    std::vector<Rule> rules_;
+    std::vector<uint8_t> rule_class_;       // of each code point
     std::vector<std::bitset<256>> joined_;  // [a][b]: some piece has such characters side by side, see step()
     std::vector<uint8_t> class_;            // of each code point
     Added added_[2];                        // found in the text as it is, in its normal form
@@ -586,6 +615,41 @@ private:
             throw std::runtime_error("tokenizer: the normal form of one text is over 1 GiB. Split it into documents.");
     }
 
+    // ---- rules
+
+    // end of what the rule matches at `at`; `at`: nothing
+    size_t match(const Rule& rule, std::string_view s, size_t at) const {
+        size_t end = at;
+        for (size_t i = at, state = 1; state; ) {
+            const bool more = i < s.size();
+            auto [code, n] = more ? code_point(s, i) : std::make_pair(CODES, (size_t)0);
+            const uint16_t next = rule.next[state * rule.classes + (more ? rule_class_[code] : rule.classes - 1)];
+            if (next & 1) end = i;
+            if (!more) break;
+            state = next >> 1;
+            i += n;
+        }
+        return end;
+    }
+
+    // Cuts text by the rules from the n-th on, each within what the one before it has cut: what it matches, and what is
+    // between.
+    void cut_by_rules(std::string_view s, size_t n, std::vector<int>& ids) const {
+        if (n == rules_.size()) return encode_word(s, ids);
+        size_t from = 0;
+        for (size_t at = 0; at < s.size();) {
+            const size_t end = match(rules_[n], s, at);
+            if (end == at) {
+                at += code_point(s, at).second;
+                continue;
+            }
+            if (at > from) cut_by_rules(s.substr(from, at - from), n + 1, ids);
+            cut_by_rules(s.substr(at, end - at), n + 1, ids);
+            from = at = end;
+        }
+        if (from < s.size()) cut_by_rules(s.substr(from), n + 1, ids);
+    }
+
     // ---- others: normal form, and parts of it that merge on their own
 
     // of a unit of the trie: bits 10.., times 256 if bit 9
@@ -675,6 +739,7 @@ private:
     void encode_part(std::string_view s, std::vector<int>& ids) const {
         std::string prefixed;
         if (byte_level() && (flags_ & DUMMY_PREFIX) && s[0] != ' ') s = prefixed = " " + std::string(s);
+        if (!rules_.empty()) return cut_by_rules(s, 0, ids);
         while (!s.empty()) {
             std::string_view run = s;
             if (split_ & DIGITS_APART) {
@@ -684,19 +749,31 @@ private:
             s.remove_prefix(run.size());
             while (!run.empty()) {
                 size_t n = byte_level() ? word_size(run) : part_size(run);
-                encode_word(run.substr(0, n), ids);
+                if (flags_ & UNIGRAM) cut_best(run.substr(0, n), ids);
+                else encode_word(run.substr(0, n), ids);
                 run.remove_prefix(n);
             }
         }
     }
 
+    // the place of a word in the cache, and whether it is there
+    std::pair<CachedWord&, bool> cached_word(std::string_view word) const {
+        CachedWord& cached = work_.cache[hash(word) & (work_.cache.size() - 1)];
+        return {cached, cached.size == word.size() && !memcmp(cached.word, word.data(), word.size())};
+    }
+
+    static void keep(CachedWord& cached, std::string_view word, const std::vector<int>& ids, float margin = 0) {
+        if (word.size() > sizeof(cached.word) || ids.size() > std::size(cached.ids)) return;
+        cached.margin = margin;
+        cached.size = (uint8_t)word.size();
+        cached.count = (uint8_t)ids.size();
+        memcpy(cached.word, word.data(), word.size());
+        std::copy(ids.begin(), ids.end(), cached.ids);
+    }
+
     void encode_word(std::string_view word, std::vector<int>& ids) const {
-        const uint64_t h = hash(word);
-        CachedWord& cached = work_.cache[h & (work_.cache.size() - 1)];
-        if (cached.size == word.size() && !memcmp(cached.word, word.data(), word.size())) {
-            append(cached.ids, cached.count, ids);
-            return;
-        }
+        auto [cached, known] = cached_word(word);
+        if (known) return append(cached.ids, cached.count, ids);
         std::vector<int>& result = work_.ids;
         result.clear();
         int id = flags_ & WHOLE_WORDS ? find(word) : -1;
@@ -705,11 +782,7 @@ private:
         else
             merge(word);
         append(result.data(), result.size(), ids);
-        if (unused_ || word.size() > sizeof(cached.word) || result.size() > std::size(cached.ids)) return;
-        cached.size = (uint8_t)word.size();
-        cached.count = (uint8_t)result.size();
-        memcpy(cached.word, word.data(), word.size());
-        std::copy(result.begin(), result.end(), cached.ids);
+        if (!unused_) keep(cached, word, result);
     }
 
     // a run of unknown pieces is one unknown id
@@ -785,11 +858,108 @@ private:
             emit(right, text.substr(n));
         } else if (id >= 0 && type_[id] != UNKNOWN) {
             ids.push_back(id);
+        } else if (byte_level()) {
+            for (char c : REPLACEMENT) ids.push_back(first_id_[(unsigned char)c]);
         } else if (byte_id_[0] >= 0) {
             for (char c : text) ids.push_back(byte_id_[(unsigned char)c]);
         } else {
             ids.push_back(unknown_);
         }
+    }
+
+    // ---- unigram
+
+    // Ids of the pieces of a part, of whose cuts it takes that with the highest sum of scores. As sentencepiece 0.2.2
+    // and later do it: a float sum from the text's beginning on, set back to 0 where it passes 100000, the longest last
+    // piece of equals. No piece reaches over a part's ends, so the best cut is that of the whole text; and where it is
+    // better than the next by more than the sum's rounding can be, it is the same wherever the part stands.
+    void cut_best(std::string_view part, std::vector<int>& ids) const {
+        constexpr float LIMIT = 100000;
+        float& total = work_.total;
+        const float rounding = 64 * FLT_EPSILON * (std::fabs(total) + reach_);
+        const bool within = std::fabs(total) + reach_ < LIMIT;
+        auto [cached, known] = cached_word(part);
+        if (known && within && cached.margin > rounding) {
+            for (int i = 0; i < cached.count; i++) total += score_[cached.ids[i]];
+            return append(cached.ids, cached.count, ids);
+        }
+
+        std::vector<Path>& paths = work_.paths;
+        paths.assign(part.size() + 1, {0, -FLT_MAX, -1, NEVER});
+        paths[0].score = total;
+        size_t reached = 0;
+        for (size_t start = 0, size; start < part.size(); start += size) {
+            size = std::min<size_t>(announced_size(part[start]), part.size() - start);
+            if (const float offset = paths[start].score; std::fabs(offset) > LIMIT)
+                for (size_t i = start; i <= std::max(start, reached); i++)
+                    if (i == start || paths[i].from != NEVER) paths[i].score -= offset;
+            auto offer = [&](size_t end, int id, float score) {
+                Path& path = paths[end];
+                score += paths[start].score;
+                reached = std::max(reached, end);
+                if (path.from == NEVER) path = {score, -FLT_MAX, id, (uint32_t)start};
+                else if (score > path.score) path = {score, path.score, id, (uint32_t)start};
+                else path.second = std::max(path.second, score);
+            };
+            bool one = false;  // the character is a piece
+            uint64_t node = 0;
+            for (size_t end = start; end < part.size();) {
+                const Merge& next = merges_[merge_slot(node << 32 | (unsigned char)part[end])];
+                if (next.rank == NEVER) break;
+                end++;
+                node = next.id;
+                const int id = ends_[node];
+                if (id >= 0) offer(end, id, score_[id]);
+                one = one || (id >= 0 && end - start == size);
+            }
+            if (!one) offer(start + size, -1, unknown_score_);
+        }
+
+        std::vector<int>& result = work_.ids;
+        std::vector<uint64_t>& cuts = work_.queue;
+        cuts.clear();
+        float margin = FLT_MAX;
+        bool all = true;  // are known
+        for (size_t at = part.size(); at > 0; at = paths[at].from) {
+            cuts.push_back(at);
+            margin = std::min(margin, paths[at].score - paths[at].second);
+            all = all && paths[at].id >= 0;
+        }
+        total = paths[part.size()].score;
+        result.clear();
+        for (size_t i = cuts.size(); i-- > 0;) {
+            const Path& path = paths[cuts[i]];
+            if (path.id >= 0) result.push_back(path.id);
+            else emit(-1, part.substr(path.from, cuts[i] - path.from));
+        }
+        append(result.data(), result.size(), ids);
+        if (all && within) keep(cached, part, result, margin - rounding);
+    }
+
+    // the trie of the pieces, and their scores
+    void read_trie() {
+        std::unordered_map<uint64_t, int> nodes;
+        ends_.assign(1, -1);
+        float least = FLT_MAX, most = 0;
+        for (int id = 0; id < V_; id++) {
+            if (type_[id] == USER_DEFINED) score_[id] = (float)(0.1 * double(pieces_[id].size() - 1));
+            if (type_[id] != NORMAL && type_[id] != USER_DEFINED) continue;
+            if (type_[id] == NORMAL) least = std::min(least, score_[id]);
+            most = std::max(most, std::fabs(score_[id]));
+            uint64_t node = 0;
+            for (unsigned char c : pieces_[id]) {
+                auto [next, added] = nodes.emplace(node << 32 | c, (int)ends_.size());
+                if (added) ends_.push_back(-1);
+                node = next->second;
+            }
+            ends_[node] = id;
+        }
+        unknown_score_ = least - 10;
+        reach_ = (most + std::fabs(unknown_score_)) * (sizeof(CachedWord::word) + 1);
+        std::vector<Merge> all;
+        all.reserve(nodes.size());
+        for (auto [key, next] : nodes) all.push_back({key, 0, next});
+        hash_merges(all);
     }
 
     // ---- the file
@@ -876,7 +1046,7 @@ private:
         if (!third && !starts(in.rest, "SGPTTOK2")) in.fail("this is not a tokenizer file");
         in.take(8);
         flags_ = in.number<uint32_t>();
-        if (flags_ >= (third ? 8192 : 4096)) in.fail("it has flags of a newer version");
+        if (flags_ >= (third ? 16384 : 4096)) in.fail("it has flags of a newer version");
         const uint32_t V = in.number<uint32_t>(), bos = in.number<uint32_t>(), eos = in.number<uint32_t>();
         unknown_surface_ = in.take(in.number<uint32_t>());
         std::string_view trie = in.take(in.number<uint32_t>());
@@ -894,7 +1064,7 @@ private:
         if (byte_level() || third) class_.assign(CODES + 1, OTHER);
         read_classes(in);
         read_merges(in, in.number<uint32_t>(), third);
-        if (third) read_normal_form(in);
+        if (third) read_normal_form(in), read_rules(in);
         if (!in.rest.empty()) in.fail("there are bytes behind its end");
         prepare(in);
         bpe_ = true;
@@ -1006,6 +1176,10 @@ private:
 
     void read_merges(Reader& in, uint32_t listed, bool of_added) {
         if (listed > in.rest.size() / 8) in.fail("the file is cut short");
+        if (flags_ & UNIGRAM) {
+            if (listed || flags_ & (BYTE_LEVEL | HF_BYTES)) in.fail("it is unigram, and has merges or bytes");
+            return read_trie();
+        }
         std::vector<Merge> all;
         if (!(flags_ & LISTED_MERGES)) all = merges_by_score();
         for (uint32_t rank = 0; rank < listed; rank++) {
@@ -1019,6 +1193,10 @@ private:
             if (!merges(id)) in.fail(name + " gives no piece");
             all.push_back({(uint64_t)left << 32 | right, rank, id});
         }
+        hash_merges(all);
+    }
+
+    void hash_merges(const std::vector<Merge>& all) {
         size_t size = 16;
         while (size < 2 * all.size()) size *= 2;
         merges_.assign(size, {0, NEVER, -1});
@@ -1028,12 +1206,41 @@ private:
         }
     }
 
+    void read_rules(Reader& in) {
+        uint32_t at = 0, kind = 0, most = 0;
+        for (uint32_t n = in.number<uint32_t>(); n > 0; n--) {
+            const uint32_t run = in.number<uint32_t>(), next = run >> 8;
+            if (next < at || next >= CODES) in.fail("its rules are damaged");
+            rule_class_.resize(CODES + 1);
+            std::fill(rule_class_.begin() + at, rule_class_.begin() + next, (uint8_t)kind);
+            at = next;
+            kind = run & 255;
+            most = std::max(most, kind);
+        }
+        if (!rule_class_.empty()) {
+            std::fill(rule_class_.begin() + at, rule_class_.end(), (uint8_t)kind);
+            rule_class_[CODES] = rule_class_[0xfffd];
+        }
+        for (uint32_t n = in.number<uint32_t>(); n > 0; n--) {
+            const uint32_t classes = in.number<uint32_t>(), states = in.number<uint32_t>();
+            if (rule_class_.empty() || classes < most + 2 || classes > 256 || states < 2 || states > 32768)
+                in.fail("its rules are damaged");
+            rules_.push_back({classes, std::vector<uint16_t>(size_t(classes) * states)});
+            std::vector<uint16_t>& next = rules_.back().next;
+            memcpy(next.data(), in.take(2 * next.size()).data(), 2 * next.size());
+            for (uint16_t entry : next)
+                if (uint32_t(entry >> 1) >= states) in.fail("its rules are damaged");
+        }
+        if (!rules_.empty() && !byte_level()) in.fail("it has rules, but is not at byte level");
+    }
+
     // tables that follow from what was read
     void prepare(const Reader& in) {
         for (int c = 0; c < 256; c++) {
             char byte = (char)c;
             first_id_[c] = find({&byte, 1});
-            if (byte_level() && first_id_[c] < 0) in.fail("some byte has no piece");
+            if (byte_level() && first_id_[c] < 0 && c != 0xc0 && c != 0xc1 && c < 0xf5)  // those no text has
+                in.fail("some byte has no piece");
         }
         for (unsigned c = 0; c < 128; c++) {  // no user-defined piece and no way from the trie's root begins with it
             size_t node = trie_.empty() ? 0 : offset(trie_[0]) ^ c;
@@ -1041,10 +1248,11 @@ private:
             for (size_t second = 0; second < 256; second++) user = user || added_[0].starts[two_bytes(c, second)];
             plain_[c] = !user && (trie_.empty() || node >= trie_.size() || (trie_[node] & 0x800000ffu) != c);
         }
-        if (!byte_level() && !unused_) joined_.resize(256);
-        for (int i = 0, before, after; i < V_ && !joined_.empty(); i++)
-            for (size_t at = 0; (type_[i] == NORMAL || type_[i] == USER_DEFINED) && step(pieces_[i], at, before, after);)
-                joined_[before][after] = true;
+        if (!byte_level() && (!unused_ || flags_ & UNIGRAM)) joined_.resize(256);
+        for (int i = 0, before, after; i < V_ && !joined_.empty(); i++) {
+            const bool text = type_[i] == NORMAL || type_[i] == USER_DEFINED;
+            for (size_t at = 0; text && step(pieces_[i], at, before, after);) joined_[before][after] = true;
+        }
         if (flags_ & CUT_AT_SPACES)
             for (auto& afters : joined_) afters[255] = false;
         work_.cache.resize(1 << 15);

@@ -31,12 +31,12 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceba
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces
 # flags of the file
 (DUMMY_PREFIX, REMOVE_SPACES, ESCAPE_SPACES, SPACE_AS_SUFFIX, BYTE_FALLBACK, BYTE_LEVEL, LISTED_MERGES, WHOLE_WORDS,
- PREFIX_IF_NONE, CUT_AT_SPACES, DROP_SPACE, HF_BYTES, PREFIX_ONCE) = (1 << i for i in range(13))
+ PREFIX_IF_NONE, CUT_AT_SPACES, DROP_SPACE, HF_BYTES, PREFIX_ONCE, UNIGRAM) = (1 << i for i in range(14))
 LSTRIP, RSTRIP, IN_NORMAL_FORM = 8, 16, 32  # with USER_DEFINED
 # how words are cut: 1..3, the most digits of a number, and these
 (ANY_PREFIX, CASED, CONTRACTION, CONTRACTION_TAIL, ANY_CASE, NEWLINE_TAIL, SLASH_TAIL, NEWLINES, END_SPACES,
  DIGITS_APART) = (1 << i for i in range(2, 12))
-BPE = 2  # sentencepiece's number of it
+BPE, CHARACTERS = 2, 4  # sentencepiece's numbers of them; 1: unigram
 SPACE = "\u2581"
 NO_UTF8 = (0xc0, 0xc1, *range(0xf5, 256))  # bytes that no text has
 
@@ -46,9 +46,12 @@ TEKKEN = 1 | ANY_PREFIX | CASED | NEWLINE_TAIL | SLASH_TAIL | NEWLINES
 O200K = TEKKEN | 3 | CONTRACTION_TAIL | ANY_CASE
 
 
+GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
 def regexes():
     """regular expression: how it cuts words"""
-    contraction, any_case, spaces = "'s|'t|'re|'ve|'m|'ll|'d", "(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s+(?!\S)|\s+"
+    any_case, spaces = "(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s+(?!\S)|\s+"
     words, other = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+"
     upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
@@ -57,7 +60,7 @@ def regexes():
         return rf"{word}*{lower}+{tail}|{word}+{lower}*{tail}|{digits}|{other}[\r\n/]*|\s*[\r\n]+|{spaces}"
 
     return {
-        rf"{contraction}| ?\p{{L}}+| ?\p{{N}}+|{other}|{spaces}": GPT2,
+        GPT2_REGEX: GPT2,
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2,
         rf"{any_case}|{words}|\p{{N}}{{1,3}}|{other}[\r\n]*|\s*[\r\n]+|{spaces}": LLAMA3,
         rf"{any_case}|{words}|\p{{N}}|{other}[\r\n]*|\s*[\r\n]+|{spaces}": LLAMA3 - 2,
@@ -78,13 +81,14 @@ PRESETS = {
     "llama3": (LLAMA3, (128000,), 0, 1, 256),
     "llama4": (O200K, (200000,), 0, 1, 2048),
 }
-BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>")
-EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
+BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>",
+       "<\uff5cbegin\u2581of\u2581sentence\uff5c>")
+EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
 
 # What the libraries know of Unicode (Python's own tables depend on its version): runs of code points of one class,
-# (distance << 3 | class) in base 128. tokenizer_vs_libraries.py --classes printed them. CLASSES: those of tokenizer.h, of
-# Unicode 16, as tiktoken's and tokenizers' regular expressions have them. FORMS: 1, what tokenizers' normal forms, of
-# Unicode 9, change or put in order.
+# (distance << 3 | class) in base 128. tokenizer_vs_libraries.py --classes printed them. CLASSES: those of tokenizer.h,
+# of Unicode 16, as tiktoken's and tokenizers' regular expressions have them. SIGNS: 1 punctuation, 2 symbols. FORMS: 1,
+# what tokenizers' normal forms, of Unicode 9, change or put in order.
 CLASSES = (
     b"c-pmAe`p)`73aN^ou~VLkDYX<a`DOK;#0aylngm`;4&qk#P)EfbR5VX9!`fhH(-_w3|T>t29(Gt9!ZBcdBbf}&`1gy&WbiWpe_lRrGIE71Gim=AR"
     b"Txl1wor)hzr>kw!O2{vJBeLl=7tSk9Y6;-ur&P?|t6)JKnE=js?4xV8;@Cm;MTrr#-q#oq{wgT8HR27eU>tMjwe{51BuN;$gcnzBcNJb%ia@;-7q"
@@ -113,6 +117,18 @@ CLASSES = (
     b"WZ(%1eA(U)*D")
 
 
+SIGNS = (
+    b"c-n1~JxpUq5XUvU?_+i^9OIXZ?!A|bw7dd2E-n^IBFj=FjwXc4cEwR4S3Y!wLq(|kT-j7-s^gRbXcAljP5fNht`4V(-I)rz!c^FiB21O_)u)w4yF"
+    b"0VH|C#x1mHA>tsI22r4}2l92U6P_liy0x6R8{&4#v>KCg3Ar|AopI6DjSfK;6bym>_{u3$GEQh2#|@$DJ?~`a}$ej1ItaghQ`UxIIH%Sh#^X`~W1"
+    b"1ou|SLDCB!Hz%IkV0%h?4X+>Yxw(-iAIJNN*SBEyHaS8ih%%gfX_6__Evs9PfzL2hyJO$KZP^iej4quf?8A~kD%t}rT8kl&pyxwFP{qSg6%mqyhH"
+    b"!^4}T;byh+pK?y9(BY!HUSDTC6b|}Y&x^?i#xQ{fX64CLSywcc3+}&x7?lipenTB)hUP_v3(65ZFxG)3VY-vm86^wOeEzeQ2}mI5KkzHeNI99c`y"
+    b"d&Vet|+56pYx657kfDO9;LgWQpK2{Rsq%sGGVl$iWz)t@GRRf0krXZXNGnZ>pb**_pZn)&mEK9oQw;N@a@U5y0kW?h@)Vb8=<K|!X>&e;Z*;Q_Yp"
+    b"VGZ|7EZ1QBrDx^edC4e`WrIhY#^fGZn8hPIxz>OUYFczBR8IA{x-hBDT!B?iGlo^G5CZ9fG{HTwNYA?#?$XT0yMG0CumS@u8Xj#NF%?4Q0^T#RtG"
+    b"gqlpfm9~!bGZXr(|k}YUG~s^)9b~<H~}MkL;G!d<;2GJd9py<mf`8W+aTQUoh+#7_n5%NL`t#`pw)sj$tI@L#D=0Qe%sRn%FATvJJI_Z!~soGdZx"
+    b"Z=a8V99na43(#ypLTv_fA3PS^H=;L4!+vE;3BIfFm>5BN+%tQ+~Gvhr*XL0Hog*x8C8w`Jr5B~xh{9)4>V%12fC5chsMvjV}VfXJj`Q`thv{;7Yu"
+    b"Seq89`W-<U3}+;C)`V*^gRT(ybkXSANx-lX8%X*e)?FSwIg0qO|A|#*F_nNe|U?JKF+?w$qzL8Udz6-@!$nb>4pWzR({XflY8<{)`W`e@LSl?+v{"
+    b"oCP4-3Wr=S9U!Ee~XgSoOD;Qn^d;%k|e7F)XqXFH%NKmICTbP9eZ(c<YnXLDse{a(l$^M6a|84>"
+)
 FORMS = (
     b"c-oCrJ!~pR5Z3Jd&EWT(*+hx<lx9zgqN9WEP#U|#N`oUsG97f#;V!S^I+MyYQRqw)`8v}*x<?n3#&nR%bPuI59dwz!kSOV*(e3T+&d$&GeS3KY8%"
     b"UU-w%U-P8a1h=Q+;~V9q0$pGN%ij>6*R={Q+{teV)LtATC33P@3z5ZPYx19NECZr=d!)iZNC*LNZIpmXMMRhB(GLlWZmC8jpZ8IDO55+v(EdzSS&"
@@ -186,7 +202,8 @@ def check(flags, pieces):
     """what tokenizer.h asks of the pieces, so that it takes whatever is written here"""
     taken = {}
     for i, (piece, score, kind) in enumerate(pieces):
-        if len(piece) > 65535 or not piece and kind != CONTROL or math.isnan(score) or not NORMAL <= kind <= BYTE:
+        if len(piece) > 65535 or not piece and kind != CONTROL or not math.isfinite(score) or \
+                not NORMAL <= kind <= BYTE:
             raise Refused(f"piece {i} is broken")
         if kind == BYTE and (not flags & BYTE_FALLBACK or not re.fullmatch(b"<0x[0-9A-F]{2}>", piece)):
             raise Refused(f"piece {i} is of the type byte, but not of the form <0x41>, or there is no byte_fallback")
@@ -202,7 +219,7 @@ def check(flags, pieces):
     tokens = [(NORMAL, bytes([b])) for b in range(256)] if flags & BYTE_LEVEL else \
         [(BYTE, b"<0x%02X>" % b) for b in range(256)] if flags & BYTE_FALLBACK else []
     missing = [b for b, (kind, token) in enumerate(tokens) if (kind, token) not in taken
-               and (kind == BYTE or (USER_DEFINED, token) not in taken)]
+               and (kind == BYTE or (USER_DEFINED, token) not in taken and b not in NO_UTF8)]
     if missing:
         raise Refused(no_token(missing))
 
@@ -220,20 +237,305 @@ def lost(model):
     return no_token(missing) if missing else None
 
 
-def tokenizer_file(flags, bos, eos, pieces, split=0, merges=(), surface=b"", trie=b"", strings=b"", form=None):
-    """pieces: (bytes, score, kind); merges: (left id, right id); form: name of Unicode's normal form. What the second
-    version of the format can say is written in it, so that a tokenizer's file stays the same."""
-    third = form or flags & PREFIX_ONCE or any(kind > 7 or kind == USER_DEFINED and flags & HF_BYTES
-                                               for _, _, kind in pieces)
+# ---- regular expressions: sets of code points, then an automaton that tokenizer.h walks over
+
+END = 0x110000  # of code points; also the end of the text, as a character
+
+
+def union(*sets):
+    """sets: sorted (first, behind the last)"""
+    out = []
+    for first, end in sorted(run for one in sets for run in one):
+        if out and first <= out[-1][1]:
+            out[-1][1] = max(end, out[-1][1])
+        else:
+            out.append([first, end])
+    return tuple(map(tuple, out))
+
+
+def inverse(runs_):
+    bounds = [0, *(bound for run in runs_ for bound in run), END]
+    return tuple(run for run in zip(bounds[::2], bounds[1::2]) if run[0] < run[1])
+
+
+def table_set(table, *kinds):
+    """code points of these classes"""
+    starts = [*runs(table), END << 3]
+    return union([(a >> 3, b >> 3) for a, b in zip(starts, starts[1:]) if a & 7 in kinds])
+
+
+PROPERTIES = {"L": (CLASSES, 1, 2, 3), "Ll": (CLASSES, 2), "M": (CLASSES, 4), "N": (CLASSES, 5), "P": (SIGNS, 1),
+              "S": (SIGNS, 2), "LuLt": (CLASSES, 1), "LmLo": (CLASSES, 3)}
+ESCAPES = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11}
+
+
+class Regex:
+    """Parses to ("set", runs), ("look", runs) of the character that follows, ("all", parts), ("any", parts),
+    ("repeat", part, least, most or None). Knows what the expressions of tokenizers are made of, in Oniguruma's syntax;
+    refuses the rest."""
+
+    def __init__(self, text):
+        self.text, self.at, self.any_case = text, 0, False
+        self.tree = self.alternatives()
+        if self.at < len(self.text):
+            self.refuse()
+
+    def refuse(self):
+        raise Refused(f"the regular expression {self.text[:300]!r} is none that tokenizer.h knows, at {self.at}")
+
+    def ahead(self, *wanted):
+        return next((w for w in wanted if self.text.startswith(w, self.at)), None)
+
+    def next(self, *wanted):
+        """takes one of the wanted, if it is there"""
+        found = self.ahead(*wanted)
+        self.at += len(found or "")
+        return found
+
+    def take(self):
+        if self.at >= len(self.text):
+            self.refuse()
+        self.at += 1
+        return self.text[self.at - 1]
+
+    def alternatives(self):
+        every = [self.sequence()]
+        while self.next("|"):
+            every.append(self.sequence())
+        return every[0] if len(every) == 1 else ("any", every)
+
+    def sequence(self):
+        out, possessive = [], []
+        while self.at < len(self.text) and not self.ahead("|", ")"):
+            part = self.atom()
+            least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(self.next("*", "+", "?"), (None, None))
+            if least is not None and self.next("+"):
+                possessive.append(len(out))
+            elif least is None and self.next("{"):
+                found = re.compile(r"(\d+)(,?)(\d*)\}").match(self.text, self.at)
+                if not found or max(int(n or 0) for n in found.group(1, 3)) > 64:
+                    self.refuse()
+                self.at = found.end()
+                least, most = int(found[1]), int(found[3]) if found[3] else None if found[2] else int(found[1])
+                if most is not None and most < least or self.ahead("+", "*"):
+                    self.refuse()
+            if self.ahead("?") and least is not None:
+                self.refuse()
+            out.append(part if least is None else ("repeat", part, least, most))
+        for i in possessive:  # as greedy ones, where giving back would lead to no match
+            for after in out[i + 1:]:
+                optional = after[0] == "repeat" and after[2] == 0
+                first = after[1] if after[0] == "repeat" else after
+                if out[i][1][0] != "set" or first[0] not in ("set", "look") or intersect(first[1], out[i][1][1]):
+                    self.refuse()
+                if not optional:
+                    break
+        return ("all", out)
+
+    def atom(self):
+        if self.next("(?i:"):
+            before, self.any_case = self.any_case, True
+            part = self.alternatives()
+            self.any_case = before
+        elif found := self.next("(?!", "(?="):
+            part = self.alternatives()
+            if part[0] != "all" or [p[0] for p in part[1]] != ["set"]:
+                self.refuse()
+            runs_ = part[1][0][1]
+            part = "look", runs_ if found == "(?=" else inverse(runs_) + ((END, END + 1),)
+        elif self.next("(?:") or self.ahead("(") and not self.ahead("(?") and self.next("("):
+            part = self.alternatives()
+        elif self.next("$"):
+            return "look", ((10, 11), (END, END + 1))
+        else:
+            return "set", self.bracket() if self.next("[") else self.character()
+        if not self.next(")"):
+            self.refuse()
+        return part
+
+    def folded(self, code):
+        """the character, and those of the other case where that does not count"""
+        c = chr(code)
+        every = {c} | ({c.lower(), c.upper()} | {"s": {"\u017f"}, "k": {"\u212a"}}.get(c.lower(), set())
+                       if self.any_case else set())
+        if any(len(e) > 1 for e in every) or self.any_case and not c.isascii():
+            self.refuse()
+        return union(*([(ord(e), ord(e) + 1)] for e in every))
+
+    def character(self):
+        c = self.take()
+        if c != "\\":
+            if c in ".^*+?{":
+                self.refuse()
+            return self.folded(ord(c))
+        c = self.take()
+        if c in "sS":
+            spaces = table_set(CLASSES, 6)
+            return spaces if c == "s" else inverse(spaces)
+        if c in "pP":
+            name = re.compile(r"\{(\w+)\}").match(self.text, self.at)
+            if not name or name[1] not in PROPERTIES:
+                self.refuse()
+            self.at = name.end()
+            found = table_set(*PROPERTIES[name[1]])
+            return found if c == "p" else inverse(found)
+        if c in ESCAPES:
+            return self.folded(ESCAPES[c])
+        if c.isalnum():
+            self.refuse()
+        return self.folded(ord(c))
+
+    def bracket(self):
+        negated, out = self.next("^"), []
+        if self.ahead("]"):
+            self.refuse()
+        # of Lu and Lt, and of Lm and Lo, the tables know both together
+        for pair in (("\\p{Lu}", "\\p{Lt}", "LuLt"), ("\\p{Lm}", "\\p{Lo}", "LmLo")):
+            for a, b in (pair[:2], pair[1::-1]):
+                end = self.text.find("]", self.at)
+                if a + b in self.text[self.at:end]:
+                    self.text = self.text[:self.at] + self.text[self.at:].replace(a + b, f"\\p{{{pair[2]}}}", 1)
+        while not self.next("]"):
+            if self.next("["):
+                if self.text.startswith(":", self.at):
+                    self.refuse()
+                out.append(self.bracket())
+                continue
+            if self.text.startswith("&&", self.at):
+                self.refuse()
+            plain = self.text[self.at:self.at + 1] in tuple(".^*+?{$()|")
+            first = self.folded(ord(self.take())) if plain else self.character()
+            if self.text.startswith("-", self.at) and self.text[self.at + 1:self.at + 2] not in ("]", ""):
+                self.take()
+                last = self.character()
+                if len(first) > 1 or len(last) > 1 or first[0][1] - first[0][0] > 1 or last[0][1] - last[0][0] > 1:
+                    self.refuse()
+                first = ((first[0][0], last[0][1]),)
+                if first[0][0] >= first[0][1]:
+                    self.refuse()
+            out.append(first)
+        found = union(*out)
+        return inverse(found) if negated else found
+
+
+def intersect(a, b):
+    return inverse(union(inverse(a), inverse(b)))
+
+
+def instructions(part, code):
+    """appends ("set", runs), ("look", runs) and ("split", to, else to), which what comes behind `part` is next to"""
+    kind, *what = part
+    if kind in ("set", "look"):
+        code.append(part)
+    elif kind == "all":
+        for p in what[0]:
+            instructions(p, code)
+    elif kind == "any":
+        ends = []
+        for i, p in enumerate(what[0]):
+            at = len(code)
+            code.append(None)
+            instructions(p, code)
+            ends.append(len(code))
+            code.append(None)
+            code[at] = ("split", at + 1, *([len(code)] if i + 1 < len(what[0]) else []))
+        for at in ends:
+            code[at] = ("split", len(code))
+    else:
+        p, least, most = what
+        for _ in range(least):
+            instructions(p, code)
+        ends = []
+        for _ in range(1 if most is None else most - least):
+            ends.append(len(code))
+            code.append(None)
+            instructions(p, code)
+        if most is None:
+            code.append(("split", ends[0]))
+        for at in ends:
+            code[at] = ("split", at + 1, len(code))
+
+
+def rules_tables(expressions):
+    """the classes and automata of regular expressions for tokenizer.h"""
+    programs = []
+    for expression in expressions:
+        programs.append([])
+        instructions(Regex(expression).tree, programs[-1])
+        programs[-1].append(("match",))
+    sets = list({i[1] for p in programs for i in p if i[0] in ("set", "look")})
+    bounds = sorted({0, *(b for s in sets for run in s for b in run if b < END)})
+    at = [0] * len(sets)
+    classes, starts = {}, []  # class of a combination of sets
+    for bound in bounds:
+        for n, s in enumerate(sets):
+            while at[n] < len(s) and s[at[n]][1] <= bound:
+                at[n] += 1
+        key = frozenset(s for n, s in enumerate(sets) if at[n] < len(s) and s[at[n]][0] <= bound)
+        kind = classes.setdefault(key, len(classes))
+        if not starts or starts[-1] & 255 != kind:
+            starts.append(bound << 8 | kind)
+    if len(classes) > 255:
+        raise Refused("its regular expressions have too many classes of characters")
+    out = [numbers((len(starts), *starts, len(programs)))]
+    # what each class, and last the end, is in
+    members = [*classes, frozenset(s for s in sets if s and s[-1][1] > END)]
+    for program in programs:
+        states, table, done = {(): 0, (0,): 1}, [], 0
+        while done < len(states):
+            state = list(states)[done]
+            done += 1
+            for kind, member in enumerate(members):
+                following, matched = step(program, state, member)
+                to = () if kind == len(members) - 1 else following
+                table.append(states.setdefault(to, len(states)) << 1 | matched)
+            if len(states) > 4000:
+                raise Refused("its regular expression needs too large an automaton")
+        out += [numbers((len(members), len(states))), struct.pack(f"<{len(table)}H", *table)]
+    return b"".join(out)
+
+
+def step(program, state, member):
+    """where the threads of a state, in order of precedence, are behind a character, and whether one has a match before
+    it: that ends those that come after"""
+    following, seen, stack = [], set(), list(reversed(state))
+    while stack:
+        i = stack.pop()
+        if i in seen:
+            continue
+        seen.add(i)
+        kind, *what = program[i]
+        if kind == "match":
+            return tuple(dict.fromkeys(following)), 1
+        if kind == "split":
+            stack += what[::-1]
+        elif what[0] in member:
+            if kind == "look":
+                stack.append(i + 1)
+            else:
+                following.append(i + 1)
+    return tuple(dict.fromkeys(following)), 0
+
+
+def tokenizer_file(flags, bos, eos, pieces, split=0, merges=(), surface=b"", trie=b"", strings=b"", form=None,
+                   rules=()):
+    """pieces: (bytes, score, kind); merges: (left id, right id); form: name of Unicode's normal form; rules: regular
+    expressions. What the second version of the format can say is written in it, so that a tokenizer's file stays the
+    same."""
+    kinds = {kind for _, _, kind in pieces}
+    third = form or rules or flags & (PREFIX_ONCE | UNIGRAM) or max(kinds) > 7 or \
+        USER_DEFINED in kinds and flags & HF_BYTES
     check(flags, [(piece, score, kind & 7) for piece, score, kind in pieces])
     out = [b"SGPTTOK3" if third else b"SGPTTOK2", numbers((flags, len(pieces), bos, eos))]
     for data in (surface, trie, strings):
         out += [numbers((len(data),)), data]
     out += [struct.pack("<fBH", score, kind, len(piece)) + piece for piece, score, kind in pieces]
-    classes = runs(CLASSES) if flags & BYTE_LEVEL or any(kind & (LSTRIP | RSTRIP) for _, _, kind in pieces) else []
+    strips = any(kind & (LSTRIP | RSTRIP) for kind in kinds)
+    classes = runs(CLASSES) if flags & BYTE_LEVEL and not rules or strips else []
     out += [numbers((split, len(classes), *classes, len(merges))), *(numbers(m) for m in merges)]
     if third:
         out.append(normal_form(form) if form else numbers((0, 0)))
+        out.append(rules_tables(rules) if rules else numbers((0, 0)))
     return b"".join(out)
 
 
@@ -281,8 +583,9 @@ def sentencepiece(model, bos, eos):
             {2: trainer, 3: normalizer, 5: denormalizer}[number].update(fields(value))
     if not pieces:
         raise Refused("this is not a sentencepiece model")
-    if trainer.get(3, 1) != BPE:
-        raise Refused("the model is not of type BPE, the only one that tokenizer.h knows")
+    algorithm = trainer.get(3, 1)
+    if algorithm not in (1, BPE, CHARACTERS):
+        raise Refused("the model is of type word; tokenizer.h knows BPE, unigram and char")
     if denormalizer.get(2):
         raise Refused("the model has a denormalizer, which tokenizer.h does not know")
     for i, (piece, _, kind) in enumerate(pieces):
@@ -300,7 +603,8 @@ def sentencepiece(model, bos, eos):
     flags = sum(bit for bit, on in (
         (DUMMY_PREFIX, normalizer.get(3, 1)), (REMOVE_SPACES, normalizer.get(4, 1)),
         (ESCAPE_SPACES, normalizer.get(5, 1)), (SPACE_AS_SUFFIX, trainer.get(24, 0)),
-        (BYTE_FALLBACK, trainer.get(35, 0))) if on)
+        (BYTE_FALLBACK, trainer.get(35, 0)), (UNIGRAM, algorithm == 1),
+        (LISTED_MERGES, algorithm == CHARACTERS)) if on)
     charsmap = normalizer.get(2, b"")
     trie = strings = b""
     if charsmap:
@@ -394,27 +698,39 @@ def unknown(what, part):
 
 
 def byte_level_split(model):
-    """flags and split of a pre_tokenizer that ends with ByteLevel"""
+    """flags, split and rules of a pre_tokenizer that ends with ByteLevel"""
     *before, last = parts(model["pre_tokenizer"])
-    flags, split = 0, GPT2
+    flags, expressions = BYTE_LEVEL, []
     if last.get("add_prefix_space", True):
         if before:
             raise Refused("the pre_tokenizer ByteLevel with add_prefix_space behind another one is not supported")
-        flags = DUMMY_PREFIX | PREFIX_IF_NONE
-    use_regex = last.get("use_regex", True)
-    if before and use_regex and before == [{"type": "Digits", "individual_digits": True}]:
-        split = GPT2 | DIGITS_APART
-    elif len(before) == 1 and not use_regex and before[0]["type"] == "Split":
-        kind, text = pattern(before[0])
-        split = regexes().get(text) if kind == "Regex" else None
-        how = before[0].get("behavior"), before[0].get("invert", False)
-        if split is None or how not in (("Isolated", False), ("Removed", True)):
-            raise unknown("pre_tokenizer", before[0])
-    elif before or not use_regex:
-        raise unknown("pre_tokenizer", before[0] if before else last)
+        flags |= DUMMY_PREFIX | PREFIX_IF_NONE
+    for part in before:
+        how = part.get("behavior", "Isolated"), part.get("invert", False)
+        if part["type"] == "Split":
+            kind, text = pattern(part)
+            expression = text if kind == "Regex" else re.sub(r"(\W)", r"\\\1", text)
+            known = len(before) == 1 and how == ("Removed", True) and text in regexes()  # which leave nothing between
+        elif part["type"] == "Digits":
+            expression, known = r"\p{N}" if part.get("individual_digits") else r"\p{N}+", False
+        elif part["type"] == "Punctuation":
+            expression, known = r"[!-/:-@\[-`{-~\p{P}]", False
+        else:
+            raise unknown("pre_tokenizer", part)
+        if how != ("Isolated", False) and not known:
+            raise unknown("pre_tokenizer", part)
+        expressions.append(expression)
+    if last.get("use_regex", True):
+        expressions.append(GPT2_REGEX)
+    if not expressions:
+        raise unknown("pre_tokenizer", last)
     if [d["type"] for d in parts(model.get("decoder"))] != ["ByteLevel"]:
         raise unknown("decoder", model.get("decoder"))
-    return flags | BYTE_LEVEL, split
+    if expressions == [r"\p{N}", GPT2_REGEX]:
+        return flags, GPT2 | DIGITS_APART, ()
+    if len(expressions) == 1 and expressions[0] in regexes():
+        return flags, regexes()[expressions[0]], ()
+    return flags, 0, expressions
 
 
 def unicode_form(model):
@@ -507,7 +823,7 @@ def tokenizer_json(model, bos, eos):
             raise Refused(f"the model's {option} is not supported")
     steps = parts(model.get("pre_tokenizer"))
     byte_level = bool(steps) and steps[-1]["type"] == "ByteLevel"
-    flags, split = byte_level_split(model) if byte_level else (metaspace_flags(model), 0)
+    flags, split, rules = byte_level_split(model) if byte_level else (metaspace_flags(model), 0, ())
     form = unicode_form(model) if byte_level else None
     hidden(model)
     flags |= LISTED_MERGES
@@ -562,7 +878,7 @@ def tokenizer_json(model, bos, eos):
         if name is None:
             raise Refused(f"no special token is {given or ' or '.join(names)}: {option} must name one of them")
         ends.append(special[name])
-    return tokenizer_file(flags, *ends, pieces, split, sorted(merges, key=merges.get), form=form)
+    return tokenizer_file(flags, *ends, pieces, split, sorted(merges, key=merges.get), form=form, rules=rules)
 
 
 def is_rank_file(data):

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Tests of dev/data/convert_tokenizer.py through its command line: what it writes of small models, what it refuses. What
-tokenizer.h makes of some is compared with Python's own tables where build/test_tokenizer is there."""
+"""Tests of dev/data/convert_tokenizer.py through its command line: what it writes of small models, what it refuses.
+What tokenizer.h makes of some is compared with plain Python where build/test_tokenizer is there."""
 import base64
+import bisect
 import json
 import math
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -67,7 +69,28 @@ class Written:
                 character, size = take("II")
                 self.form[character >> 8] = (character & 255, [take("I") for _ in range(size)])
             self.compositions = {take("II"): take("I") for _ in range(take("I"))}
+            self.rule_starts = [take("I") for _ in range(take("I"))]
+            self.rules = []
+            for _ in range(take("I")):
+                classes, states = take("II")
+                self.rules.append([take(f"{classes}H") for _ in range(states)])
         assert at == len(data)
+
+    def cuts(self, rule, text):
+        """of a regular expression's automaton"""
+        starts, found, at = [r >> 8 for r in self.rule_starts], [], 0
+        while at < len(text):
+            state, end = 1, at
+            for i in range(at, len(text) + 1):
+                kind = self.rule_starts[bisect.bisect(starts, ord(text[i])) - 1] & 255 if i < len(text) else -1
+                state, is_match = self.rules[rule][state][kind] >> 1, self.rules[rule][state][kind] & 1
+                end = i if is_match else end
+                if not state:
+                    break
+            if end > at:
+                found.append(text[at:end])
+            at = max(end, at + 1)
+        return found
 
     def kind_of(self, character):
         return [kind for first, kind in self.kinds if first <= ord(character)][-1]
@@ -113,13 +136,45 @@ class SentencePiece(Convert):
             want += struct.pack("<fBH", score, kind, len(s)) + s
         self.assertEqual((self.dir / "m.bin").read_bytes(), want + bytes(12))  # no split, classes, merges
 
+    def test_algorithms(self):
+        for kind, flags in (((3, 1), 8192), ((3, 2), 0), ((3, 4), 64), ((24, 0), 8192)):
+            w = self.convert(self.model([kind], pieces=[((1, b"ab"), (2, -1.5))]))
+            self.assertEqual(w.flags, 1 | 2 | 4 | flags)
+
+    @unittest.skipUnless(PROGRAM.exists(), "make build/test_tokenizer")
+    def test_unigram(self):
+        """the best cut of texts, against all ways to the end of each character, in float32"""
+        rng, add = random.Random(1), lambda a, b: struct.unpack("f", struct.pack("f", a + b))[0]
+        known = {"".join(rng.choices("abc\u00e9\u2581", k=rng.randrange(1, 5))) for _ in range(60)} | {"a", "\u2581"}
+        known = {p: -rng.randrange(1, 64) / 4 for p in sorted(known)}  # many are equal
+        pieces = [((1, p.encode()), (2, s)) for p, s in known.items()] + [((1, b"ab!"), (3, 4))]
+        names = [*known, "ab!"]
+        self.convert(self.model([(3, 1)], [(3, 0), (4, 0)], pieces))
+        unknown, scores = min(known.values()) - 10, {**known, "ab!": struct.unpack("f", struct.pack("f", 0.2))[0]}
+        for n in range(200):
+            text = "".join(rng.choices("abc\u00e9\u2581!x", k=rng.randrange(1, 40)))
+            best = [(0, [])]
+            for end in range(1, len(text) + 1):
+                ways = []
+                for start in range(max(end - 4, 0), end):
+                    piece = text[start:end]
+                    if piece in scores or len(piece) == 1:
+                        score = add(best[start][0], scores.get(piece, unknown))
+                        i = names.index(piece) + 3 if piece in scores else 0
+                        ways.append((score, -start, best[start][1] + [i]))
+                score, _, ids = max(ways)
+                best.append((score, ids))
+            ids = [i for n, i in enumerate(best[-1][1]) if i or not n or best[-1][1][n - 1]]  # a run of unknown is one
+            out = subprocess.run([PROGRAM, "encode", self.dir / "m.bin"], input=text.encode(), capture_output=True)
+            self.assertEqual([int(i) for i in out.stdout.split()], ids, text)
+
     def test_refusals(self):
         broken = self.message((3, self.message((2, struct.pack("<I", 400) + b"trie"))))
         for model, words in (
             (b"", "not a sentencepiece model"), (b"\xff" * 40, "not a sentencepiece model"),
             (self.model(trainer=((3, 2), (44, b"surface")))[:-5], "not a sentencepiece model"),
-            (self.model()[:-3], "not a sentencepiece model"), (self.model(trainer=()), "not of type BPE"),
-            (self.model(trainer=((3, 1),)), "not of type BPE"), (self.model(more=broken), "table is broken"),
+            (self.model()[:-3], "not a sentencepiece model"), (self.model(trainer=((3, 3),)), "of type word"),
+            (self.model(more=broken), "table is broken"),
             (self.model(more=self.message((5, self.message((2, b"abcd"))))), "denormalizer"),
             (self.model(trainer=((3, 2), (46, b"<bos>"))), "no control piece <bos>"),
             (self.model(pieces=[((1, b""),)]), "piece 3 is broken"),
@@ -242,6 +297,28 @@ class TokenizerJson(Convert):
                 w = self.convert(json.dumps(self.byte_level(**model)))
                 self.assertEqual((w.flags, w.split), (flags | 32 | 64 | 128 * ignore_merges, split))
 
+    def test_rules(self):
+        """automata of regular expressions, against Python's re"""
+        rng = random.Random(1)
+        alphabets = ("ab1 ", " \n\r\t", "'sSl\u017fLa ", "a1!\u00e9\u4f60 \n")
+        for regex in ("a|ab|abc", "ab?|b+", "(?:a|ab)(?:1|b1)*", "a{2}|a{1,3}b|b{2,}", "(?i:'s|'l)|[a-z]+|[^a-z ]",
+                      r"\s+(?!\S)|\s+", r"\s+$", r" ?[^\sa-z1]+[\r\n]*|[1b]{1,2}", "[a-]+|[b]", "(?:a|b)*a",
+                      "a(?=b)|b", "a*", "((a)b)?1", "[^\\S ]+"):
+            w = self.convert(json.dumps(self.byte_level(pre_tokenizer=self.split(regex))))
+            self.assertEqual((w.flags, w.split, len(w.rules)), (32 | 64, 0, 1))
+            expected = re.compile(regex.replace("$", r"(?=\n|\Z)"))  # as Oniguruma has them
+            for _ in range(60):
+                text = "".join(rng.choices(rng.choice(alphabets), k=rng.randrange(12)))
+                want = [m[0] for m in expected.finditer(text) if m[0]]
+                self.assertEqual(w.cuts(0, text), want, (regex, text))
+        steps = [{"type": "Punctuation", "behavior": "Isolated"}, {"type": "Digits", "individual_digits": False},
+                 {"type": "Split", "pattern": {"String": "a.b"}, "behavior": "Isolated", "invert": False}]
+        w = self.convert(json.dumps(self.byte_level(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+            *steps, self.byte_level()["pre_tokenizer"]]})))
+        text = "x$!\u3002 12\u0663a.bacb it's"
+        self.assertEqual([w.cuts(i, text) for i in range(3)], [["$", "!", "\u3002", ".", "'"], ["12\u0663"], ["a.b"]])
+        self.assertEqual(w.cuts(3, " it's  1a"), [" it", "'s", " ", " 1", "a"])
+
     def test_metaspace(self):
         w = self.convert(json.dumps(self.metaspace()))
         self.assertEqual((w.flags, w.split, w.bos, w.eos), (1 | 4 | 16 | 64 | 1024 | 2048, 0, 1, 2))
@@ -277,11 +354,16 @@ class TokenizerJson(Convert):
         refuses('the normalizer {"type": "NFD"}', normalizer={"type": "NFD"})
         refuses('the normalizer {"type": "NFC"}', normalizer={"type": "Sequence", "normalizers": [
             {"type": "NFC"}, {"type": "Lowercase"}]})
-        refuses("the pre_tokenizer", pre_tokenizer=self.split(r"\w+|\s+"))
-        refuses(r"\\w+|\\s+", pre_tokenizer=self.split(r"\w+|\s+"))
+        for regex in (r"\w+|\s+", "a*?", "a??", "^a", "(?<=a)b", "a(?!bc)", "[a&&b]", "[[:alpha:]]", "(?i:\u00e9)",
+                      "(a", "a)", "[b-a]", "[a", "[]b]", r"\p{Lu}", r"\p{Greek}", "a{1,3}+", "a{99}", "a{3,1}",
+                      "[ab]++b", "[ab]++c?b", "a\\", "*"):
+            refuses("the regular expression", pre_tokenizer=self.split(regex))
+        refuses("too large an automaton", pre_tokenizer=self.split("[ab]*a" + "[ab]" * 14))
         refuses("the pre_tokenizer", pre_tokenizer=self.split(LLAMA3, behavior="MergedWithNext"))
         refuses("Punctuation", pre_tokenizer={"type": "Sequence", "pretokenizers": [
-            {"type": "Punctuation"}, self.byte_level()["pre_tokenizer"]]})
+            {"type": "Punctuation", "behavior": "Contiguous"}, self.byte_level()["pre_tokenizer"]]})
+        refuses("UnicodeScripts", pre_tokenizer={"type": "Sequence", "pretokenizers": [
+            {"type": "UnicodeScripts"}, self.byte_level()["pre_tokenizer"]]})
         refuses("add_prefix_space behind", pre_tokenizer={"type": "Sequence", "pretokenizers": [
             {"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]})
         refuses("U+2581", pre_tokenizer=None, model={"byte_fallback": True})
@@ -299,7 +381,8 @@ class TokenizerJson(Convert):
         refuses("missing or has the wrong type", added_tokens=[{"content": "x"}])
         ends = self.byte_level()["added_tokens"]
         token = {**ends[0], "id": 259, "content": "<x>", "special": False}
-        refuses("the added token '<x>' is to be found as a whole word", added_tokens=[*ends, {**token, "single_word": True}])
+        refuses("the added token '<x>' is to be found as a whole word",
+                added_tokens=[*ends, {**token, "single_word": True}])
         refuses("'\u00e9' does not decode to itself", added_tokens=[*ends, {**token, "content": "\u00e9"}])
         for name in ("text", "|>x"):  # the library finds neither there
             refuses(f"'{name}' begins within the special '<|endoftext|>'",
@@ -336,9 +419,22 @@ class TokenizerJson(Convert):
             self.refuses(text, words)
 
     @unittest.skipUnless(PROGRAM.exists(), "make build/test_tokenizer")
+    def test_bytes_that_no_text_has(self):
+        """GPT-NeoX has no tokens for them: in broken text they are U+FFFD"""
+        model = self.byte_level()
+        plain = convert_tokenizer.alphabet()
+        for c in [c for c in model["model"]["vocab"] if plain.get(c) in convert_tokenizer.NO_UTF8]:
+            del model["model"]["vocab"][c]
+        w = self.convert(json.dumps(model))
+        self.assertEqual(sum(kind == 1 for kind, _ in w.pieces), 256 - 13 + 2)
+        ids = subprocess.run([PROGRAM, "encode", self.dir / "m.bin"], input=b"a\xff\x80", capture_output=True,
+                             check=True).stdout.split()
+        self.assertEqual([w.pieces[int(i)][1] for i in ids], [b"a", b"\xef", b"\xbf", b"\xbd", b"\x80"])
+
+    @unittest.skipUnless(PROGRAM.exists(), "make build/test_tokenizer")
     def test_normal_forms(self):
-        """Bytes of text in its normal form, against Python's: every character that it changes or puts in order, and these
-        at random among letters, vowels of Hangul and what is no UTF-8"""
+        """Bytes of text in its normal form, against Python's: every character that it changes or puts in order, and
+        these at random among letters, vowels of Hangul and what is no UTF-8"""
         starts = convert_tokenizer.runs(convert_tokenizer.FORMS)
         known = [chr(c) for a, b in zip(starts, starts[1:]) if a & 7 for c in range(a >> 3, b >> 3)]
         self.assertEqual((len(known), "\u0301" in known, "\uf900" in known), (6532, True, True))
@@ -347,13 +443,15 @@ class TokenizerJson(Convert):
         marks = [c for c in known if unicodedata.combining(c)]
         texts = ["".join(known[i:i + 500]) for i in range(0, len(known), 500)]
         texts += ["a".join(known[i:i + 500]) for i in range(0, len(known), 500)]
-        texts += ["".join(rng.choices([*hangul, *"aeo <x>", *rng.choices(marks, k=20), *rng.choices(known, k=20)], k=40))
-                  for _ in range(500)]
+        for _ in range(500):
+            some = [*hangul, *"aeo <x>", *rng.choices(marks, k=20), *rng.choices(known, k=20)]
+            texts.append("".join(rng.choices(some, k=40)))
         data = b"".join(struct.pack("<I", len(t)) + t for t in map(str.encode, texts))
         broken = "a\u0301".encode() + b"\xcc" + "\u0301e\u0301".encode()
         for form in ("NFC", "NFKC"):
             self.convert(json.dumps(self.byte_level(normalizer={"type": form}, model={"merges": []})))
-            out = subprocess.run([PROGRAM, "many", self.dir / "m.bin"], input=data, capture_output=True, check=True).stdout
+            out = subprocess.run([PROGRAM, "many", self.dir / "m.bin"], input=data, capture_output=True,
+                                 check=True).stdout
             at = 0
             for text in texts:
                 sizes = []
@@ -362,7 +460,7 @@ class TokenizerJson(Convert):
                     sizes.append(out[at + 4:at + 4 + n * width])
                     at += 4 + n * width
                 self.assertEqual(sizes[1].decode(), unicodedata.normalize(form, text))
-            ids = subprocess.run([PROGRAM, "encode", self.dir / "m.bin"], input=broken, capture_output=True, check=True)
+            ids = subprocess.run([PROGRAM, "encode", self.dir / "m.bin"], input=broken, capture_output=True)
             back = subprocess.run([PROGRAM, "decode", self.dir / "m.bin"], input=ids.stdout, capture_output=True)
             self.assertEqual(back.stdout.decode(), "\u00e1\ufffd\u0301\u00e9")
 

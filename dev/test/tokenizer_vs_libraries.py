@@ -41,6 +41,19 @@ from convert_tokenizer import (BYTE, CONTROL, NORMAL, PRESETS, UNKNOWN, UNUSED, 
 
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
           r"\s+(?!\S)|\s+")
+CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+RULES_OF = {  # as their tokenizer.json have them
+    "deepseek": (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+                 r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+                 r""" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""),
+    "deepseek_coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"),
+    "deepseek_llm": ("[\r\n]", "\\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba]+",
+                     "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+$", CJK, r"\p{N}"),
+    "nanochat": (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|"
+                 r"\s+(?!\S)|\s+",),
+    "bloom": (" ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+",),
+}
+FIXTURES = ("llama", "rules", "handmade", "cl100k", "o200k", "gpt2_json", "llama_json", "unigram", "deepseek_json")
 # text and what replaces it
 RULES = [("\ufb01", "fi"), ("\u2460", " 1 "), ("\u3000", " "), ("A\u030a", "\u00c5"), ("\u200b", ""), ("Qu", "kw"),
          ("Quee", "Q")]
@@ -103,10 +116,10 @@ def hard_strings(text, count, seed=0):
 def train(text, **options):
     """bytes of a small BPE model"""
     buffer = io.BytesIO()
-    options = {"byte_fallback": True, "character_coverage": 1.0, "normalization_rule_name": "identity",
-               "remove_extra_whitespaces": False, **options}
+    options = {"model_type": "bpe", "byte_fallback": True, "character_coverage": 1.0,
+               "normalization_rule_name": "identity", "remove_extra_whitespaces": False, **options}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text.decode().splitlines()), model_writer=buffer,
-                                             model_type="bpe", minloglevel=2, num_threads=1, **options)
+                                             minloglevel=2, num_threads=1, **options)
     return buffer.getvalue()
 
 
@@ -166,6 +179,13 @@ def small_models(text, directory):
     yield "nmt_nfkc", train(text, vocab_size=1000, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
     yield "nfkc_cf", train(text, vocab_size=1000, normalization_rule_name="nfkc_cf", byte_fallback=False)
     yield "no_prefix", with_unused(train(text, vocab_size=2000, add_dummy_prefix=False), 3)
+    yield "unigram", train(text, model_type="unigram", vocab_size=500, user_defined_symbols=uds,
+                           character_coverage=0.999)
+    yield "unigram_nmt_nfkc", train(text, model_type="unigram", vocab_size=4000, byte_fallback=False,
+                                    normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
+    yield "unigram_suffix", with_unused(train(text, model_type="unigram", vocab_size=4000, split_by_whitespace=False,
+                                              treat_whitespace_as_suffix=True, user_defined_symbols=uds), 3)
+    yield "char", train(text, model_type="char", vocab_size=500, user_defined_symbols=uds)
     yield "whole_lines", train(text, vocab_size=2000, split_by_whitespace=False, unk_surface="<?>", byte_fallback=False)
 
 
@@ -185,8 +205,8 @@ def byte_level(texts, vocab_size, pre_tokenizer, ignore_merges=False, added=(), 
     return t.to_str().encode()
 
 
-def regex(pattern):
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
+def regex(*patterns):
+    return pre_tokenizers.Sequence([*(pre_tokenizers.Split(Regex(p), "isolated") for p in patterns),
                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
@@ -224,24 +244,27 @@ def metaspace(text, vocab_size, normalizer=None, pre_tokenizer=None, strip=True,
 
 
 def small_tokenizers(text, strings, directory):
-    """(name, file, preset); the first three are of sentencepiece, the next four fixtures too"""
+    """(name, file, preset)"""
     sentencepieces = [(name, model, None) for name, model in small_models(text, directory)]
     texts = [s.decode() for s in strings if is_utf8(s) and len(s) < 400]
     texts += 10 * texts[:200] + text[:1000000].decode(errors="ignore").splitlines(keepends=True)
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
     ranks = rank_file(byte_level(texts, 700, gpt2))
     spaces = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    yield from sentencepieces[:3]
+    yield from sentencepieces
     yield "cl100k", ranks, "cl100k"
     yield "o200k", ranks, "o200k"
     yield "gpt2_json", byte_level(texts, 600, gpt2), None
     yield "llama_json", metaspace(text, 600, spaces), None
-    yield from sentencepieces[3:]
     for preset in ("gpt2", "llama3", "llama4"):
         yield preset, ranks, preset
     yield "llama3_json", byte_level(texts, 3000, regex(LLAMA3), True), None
     yield "one_digit_json", byte_level(texts, 3000, regex(LLAMA3.replace("{1,3}", ""))), None
     yield "o200k_json", byte_level(texts, 3000, regex(library_pattern("o200k_base"))), None
+    for name, expressions in RULES_OF.items():
+        yield f"{name}_json", byte_level(texts, 800, regex(*expressions)), None
+    yield "signs_json", byte_level(texts, 3000, pre_tokenizers.Sequence([
+        pre_tokenizers.Punctuation("isolated"), pre_tokenizers.Digits(False), gpt2])), None
     yield "digits_json", byte_level(texts, 3000, pre_tokenizers.Sequence([pre_tokenizers.Digits(True), gpt2])), None
     yield "added_json", byte_level(texts, 3000, pre_tokenizers.ByteLevel(add_prefix_space=True), True,
                                    ["<uds>", "<uds>2", "  ", "   "]), None
@@ -451,6 +474,7 @@ def main():
     parser.add_argument("--glob", default="*", help="which files of directories (*)")
     parser.add_argument("--tokenizer", action="append", default=[], help="a tokenizer's own file")
     parser.add_argument("--strings", type=int, default=6000, help="number of hard strings a tokenizer (6000)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the small tokenizers")
     parser.add_argument("--fixtures", type=Path, help="write the fixtures of test_tokenizer.cpp to this directory")
     args = parser.parse_args()
     paths = [p for t in args.text for p in (sorted(t.rglob(args.glob)) if t.is_dir() else [t]) if p.is_file()]
@@ -464,7 +488,9 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
         if args.fixtures:
-            for name, data, preset in itertools.islice(small_tokenizers(text, strings, directory), 7):
+            for name, data, preset in small_tokenizers(text, strings, directory):
+                if name not in (args.only or FIXTURES):
+                    continue
                 library = library_of(data, preset)
                 (args.fixtures / f"tokenizer_{name}.bin").write_bytes(convert(data, preset))
                 texts = [s for s in strings[:130] + strings[130:6000:60] if len(s) < 80]
@@ -474,7 +500,7 @@ def main():
                     for t, i, d, b in zip(texts, *expected(library, texts)[0])))
             return 0
         tried = [(Path(t).name, Path(t).read_bytes(), None) for t in args.tokenizer]
-        tried = tried or small_tokenizers(text, strings, directory)
+        tried = tried or (t for t in small_tokenizers(text, strings, directory) if not args.only or t[0] in args.only)
         passed = [compare(args.program, name, data, preset, strings, files, directory) for name, data, preset in tried]
     print(f"tokenizer_vs_libraries: {sum(passed)} passed, {len(passed) - sum(passed)} failed")
     return not all(passed)
