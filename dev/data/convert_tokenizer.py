@@ -4,14 +4,16 @@
     convert_tokenizer.py FILE OUT.bin
 
 FILE, told apart by its contents:
-  a sentencepiece BPE model (.model: Llama 2, Mistral);
-  a tiktoken rank file (lines `base64 rank`: GPT-2's r50k, cl100k, o200k, tokenizer.model of Llama 3 and 4). These are
-  known by their number of tokens; of others --preset says whose regular expression and special tokens they have;
-  a tokenizer.json of Hugging Face: BPE with ByteLevel (GPT-2, Llama 3), or with byte_fallback and U+2581 for spaces
-  (Llama 2);
+  a sentencepiece model of type BPE, unigram or char (.model: Llama 2, Mistral, T5);
+  a tiktoken rank file (lines `base64 rank`: GPT-2's r50k, cl100k, o200k, tokenizer.model of Llama 3 and 4,
+  qwen.tiktoken). These are known by their number of tokens; of others --preset says whose regular expression and
+  special tokens they have;
+  a tokenizer.json of Hugging Face: BPE with ByteLevel (GPT-2, Llama 3, OLMo, Qwen, DeepSeek), or with byte_fallback and
+  U+2581 for spaces (Llama 2, Gemma);
+  a vocab.json with its merges.txt beside it: GPT-2's rules or, with --preset qwen, Qwen's;
   a tekken.json of Mistral.
-Needs nothing but Python. Refuses, with one line and exit code 1, what tokenizer.h does not do: other models than BPE,
-unknown normalisations, regular expressions and decoders.
+Needs nothing but Python. Refuses, with one line and exit code 1, what tokenizer.h does not do: other models, unknown
+normalisations, regular expressions and decoders.
 """
 import argparse
 import base64
@@ -80,7 +82,11 @@ PRESETS = {
     "o200k": (O200K, (199998,), 1, 1, 21),
     "llama3": (LLAMA3, (128000,), 0, 1, 256),
     "llama4": (O200K, (200000,), 0, 1, 2048),
+    "qwen": (LLAMA3 - 2, (151643,), 0, 0, 208),
 }
+NORMAL_FORMS = {"qwen": "NFC"}
+QWEN_REGEX = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+              r"\s+(?!\S)|\s+")
 BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>",
        "<\uff5cbegin\u2581of\u2581sentence\uff5c>")
 EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
@@ -656,7 +662,8 @@ def rank_file(data, preset):
     ranks, preset, bos, eos, V = rank_table(data, preset)
     pieces = by_rank(ranks)
     pieces += [(b"", 0, CONTROL)] * (V - len(pieces))
-    return tokenizer_file(BYTE_LEVEL | WHOLE_WORDS, bos, eos, pieces, PRESETS[preset][0])
+    return tokenizer_file(BYTE_LEVEL | WHOLE_WORDS, bos, eos, pieces, PRESETS[preset][0],
+                          form=NORMAL_FORMS.get(preset))
 
 
 def tekken_table(model):
@@ -799,11 +806,14 @@ def added_piece(token, form, byte_level):
 
 def hidden(model):
     """a plain added token that begins within the name of a special one: the library skips both there"""
+    plain = {t["content"] for t in plain_tokens(model)}
+    sizes, begins = {len(p) for p in plain}, {p[:n]: p for p in plain for n in range(1, len(p) + 1)}
     for special in (t["content"] for t in model.get("added_tokens", []) if t["special"]):
-        for plain in (t["content"] for t in plain_tokens(model)):
-            for at in range(len(special)):
-                if special.startswith(plain, at) or at and plain.startswith(special[at:]):
-                    raise Refused(f"the added token {plain!r} begins within the special {special!r}")
+        for at in range(len(special)):
+            rest = special[at:]
+            found = next((rest[:n] for n in sizes if rest[:n] in plain), begins.get(rest) if at else None)
+            if found:
+                raise Refused(f"the added token {found!r} begins within the special {special!r}")
 
 
 def alphabet():
@@ -895,8 +905,39 @@ def is_tekken(data):
     return False
 
 
-def convert(data, preset=None, bos=None, eos=None):
-    """data: bytes of a tokenizer's file; returns bytes of the tokenizer file."""
+def with_merges(data, path, preset):
+    """of a vocab.json with the merges.txt beside it the tokenizer.json that they are; any other file as it is"""
+    try:
+        vocab = json.loads(data) if data[:1] == b"{" else {}
+    except (ValueError, RecursionError):
+        return data
+    if not vocab or not all(isinstance(i, int) for i in vocab.values()):
+        return data
+    path = Path(path)
+    merges = path.with_name(path.name.replace("vocab", "merges")).with_suffix(".txt")
+    if merges.name == path.name or not merges.is_file():
+        raise Refused(f"it is a vocabulary, whose merges, {merges.name}, are not beside it")
+    if preset not in ("gpt2", "qwen") and not (preset is None and len(vocab) == 50257):
+        raise Refused("it is a vocabulary: --preset gpt2 or qwen must say how it splits text")
+    lines = merges.read_bytes().decode().split("\n")
+    lines = lines[lines[0].startswith("#version"):]
+    ends = [(t, i) for t, i in vocab.items() if t in (*BOS, *EOS)] or [("<|endoftext|>", max(vocab.values()) + 1)]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": preset != "qwen"}
+    split = {"type": "Split", "pattern": {"Regex": QWEN_REGEX}, "behavior": "Isolated", "invert": False}
+    return json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "post_processor": None, "decoder": level,
+        "normalizer": {"type": "NFC"} if preset == "qwen" else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]} if preset == "qwen" else level,
+        "added_tokens": [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": True} for t, i in ends],
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+                  "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
+                  "merges": [line.rstrip("\r") for line in lines if line.strip()]}}).encode()
+
+
+def convert(data, preset=None, bos=None, eos=None, path=""):
+    """data: bytes of a tokenizer's file; path: where it is; returns bytes of the tokenizer file."""
+    data = with_merges(data, path, preset)
     if data[:1] == b"{":
         try:
             model = json.loads(data)
@@ -929,7 +970,7 @@ def main():
     where = args.model
     try:
         with open(args.model, "rb") as f:
-            data = convert(f.read(), args.preset, args.bos, args.eos)
+            data = convert(f.read(), args.preset, args.bos, args.eos, args.model)
         where = args.out
         if os.path.exists(where) and not os.path.isfile(where):
             raise Refused("is a folder, a pipe or a device, no file")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import struct
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import convert_tokenizer
 from common import Refused, package, read_whole
 from convert_tokenizer import BOS, EOS, PRESETS
 
-GIVE = "Give 'bytes', a sentencepiece .model, a tiktoken rank file, a tokenizer.json or a tekken.json."
+GIVE = "Give 'bytes', a sentencepiece .model, a tiktoken rank file, a tokenizer.json, tekken.json or vocab.json."
 
 
 class Encoder:
@@ -90,11 +91,13 @@ LLAMA3 = rf"{SHORT}|{WORDS}|\s*[\r\n]+|\s+(?!\S)|\s+"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 O200K = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+(?:{SHORT})?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*(?:{SHORT})?"
          r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-PATTERNS = {"gpt2": GPT2, "cl100k": CL100K, "o200k": O200K, "llama3": LLAMA3, "llama4": O200K}
+PATTERNS = {"gpt2": GPT2, "cl100k": CL100K, "o200k": O200K, "llama3": LLAMA3, "llama4": O200K,
+            "qwen": LLAMA3.replace("{1,3}+", "")}
 
 
 class Tiktoken(Encoder):
     """a rank file, or Mistral's tekken.json, whose ids begin behind those of its special tokens"""
+    form = None
 
     def __init__(self, path, data, preset):
         tiktoken = package("tiktoken", path)
@@ -105,11 +108,15 @@ class Tiktoken(Encoder):
             else:
                 ranks, preset, self.bos, self.eos, self.V = convert_tokenizer.rank_table(data, preset)
                 pattern, self.first = PATTERNS[preset], 0
-        except convert_tokenizer.Refused as e:
-            raise Refused(f"{path}: {e}. Fetch the file again, or name its rules with --preset.") from None
+                self.form = convert_tokenizer.NORMAL_FORMS.get(preset)
+        except (convert_tokenizer.Refused, *convert_tokenizer.BROKEN) as e:
+            what = e if isinstance(e, convert_tokenizer.Refused) else "a field is missing or has the wrong type"
+            raise Refused(f"{path}: {what}. Fetch the file again, or name its rules with --preset.") from None
         self.model = tiktoken.Encoding("it", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, texts):
+        if self.form:
+            texts = [unicodedata.normalize(self.form, text) for text in texts]
         every = [self.model.encode_ordinary(text) for text in texts]
         return [[self.first + i for i in ids] for ids in every] if self.first else every
 
@@ -149,6 +156,10 @@ def load(name, preset=None, bos=None, eos=None):
     data = read_whole(name, GIVE)
     if data.startswith(b"SGPTTOK"):
         raise Refused(f"{name}: this file is the trainer's. Give the model that it was converted from.")
+    try:
+        data = convert_tokenizer.with_merges(data, name, preset)
+    except (convert_tokenizer.Refused, UnicodeDecodeError) as e:
+        raise Refused(f"{name}: {e}. {GIVE}") from None
     if convert_tokenizer.is_rank_file(data) or convert_tokenizer.is_tekken(data):
         encoder = Tiktoken(name, data, preset)
     elif data.lstrip()[:1] == b"{":
@@ -164,7 +175,7 @@ def converted(encoder, name, preset=None, bos=None, eos=None):
     if name == "bytes":
         return None
     try:
-        data = convert_tokenizer.convert(read_whole(name, GIVE), preset, bos, eos)
+        data = convert_tokenizer.convert(read_whole(name, GIVE), preset, bos, eos, name)
         ends = struct.unpack_from("<III", data, 12)
         if ends != (encoder.V, encoder.bos, encoder.eos):
             raise convert_tokenizer.Refused(f"V, BOS and EOS are {ends} there")

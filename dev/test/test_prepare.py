@@ -28,6 +28,7 @@ sys.dont_write_bytecode = True
 DATA = Path(__file__).resolve().parent.parent / "data"
 sys.path.insert(0, str(DATA))
 import common  # noqa: E402
+import convert_tokenizer  # noqa: E402
 import prepare  # noqa: E402
 import reading  # noqa: E402
 import shards  # noqa: E402
@@ -837,12 +838,13 @@ class Tokenizers(Case):
         model = self.ranks(b"th", b"the", b" the", b"12", b"123", b"'s", b"'S", b"\n\n", b"23", b"234")
         n = 266
         for kind, bos, end, V in (("gpt2", n, [], n + 1), ("cl100k", n + 1, [], n + 21), ("o200k", n + 1, [], n + 21),
-                                  ("llama3", n, [n + 1], n + 256), ("llama4", n, [n + 1], n + 2048)):
+                                  ("llama3", n, [n + 1], n + 256), ("llama4", n, [n + 1], n + 2048), ("qwen", n, [], n + 208)):
             self.assertEqual(self.ids("the the", model, "--preset", kind), [bos, 257, 258, *end])
             self.assertEqual(self.tokens, [V, bos, end[0] if end else bos])
         # digits in threes, but for GPT-2, whose digits stay together; 's in both cases, but for GPT-2
         self.assertEqual(self.ids("1234'S", model, "--preset", "llama3"), [n, 260, ord("4"), 262, n + 1])
         self.assertEqual(self.ids("1234", model, "--preset", "gpt2"), [n, 260, ord("4")])
+        self.assertEqual(self.ids("12e\u0301", model, "--preset", "qwen"), [n, *b"12", *"\u00e9".encode()])
         self.assertEqual(self.ids("<|begin_of_text|>", model, "--preset", "llama3"), [n, *b"<|begin_of_text|>", n + 1])
         self.assertEqual(self.ids(" " * 200000, model, "--preset", "llama3"), [n, *b" " * 200000, n + 1])
         text = self.file("a.txt", "the")
@@ -860,10 +862,32 @@ class Tokenizers(Case):
         model = self.file("tekken.json", json.dumps(tekken([*(bytes([b]) for b in range(256)), b"ab", b" ab"], 10)))
         self.assertEqual(self.ids("ab ab12<s>", model), [1, 266, 267, *(10 + b for b in b"12<s>"), 2])
         self.assertEqual(self.tokens, [268, 1, 2])
+        broken = self.file("broken.json", '{"config": {}, "vocab": [{"token_bytes": ""}]}')
+        self.refused("prepare", self.dir / "a.txt", "--tokenizer", broken, "--out", self.dir / "no",
+                     words="broken.json: a field is missing or has the wrong type. Fetch")
         self.assertIn("1 shards", self.run_program("prepare", "--verify", "--out", self.out))
         (self.out / "x_tokenizer.bin").write_bytes(b"other")
         self.assertIn("x_tokenizer.bin: is missing, or not as it was written",
                       self.run_program("prepare", "--verify", "--out", self.out, status=1))
+
+    @needs("tokenizers")
+    def test_vocab_and_merges(self):
+        plain = {b: c for c, b in convert_tokenizer.alphabet().items()}
+        vocab = {plain[b]: b for b in range(256)} | {"ab": 256, "\u0120ab": 257, "12": 258}
+        model = self.file("vocab.json", json.dumps(vocab))
+        text = self.file("a.txt", "ab")
+
+        def refused(words, *args):
+            self.refused("prepare", text, "--tokenizer", model, "--out", self.dir / "no", *args, words=words)
+        refused("vocab.json: it is a vocabulary, whose merges, merges.txt, are not beside it")
+        self.file("merges.txt", "#version: 0.2\na b\n\u0120 ab\n1 2\n")
+        refused("vocab.json: it is a vocabulary: --preset gpt2 or qwen must say how it splits text")
+        refused("vocab.json: it is a vocabulary: --preset", "--preset", "llama3")
+        for preset, ids in (("gpt2", [258, *"e\u0301".encode()]), ("qwen", [*b"12", *"\u00e9".encode()])):
+            self.prepare(self.file("b.txt", "ab ab12e\u0301"), "--tokenizer", model, "--preset", preset,
+                         "--val-fraction", "0")
+            self.assertEqual(self.stream("train"), [259, 256, 257, *ids])
+            self.assertTrue((self.out / "x_tokenizer.bin").exists())
 
     def test_old_package(self):
         """of a version that takes encode_special_tokens and does nothing with it"""

@@ -8,9 +8,10 @@
     tokenizer_vs_libraries.py --classes                         (prints convert_tokenizer.py's tables of Unicode)
 
 TEXT: text files, or directories of them. FILE: a tokenizer that convert_tokenizer.py converts. Without any, small ones
-of every kind are trained on the text: sentencepiece with normalisation nmt_nfkc and own rules, no byte fallback,
-whitespace as suffix, unused and user-defined pieces, and one made by hand; rank files with every preset; tokenizer.json
-with ByteLevel and with Metaspace. Text that is no UTF-8 is compared with sentencepiece only; byte-level tokenizers must
+of every kind are trained on the text: sentencepiece's BPE, unigram and char with normalisation nmt_nfkc and own rules,
+no byte fallback, whitespace as suffix, unused and user-defined pieces, and one made by hand; rank files with every
+preset; tokenizer.json with ByteLevel, with normal forms, with several families' regular expressions, and with Metaspace;
+added tokens of every kind. sentencepiece before 0.2.2 decides ties of unigram otherwise. Text that is no UTF-8 is compared with sentencepiece only; byte-level tokenizers must
 give it back as Python's errors="replace" decodes it. Speeds are of one core, in CPU time.
 """
 import argparse
@@ -36,8 +37,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
-from convert_tokenizer import (BYTE, CONTROL, NORMAL, PRESETS, UNKNOWN, UNUSED, USER_DEFINED, alphabet,  # noqa: E402
-                               convert, fields)
+from convert_tokenizer import (BYTE, CONTROL, NORMAL, NORMAL_FORMS, PRESETS, UNKNOWN, UNUSED,  # noqa: E402
+                               USER_DEFINED, alphabet, convert, fields)
 
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
           r"\s+(?!\S)|\s+")
@@ -256,7 +257,7 @@ def small_tokenizers(text, strings, directory):
     yield "o200k", ranks, "o200k"
     yield "gpt2_json", byte_level(texts, 600, gpt2), None
     yield "llama_json", metaspace(text, 600, spaces), None
-    for preset in ("gpt2", "llama3", "llama4"):
+    for preset in ("gpt2", "llama3", "llama4", "qwen"):
         yield preset, ranks, preset
     yield "llama3_json", byte_level(texts, 3000, regex(LLAMA3), True), None
     yield "one_digit_json", byte_level(texts, 3000, regex(LLAMA3.replace("{1,3}", ""))), None
@@ -307,7 +308,7 @@ class SentencePiece:
 class Tiktoken:
     """a rank file, or Mistral's tekken.json; its special tokens are left out"""
     def __init__(self, data, preset):
-        self.first = 0
+        self.first, self.form = 0, None
         if data[:1] == b"{":
             model = json.loads(data)
             config, self.first = model["config"], model["config"]["default_num_special_tokens"]
@@ -316,13 +317,16 @@ class Tiktoken:
         else:
             ranks = {base64.b64decode(a): int(b) for a, b in map(bytes.split, data.splitlines())}
             preset = preset or next(name for name, p in PRESETS.items() if len(ranks) in p[1])
-            pattern = {"llama3": LLAMA3, "gpt2": library_pattern("r50k_base"), "cl100k": library_pattern("cl100k_base"),
+            self.form = NORMAL_FORMS.get(preset)
+            pattern = {"llama3": LLAMA3, "qwen": LLAMA3.replace("{1,3}", ""),
+                       "gpt2": library_pattern("r50k_base"), "cl100k": library_pattern("cl100k_base"),
                        "o200k": library_pattern("o200k_base"), "llama4": library_pattern("o200k_base")}[preset]
         self.model = tiktoken.Encoding("it", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.bos = self.eos = None
 
     def encode(self, text):
-        ids = self.model.encode_ordinary(text.decode())
+        text = text.decode()
+        ids = self.model.encode_ordinary(unicodedata.normalize(self.form, text) if self.form else text)
         return [i + self.first for i in ids] if self.first else ids
 
     def decode(self, ids):
@@ -390,7 +394,7 @@ def compare(program, name, data, preset, texts, files, directory):
     library = library_of(data, preset)
     problem, compared = "", 0
     for what, group in (("strings", texts), ("files", files)):
-        if isinstance(library, Tiktoken) or (b'"ByteLevel"' in data and b'"type":"NF' not in data):
+        if isinstance(library, Tiktoken) and not library.form or b'"ByteLevel"' in data and b'"type":"NF' not in data:
             broken = [t for t in group if not is_utf8(t)]
             for text, back in zip(broken, ours(program, path, broken)[0][1]):
                 want = text.decode(errors="replace").encode()
