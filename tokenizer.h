@@ -252,6 +252,10 @@ private:
         int ids[9];
         float margin;  // unigram: by how much its cut is better than any other
     };
+    struct Node {
+        uint32_t child;  // the first one
+        int id;          // of the piece that ends here; < 0: none
+    };
     struct Path {  // unigram: the best way to cut up to here
         float score, second;  // and the score of the next best
         int id;               // of its last piece; < 0: unknown
@@ -291,8 +295,9 @@ private:
     std::vector<uint8_t> type_;
     size_t words_ = 0;                      // in slots_
     std::vector<int> slots_;                // hash table of what text can be: no unknown, control and byte pieces
-    std::vector<Merge> merges_;             // hash table by key; unigram: a trie by node << 32 | byte, id the next one
-    std::vector<int> ends_;                 // of each node: the piece that ends there; < 0: none
+    std::vector<Merge> merges_;             // hash table by key
+    std::vector<Node> nodes_;               // unigram: the trie by depth, so that children are in a row; and an end
+    std::vector<uint8_t> labels_;           // of each node: the byte that leads there
     float unknown_score_ = 0, reach_ = 0;   // unigram: reach_ is more than any path's score within a cached word
     std::vector<Rule> rules_;
     std::vector<uint8_t> rule_class_;       // of each code point
@@ -902,13 +907,19 @@ private:
                 else path.second = std::max(path.second, score);
             };
             bool one = false;  // the character is a piece
-            uint64_t node = 0;
+            size_t node = 0;
             for (size_t end = start; end < part.size();) {
-                const Merge& next = merges_[merge_slot(node << 32 | (unsigned char)part[end])];
-                if (next.rank == NEVER) break;
+                const uint8_t byte = part[end];
+                size_t next = nodes_[node].child, behind = nodes_[node + 1].child;
+                if (behind - next > 8) {
+                    const void* found = memchr(&labels_[next], byte, behind - next);
+                    next = found ? (const uint8_t*)found - labels_.data() : behind;
+                }
+                while (next < behind && labels_[next] != byte) next++;
+                if (next == behind) break;
                 end++;
-                node = next.id;
-                const int id = ends_[node];
+                node = next;
+                const int id = nodes_[node].id;
                 if (id >= 0) offer(end, id, score_[id]);
                 one = one || (id >= 0 && end - start == size);
             }
@@ -938,28 +949,35 @@ private:
 
     // the trie of the pieces, and their scores
     void read_trie() {
-        std::unordered_map<uint64_t, int> nodes;
-        ends_.assign(1, -1);
+        std::vector<int> order;
         float least = FLT_MAX, most = 0;
         for (int id = 0; id < V_; id++) {
             if (type_[id] == USER_DEFINED) score_[id] = (float)(0.1 * double(pieces_[id].size() - 1));
             if (type_[id] != NORMAL && type_[id] != USER_DEFINED) continue;
             if (type_[id] == NORMAL) least = std::min(least, score_[id]);
             most = std::max(most, std::fabs(score_[id]));
-            uint64_t node = 0;
-            for (unsigned char c : pieces_[id]) {
-                auto [next, added] = nodes.emplace(node << 32 | c, (int)ends_.size());
-                if (added) ends_.push_back(-1);
-                node = next->second;
-            }
-            ends_[node] = id;
+            order.push_back(id);
         }
         unknown_score_ = least - 10;
         reach_ = (most + std::fabs(unknown_score_)) * (sizeof(CachedWord::word) + 1);
-        std::vector<Merge> all;
-        all.reserve(nodes.size());
-        for (auto [key, next] : nodes) all.push_back({key, 0, next});
-        hash_merges(all);
+        std::sort(order.begin(), order.end(), [&](int a, int b) { return pieces_[a] < pieces_[b]; });
+        struct Range {
+            size_t from, to, size;
+        };
+        std::vector<Range> all = {{0, order.size(), 0}};  // of each node: which pieces begin with it, and its own size
+        labels_.assign(1, 0);
+        for (size_t node = 0; node < all.size(); node++) {
+            auto [from, to, size] = all[node];
+            nodes_.push_back({(uint32_t)all.size(), -1});
+            for (; from < to && pieces_[order[from]].size() == size; from++) nodes_[node].id = order[from];
+            for (size_t end; from < to; from = end) {
+                const char byte = pieces_[order[from]][size];
+                for (end = from; end < to && pieces_[order[end]][size] == byte; end++) {}
+                all.push_back({from, end, size + 1});
+                labels_.push_back((uint8_t)byte);
+            }
+        }
+        nodes_.push_back({(uint32_t)all.size(), -1});
     }
 
     // ---- the file
@@ -1193,10 +1211,6 @@ private:
             if (!merges(id)) in.fail(name + " gives no piece");
             all.push_back({(uint64_t)left << 32 | right, rank, id});
         }
-        hash_merges(all);
-    }
-
-    void hash_merges(const std::vector<Merge>& all) {
         size_t size = 16;
         while (size < 2 * all.size()) size *= 2;
         merges_.assign(size, {0, NEVER, -1});
