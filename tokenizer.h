@@ -853,7 +853,8 @@ private:
         return true;
     }
 
-    // An unused piece may be a step on the way to longer ones; where the merges end with it, it falls apart again.
+    // An unused piece may be a step on the way to longer ones; where the merges end with it, it falls apart again, and
+    // one that is a character is unknown.
     void emit(int id, std::string_view text) const {
         std::vector<int>& ids = work_.ids;
         if (id >= 0 && type_[id] == UNUSED && work_.split[id].first >= 0) {
@@ -861,7 +862,7 @@ private:
             size_t n = pieces_[left].size();
             emit(left, text.substr(0, n));
             emit(right, text.substr(n));
-        } else if (id >= 0 && type_[id] != UNKNOWN) {
+        } else if (id >= 0 && type_[id] != UNKNOWN && type_[id] != UNUSED) {
             ids.push_back(id);
         } else if (byte_level()) {
             for (char c : REPLACEMENT) ids.push_back(first_id_[(unsigned char)c]);
