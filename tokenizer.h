@@ -1,33 +1,46 @@
-// Text to token ids and back: bytes, or byte-pair encoding with exactly the ids of sentencepiece, tiktoken or Hugging
-// Face's tokenizers. Plain C++17, usable alone. dev/data/convert_tokenizer.py writes the file from the libraries' own.
+// Text to token ids and back: bytes, or byte-pair encoding and unigram models with exactly the ids of sentencepiece,
+// tiktoken or Hugging Face's tokenizers. Plain C++17, usable alone. dev/data/convert_tokenizer.py writes the file from
+// the libraries' own.
 //
 // Special tokens (BOS, EOS, ...) are ids only: their names in a text are ordinary text (tiktoken's encode_ordinary,
 // encode_special_tokens of tokenizers), and decode() leaves them out.
 //
 // Tokenizer file, little-endian, nothing padded:
-//   char[8] "SGPTTOK2"
+//   char[8] "SGPTTOK2", or "SGPTTOK3" of a file that has the parts so marked
 //   uint32  flags    1 add_dummy_prefix, 2 remove_extra_whitespaces, 4 escape_whitespaces,
 //                    8 treat_whitespace_as_suffix, 16 byte_fallback (these as in sentencepiece)
 //                    32 byte level: text is cut into words by `split`, which begin as bytes; no normalisation
 //                    64 merges are listed, 128 a word that is a piece is not merged
 //                    256 the dummy prefix only where the text starts with no space, 512 each space starts a word,
 //                    1024 decoded text loses one leading space, 2048 a run of bytes is all UTF-8 or all U+FFFD
+//                    3: 4096 the dummy prefix only at the very start, 8192 unigram, not BPE
 //   uint32  V, bos, eos
 //   uint32  size of the unknown piece's surface, then its bytes (what an unknown id decodes to)
 //   uint32  size of the trie, then its uint32 units: a double array from text to offsets into the strings that follow
 //   uint32  size of the strings, then the strings that replace text, each ending in a zero byte (no trie: 0 and 0)
-//   V times: float score, uint8 type (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte), uint16 size,
+//   V times: float score, uint8 type (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte; 3: and of what
+//            is user-defined 8 takes the spaces before it, 16 behind it, 32 is found in the normal form), uint16 size,
 //            the piece's bytes
 //   uint32  split    how words are cut, see enum Split
 //   uint32  number of runs of code points of one class, then for each uint32 first << 3 | class, see enum Class: in the
 //           file, so that a newer Unicode needs no newer program
 //   uint32  number of merges, then for each uint32 left, right: ids of pieces whose concatenation is a piece, in order
 //           of precedence. Not listed: any two pieces whose concatenation is a piece, by its score.
+//   3: uint32 number of characters of Unicode's normal form, then for each uint32 code point << 8 | combining class,
+//           uint32 number of code points that it is decomposed into, these (none: itself)
+//   3: uint32 number of compositions, then for each uint32 first, second, the code point that they become. Hangul
+//           needs no entries. Neither characters nor compositions: no normal form.
+//   3: uint32 number of runs of code points of one class of the rules, then for each uint32 first << 8 | class
+//   3: uint32 number of rules, which cut text instead of `split`, each what the one before it has cut; for each uint32
+//           number of classes and one for the end of the text, uint32 number of states, then for each state and class
+//           uint16, see struct Rule
 #pragma once
 #include <algorithm>
 #include <bitset>
 #include <cerrno>
+#include <cfloat>
 #include <climits>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -36,6 +49,7 @@
 #include <string>
 #include <string_view>
 #include <sys/stat.h>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -59,7 +73,7 @@ public:
     int eos() const { return eos_; }
 
     // ids of text, any bytes, without BOS and EOS. A byte that is no UTF-8 is, at byte level, encoded as it is, a
-    // character that is no letter, digit or space; else it is taken for U+FFFD.
+    // character that is no letter, digit or space; else, and where no piece has such a byte, it is taken for U+FFFD.
     std::vector<int> encode(std::string_view text) const {
         std::vector<int> ids;
         if (!bpe_) {
@@ -68,35 +82,20 @@ public:
         }
         if (text.size() > (1u << 28))
             throw std::runtime_error("tokenizer: one text of more than 256 MiB. Split it into documents.");
-        std::string normalized;
-        if (!byte_level()) text = normalized = normalize(text);
         if (unused_) work_.split.assign(pieces_.size(), {-1, -1});
         ids.reserve(text.size() / 3);
-        while (!text.empty()) {
-            if (size_t n = user_defined_length(text)) {
-                ids.push_back(find(text.substr(0, n)));
-                text.remove_prefix(n);
-                continue;
-            }
-            size_t end = user_lengths_.empty() ? text.size() : 1;
-            while (end < text.size() && !user_defined_length(text.substr(end))) end++;
-            std::string_view s = text.substr(0, end);
-            text.remove_prefix(end);
-            if (byte_level() && (flags_ & DUMMY_PREFIX) && s[0] != ' ') s = normalized = " " + std::string(s);
-            while (!s.empty()) {
-                std::string_view run = s;
-                if (split_ & DIGITS_APART) {
-                    Character c = character(s, 0);
-                    run = s.substr(0, c.kind == NUMBER ? c.size : span(s, 0, ~(1u << NUMBER)));
-                }
-                s.remove_prefix(run.size());
-                while (!run.empty()) {
-                    size_t n = byte_level() ? word_size(run) : part_size(run);
-                    encode_word(run.substr(0, n), ids);
-                    run.remove_prefix(n);
-                }
-            }
-        }
+        work_.total = 0;
+        if (flags_ & (BYTE_LEVEL | HF_BYTES))  // tokenizers cut first, and bring each part to its normal form
+            cut(text, false, ids, [&](std::string_view part) {
+                const std::string normal = !byte_level() ? normalize(part, part.data() == text.data()) :
+                                           form_.empty() ? std::string() : normal_form(part);
+                cut(byte_level() && form_.empty() ? part : normal, true, ids,
+                    [&](std::string_view s) { encode_part(s, ids); });
+            });
+        else if (flags_ & UNIGRAM)
+            encode_part(normalize(text, true), ids);
+        else
+            cut(normalize(text, true), false, ids, [&](std::string_view s) { encode_part(s, ids); });
         return ids;
     }
 
@@ -214,9 +213,11 @@ private:
     enum {
         DUMMY_PREFIX = 1, REMOVE_SPACES = 2, ESCAPE_SPACES = 4, SPACE_AS_SUFFIX = 8, BYTE_FALLBACK = 16,
         BYTE_LEVEL = 32, LISTED_MERGES = 64, WHOLE_WORDS = 128, PREFIX_IF_NONE = 256, CUT_AT_SPACES = 512,
-        DROP_SPACE = 1024, HF_BYTES = 2048
+        DROP_SPACE = 1024, HF_BYTES = 2048, PREFIX_ONCE = 4096, UNIGRAM = 8192
     };
     enum Type : uint8_t { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };
+    enum { LSTRIP = 8, RSTRIP = 16, IN_NORMAL_FORM = 32 };  // with USER_DEFINED in a file
+    enum { CHANGES = 1, JOINS = 2 };  // of a character, in a normal form: alone, what is before it
     // all else; Lu and Lt, Ll, Lm and Lo, M, N of Unicode; \s
     enum Class : uint8_t { OTHER, UPPER, LOWER, LETTER, MARK, NUMBER, WHITE };
     enum Split {
@@ -233,7 +234,7 @@ private:
         DIGITS_APART = 2048     // the text is first cut before and behind each digit
     };
     static constexpr std::string_view SPACE = "\xe2\x96\x81", REPLACEMENT = "\xef\xbf\xbd";  // U+2581, U+FFFD
-    static constexpr uint32_t NEVER = UINT32_MAX;
+    static constexpr uint32_t NEVER = UINT32_MAX, CODES = 0x110000;  // CODES is also what is no UTF-8
 
     struct Merge {
         uint64_t key;   // left id << 32 | right id
@@ -248,7 +249,24 @@ private:
     struct CachedWord {
         uint8_t size, count;
         char word[22];
-        int ids[10];
+        int ids[9];
+        float margin;  // unigram: by how much its cut is better than any other
+    };
+    struct Node {
+        uint32_t child;  // the first one
+        int id;          // of the piece that ends here; < 0: none
+    };
+    struct Path {  // unigram: the best way to cut up to here
+        float score, second;  // and the score of the next best
+        int id;               // of its last piece; < 0: unknown
+        uint32_t from;        // where that begins; NEVER: there is no way yet
+    };
+    // A regular expression as an automaton. next[state * classes + class of the next character], the last class
+    // standing for the end of the text: the next state << 1, and 1 where what has been read by now is a match, the best
+    // so far. In state 0 none follows; 1 is the first.
+    struct Rule {
+        uint32_t classes;
+        std::vector<uint16_t> next;
     };
     static_assert(sizeof(CachedWord) == 64, "a cache line");
     struct Work {
@@ -257,6 +275,13 @@ private:
         std::vector<uint64_t> queue;  // rank << 32 | index of the left symbol: a heap, lowest first
         std::vector<int> ids;
         std::vector<std::pair<int, int>> split;  // of an unused piece: what it was last made of; -1: nothing
+        std::vector<Path> paths;
+        float total = 0;  // unigram: score of the text so far
+    };
+    struct Added {                    // the user-defined pieces of a kind
+        std::vector<size_t> lengths;  // longest first
+        std::bitset<65536> starts;    // by their first two bytes
+        std::unordered_map<std::string_view, int> ids;
     };
 
     // The views in here point into file_'s heap buffer; a vector keeps that when it is moved, and copies are refused.
@@ -271,10 +296,18 @@ private:
     size_t words_ = 0;                      // in slots_
     std::vector<int> slots_;                // hash table of what text can be: no unknown, control and byte pieces
     std::vector<Merge> merges_;             // hash table by key
+    std::vector<Node> nodes_;               // unigram: the trie by depth, so that children are in a row; and an end
+    std::vector<uint8_t> labels_;           // of each node: the byte that leads there
+    float unknown_score_ = 0, reach_ = 0;   // unigram: reach_ is more than any path's score within a cached word
+    std::vector<Rule> rules_;
+    std::vector<uint8_t> rule_class_;       // of each code point
     std::vector<std::bitset<256>> joined_;  // [a][b]: some piece has such characters side by side, see step()
     std::vector<uint8_t> class_;            // of each code point
-    std::vector<size_t> user_lengths_;      // sizes of the user-defined pieces, longest first
-    bool user_first_[256] = {};             // their first bytes
+    Added added_[2];                        // found in the text as it is, in its normal form
+    std::vector<uint8_t> added_flags_;      // of each piece
+    std::vector<uint8_t> form_, order_;     // of each code point: what the normal form does, combining class
+    std::unordered_map<uint32_t, std::vector<uint32_t>> decomposed_;
+    std::unordered_map<uint64_t, uint32_t> composed_;  // by first << 32 | second
     bool plain_[128] = {};                  // an ASCII character that normalisation leaves as it is
     int first_id_[256] = {};                // id of a one-byte piece
     int byte_id_[256] = {};                 // byte_id_[0] < 0: no byte fallback
@@ -354,30 +387,64 @@ private:
         return i;
     }
 
-    // size of the longest user-defined piece that s starts with; 0: none
-    size_t user_defined_length(std::string_view s) const {
-        if (!user_first_[(unsigned char)s[0]]) return 0;
-        for (size_t n : user_lengths_) {
-            if (n > s.size()) continue;
-            int id = find(s.substr(0, n));
-            if (id >= 0 && type_[id] == USER_DEFINED) return n;
+    static size_t two_bytes(unsigned char first, unsigned char second) { return first << 8 | second; }
+
+    // the longest user-defined piece of a kind that s starts with; < 0: none
+    int user_defined(std::string_view s, bool normal = false) const {
+        const Added& added = added_[normal];
+        if (added.lengths.empty() || !added.starts[two_bytes(s[0], s.size() > 1 ? s[1] : 0)]) return -1;
+        for (size_t n : added.lengths) {
+            auto found = n > s.size() ? added.ids.end() : added.ids.find(s.substr(0, n));
+            if (found != added.ids.end()) return found->second;
         }
-        return 0;
+        return -1;
+    }
+
+    // Cuts text at the user-defined pieces of a kind: their ids to `ids`, what is between them to rest(), in order.
+    template <typename Rest>
+    void cut(std::string_view text, bool normal, std::vector<int>& ids, Rest rest) const {
+        size_t from = added_[normal].lengths.empty() ? text.size() : 0;
+        if (from && from == text.size()) return rest(text);
+        for (size_t at = 0; at < text.size();) {
+            const int id = user_defined(text.substr(at), normal);
+            if (id < 0) {
+                at++;
+                continue;
+            }
+            size_t start = at, end = at + pieces_[id].size();
+            if (added_flags_[id] & LSTRIP)
+                for (size_t before = from; before < start;) {  // start: of the white space that reaches up to it
+                    const size_t spaces = span(text, before, 1 << WHITE);
+                    if (spaces >= start) start = before;
+                    else before = spaces + character(text, spaces).size;
+                }
+            if (added_flags_[id] & RSTRIP) end = span(text, end, 1 << WHITE);
+            if (start > from) rest(text.substr(from, start - from));
+            ids.push_back(id);
+            from = at = end;
+        }
+        if (from < text.size()) rest(text.substr(from));
     }
 
     // ---- byte level: words
+
+    // the character at `at`, and its size; CODES: a byte that is no UTF-8
+    static std::pair<uint32_t, size_t> code_point(std::string_view s, size_t at) {
+        unsigned char c = s[at];
+        if (c < 0x80) return {c, 1};
+        auto [n, whole] = utf8(s.substr(at));
+        if (!whole) return {CODES, 1};
+        uint32_t code = c & (0x7f >> n);
+        for (size_t i = 1; i < n; i++) code = code << 6 | (s[at + i] & 0x3f);
+        return {code, n};
+    }
 
     struct Character {
         Class kind;
         size_t size;
     };
     Character character(std::string_view s, size_t at) const {
-        unsigned char c = s[at];
-        if (c < 0x80) return {(Class)class_[c], 1};
-        auto [n, whole] = utf8(s.substr(at));
-        if (!whole) return {OTHER, 1};
-        uint32_t code = c & (0x7f >> n);
-        for (size_t i = 1; i < n; i++) code = code << 6 | (s[at + i] & 0x3f);
+        auto [code, n] = code_point(s, at);
         return {(Class)class_[code], n};
     }
 
@@ -467,6 +534,127 @@ private:
         return last ? last : end;
     }
 
+    // ---- Unicode's normal form
+
+    // Characters of a piece of text, decomposed, in their canonical order, and composed again. None but the first is a
+    // beginning that nothing before it changes.
+    void compose(std::vector<uint32_t>& codes) const {
+        std::vector<uint32_t> all;
+        for (uint32_t c : codes) {
+            auto found = decomposed_.find(c);
+            if (found != decomposed_.end()) {
+                all.insert(all.end(), found->second.begin(), found->second.end());
+            } else if (const uint32_t s = c - 0xac00; s < 11172) {  // Hangul
+                all.insert(all.end(), {0x1100 + s / 588, 0x1161 + s % 588 / 28});
+                if (s % 28) all.push_back(0x11a7 + s % 28);
+            } else {
+                all.push_back(c);
+            }
+        }
+        for (size_t i = 0, end; i < all.size(); i = end + 1) {
+            for (end = i; end < all.size() && order_[all[end]]; end++) {}
+            std::stable_sort(all.begin() + i, all.begin() + end,
+                             [&](uint32_t a, uint32_t b) { return order_[a] < order_[b]; });
+        }
+        codes.clear();
+        size_t starter = SIZE_MAX;  // what the next one may become one with
+        for (uint32_t c : all) {
+            const bool near = starter + 1 == codes.size() || (starter != SIZE_MAX && order_[codes.back()] < order_[c]);
+            if (const uint32_t both = near && !codes.empty() ? composition(codes[starter], c) : 0) {
+                codes[starter] = both;
+                continue;
+            }
+            if (!order_[c]) starter = codes.size();
+            codes.push_back(c);
+        }
+    }
+
+    // what a and b become; 0: they stay
+    uint32_t composition(uint32_t a, uint32_t b) const {
+        if (a - 0x1100 < 19 && b - 0x1161 < 21) return 0xac00 + ((a - 0x1100) * 21 + b - 0x1161) * 28;
+        if (a - 0xac00 < 11172 && (a - 0xac00) % 28 == 0 && b - 0x11a8 < 27) return a + b - 0x11a7;
+        auto found = composed_.find((uint64_t)a << 32 | b);
+        return found == composed_.end() ? 0 : found->second;
+    }
+
+    // text in its normal form; what is no UTF-8 stays
+    std::string normal_form(std::string_view text) const {
+        std::string out;
+        out.reserve(text.size());
+        std::vector<uint32_t> codes;
+        size_t done = 0;  // so much of it is in out
+        for (size_t at = 0; at < text.size();) {
+            const size_t start = at;
+            auto [code, n] = code_point(text, at);
+            at += n;
+            if (code == CODES || (!form_[code] && (at == text.size() || (unsigned char)text[at] < 0x80))) continue;
+            codes.assign(1, code);
+            while (at < text.size()) {
+                auto [next, size] = code_point(text, at);
+                if (!(form_[next] & JOINS)) break;
+                codes.push_back(next);
+                at += size;
+            }
+            if (!form_[code] && codes.size() == 1) continue;
+            compose(codes);
+            out += text.substr(done, start - done);
+            done = at;
+            for (uint32_t c : codes) append_utf8(c, out);
+            check_size(out);
+        }
+        return out += text.substr(done);
+    }
+
+    static void append_utf8(uint32_t c, std::string& out) {
+        if (c < 0x80) {
+            out += (char)c;
+            return;
+        }
+        const int more = c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
+        out += (char)((0xf80 >> more) | c >> (6 * more));
+        for (int i = more - 1; i >= 0; i--) out += (char)(0x80 | (c >> (6 * i) & 0x3f));
+    }
+
+    static void check_size(const std::string& normal) {
+        if (normal.size() > INT_MAX / 2)
+            throw std::runtime_error("tokenizer: the normal form of one text is over 1 GiB. Split it into documents.");
+    }
+
+    // ---- rules
+
+    // end of what the rule matches at `at`; `at`: nothing
+    size_t match(const Rule& rule, std::string_view s, size_t at) const {
+        size_t end = at;
+        for (size_t i = at, state = 1; state; ) {
+            const bool more = i < s.size();
+            auto [code, n] = more ? code_point(s, i) : std::make_pair(CODES, (size_t)0);
+            const uint16_t next = rule.next[state * rule.classes + (more ? rule_class_[code] : rule.classes - 1)];
+            if (next & 1) end = i;
+            if (!more) break;
+            state = next >> 1;
+            i += n;
+        }
+        return end;
+    }
+
+    // Cuts text by the rules from the n-th on, each within what the one before it has cut: what it matches, and what is
+    // between.
+    void cut_by_rules(std::string_view s, size_t n, std::vector<int>& ids) const {
+        if (n == rules_.size()) return encode_word(s, ids);
+        size_t from = 0;
+        for (size_t at = 0; at < s.size();) {
+            const size_t end = match(rules_[n], s, at);
+            if (end == at) {
+                at += code_point(s, at).second;
+                continue;
+            }
+            if (at > from) cut_by_rules(s.substr(from, at - from), n + 1, ids);
+            cut_by_rules(s.substr(at, end - at), n + 1, ids);
+            from = at = end;
+        }
+        if (from < s.size()) cut_by_rules(s.substr(from), n + 1, ids);
+    }
+
     // ---- others: normal form, and parts of it that merge on their own
 
     // of a unit of the trie: bits 10.., times 256 if bit 9
@@ -475,7 +663,7 @@ private:
     // how the text starts after normalisation, and the bytes of text that this stands for
     std::pair<std::string_view, size_t> normalize_prefix(std::string_view text) const {
         if ((unsigned char)text[0] < 0x80 && plain_[(unsigned char)text[0]]) return {text.substr(0, 1), 1};
-        if (size_t n = user_defined_length(text)) return {text.substr(0, n), n};
+        if (const int id = user_defined(text); id >= 0) return {pieces_[id], pieces_[id].size()};
         // Longest match in the double array. A unit holds a label (bits 0..7, and 31 for a leaf), whether a leaf
         // hangs below (bit 8) and an offset (see offset()); a leaf holds its value in bits 0..30.
         size_t length = 0, value = 0;
@@ -498,7 +686,8 @@ private:
         return whole ? std::make_pair(text.substr(0, n), n) : std::make_pair(REPLACEMENT, (size_t)1);
     }
 
-    std::string normalize(std::string_view text) const {
+    // first: text is not what follows a user-defined piece
+    std::string normalize(std::string_view text, bool first) const {
         bool remove = flags_ & REMOVE_SPACES;
         std::string_view space = flags_ & ESCAPE_SPACES ? SPACE : std::string_view(" ");
         while (remove && !text.empty()) {  // leading spaces
@@ -509,7 +698,7 @@ private:
         std::string out;
         if (text.empty()) return out;
         out.reserve(text.size() + text.size() / 2);
-        if (flags_ & DUMMY_PREFIX && !(flags_ & SPACE_AS_SUFFIX) &&
+        if (flags_ & DUMMY_PREFIX && !(flags_ & SPACE_AS_SUFFIX) && (first || !(flags_ & PREFIX_ONCE)) &&
             !(flags_ & PREFIX_IF_NONE && (text[0] == ' ' || starts(text, SPACE))))
             out += space;
         bool after_space = remove;
@@ -522,9 +711,7 @@ private:
             }
             if (!s.empty()) after_space = remove && s.back() == ' ';
             text.remove_prefix(n);
-            if (out.size() > INT_MAX / 2)
-                throw std::runtime_error(
-                    "tokenizer: the normal form of one text is over 1 GiB. Split it into documents.");
+            check_size(out);
         }
         while (remove && ends(out, space)) out.resize(out.size() - space.size());
         if (flags_ & DUMMY_PREFIX && flags_ & SPACE_AS_SUFFIX) out += space;
@@ -553,13 +740,45 @@ private:
 
     // ---- merges
 
-    void encode_word(std::string_view word, std::vector<int>& ids) const {
-        const uint64_t h = hash(word);
-        CachedWord& cached = work_.cache[h & (work_.cache.size() - 1)];
-        if (cached.size == word.size() && !memcmp(cached.word, word.data(), word.size())) {
-            append(cached.ids, cached.count, ids);
-            return;
+    // ids of what is between user-defined pieces, in its normal form
+    void encode_part(std::string_view s, std::vector<int>& ids) const {
+        std::string prefixed;
+        if (byte_level() && (flags_ & DUMMY_PREFIX) && s[0] != ' ') s = prefixed = " " + std::string(s);
+        if (!rules_.empty()) return cut_by_rules(s, 0, ids);
+        while (!s.empty()) {
+            std::string_view run = s;
+            if (split_ & DIGITS_APART) {
+                Character c = character(s, 0);
+                run = s.substr(0, c.kind == NUMBER ? c.size : span(s, 0, ~(1u << NUMBER)));
+            }
+            s.remove_prefix(run.size());
+            while (!run.empty()) {
+                size_t n = byte_level() ? word_size(run) : part_size(run);
+                if (flags_ & UNIGRAM) cut_best(run.substr(0, n), ids);
+                else encode_word(run.substr(0, n), ids);
+                run.remove_prefix(n);
+            }
         }
+    }
+
+    // the place of a word in the cache, and whether it is there
+    std::pair<CachedWord&, bool> cached_word(std::string_view word) const {
+        CachedWord& cached = work_.cache[hash(word) & (work_.cache.size() - 1)];
+        return {cached, cached.size == word.size() && !memcmp(cached.word, word.data(), word.size())};
+    }
+
+    static void keep(CachedWord& cached, std::string_view word, const std::vector<int>& ids, float margin = 0) {
+        if (word.size() > sizeof(cached.word) || ids.size() > std::size(cached.ids)) return;
+        cached.margin = margin;
+        cached.size = (uint8_t)word.size();
+        cached.count = (uint8_t)ids.size();
+        memcpy(cached.word, word.data(), word.size());
+        std::copy(ids.begin(), ids.end(), cached.ids);
+    }
+
+    void encode_word(std::string_view word, std::vector<int>& ids) const {
+        auto [cached, known] = cached_word(word);
+        if (known) return append(cached.ids, cached.count, ids);
         std::vector<int>& result = work_.ids;
         result.clear();
         int id = flags_ & WHOLE_WORDS ? find(word) : -1;
@@ -568,11 +787,7 @@ private:
         else
             merge(word);
         append(result.data(), result.size(), ids);
-        if (unused_ || word.size() > sizeof(cached.word) || result.size() > std::size(cached.ids)) return;
-        cached.size = (uint8_t)word.size();
-        cached.count = (uint8_t)result.size();
-        memcpy(cached.word, word.data(), word.size());
-        std::copy(result.begin(), result.end(), cached.ids);
+        if (!unused_) keep(cached, word, result);
     }
 
     // a run of unknown pieces is one unknown id
@@ -638,7 +853,8 @@ private:
         return true;
     }
 
-    // An unused piece may be a step on the way to longer ones; where the merges end with it, it falls apart again.
+    // An unused piece may be a step on the way to longer ones; where the merges end with it, it falls apart again, and
+    // one that is a character is unknown.
     void emit(int id, std::string_view text) const {
         std::vector<int>& ids = work_.ids;
         if (id >= 0 && type_[id] == UNUSED && work_.split[id].first >= 0) {
@@ -646,13 +862,123 @@ private:
             size_t n = pieces_[left].size();
             emit(left, text.substr(0, n));
             emit(right, text.substr(n));
-        } else if (id >= 0 && type_[id] != UNKNOWN) {
+        } else if (id >= 0 && type_[id] != UNKNOWN && type_[id] != UNUSED) {
             ids.push_back(id);
+        } else if (byte_level()) {
+            for (char c : REPLACEMENT) ids.push_back(first_id_[(unsigned char)c]);
         } else if (byte_id_[0] >= 0) {
             for (char c : text) ids.push_back(byte_id_[(unsigned char)c]);
         } else {
             ids.push_back(unknown_);
         }
+    }
+
+    // ---- unigram
+
+    // Ids of the pieces of a part, of whose cuts it takes that with the highest sum of scores. As sentencepiece 0.2.2
+    // and later do it: a float sum from the text's beginning on, set back to 0 where it passes 100000, the longest last
+    // piece of equals. No piece reaches over a part's ends, so the best cut is that of the whole text; and where it is
+    // better than the next by more than the sum's rounding can be, it is the same wherever the part stands.
+    void cut_best(std::string_view part, std::vector<int>& ids) const {
+        constexpr float LIMIT = 100000;
+        float& total = work_.total;
+        const float rounding = 64 * FLT_EPSILON * (std::fabs(total) + reach_);
+        const bool within = std::fabs(total) + reach_ < LIMIT;
+        auto [cached, known] = cached_word(part);
+        if (known && within && cached.margin > rounding) {
+            for (int i = 0; i < cached.count; i++) total += score_[cached.ids[i]];
+            return append(cached.ids, cached.count, ids);
+        }
+
+        std::vector<Path>& paths = work_.paths;
+        paths.assign(part.size() + 1, {0, -FLT_MAX, -1, NEVER});
+        paths[0].score = total;
+        size_t reached = 0;
+        for (size_t start = 0, size; start < part.size(); start += size) {
+            size = std::min<size_t>(announced_size(part[start]), part.size() - start);
+            if (const float offset = paths[start].score; std::fabs(offset) > LIMIT)
+                for (size_t i = start; i <= std::max(start, reached); i++)
+                    if (i == start || paths[i].from != NEVER) paths[i].score -= offset;
+            auto offer = [&](size_t end, int id, float score) {
+                Path& path = paths[end];
+                score += paths[start].score;
+                reached = std::max(reached, end);
+                if (path.from == NEVER) path = {score, -FLT_MAX, id, (uint32_t)start};
+                else if (score > path.score) path = {score, path.score, id, (uint32_t)start};
+                else path.second = std::max(path.second, score);
+            };
+            bool one = false;  // the character is a piece
+            size_t node = 0;
+            for (size_t end = start; end < part.size();) {
+                const uint8_t byte = part[end];
+                size_t next = nodes_[node].child, behind = nodes_[node + 1].child;
+                if (behind - next > 8) {
+                    const void* found = memchr(&labels_[next], byte, behind - next);
+                    next = found ? (const uint8_t*)found - labels_.data() : behind;
+                }
+                while (next < behind && labels_[next] != byte) next++;
+                if (next == behind) break;
+                end++;
+                node = next;
+                const int id = nodes_[node].id;
+                if (id >= 0) offer(end, id, score_[id]);
+                one = one || (id >= 0 && end - start == size);
+            }
+            if (!one) offer(start + size, -1, unknown_score_);
+        }
+
+        std::vector<int>& result = work_.ids;
+        std::vector<uint64_t>& cuts = work_.queue;
+        cuts.clear();
+        float margin = FLT_MAX;
+        bool all = true;  // are known
+        for (size_t at = part.size(); at > 0; at = paths[at].from) {
+            cuts.push_back(at);
+            margin = std::min(margin, paths[at].score - paths[at].second);
+            all = all && paths[at].id >= 0;
+        }
+        total = paths[part.size()].score;
+        result.clear();
+        for (size_t i = cuts.size(); i-- > 0;) {
+            const Path& path = paths[cuts[i]];
+            if (path.id >= 0) result.push_back(path.id);
+            else emit(-1, part.substr(path.from, cuts[i] - path.from));
+        }
+        append(result.data(), result.size(), ids);
+        if (all && within) keep(cached, part, result, margin - rounding);
+    }
+
+    // the trie of the pieces, and their scores
+    void read_trie() {
+        std::vector<int> order;
+        float least = FLT_MAX, most = 0;
+        for (int id = 0; id < V_; id++) {
+            if (type_[id] == USER_DEFINED) score_[id] = (float)(0.1 * double(pieces_[id].size() - 1));
+            if (type_[id] != NORMAL && type_[id] != USER_DEFINED) continue;
+            if (type_[id] == NORMAL) least = std::min(least, score_[id]);
+            most = std::max(most, std::fabs(score_[id]));
+            order.push_back(id);
+        }
+        unknown_score_ = least - 10;
+        reach_ = (most + std::fabs(unknown_score_)) * (sizeof(CachedWord::word) + 1);
+        std::sort(order.begin(), order.end(), [&](int a, int b) { return pieces_[a] < pieces_[b]; });
+        struct Range {
+            size_t from, to, size;
+        };
+        std::vector<Range> all = {{0, order.size(), 0}};  // of each node: which pieces begin with it, and its own size
+        labels_.assign(1, 0);
+        for (size_t node = 0; node < all.size(); node++) {
+            auto [from, to, size] = all[node];
+            nodes_.push_back({(uint32_t)all.size(), -1});
+            for (; from < to && pieces_[order[from]].size() == size; from++) nodes_[node].id = order[from];
+            for (size_t end; from < to; from = end) {
+                const char byte = pieces_[order[from]][size];
+                for (end = from; end < to && pieces_[order[end]][size] == byte; end++) {}
+                all.push_back({from, end, size + 1});
+                labels_.push_back((uint8_t)byte);
+            }
+        }
+        nodes_.push_back({(uint32_t)all.size(), -1});
     }
 
     // ---- the file
@@ -735,10 +1061,11 @@ private:
         fclose(f);
         in.rest = {file_.data(), file_.size()};
 
-        if (!starts(in.rest, "SGPTTOK2")) in.fail("this is not a tokenizer file");
+        const bool third = starts(in.rest, "SGPTTOK3");
+        if (!third && !starts(in.rest, "SGPTTOK2")) in.fail("this is not a tokenizer file");
         in.take(8);
         flags_ = in.number<uint32_t>();
-        if (flags_ >= 4096) in.fail("it has flags of a newer version");
+        if (flags_ >= (third ? 16384 : 4096)) in.fail("it has flags of a newer version");
         const uint32_t V = in.number<uint32_t>(), bos = in.number<uint32_t>(), eos = in.number<uint32_t>();
         unknown_surface_ = in.take(in.number<uint32_t>());
         std::string_view trie = in.take(in.number<uint32_t>());
@@ -748,20 +1075,21 @@ private:
         replacements_ = in.take(in.number<uint32_t>());
         if (trie_.empty() != replacements_.empty() || (!trie_.empty() && replacements_.back()))
             in.fail("trie and replacements do not fit together");
-        read_pieces(in, V);
+        read_pieces(in, V, third ? LSTRIP | RSTRIP | IN_NORMAL_FORM : 0);
         if (bos >= V || eos >= V || type_[bos] != CONTROL || type_[eos] != CONTROL)
             in.fail("BOS or EOS is no control piece");
         bos_ = (int)bos;
         eos_ = (int)eos;
-        if (byte_level()) class_.assign(0x110000, OTHER);
+        if (byte_level() || third) class_.assign(CODES + 1, OTHER);
         read_classes(in);
-        read_merges(in, in.number<uint32_t>());
+        read_merges(in, in.number<uint32_t>(), third);
+        if (third) read_normal_form(in), read_rules(in);
         if (!in.rest.empty()) in.fail("there are bytes behind its end");
         prepare(in);
         bpe_ = true;
     }
 
-    void read_pieces(Reader& in, uint32_t V) {
+    void read_pieces(Reader& in, uint32_t V, uint8_t flags) {
         if (V > in.rest.size() / 7) in.fail("the file is cut short");  // a piece takes 7 bytes and its text
         pieces_.reserve(V);
         slots_.assign(1024, -1);
@@ -769,21 +1097,24 @@ private:
         for (V_ = 0; V_ < (int)V; V_++) {
             std::string name = "piece " + std::to_string(V_);
             score_.push_back(in.number<float>());
-            type_.push_back(in.number<uint8_t>());
+            const uint8_t byte = in.number<uint8_t>();
+            added_flags_.push_back(byte & flags);
+            type_.push_back(byte & ~flags);
             pieces_.push_back(in.take(in.number<uint16_t>()));
             std::string_view piece = pieces_.back();
             uint8_t type = type_.back();
             if (piece.empty() && type != CONTROL) in.fail(name + " is empty");
-            if (type < NORMAL || type > BYTE) in.fail(name + " is of no known type");
+            if (type < NORMAL || type > BYTE || (byte & flags && type != USER_DEFINED))
+                in.fail(name + " is of no known type");
             if (score_.back() != score_.back()) in.fail(name + " has no number as its score");
             if (type == NORMAL || type == USER_DEFINED || type == UNUSED) {
-                const int other = find(piece);  // a user-defined piece comes before a normal one of its text
+                const int other = find(piece);  // where text is merged, a normal piece comes before a user-defined one
                 if (other < 0)
                     insert(V_);
-                else if ((type == USER_DEFINED) == (type_[other] == USER_DEFINED))
-                    in.fail(name + " is there twice");
-                else if (type == USER_DEFINED)
+                else if (type != USER_DEFINED && type_[other] == USER_DEFINED)
                     slots_[slot(piece)] = V_;
+                else if (type != USER_DEFINED)
+                    in.fail(name + " is there twice");
             }
             if (type == UNKNOWN) {
                 if (unknown_ >= 0) in.fail(name + " is a second unknown piece");
@@ -792,16 +1123,22 @@ private:
                 if (byte_value(piece) < 0 || !(flags_ & BYTE_FALLBACK)) in.fail(name + " cannot be a byte");
                 byte_id_[byte_value(piece)] = V_;
             } else if (type == USER_DEFINED) {
-                user_first_[(unsigned char)piece[0]] = true;
-                user_lengths_.push_back(piece.size());
+                Added& added = added_[bool(byte & flags & IN_NORMAL_FORM)];
+                if (!added.ids.emplace(piece, V_).second) in.fail(name + " is there twice");
+                added.lengths.push_back(piece.size());
+                for (int second = 0; second < 256; second++)
+                    if (piece.size() == 1 || second == (unsigned char)piece[1])
+                        added.starts.set(two_bytes(piece[0], (unsigned char)second));
             } else if (type == UNUSED) {
                 unused_ = true;
             }
         }
         if (unknown_ < 0 && !(flags_ & (BYTE_LEVEL | BYTE_FALLBACK))) in.fail("there is no unknown piece");
         if (flags_ & BYTE_FALLBACK && std::count(byte_id_, byte_id_ + 256, -1)) in.fail("some byte has no piece");
-        std::sort(user_lengths_.begin(), user_lengths_.end(), std::greater<size_t>());
-        user_lengths_.erase(std::unique(user_lengths_.begin(), user_lengths_.end()), user_lengths_.end());
+        for (Added& added : added_) {
+            std::sort(added.lengths.begin(), added.lengths.end(), std::greater<size_t>());
+            added.lengths.erase(std::unique(added.lengths.begin(), added.lengths.end()), added.lengths.end());
+        }
     }
 
     // how words are split, and the classes of code points: ranges that begin at range >> 3
@@ -811,25 +1148,68 @@ private:
         uint32_t at = 0, kind = OTHER;
         for (uint32_t n = in.number<uint32_t>(); n > 0; n--) {
             uint32_t range = in.number<uint32_t>(), next = range >> 3;
-            if (next < at || next >= class_.size() || (range & 7) > WHITE) in.fail("its classes are damaged");
+            if (next < at || next >= std::min<size_t>(CODES, class_.size()) || (range & 7) > WHITE)
+                in.fail("its classes are damaged");
             std::fill(class_.begin() + at, class_.begin() + next, (uint8_t)kind);
             at = next;
             kind = range & 7;
         }
-        std::fill(class_.begin() + at, class_.end(), (uint8_t)kind);
+        if (!class_.empty()) std::fill(class_.begin() + at, class_.end() - 1, (uint8_t)kind);
     }
 
-    void read_merges(Reader& in, uint32_t listed) {
+    void read_normal_form(Reader& in) {
+        auto code = [&](uint32_t c) {
+            if (c < 0x80 || c >= CODES) in.fail("its normal form is damaged");
+            return c;
+        };
+        const uint32_t characters = in.number<uint32_t>();
+        if (characters) form_.assign(CODES + 1, 0), order_.assign(CODES + 1, 0);
+        for (uint32_t i = 0; i < characters; i++) {
+            const uint32_t entry = in.number<uint32_t>(), c = code(entry >> 8);
+            order_[c] = entry & 255;
+            const uint32_t n = in.number<uint32_t>();
+            if (n > 32) in.fail("its normal form is damaged");
+            for (uint32_t k = 0; k < n; k++) decomposed_[c].push_back(std::min(in.number<uint32_t>(), CODES - 1));
+        }
+        for (uint32_t n = in.number<uint32_t>(); n > 0; n--) {
+            const uint32_t first = in.number<uint32_t>(), second = code(in.number<uint32_t>());
+            if (form_.empty()) in.fail("its normal form is damaged");
+            composed_[(uint64_t)first << 32 | second] = code(in.number<uint32_t>());
+            form_[second] = JOINS;
+        }
+        if (form_.empty()) return;
+        for (uint32_t c = 0x1161; c < 0x11c3; c++)
+            if (c < 0x1176 || c >= 0x11a8) form_[c] = JOINS;
+        const std::vector<uint8_t> joins = form_;
+        std::vector<uint32_t> alone;
+        for (uint32_t c = 0x80; c < CODES; c++) {
+            auto found = decomposed_.find(c);
+            const uint32_t begins = found == decomposed_.end() ? c : found->second[0];
+            if (order_[begins] || joins[begins]) form_[c] |= JOINS;
+            if (found == decomposed_.end()) continue;
+            alone.assign(1, c);
+            compose(alone);
+            if (alone.size() != 1 || alone[0] != c) form_[c] |= CHANGES;
+        }
+    }
+
+    void read_merges(Reader& in, uint32_t listed, bool of_added) {
         if (listed > in.rest.size() / 8) in.fail("the file is cut short");
+        if (flags_ & UNIGRAM) {
+            if (listed || flags_ & (BYTE_LEVEL | HF_BYTES)) in.fail("it is unigram, and has merges or bytes");
+            return read_trie();
+        }
         std::vector<Merge> all;
         if (!(flags_ & LISTED_MERGES)) all = merges_by_score();
         for (uint32_t rank = 0; rank < listed; rank++) {
             const uint32_t left = in.number<uint32_t>(), right = in.number<uint32_t>();
             std::string name = "merge " + std::to_string(rank);
-            if (std::max(left, right) >= (uint32_t)V_ || type_[left] != NORMAL || type_[right] != NORMAL)
-                in.fail(name + " is not of two pieces");
+            auto merges = [&](int id) {
+                return id >= 0 && id < V_ && (type_[id] == NORMAL || (of_added && type_[id] == USER_DEFINED));
+            };
+            if (!merges((int)left) || !merges((int)right)) in.fail(name + " is not of two pieces");
             int id = find(std::string(pieces_[left]).append(pieces_[right]));
-            if (id < 0 || type_[id] != NORMAL) in.fail(name + " gives no piece");
+            if (!merges(id)) in.fail(name + " gives no piece");
             all.push_back({(uint64_t)left << 32 | right, rank, id});
         }
         size_t size = 16;
@@ -841,21 +1221,53 @@ private:
         }
     }
 
+    void read_rules(Reader& in) {
+        uint32_t at = 0, kind = 0, most = 0;
+        for (uint32_t n = in.number<uint32_t>(); n > 0; n--) {
+            const uint32_t run = in.number<uint32_t>(), next = run >> 8;
+            if (next < at || next >= CODES) in.fail("its rules are damaged");
+            rule_class_.resize(CODES + 1);
+            std::fill(rule_class_.begin() + at, rule_class_.begin() + next, (uint8_t)kind);
+            at = next;
+            kind = run & 255;
+            most = std::max(most, kind);
+        }
+        if (!rule_class_.empty()) {
+            std::fill(rule_class_.begin() + at, rule_class_.end(), (uint8_t)kind);
+            rule_class_[CODES] = rule_class_[0xfffd];
+        }
+        for (uint32_t n = in.number<uint32_t>(); n > 0; n--) {
+            const uint32_t classes = in.number<uint32_t>(), states = in.number<uint32_t>();
+            if (rule_class_.empty() || classes < most + 2 || classes > 256 || states < 2 || states > 32768)
+                in.fail("its rules are damaged");
+            rules_.push_back({classes, std::vector<uint16_t>(size_t(classes) * states)});
+            std::vector<uint16_t>& next = rules_.back().next;
+            memcpy(next.data(), in.take(2 * next.size()).data(), 2 * next.size());
+            for (uint16_t entry : next)
+                if (uint32_t(entry >> 1) >= states) in.fail("its rules are damaged");
+        }
+        if (!rules_.empty() && !byte_level()) in.fail("it has rules, but is not at byte level");
+    }
+
     // tables that follow from what was read
     void prepare(const Reader& in) {
         for (int c = 0; c < 256; c++) {
             char byte = (char)c;
             first_id_[c] = find({&byte, 1});
-            if (byte_level() && first_id_[c] < 0) in.fail("some byte has no piece");
+            if (byte_level() && first_id_[c] < 0 && c != 0xc0 && c != 0xc1 && c < 0xf5)  // those no text has
+                in.fail("some byte has no piece");
         }
         for (unsigned c = 0; c < 128; c++) {  // no user-defined piece and no way from the trie's root begins with it
             size_t node = trie_.empty() ? 0 : offset(trie_[0]) ^ c;
-            plain_[c] = !user_first_[c] && (trie_.empty() || node >= trie_.size() || (trie_[node] & 0x800000ffu) != c);
+            bool user = false;
+            for (size_t second = 0; second < 256; second++) user = user || added_[0].starts[two_bytes(c, second)];
+            plain_[c] = !user && (trie_.empty() || node >= trie_.size() || (trie_[node] & 0x800000ffu) != c);
         }
-        if (!byte_level() && !unused_) joined_.resize(256);
-        for (int i = 0, before, after; i < V_ && !joined_.empty(); i++)
-            for (size_t at = 0; type_[i] == NORMAL && step(pieces_[i], at, before, after);)
-                joined_[before][after] = true;
+        if (!byte_level() && (!unused_ || flags_ & UNIGRAM)) joined_.resize(256);
+        for (int i = 0, before, after; i < V_ && !joined_.empty(); i++) {
+            const bool text = type_[i] == NORMAL || type_[i] == USER_DEFINED;
+            for (size_t at = 0; text && step(pieces_[i], at, before, after);) joined_[before][after] = true;
+        }
         if (flags_ & CUT_AT_SPACES)
             for (auto& afters : joined_) afters[255] = false;
         work_.cache.resize(1 << 15);

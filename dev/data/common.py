@@ -3,6 +3,7 @@ import argparse
 import errno
 import hashlib
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -59,13 +60,19 @@ def in_range(name, value, low, high):
         raise Refused(f"{name}: {value} is out of range. Give a number from {low} to {high}.")
 
 
-def package(name, wanted_by):
-    """the module, for those who use it only"""
+def package(name, wanted_by, least=None):
+    """the module, for those who use it only; least: the oldest version that does what is asked of it"""
     try:
-        return __import__(name, fromlist=["_"])
+        module = __import__(name, fromlist=["_"])
     except ImportError:
         name = name.split(".")[0]
         raise Refused(f"{wanted_by}: the package {name} is missing. pip install {name}") from None
+    there, needed = ([int(n) for n in re.findall(r"\d+", version)[:3]]
+                     for version in (getattr(module, "__version__", ""), least or ""))
+    if there and there < needed:
+        raise Refused(f"{wanted_by}: the package {name} is {module.__version__}, {least} or newer is needed. "
+                      f"pip install -U {name}")
+    return module
 
 
 def read_whole(path, advice):

@@ -4,14 +4,16 @@
     convert_tokenizer.py FILE OUT.bin
 
 FILE, told apart by its contents:
-  a sentencepiece BPE model (.model: Llama 2, Mistral);
-  a tiktoken rank file (lines `base64 rank`: GPT-2's r50k, cl100k, o200k, tokenizer.model of Llama 3 and 4). These are
-  known by their number of tokens; of others --preset says whose regular expression and special tokens they have;
-  a tokenizer.json of Hugging Face: BPE with ByteLevel (GPT-2, Llama 3), or with byte_fallback and U+2581 for spaces
-  (Llama 2);
+  a sentencepiece model of type BPE, unigram or char (.model: Llama 2, Mistral, T5);
+  a tiktoken rank file (lines `base64 rank`: GPT-2's r50k, cl100k, o200k, tokenizer.model of Llama 3 and 4,
+  qwen.tiktoken). These are known by their number of tokens; of others --preset says whose regular expression and
+  special tokens they have;
+  a tokenizer.json of Hugging Face: BPE with ByteLevel (GPT-2, Llama 3, OLMo, Qwen, DeepSeek), or with byte_fallback and
+  U+2581 for spaces (Llama 2, Gemma);
+  a vocab.json with its merges.txt beside it: GPT-2's rules or, with --preset qwen, Qwen's;
   a tekken.json of Mistral.
-Needs nothing but Python. Refuses, with one line and exit code 1, what tokenizer.h does not do: other models than BPE,
-unknown normalisations, regular expressions and decoders.
+Needs nothing but Python. Refuses, with one line and exit code 1, what tokenizer.h does not do: other models, unknown
+normalisations, regular expressions and decoders.
 """
 import argparse
 import base64
@@ -22,6 +24,7 @@ import re
 import signal
 import struct
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -30,12 +33,14 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceba
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces
 # flags of the file
 (DUMMY_PREFIX, REMOVE_SPACES, ESCAPE_SPACES, SPACE_AS_SUFFIX, BYTE_FALLBACK, BYTE_LEVEL, LISTED_MERGES, WHOLE_WORDS,
- PREFIX_IF_NONE, CUT_AT_SPACES, DROP_SPACE, HF_BYTES) = (1 << i for i in range(12))
+ PREFIX_IF_NONE, CUT_AT_SPACES, DROP_SPACE, HF_BYTES, PREFIX_ONCE, UNIGRAM) = (1 << i for i in range(14))
+LSTRIP, RSTRIP, IN_NORMAL_FORM = 8, 16, 32  # with USER_DEFINED
 # how words are cut: 1..3, the most digits of a number, and these
 (ANY_PREFIX, CASED, CONTRACTION, CONTRACTION_TAIL, ANY_CASE, NEWLINE_TAIL, SLASH_TAIL, NEWLINES, END_SPACES,
  DIGITS_APART) = (1 << i for i in range(2, 12))
-BPE = 2  # sentencepiece's number of it
+BPE, CHARACTERS = 2, 4  # sentencepiece's numbers of them; 1: unigram
 SPACE = "\u2581"
+NO_UTF8 = (0xc0, 0xc1, *range(0xf5, 256))  # bytes that no text has
 
 GPT2 = CONTRACTION
 LLAMA3 = 3 | ANY_PREFIX | CONTRACTION | ANY_CASE | NEWLINE_TAIL | NEWLINES
@@ -43,9 +48,12 @@ TEKKEN = 1 | ANY_PREFIX | CASED | NEWLINE_TAIL | SLASH_TAIL | NEWLINES
 O200K = TEKKEN | 3 | CONTRACTION_TAIL | ANY_CASE
 
 
+GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
 def regexes():
     """regular expression: how it cuts words"""
-    contraction, any_case, spaces = "'s|'t|'re|'ve|'m|'ll|'d", "(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s+(?!\S)|\s+"
+    any_case, spaces = "(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s+(?!\S)|\s+"
     words, other = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+"
     upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
@@ -54,7 +62,7 @@ def regexes():
         return rf"{word}*{lower}+{tail}|{word}+{lower}*{tail}|{digits}|{other}[\r\n/]*|\s*[\r\n]+|{spaces}"
 
     return {
-        rf"{contraction}| ?\p{{L}}+| ?\p{{N}}+|{other}|{spaces}": GPT2,
+        GPT2_REGEX: GPT2,
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2,
         rf"{any_case}|{words}|\p{{N}}{{1,3}}|{other}[\r\n]*|\s*[\r\n]+|{spaces}": LLAMA3,
         rf"{any_case}|{words}|\p{{N}}|{other}[\r\n]*|\s*[\r\n]+|{spaces}": LLAMA3 - 2,
@@ -74,12 +82,19 @@ PRESETS = {
     "o200k": (O200K, (199998,), 1, 1, 21),
     "llama3": (LLAMA3, (128000,), 0, 1, 256),
     "llama4": (O200K, (200000,), 0, 1, 2048),
+    "qwen": (LLAMA3 - 2, (151643,), 0, 0, 208),
 }
-BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>")
-EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
+NORMAL_FORMS = {"qwen": "NFC"}
+QWEN_REGEX = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+              r"\s+(?!\S)|\s+")
+BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>",
+       "<\uff5cbegin\u2581of\u2581sentence\uff5c>")
+EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
 
-# Classes of Unicode 16 as tiktoken's and tokenizers' regular expressions have them (Python's own tables depend on its
-# version): runs of code points, (distance << 3 | class) in base 128. tokenizer_vs_libraries.py --classes printed it.
+# What the libraries know of Unicode (Python's own tables depend on its version): runs of code points of one class,
+# (distance << 3 | class) in base 128. tokenizer_vs_libraries.py --classes printed them. CLASSES: those of tokenizer.h,
+# of Unicode 16, as tiktoken's and tokenizers' regular expressions have them. SIGNS: 1 punctuation, 2 symbols. FORMS: 1,
+# what tokenizers' normal forms, of Unicode 9, change or put in order.
 CLASSES = (
     b"c-pmAe`p)`73aN^ou~VLkDYX<a`DOK;#0aylngm`;4&qk#P)EfbR5VX9!`fhH(-_w3|T>t29(Gt9!ZBcdBbf}&`1gy&WbiWpe_lRrGIE71Gim=AR"
     b"Txl1wor)hzr>kw!O2{vJBeLl=7tSk9Y6;-ur&P?|t6)JKnE=js?4xV8;@Cm;MTrr#-q#oq{wgT8HR27eU>tMjwe{51BuN;$gcnzBcNJb%ia@;-7q"
@@ -108,14 +123,43 @@ CLASSES = (
     b"WZ(%1eA(U)*D")
 
 
+SIGNS = (
+    b"c-n1~JxpUq5XUvU?_+i^9OIXZ?!A|bw7dd2E-n^IBFj=FjwXc4cEwR4S3Y!wLq(|kT-j7-s^gRbXcAljP5fNht`4V(-I)rz!c^FiB21O_)u)w4yF"
+    b"0VH|C#x1mHA>tsI22r4}2l92U6P_liy0x6R8{&4#v>KCg3Ar|AopI6DjSfK;6bym>_{u3$GEQh2#|@$DJ?~`a}$ej1ItaghQ`UxIIH%Sh#^X`~W1"
+    b"1ou|SLDCB!Hz%IkV0%h?4X+>Yxw(-iAIJNN*SBEyHaS8ih%%gfX_6__Evs9PfzL2hyJO$KZP^iej4quf?8A~kD%t}rT8kl&pyxwFP{qSg6%mqyhH"
+    b"!^4}T;byh+pK?y9(BY!HUSDTC6b|}Y&x^?i#xQ{fX64CLSywcc3+}&x7?lipenTB)hUP_v3(65ZFxG)3VY-vm86^wOeEzeQ2}mI5KkzHeNI99c`y"
+    b"d&Vet|+56pYx657kfDO9;LgWQpK2{Rsq%sGGVl$iWz)t@GRRf0krXZXNGnZ>pb**_pZn)&mEK9oQw;N@a@U5y0kW?h@)Vb8=<K|!X>&e;Z*;Q_Yp"
+    b"VGZ|7EZ1QBrDx^edC4e`WrIhY#^fGZn8hPIxz>OUYFczBR8IA{x-hBDT!B?iGlo^G5CZ9fG{HTwNYA?#?$XT0yMG0CumS@u8Xj#NF%?4Q0^T#RtG"
+    b"gqlpfm9~!bGZXr(|k}YUG~s^)9b~<H~}MkL;G!d<;2GJd9py<mf`8W+aTQUoh+#7_n5%NL`t#`pw)sj$tI@L#D=0Qe%sRn%FATvJJI_Z!~soGdZx"
+    b"Z=a8V99na43(#ypLTv_fA3PS^H=;L4!+vE;3BIfFm>5BN+%tQ+~Gvhr*XL0Hog*x8C8w`Jr5B~xh{9)4>V%12fC5chsMvjV}VfXJj`Q`thv{;7Yu"
+    b"Seq89`W-<U3}+;C)`V*^gRT(ybkXSANx-lX8%X*e)?FSwIg0qO|A|#*F_nNe|U?JKF+?w$qzL8Udz6-@!$nb>4pWzR({XflY8<{)`W`e@LSl?+v{"
+    b"oCP4-3Wr=S9U!Ee~XgSoOD;Qn^d;%k|e7F)XqXFH%NKmICTbP9eZ(c<YnXLDse{a(l$^M6a|84>"
+)
+FORMS = (
+    b"c-oCrJ!~pR5Z3Jd&EWT(*+hx<lx9zgqN9WEP#U|#N`oUsG97f#;V!S^I+MyYQRqw)`8v}*x<?n3#&nR%bPuI59dwz!kSOV*(e3T+&d$&GeS3KY8%"
+    b"UU-w%U-P8a1h=Q+;~V9q0$pGN%ij>6*R={Q+{teV)LtATC33P@3z5ZPYx19NECZr=d!)iZNC*LNZIpmXMMRhB(GLlWZmC8jpZ8IDO55+v(EdzSS&"
+    b"=YPzF&hj{f-NeC9hg@4mXr|J=Mz{Jjdsas}cSxk1Ka1U$9E6uU8QoW&cqs$^2&_`G*=~Bxh{;`cOwgKLnTM0P{WVz~=+eYIqaI<}gZPc<o^RV#jD"
+    b"iU-WT!dIwE{C>}-A4FM8k+`Ec;C)LO!(I3z<Y&l-hfm_cqNvU*2P9ou;li?R=RjBvk{L2moop_Ouun}><F)M^9GM-Hg8$FoWh01+#4+XGOV*0M+)"
+    b"mQk;ZwZnlq1Ao@Ac*xRAzslqIqq^Vl<VL-#;0(8sY_2i3bu@*LEkKrnk!GF+TO9zZ{O^aBlq`JX|g(4?EXAk#IM5{Ebur%Tf>A!NM<>a}sMdI`pz"
+    b"ca~fh7S)(jG`EsbElKM`@5-GR3#?$Ko)a3*9X?eF>ev$_5rGWXsSwX~cB4?3d$w*j9v7djar7O|Ln9O%V;)6j=g`l?p*offcAws^6fRXw5HTb82c"
+    b"`d-F2|C=(q>LX#NGezuB~MEUW0g$hX<e!>hhrI5Ydp2zno*z+Jnsl-bXk`3A;PP4cx=hGlg<o3*qNdpJwSC1&JcGBJc5vUfJc+tuiae559g5XDaK"
+    b"a)n}meB>tChq}E@IVd(28Z=re<Xw@H;?g&|A6NmeIOkU68T6uL$oKd#7I6lXM(s5rRFO*5JsPOT7TzI&0DBWV83*T%M$GrD&>x(>BA&<{^<nG4;v"
+    b"N+wn5wT4pcSm{liF1r_7V#v)$u;JG$Q|>t`A-!*{-!!{?NWXcf<nJG67hcd7|?rPbRk`7OC6~(qdT9hh%OUFib|wAsr2D<{qU*2_wpfR?uU~}ziI"
+    b"I!WV<jczO^K3<C2h;9C4&z@)t?wwEnlbFDtQa>DQ82Rrw3ZYx>nqRTvwp74THp2u=S*CCvu!f48s6pKnY3Z2"
+)
+
+
 class Refused(Exception):
     pass
 
 
-def classes():
+BROKEN = (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error)  # raised by malformed files
+
+
+def runs(table):
     """first code point << 3 | class of each run"""
     out, first, value, shift = [], 0, 0, 0
-    for byte in zlib.decompress(base64.b85decode(CLASSES)):
+    for byte in zlib.decompress(base64.b85decode(table)):
         value |= (byte & 127) << shift
         shift += 7
         if byte < 128:
@@ -125,21 +169,379 @@ def classes():
     return out
 
 
+def normal_form(name):
+    """the tables of "NFC" or "NFKC" for tokenizer.h"""
+    known, start = [], None
+    for run in runs(FORMS):
+        if start is not None:
+            known += map(chr, range(start, run >> 3))
+        start = run >> 3 if run & 7 else None
+    out, compositions = [numbers((len(known),))], []
+    for c in known:
+        codes = [ord(d) for d in unicodedata.normalize(name.replace("C", "D"), c) if d != c]
+        out.append(numbers((ord(c) << 8 | unicodedata.combining(c), len(codes), *codes)))
+        pair = unicodedata.decomposition(c).split()
+        if len(pair) == 2 and "<" not in pair[0] and unicodedata.normalize("NFC", c) == c:
+            compositions.append((int(pair[0], 16), int(pair[1], 16), ord(c)))
+    return b"".join(out + [numbers((len(compositions),))] + [numbers(c) for c in compositions])
+
+
 def numbers(values):
     return struct.pack(f"<{len(values)}I", *values)
 
 
-def tokenizer_file(flags, bos, eos, pieces, split=0, merges=(), surface=b"", trie=b"", strings=b""):
-    """pieces: (bytes, score, kind); merges: (left id, right id)"""
-    out = [b"SGPTTOK2", numbers((flags, len(pieces), bos, eos))]
+def no_token(missing):
+    """of bytes, in words"""
+    runs = []
+    for byte in missing:
+        if runs and byte == runs[-1][1] + 1:
+            runs[-1][1] = byte
+        else:
+            runs.append([byte, byte])
+    shown = ", ".join(f"0x{a:02x}" + (f"-0x{b:02x}" if b > a else "") for a, b in runs[:20])
+    more = f" and more, {len(missing)} in all," if len(runs) > 20 else ""
+    return (f"it has no token for the bytes {shown}{more} and text with them would be lost; train it with all 256 "
+            "(initial_alphabet=pre_tokenizers.ByteLevel.alphabet() at byte level)")
+
+
+def check(flags, pieces):
+    """what tokenizer.h asks of the pieces, so that it takes whatever is written here"""
+    taken = {}
+    for i, (piece, score, kind) in enumerate(pieces):
+        if len(piece) > 65535 or not piece and kind != CONTROL or not math.isfinite(score) or \
+                not NORMAL <= kind <= BYTE:
+            raise Refused(f"piece {i} is broken")
+        if kind == BYTE and (not flags & BYTE_FALLBACK or not re.fullmatch(b"<0x[0-9A-F]{2}>", piece)):
+            raise Refused(f"piece {i} is of the type byte, but not of the form <0x41>, or there is no byte_fallback")
+        if kind not in (UNKNOWN, CONTROL):
+            key = NORMAL if kind == UNUSED else kind, piece
+            if taken.setdefault(key, i) != i:
+                raise Refused(f"the pieces {taken[key]} and {i} are the same, {piece.decode(errors='replace')!r}")
+    kinds = [kind for _, _, kind in pieces]
+    if kinds.count(UNKNOWN) > 1:
+        raise Refused("two pieces are of the type unknown")
+    if not flags & (BYTE_LEVEL | BYTE_FALLBACK) and UNKNOWN not in kinds:
+        raise Refused("it has neither byte_fallback nor a piece for what is unknown")
+    tokens = [(NORMAL, bytes([b])) for b in range(256)] if flags & BYTE_LEVEL else \
+        [(BYTE, b"<0x%02X>" % b) for b in range(256)] if flags & BYTE_FALLBACK else []
+    missing = [b for b, (kind, token) in enumerate(tokens) if (kind, token) not in taken
+               and (kind == BYTE or (USER_DEFINED, token) not in taken and b not in NO_UTF8)]
+    if missing:
+        raise Refused(no_token(missing))
+
+
+def lost(model):
+    """what of a text the model of a tokenizer.json leaves out without a trace, in words"""
+    bpe = model["model"]
+    if bpe.get("type", "BPE") != "BPE" or bpe.get("unk_token") is not None:
+        return None
+    level = any(p["type"] == "ByteLevel" for key in ("normalizer", "pre_tokenizer") for p in parts(model.get(key)))
+    tokens = {b: c for c, b in alphabet().items()} if level else [f"<0x{b:02X}>" for b in range(256)]
+    missing = [b for b in range(256) if tokens[b] not in bpe["vocab"] and b not in NO_UTF8]
+    if not level and not bpe.get("byte_fallback"):
+        return "characters that it does not know would be lost; train it with an unk_token, or at byte level"
+    return no_token(missing) if missing else None
+
+
+# ---- regular expressions: sets of code points, then an automaton that tokenizer.h walks over
+
+END = 0x110000  # of code points; also the end of the text, as a character
+
+
+def union(*sets):
+    """sets: sorted (first, behind the last)"""
+    out = []
+    for first, end in sorted(run for one in sets for run in one):
+        if out and first <= out[-1][1]:
+            out[-1][1] = max(end, out[-1][1])
+        else:
+            out.append([first, end])
+    return tuple(map(tuple, out))
+
+
+def inverse(runs_):
+    bounds = [0, *(bound for run in runs_ for bound in run), END]
+    return tuple(run for run in zip(bounds[::2], bounds[1::2]) if run[0] < run[1])
+
+
+def table_set(table, *kinds):
+    """code points of these classes"""
+    starts = [*runs(table), END << 3]
+    return union([(a >> 3, b >> 3) for a, b in zip(starts, starts[1:]) if a & 7 in kinds])
+
+
+PROPERTIES = {"L": (CLASSES, 1, 2, 3), "Ll": (CLASSES, 2), "M": (CLASSES, 4), "N": (CLASSES, 5), "P": (SIGNS, 1),
+              "S": (SIGNS, 2), "LuLt": (CLASSES, 1), "LmLo": (CLASSES, 3)}
+ESCAPES = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11}
+
+
+class Regex:
+    """Parses to ("set", runs), ("look", runs) of the character that follows, ("all", parts), ("any", parts),
+    ("repeat", part, least, most or None). Knows what the expressions of tokenizers are made of, in Oniguruma's syntax;
+    refuses the rest."""
+
+    def __init__(self, text):
+        self.text, self.at, self.any_case = text, 0, False
+        self.tree = self.alternatives()
+        if self.at < len(self.text):
+            self.refuse()
+
+    def refuse(self):
+        raise Refused(f"the regular expression {self.text[:300]!r} is none that tokenizer.h knows, at {self.at}")
+
+    def ahead(self, *wanted):
+        return next((w for w in wanted if self.text.startswith(w, self.at)), None)
+
+    def next(self, *wanted):
+        """takes one of the wanted, if it is there"""
+        found = self.ahead(*wanted)
+        self.at += len(found or "")
+        return found
+
+    def take(self):
+        if self.at >= len(self.text):
+            self.refuse()
+        self.at += 1
+        return self.text[self.at - 1]
+
+    def alternatives(self):
+        every = [self.sequence()]
+        while self.next("|"):
+            every.append(self.sequence())
+        return every[0] if len(every) == 1 else ("any", every)
+
+    def sequence(self):
+        out, possessive = [], []
+        while self.at < len(self.text) and not self.ahead("|", ")"):
+            part = self.atom()
+            least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(self.next("*", "+", "?"), (None, None))
+            if least is not None and self.next("+"):
+                possessive.append(len(out))
+            elif least is None and self.next("{"):
+                found = re.compile(r"(\d+)(,?)(\d*)\}").match(self.text, self.at)
+                if not found or max(int(n or 0) for n in found.group(1, 3)) > 64:
+                    self.refuse()
+                self.at = found.end()
+                least, most = int(found[1]), int(found[3]) if found[3] else None if found[2] else int(found[1])
+                if most is not None and most < least or self.ahead("+", "*"):
+                    self.refuse()
+            if self.ahead("?") and least is not None:
+                self.refuse()
+            out.append(part if least is None else ("repeat", part, least, most))
+        for i in possessive:  # as greedy ones, where giving back would lead to no match
+            for after in out[i + 1:]:
+                optional = after[0] == "repeat" and after[2] == 0
+                first = after[1] if after[0] == "repeat" else after
+                if out[i][1][0] != "set" or first[0] not in ("set", "look") or intersect(first[1], out[i][1][1]):
+                    self.refuse()
+                if not optional:
+                    break
+        return ("all", out)
+
+    def atom(self):
+        if self.next("(?i:"):
+            before, self.any_case = self.any_case, True
+            part = self.alternatives()
+            self.any_case = before
+        elif found := self.next("(?!", "(?="):
+            part = self.alternatives()
+            if part[0] != "all" or [p[0] for p in part[1]] != ["set"]:
+                self.refuse()
+            runs_ = part[1][0][1]
+            part = "look", runs_ if found == "(?=" else inverse(runs_) + ((END, END + 1),)
+        elif self.next("(?:") or self.ahead("(") and not self.ahead("(?") and self.next("("):
+            part = self.alternatives()
+        elif self.next("$"):
+            return "look", ((10, 11), (END, END + 1))
+        else:
+            return "set", self.bracket() if self.next("[") else self.character()
+        if not self.next(")"):
+            self.refuse()
+        return part
+
+    def folded(self, code):
+        """the character, and those of the other case where that does not count"""
+        c = chr(code)
+        every = {c} | ({c.lower(), c.upper()} | {"s": {"\u017f"}, "k": {"\u212a"}}.get(c.lower(), set())
+                       if self.any_case else set())
+        if any(len(e) > 1 for e in every) or self.any_case and not c.isascii():
+            self.refuse()
+        return union(*([(ord(e), ord(e) + 1)] for e in every))
+
+    def character(self):
+        c = self.take()
+        if c != "\\":
+            if c in ".^*+?{":
+                self.refuse()
+            return self.folded(ord(c))
+        c = self.take()
+        if c in "sS":
+            spaces = table_set(CLASSES, 6)
+            return spaces if c == "s" else inverse(spaces)
+        if c in "pP":
+            name = re.compile(r"\{(\w+)\}").match(self.text, self.at)
+            if not name or name[1] not in PROPERTIES:
+                self.refuse()
+            self.at = name.end()
+            found = table_set(*PROPERTIES[name[1]])
+            return found if c == "p" else inverse(found)
+        if c in ESCAPES:
+            return self.folded(ESCAPES[c])
+        if c.isalnum():
+            self.refuse()
+        return self.folded(ord(c))
+
+    def bracket(self):
+        negated, out = self.next("^"), []
+        if self.ahead("]"):
+            self.refuse()
+        # of Lu and Lt, and of Lm and Lo, the tables know both together
+        for pair in (("\\p{Lu}", "\\p{Lt}", "LuLt"), ("\\p{Lm}", "\\p{Lo}", "LmLo")):
+            for a, b in (pair[:2], pair[1::-1]):
+                end = self.text.find("]", self.at)
+                if a + b in self.text[self.at:end]:
+                    self.text = self.text[:self.at] + self.text[self.at:].replace(a + b, f"\\p{{{pair[2]}}}", 1)
+        while not self.next("]"):
+            if self.next("["):
+                if self.text.startswith(":", self.at):
+                    self.refuse()
+                out.append(self.bracket())
+                continue
+            if self.text.startswith("&&", self.at):
+                self.refuse()
+            plain = self.text[self.at:self.at + 1] in tuple(".^*+?{$()|")
+            first = self.folded(ord(self.take())) if plain else self.character()
+            if self.text.startswith("-", self.at) and self.text[self.at + 1:self.at + 2] not in ("]", ""):
+                self.take()
+                last = self.character()
+                if len(first) > 1 or len(last) > 1 or first[0][1] - first[0][0] > 1 or last[0][1] - last[0][0] > 1:
+                    self.refuse()
+                first = ((first[0][0], last[0][1]),)
+                if first[0][0] >= first[0][1]:
+                    self.refuse()
+            out.append(first)
+        found = union(*out)
+        return inverse(found) if negated else found
+
+
+def intersect(a, b):
+    return inverse(union(inverse(a), inverse(b)))
+
+
+def instructions(part, code):
+    """appends ("set", runs), ("look", runs) and ("split", to, else to), which what comes behind `part` is next to"""
+    kind, *what = part
+    if kind in ("set", "look"):
+        code.append(part)
+    elif kind == "all":
+        for p in what[0]:
+            instructions(p, code)
+    elif kind == "any":
+        ends = []
+        for i, p in enumerate(what[0]):
+            at = len(code)
+            code.append(None)
+            instructions(p, code)
+            ends.append(len(code))
+            code.append(None)
+            code[at] = ("split", at + 1, *([len(code)] if i + 1 < len(what[0]) else []))
+        for at in ends:
+            code[at] = ("split", len(code))
+    else:
+        p, least, most = what
+        for _ in range(least):
+            instructions(p, code)
+        ends = []
+        for _ in range(1 if most is None else most - least):
+            ends.append(len(code))
+            code.append(None)
+            instructions(p, code)
+        if most is None:
+            code.append(("split", ends[0]))
+        for at in ends:
+            code[at] = ("split", at + 1, len(code))
+
+
+def rules_tables(expressions):
+    """the classes and automata of regular expressions for tokenizer.h"""
+    programs = []
+    for expression in expressions:
+        programs.append([])
+        instructions(Regex(expression).tree, programs[-1])
+        programs[-1].append(("match",))
+    sets = list({i[1] for p in programs for i in p if i[0] in ("set", "look")})
+    bounds = sorted({0, *(b for s in sets for run in s for b in run if b < END)})
+    at = [0] * len(sets)
+    classes, starts = {}, []  # class of a combination of sets
+    for bound in bounds:
+        for n, s in enumerate(sets):
+            while at[n] < len(s) and s[at[n]][1] <= bound:
+                at[n] += 1
+        key = frozenset(s for n, s in enumerate(sets) if at[n] < len(s) and s[at[n]][0] <= bound)
+        kind = classes.setdefault(key, len(classes))
+        if not starts or starts[-1] & 255 != kind:
+            starts.append(bound << 8 | kind)
+    if len(classes) > 255:
+        raise Refused("its regular expressions have too many classes of characters")
+    out = [numbers((len(starts), *starts, len(programs)))]
+    # what each class, and last the end, is in
+    members = [*classes, frozenset(s for s in sets if s and s[-1][1] > END)]
+    for program in programs:
+        states, table, done = {(): 0, (0,): 1}, [], 0
+        while done < len(states):
+            state = list(states)[done]
+            done += 1
+            for kind, member in enumerate(members):
+                following, matched = step(program, state, member)
+                to = () if kind == len(members) - 1 else following
+                table.append(states.setdefault(to, len(states)) << 1 | matched)
+            if len(states) > 4000:
+                raise Refused("its regular expression needs too large an automaton")
+        out += [numbers((len(members), len(states))), struct.pack(f"<{len(table)}H", *table)]
+    return b"".join(out)
+
+
+def step(program, state, member):
+    """where the threads of a state, in order of precedence, are behind a character, and whether one has a match before
+    it: that ends those that come after"""
+    following, seen, stack = [], set(), list(reversed(state))
+    while stack:
+        i = stack.pop()
+        if i in seen:
+            continue
+        seen.add(i)
+        kind, *what = program[i]
+        if kind == "match":
+            return tuple(dict.fromkeys(following)), 1
+        if kind == "split":
+            stack += what[::-1]
+        elif what[0] in member:
+            if kind == "look":
+                stack.append(i + 1)
+            else:
+                following.append(i + 1)
+    return tuple(dict.fromkeys(following)), 0
+
+
+def tokenizer_file(flags, bos, eos, pieces, split=0, merges=(), surface=b"", trie=b"", strings=b"", form=None,
+                   rules=()):
+    """pieces: (bytes, score, kind); merges: (left id, right id); form: name of Unicode's normal form; rules: regular
+    expressions. What the second version of the format can say is written in it, so that a tokenizer's file stays the
+    same."""
+    kinds = {kind for _, _, kind in pieces}
+    third = form or rules or flags & (PREFIX_ONCE | UNIGRAM) or max(kinds) > 7 or \
+        USER_DEFINED in kinds and flags & HF_BYTES
+    check(flags, [(piece, score, kind & 7) for piece, score, kind in pieces])
+    out = [b"SGPTTOK3" if third else b"SGPTTOK2", numbers((flags, len(pieces), bos, eos))]
     for data in (surface, trie, strings):
         out += [numbers((len(data),)), data]
-    for i, (piece, score, kind) in enumerate(pieces):
-        if len(piece) > 65535 or not piece and kind != CONTROL:
-            raise Refused(f"piece {i} is broken")
-        out.append(struct.pack("<fBH", score, kind, len(piece)) + piece)
-    runs = classes() if flags & BYTE_LEVEL else []
-    out += [numbers((split, len(runs), *runs, len(merges))), *(numbers(m) for m in merges)]
+    out += [struct.pack("<fBH", score, kind, len(piece)) + piece for piece, score, kind in pieces]
+    strips = any(kind & (LSTRIP | RSTRIP) for kind in kinds)
+    classes = runs(CLASSES) if flags & BYTE_LEVEL and not rules or strips else []
+    out += [numbers((split, len(classes), *classes, len(merges))), *(numbers(m) for m in merges)]
+    if third:
+        out.append(normal_form(form) if form else numbers((0, 0)))
+        out.append(rules_tables(rules) if rules else numbers((0, 0)))
     return b"".join(out)
 
 
@@ -187,12 +589,13 @@ def sentencepiece(model, bos, eos):
             {2: trainer, 3: normalizer, 5: denormalizer}[number].update(fields(value))
     if not pieces:
         raise Refused("this is not a sentencepiece model")
-    if trainer.get(3, 1) != BPE:
-        raise Refused("the model is not of type BPE, the only one that tokenizer.h knows")
+    algorithm = trainer.get(3, 1)
+    if algorithm not in (1, BPE, CHARACTERS):
+        raise Refused("the model is of type word; tokenizer.h knows BPE, unigram and char")
     if denormalizer.get(2):
         raise Refused("the model has a denormalizer, which tokenizer.h does not know")
-    for i, (piece, score, kind) in enumerate(pieces):
-        if not 0 < len(piece) < 65536 or b"\0" in piece or math.isnan(score) or kind not in range(NORMAL, BYTE + 1):
+    for i, (piece, _, kind) in enumerate(pieces):
+        if not piece or b"\0" in piece or kind not in range(NORMAL, BYTE + 1):
             raise Refused(f"piece {i} is broken")
 
     def control(name):
@@ -206,7 +609,8 @@ def sentencepiece(model, bos, eos):
     flags = sum(bit for bit, on in (
         (DUMMY_PREFIX, normalizer.get(3, 1)), (REMOVE_SPACES, normalizer.get(4, 1)),
         (ESCAPE_SPACES, normalizer.get(5, 1)), (SPACE_AS_SUFFIX, trainer.get(24, 0)),
-        (BYTE_FALLBACK, trainer.get(35, 0))) if on)
+        (BYTE_FALLBACK, trainer.get(35, 0)), (UNIGRAM, algorithm == 1),
+        (LISTED_MERGES, algorithm == CHARACTERS)) if on)
     charsmap = normalizer.get(2, b"")
     trie = strings = b""
     if charsmap:
@@ -223,15 +627,11 @@ def by_rank(ranks, offset=0):
     pieces = [(b"", 0, CONTROL)] * (offset + max(ranks.values()) + 1)
     for piece, rank in ranks.items():
         pieces[offset + rank] = (piece, -float(rank), NORMAL)
-    if len(set(ranks.values())) < len(ranks):
-        raise Refused("two tokens have the same rank")
-    for i in range(256):
-        if bytes([i]) not in ranks:
-            raise Refused(f"the byte {i} is no token")
     return pieces
 
 
-def rank_file(data, preset):
+def rank_table(data, preset):
+    """({bytes: rank}, preset, BOS, EOS, V) of a rank file"""
     ranks = {}
     for n, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
@@ -244,25 +644,44 @@ def rank_file(data, preset):
         if not 0 <= rank < 1 << 24 or token in ranks:
             raise Refused(f"line {n} has a rank out of range or a token that was there before")
         ranks[token] = rank
+    preset = preset or next((name for name, (_, known, *_) in PRESETS.items() if len(ranks) in known), None)
     if not preset:
-        preset = next((name for name, (_, known, *_) in PRESETS.items() if len(ranks) in known), None)
-        if not preset:
-            raise Refused(f"{len(ranks)} tokens are of no known tokenizer: --preset must say how it splits text")
-    split, _, bos, eos, more = PRESETS[preset]
+        raise Refused(f"{len(ranks)} tokens are of no known tokenizer: --preset must say how it splits text")
+    taken = set(ranks.values())
+    if len(taken) < len(ranks):
+        raise Refused("two tokens have the same rank")
+    missing = [b for b in range(256) if bytes([b]) not in ranks]
+    if missing:
+        raise Refused(no_token(missing))
+    _, _, bos, eos, more = PRESETS[preset]
+    free = next(i for i in range(len(ranks) + 1) if i not in taken) if preset == "gpt2" else max(taken) + 1
+    return ranks, preset, free + bos, free + eos, max(free + more, max(taken) + 1)
+
+
+def rank_file(data, preset):
+    ranks, preset, bos, eos, V = rank_table(data, preset)
     pieces = by_rank(ranks)
-    free = next((i for i, p in enumerate(pieces) if not p[0]), len(pieces)) if preset == "gpt2" else len(pieces)
-    pieces += [(b"", 0, CONTROL)] * max(free + more - len(pieces), 0)
-    return tokenizer_file(BYTE_LEVEL | WHOLE_WORDS, free + bos, free + eos, pieces, split)
+    pieces += [(b"", 0, CONTROL)] * (V - len(pieces))
+    return tokenizer_file(BYTE_LEVEL | WHOLE_WORDS, bos, eos, pieces, PRESETS[preset][0],
+                          form=NORMAL_FORMS.get(preset))
 
 
-def tekken(model):
+def tekken_table(model):
+    """({bytes: rank}, regular expression, first id of a rank) of Mistral's tekken.json"""
     config = model["config"]
     first = config["default_num_special_tokens"]
     tokens = model["vocab"][:config["default_vocab_size"] - first]
     ranks = {base64.b64decode(t["token_bytes"]): t["rank"] for t in tokens}
-    split = regexes().get(config["pattern"])
+    if len(set(ranks.values())) < len(tokens):
+        raise Refused("two tokens have the same rank")
+    return ranks, config["pattern"], first
+
+
+def tekken(model):
+    ranks, pattern, first = tekken_table(model)
+    split = regexes().get(pattern)
     if split is None:
-        raise Refused(f"the regular expression {config['pattern']!r} is none that tokenizer.h knows")
+        raise Refused(f"the regular expression {pattern!r} is none that tokenizer.h knows")
     return tokenizer_file(BYTE_LEVEL | WHOLE_WORDS, 1, 2, by_rank(ranks, first), split)
 
 
@@ -286,29 +705,48 @@ def unknown(what, part):
 
 
 def byte_level_split(model):
-    """flags and split of a pre_tokenizer that ends with ByteLevel"""
+    """flags, split and rules of a pre_tokenizer that ends with ByteLevel"""
     *before, last = parts(model["pre_tokenizer"])
-    flags, split = 0, GPT2
+    flags, expressions = BYTE_LEVEL, []
     if last.get("add_prefix_space", True):
         if before:
             raise Refused("the pre_tokenizer ByteLevel with add_prefix_space behind another one is not supported")
-        flags = DUMMY_PREFIX | PREFIX_IF_NONE
-    use_regex = last.get("use_regex", True)
-    if before and use_regex and before == [{"type": "Digits", "individual_digits": True}]:
-        split = GPT2 | DIGITS_APART
-    elif len(before) == 1 and not use_regex and before[0]["type"] == "Split":
-        kind, text = pattern(before[0])
-        split = regexes().get(text) if kind == "Regex" else None
-        how = before[0].get("behavior"), before[0].get("invert", False)
-        if split is None or how not in (("Isolated", False), ("Removed", True)):
-            raise unknown("pre_tokenizer", before[0])
-    elif before or not use_regex:
-        raise unknown("pre_tokenizer", before[0] if before else last)
-    for step in parts(model.get("normalizer")):
-        raise unknown("normalizer", step)
+        flags |= DUMMY_PREFIX | PREFIX_IF_NONE
+    for part in before:
+        how = part.get("behavior", "Isolated"), part.get("invert", False)
+        if part["type"] == "Split":
+            kind, text = pattern(part)
+            expression = text if kind == "Regex" else re.sub(r"(\W)", r"\\\1", text)
+            known = len(before) == 1 and how == ("Removed", True) and text in regexes()  # which leave nothing between
+        elif part["type"] == "Digits":
+            expression, known = r"\p{N}" if part.get("individual_digits") else r"\p{N}+", False
+        elif part["type"] == "Punctuation":
+            expression, known = r"[!-/:-@\[-`{-~\p{P}]", False
+        else:
+            raise unknown("pre_tokenizer", part)
+        if how != ("Isolated", False) and not known:
+            raise unknown("pre_tokenizer", part)
+        expressions.append(expression)
+    if last.get("use_regex", True):
+        expressions.append(GPT2_REGEX)
+    if not expressions:
+        raise unknown("pre_tokenizer", last)
     if [d["type"] for d in parts(model.get("decoder"))] != ["ByteLevel"]:
         raise unknown("decoder", model.get("decoder"))
-    return flags | BYTE_LEVEL, split
+    if expressions == [r"\p{N}", GPT2_REGEX]:
+        return flags, GPT2 | DIGITS_APART, ()
+    if len(expressions) == 1 and expressions[0] in regexes():
+        return flags, regexes()[expressions[0]], ()
+    return flags, 0, expressions
+
+
+def unicode_form(model):
+    """name of the normal form that a ByteLevel tokenizer brings text to; None: as it is"""
+    steps = parts(model.get("normalizer"))
+    for step in steps:
+        if step["type"] not in ("NFC", "NFKC") or len(steps) > 1:
+            raise unknown("normalizer", step)
+    return steps[0]["type"] if steps else None
 
 
 def metaspace_flags(model):
@@ -327,8 +765,9 @@ def metaspace_flags(model):
         if step["type"] != "Metaspace" or step.get("replacement") != SPACE or flags & (ESCAPE_SPACES | DUMMY_PREFIX):
             raise unknown("pre_tokenizer", step)
         flags |= ESCAPE_SPACES
-        if step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never":
-            flags |= DUMMY_PREFIX | PREFIX_IF_NONE
+        scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+        if scheme != "never":
+            flags |= DUMMY_PREFIX | PREFIX_IF_NONE | (PREFIX_ONCE if scheme == "first" and plain_tokens(model) else 0)
         if step.get("split", True):
             flags |= CUT_AT_SPACES
     if not flags & ESCAPE_SPACES:
@@ -342,6 +781,39 @@ def metaspace_flags(model):
     elif steps[3:]:
         raise unknown("decoder", steps[3])
     return flags
+
+
+def plain_tokens(model):
+    """the added tokens that text is searched for: special ones are ids only"""
+    return [t for t in model.get("added_tokens", []) if not t["special"]]
+
+
+def added_piece(token, form, byte_level):
+    """a plain one as a piece, with how it is found"""
+    text = token["content"]
+    if token["single_word"]:
+        raise Refused(f"the added token {text!r} is to be found as a whole word only, which tokenizer.h does not know")
+    if token["normalized"] and form:
+        text = unicodedata.normalize(form, text)
+    letters = alphabet()
+    written = token["content"]
+    if byte_level and all(c in letters for c in written) and bytes(letters[c] for c in written) != text.encode() or \
+            not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", text) or text != written:
+        raise Refused(f"the added token {written!r} does not decode to itself")
+    return text.encode(), 0, USER_DEFINED | sum(bit for bit, on in (
+        (LSTRIP, token["lstrip"]), (RSTRIP, token["rstrip"]), (IN_NORMAL_FORM, token["normalized"] and form)) if on)
+
+
+def hidden(model):
+    """a plain added token that begins within the name of a special one: the library skips both there"""
+    plain = {t["content"] for t in plain_tokens(model)}
+    sizes, begins = {len(p) for p in plain}, {p[:n]: p for p in plain for n in range(1, len(p) + 1)}
+    for special in (t["content"] for t in model.get("added_tokens", []) if t["special"]):
+        for at in range(len(special)):
+            rest = special[at:]
+            found = next((rest[:n] for n in sizes if rest[:n] in plain), begins.get(rest) if at else None)
+            if found:
+                raise Refused(f"the added token {found!r} begins within the special {special!r}")
 
 
 def alphabet():
@@ -361,7 +833,9 @@ def tokenizer_json(model, bos, eos):
             raise Refused(f"the model's {option} is not supported")
     steps = parts(model.get("pre_tokenizer"))
     byte_level = bool(steps) and steps[-1]["type"] == "ByteLevel"
-    flags, split = byte_level_split(model) if byte_level else (metaspace_flags(model), 0)
+    flags, split, rules = byte_level_split(model) if byte_level else (metaspace_flags(model), 0, ())
+    form = unicode_form(model) if byte_level else None
+    hidden(model)
     flags |= LISTED_MERGES
     if bpe.get("ignore_merges"):
         if not byte_level:
@@ -388,19 +862,16 @@ def tokenizer_json(model, bos, eos):
         text, i = token["content"], token["id"]
         if token["special"]:
             special[text] = i
-            pieces[i] = (text.encode(), 0, CONTROL)
+            # a byte that is called special, as training with these names does, is a byte all the same
+            is_byte = not byte_level and vocab.get(text) == i and re.fullmatch("<0x[0-9A-F]{2}>", text)
+            pieces[i] = (text.encode(), 0, BYTE if is_byte else CONTROL)
             continue
-        if not byte_level or token["lstrip"] or token["rstrip"] or token["single_word"]:
-            raise Refused(f"the added token {text!r} is not special and not plain text of a ByteLevel tokenizer")
-        pieces[i] = (text.encode(), 0, USER_DEFINED)
-        if all(c in letters for c in text) and bytes(letters[c] for c in text) != text.encode():
-            raise Refused(f"the added token {text!r} does not decode to itself")
-    normal = {piece for piece, _, kind in pieces if kind == NORMAL}
-    for i in range(256):
-        if byte_level and bytes([i]) not in normal or not byte_level and f"<0x{i:02X}>" not in vocab:
-            raise Refused(f"the byte {i} has no token" + ("" if byte_level else " and byte_fallback needs them all"))
-
-    merges, taken = {}, {piece for piece, _, kind in pieces if kind == USER_DEFINED}  # these are cut out before merges
+        pieces[i] = added_piece(token, form, byte_level)
+    # what is added is cut out before any merge, but may arise again in a normal form
+    arises = form or not byte_level
+    taken = {piece for piece, _, kind in pieces if not arises and kind & 7 == USER_DEFINED}
+    normal = {piece for piece, _, kind in pieces if kind == NORMAL or arises and kind & 7 == USER_DEFINED}
+    merges = {}
     for rank, merge in enumerate(bpe["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         pair = vocab.get(left), vocab.get(right)
@@ -417,11 +888,56 @@ def tokenizer_json(model, bos, eos):
         if name is None:
             raise Refused(f"no special token is {given or ' or '.join(names)}: {option} must name one of them")
         ends.append(special[name])
-    return tokenizer_file(flags, *ends, pieces, split, sorted(merges, key=merges.get))
+    return tokenizer_file(flags, *ends, pieces, split, sorted(merges, key=merges.get), form=form, rules=rules)
 
 
-def convert(data, preset=None, bos=None, eos=None):
-    """data: bytes of a tokenizer's file; returns bytes of the tokenizer file."""
+def is_rank_file(data):
+    return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data)
+
+
+def is_tekken(data):
+    if data[:1] == b"{" and b'"token_bytes"' in data:
+        try:
+            model = json.loads(data)
+            return "config" in model and "vocab" in model
+        except (ValueError, RecursionError):
+            pass
+    return False
+
+
+def with_merges(data, path, preset):
+    """of a vocab.json with the merges.txt beside it the tokenizer.json that they are; any other file as it is"""
+    try:
+        vocab = json.loads(data) if data[:1] == b"{" else {}
+    except (ValueError, RecursionError):
+        return data
+    if not vocab or not all(isinstance(i, int) for i in vocab.values()):
+        return data
+    path = Path(path)
+    merges = path.with_name(path.name.replace("vocab", "merges")).with_suffix(".txt")
+    if merges.name == path.name or not merges.is_file():
+        raise Refused(f"it is a vocabulary, whose merges, {merges.name}, are not beside it")
+    if preset not in ("gpt2", "qwen") and not (preset is None and len(vocab) == 50257):
+        raise Refused("it is a vocabulary: --preset gpt2 or qwen must say how it splits text")
+    lines = merges.read_bytes().decode().split("\n")
+    lines = lines[lines[0].startswith("#version"):]
+    ends = [(t, i) for t, i in vocab.items() if t in (*BOS, *EOS)] or [("<|endoftext|>", max(vocab.values()) + 1)]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": preset != "qwen"}
+    split = {"type": "Split", "pattern": {"Regex": QWEN_REGEX}, "behavior": "Isolated", "invert": False}
+    return json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "post_processor": None, "decoder": level,
+        "normalizer": {"type": "NFC"} if preset == "qwen" else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]} if preset == "qwen" else level,
+        "added_tokens": [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": True} for t, i in ends],
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+                  "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
+                  "merges": [line.rstrip("\r") for line in lines if line.strip()]}}).encode()
+
+
+def convert(data, preset=None, bos=None, eos=None, path=""):
+    """data: bytes of a tokenizer's file; path: where it is; returns bytes of the tokenizer file."""
+    data = with_merges(data, path, preset)
     if data[:1] == b"{":
         try:
             model = json.loads(data)
@@ -432,7 +948,7 @@ def convert(data, preset=None, bos=None, eos=None):
         if not isinstance(model.get("model"), dict) or "vocab" not in model["model"]:
             raise Refused("this is no tokenizer.json")
         return tokenizer_json(model, bos, eos)
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+    if is_rank_file(data):
         return rank_file(data, preset)
     return sentencepiece(data, bos, eos)
 
@@ -454,7 +970,7 @@ def main():
     where = args.model
     try:
         with open(args.model, "rb") as f:
-            data = convert(f.read(), args.preset, args.bos, args.eos)
+            data = convert(f.read(), args.preset, args.bos, args.eos, args.model)
         where = args.out
         if os.path.exists(where) and not os.path.isfile(where):
             raise Refused("is a folder, a pipe or a device, no file")
@@ -468,7 +984,7 @@ def main():
         sys.exit(f"convert_tokenizer: {where}: {e}. --help lists what can be converted.")
     except OSError as e:
         sys.exit(f"convert_tokenizer: {where}: {e.strerror}. Check the path.")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error):
+    except BROKEN:
         sys.exit(f"convert_tokenizer: {where}: a field is missing or has the wrong type. Get the file anew.")
 
 

@@ -4,18 +4,20 @@ Each has name, checksum (sha256 of its file), V, bos, eos; many(documents) -> id
 array. Special tokens that a text spells out are text. Where one token is both BOS and EOS (<|endoftext|>), it stands
 once, before the document, as in the published shards of GPT-2.
 """
-import base64
 import hashlib
+import json
 import os
-import re
+import struct
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 
+import convert_tokenizer
 from common import Refused, package, read_whole
 from convert_tokenizer import BOS, EOS, PRESETS
 
-GIVE = "Give 'bytes', a sentencepiece .model, a tiktoken rank file or a tokenizer.json."
+GIVE = "Give 'bytes', a sentencepiece .model, a tiktoken rank file, a tokenizer.json, tekken.json or vocab.json."
 
 
 class Encoder:
@@ -63,7 +65,7 @@ class Bytes(Encoder):
 
 class SentencePiece(Encoder):
     def __init__(self, path, data, bos, eos):
-        sentencepiece = package("sentencepiece", path)
+        sentencepiece = package("sentencepiece", path, "0.1.94")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError:
@@ -89,42 +91,48 @@ LLAMA3 = rf"{SHORT}|{WORDS}|\s*[\r\n]+|\s+(?!\S)|\s+"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 O200K = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+(?:{SHORT})?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*(?:{SHORT})?"
          r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-PATTERNS = {"gpt2": GPT2, "cl100k": CL100K, "o200k": O200K, "llama3": LLAMA3, "llama4": O200K}
+PATTERNS = {"gpt2": GPT2, "cl100k": CL100K, "o200k": O200K, "llama3": LLAMA3, "llama4": O200K,
+            "qwen": LLAMA3.replace("{1,3}+", "")}
 
 
 class Tiktoken(Encoder):
+    """a rank file, or Mistral's tekken.json, whose ids begin behind those of its special tokens"""
+    form = None
+
     def __init__(self, path, data, preset):
         tiktoken = package("tiktoken", path)
-        ranks = {}
-        for number, line in enumerate(data.splitlines(), 1):
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except ValueError:
-                raise Refused(f"{path}:{number}: not a token in base64 and its rank. Fetch the file again.") from None
-        preset = preset or next((name for name, row in PRESETS.items() if len(ranks) in row[1]), None)
-        if not preset:
-            raise Refused(f"{path}: {len(ranks)} ranks are none of the published files. Name its rules with --preset.")
-        taken = set(ranks.values())
-        if len(taken) < len(ranks) or min(taken) < 0 or any(bytes([b]) not in ranks for b in range(256)):
-            raise Refused(f"{path}: a rank is there twice, or a byte has none. Fetch the file again.")
-        _, _, bos, eos, V = PRESETS[preset]
-        free = next(i for i in range(len(ranks) + 1) if i not in taken) if preset == "gpt2" else max(taken) + 1
-        self.bos, self.eos, self.V = free + bos, free + eos, max(free + V, max(taken) + 1)
-        self.model = tiktoken.Encoding(preset, pat_str=PATTERNS[preset], mergeable_ranks=ranks, special_tokens={})
+        try:
+            if data[:1] == b"{":
+                ranks, pattern, self.first = convert_tokenizer.tekken_table(json.loads(data))
+                self.bos, self.eos, self.V = 1, 2, self.first + max(ranks.values()) + 1
+            else:
+                ranks, preset, self.bos, self.eos, self.V = convert_tokenizer.rank_table(data, preset)
+                pattern, self.first = PATTERNS[preset], 0
+                self.form = convert_tokenizer.NORMAL_FORMS.get(preset)
+        except (convert_tokenizer.Refused, *convert_tokenizer.BROKEN) as e:
+            what = e if isinstance(e, convert_tokenizer.Refused) else "a field is missing or has the wrong type"
+            raise Refused(f"{path}: {what}. Fetch the file again, or name its rules with --preset.") from None
+        self.model = tiktoken.Encoding("it", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, texts):
-        return [self.model.encode_ordinary(text) for text in texts]
+        if self.form:
+            texts = [unicodedata.normalize(self.form, text) for text in texts]
+        every = [self.model.encode_ordinary(text) for text in texts]
+        return [[self.first + i for i in ids] for ids in every] if self.first else every
 
 
 class TokenizerJson(Encoder):
     def __init__(self, path, data, bos, eos):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core
-        tokenizers = package("tokenizers", path)
+        # before 0.15.1 encode_special_tokens is taken, and does nothing
+        tokenizers = package("tokenizers", path, "0.15.1")
         try:
             self.model = tokenizers.Tokenizer.from_str(data.decode())
+            lost = convert_tokenizer.lost(json.loads(data))
         except Exception as e:  # the package raises no narrower one
             raise Refused(f"{path}: not a tokenizer.json ({' '.join(str(e).split())[:100]}). {GIVE}") from None
+        if lost:
+            raise Refused(f"{path}: {lost}. Give another tokenizer.")
         self.model.no_truncation()
         self.model.no_padding()
         self.model.encode_special_tokens = True
@@ -148,14 +156,37 @@ def load(name, preset=None, bos=None, eos=None):
     data = read_whole(name, GIVE)
     if data.startswith(b"SGPTTOK"):
         raise Refused(f"{name}: this file is the trainer's. Give the model that it was converted from.")
-    if data.lstrip()[:1] == b"{":
-        encoder = TokenizerJson(name, data, bos, eos)
-    elif re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+    try:
+        data = convert_tokenizer.with_merges(data, name, preset)
+    except (convert_tokenizer.Refused, UnicodeDecodeError) as e:
+        raise Refused(f"{name}: {e}. {GIVE}") from None
+    if convert_tokenizer.is_rank_file(data) or convert_tokenizer.is_tekken(data):
         encoder = Tiktoken(name, data, preset)
+    elif data.lstrip()[:1] == b"{":
+        encoder = TokenizerJson(name, data, bos, eos)
     else:
         encoder = SentencePiece(name, data, bos, eos)
     encoder.name, encoder.checksum = Path(name).name, hashlib.sha256(data).hexdigest()
     return encoder
+
+
+def converted(encoder, name, preset=None, bos=None, eos=None):
+    """the trainer's file of the same tokenizer, for what makes text of ids; None: it needs none, for bytes"""
+    if name == "bytes":
+        return None
+    try:
+        data = convert_tokenizer.convert(read_whole(name, GIVE), preset, bos, eos, name)
+        ends = struct.unpack_from("<III", data, 12)
+        if ends != (encoder.V, encoder.bos, encoder.eos):
+            raise convert_tokenizer.Refused(f"V, BOS and EOS are {ends} there")
+    except convert_tokenizer.BROKEN:
+        why = "a field is missing or has the wrong type"
+    except convert_tokenizer.Refused as e:
+        why = e
+    else:
+        return data
+    raise Refused(f"{name}: the trainer cannot use it: {why}. Give another tokenizer, or --without-generate: then a "
+                  "trained model has no samples, generate and bits per byte.")
 
 
 def add_options(parser):

@@ -19,9 +19,9 @@ uint32 when V is above 65536.
 
 Validation is the corpus's own where it has files for it (c4, tinystories), else every k-th document, k = 1/F of
 --val-fraction F; of fewer than k documents it is the end of each. OUT/PREFIX_manifest.json has the counts and each
-shard's size and sha256. The same input gives the same bytes, whatever --processes. Older shards of the same OUT and
-PREFIX are replaced once the new ones are whole. A run that was cut off goes on behind its last whole shard when the
-same command is given again.
+shard's size and sha256; OUT/PREFIX_tokenizer.bin is the tokenizer for `./train_gpt --tokenizer` (bytes need none). The
+same input gives the same bytes, whatever --processes. Older shards of the same OUT and PREFIX are replaced once the new
+ones are whole. A run that was cut off goes on behind its last whole shard when the same command is given again.
 
 Memory: 200 MB, 120 MB a process, and the largest document 10 times with bytes, 15 with tiktoken, 40 with sentencepiece,
 125 with tokenizers; an array of JSON counts as a document. Disk, beside the shards: two files of the corpus, where it
@@ -275,6 +275,7 @@ def prepare(args, out, prefix):
             find(args.inputs, args.glob, rules)
     options = encoders.from_options(args)
     tokenizer = encoders.load(*options)
+    converted = None if args.without_generate else encoders.converted(tokenizer, *options)
     out.mkdir(parents=True, exist_ok=True)
     identity = {"corpus": args.corpus, "subset": subset, "tokenizer": tokenizer.name,
                 "tokenizer_sha256": tokenizer.checksum, "vocab_size": tokenizer.V, "bos": tokenizer.bos,
@@ -330,7 +331,7 @@ def prepare(args, out, prefix):
             "shard_tokens": args.shard_tokens, "train": train.counts(), "val": val.counts()}
         if tokenizer.name == "bytes" and val.tokens:
             manifest["bigram_val_loss"] = round(bigram_loss(train, val, tokenizer.V), 6)
-        output.publish(manifest)
+        output.publish(manifest, converted)
         if counts.bad:
             warn(f"{counts.bad:,} of {counts.seen:,} records are bad and left out. The first: {counts.first}")
         whole = True
@@ -400,6 +401,8 @@ def main():
                         help=r"what stands between the documents of a text file, with \n, \t, \r, \0, \xHH and \\ for "
                         r"\; white space around it goes (a file is one document)")
     encoders.add_options(parser)
+    parser.add_argument("--without-generate", action="store_true", help="take a tokenizer that the trainer cannot use: "
+                        "shards alone, for training without samples, generate and bits per byte")
     parser.add_argument("--out", default="data", metavar="DIR", help="where the shards go; made if missing (data)")
     parser.add_argument("--prefix", help="how their names start (the corpus, or the first input without its suffix)")
     parser.add_argument("--val-fraction", type=float, metavar="F",
@@ -432,6 +435,8 @@ def main():
         s = manifest[split]
         print(f"{split:5} {s['tokens']:,} tokens of {s['documents']:,} documents in {len(s['shards'])} shards "
               f"{out / (prefix + '_' + split)}_*.bin")
+    if "tokenizer_file" in manifest:
+        print(f"for ./train_gpt: --tokenizer {out / manifest['tokenizer_file']['name']}")
     if "bigram_val_loss" in manifest:
         print(f"bigram model: validation loss {manifest['bigram_val_loss']:.4f} nats a token; training should beat it")
     return 0

@@ -6,6 +6,7 @@ later run cuts the files to that length. So what was written after the state was
 """
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -177,10 +178,16 @@ class Output:
         write_whole(self.state_path, [dump(state)])
         self.position = position
 
-    def publish(self, manifest):
-        """the shards get their names, then the manifest appears"""
+    def publish(self, manifest, converted=None):
+        """the shards get their names, then the tokenizer's file, unless it is None, and the manifest appear"""
         for split in self.splits.values():
             split.publish()
+        path = self.out / f"{self.prefix}_tokenizer.bin"
+        if converted is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_whole(path, [converted])
+            manifest["tokenizer_file"] = {"name": path.name, "sha256": hashlib.sha256(converted).hexdigest()}
         sync_directory(self.out)
         write_whole(self.manifest_path, [dump(manifest)])
         self.state_path.unlink(missing_ok=True)
@@ -221,6 +228,8 @@ def verify(path):
         manifest = json.loads(path.read_bytes() if path.is_file() else b"")
         splits = [(name, manifest[name]["tokens"], manifest[name]["shards"]) for name in SPLITS]
         magic, version, dtype = kind(manifest["vocab_size"])
+        file = manifest.get("tokenizer_file")
+        file = file and (path.with_name(file["name"]), file["sha256"])
         entries = [(path.with_name(s["name"]), int(s["tokens"]), s["sha256"])
                    for _, _, shards in splits for s in shards]
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -239,6 +248,8 @@ def verify(path):
                 header = np.frombuffer(f.read(12), "<i4").tolist()
             if header != [magic, version, tokens]:
                 wrong.append(f"{shard}: its header is not the manifest's. Prepare the data again.")
+    if file and (not file[0].is_file() or sha256_of(file[0]) != file[1]):
+        wrong.append(f"{file[0]}: is missing, or not as it was written. Prepare the data again.")
     prefix = path.name[:-len("_manifest.json")]
     for split, tokens, shards in splits:
         if sum(s["tokens"] for s in shards) != tokens:

@@ -115,7 +115,7 @@ void tokenizer(const Bytes& input) {
 // Text in good tokenizers: those at byte level give it back.
 void text(const Bytes& input) {
     static const std::vector<const char*> names = {"llama", "llama_json", "handmade", "rules", "cl100k", "o200k",
-                                                   "gpt2_json"};
+                                                   "gpt2_json", "unigram", "deepseek_json"};
     static std::vector<Tokenizer> all = [] {
         std::vector<Tokenizer> loaded;
         loaded.push_back(Tokenizer::bytes());

@@ -78,7 +78,7 @@ JOBS = {
     "hf": (["build/train_gpt_cpu_fp32"], [sys.executable, "dev/test/test_hf.py", "build/train_gpt_cpu_fp32", GOLDEN],
            [1]),
     "prepare": ([], [sys.executable, "dev/test/test_prepare.py"], [1]),
-    "convert_tokenizer": ([], [sys.executable, "dev/test/test_convert_tokenizer.py"], [1]),
+    "convert_tokenizer": (["build/test_tokenizer"], [sys.executable, "dev/test/test_convert_tokenizer.py"], [1]),
 }
 
 # of each target: two makes at once would write the same file, one while the other's job runs it

@@ -1,19 +1,41 @@
 #!/usr/bin/env python3
-"""Tests of dev/data/convert_tokenizer.py through its command line: what it writes of small models, what it refuses."""
+"""Tests of dev/data/convert_tokenizer.py through its command line: what it writes of small models, what it refuses.
+What tokenizer.h makes of some is compared with plain Python where build/test_tokenizer is there."""
 import base64
+import bisect
 import json
 import math
 import os
+import random
+import re
 import struct
+import subprocess
 import sys
+import unicodedata
+import unittest
+
 
 from lines import run_all
-from test_prepare import Case
+from test_prepare import DATA, Case
 
+import convert_tokenizer  # noqa: E402
+
+PROGRAM = DATA.parent.parent / "build" / "test_tokenizer"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
           r"\s+(?!\S)|\s+")
 LLAMA3_SPLIT = 3 | 4 | 16 | 64 | 128 | 512
 O200K_SPLIT = 3 | 4 | 8 | 32 | 64 | 128 | 256 | 512
+
+
+def tekken(tokens, special):
+    """a tekken.json"""
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    word = r"[^\r\n\p{L}\p{N}]?" + upper
+    pattern = (rf"{word}*{lower}+|{word}+{lower}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|"
+               r"\s*[\r\n]+|\s+(?!\S)|\s+")
+    config = {"default_vocab_size": special + len(tokens), "default_num_special_tokens": special, "pattern": pattern}
+    return {"config": config, "vocab": [{"rank": i, "token_bytes": base64.b64encode(t).decode()}
+                                        for i, t in enumerate(tokens)]}
 
 
 class Written:
@@ -27,7 +49,7 @@ class Written:
             at += struct.calcsize("<" + form)
             return values if len(values) > 1 else values[0]
 
-        assert data[:8] == b"SGPTTOK2"
+        assert data[:8] in (b"SGPTTOK2", b"SGPTTOK3")
         self.flags, V, self.bos, self.eos = struct.unpack("<IIII", data[8:24])
         for _ in range(3):
             size = take("I")
@@ -41,7 +63,34 @@ class Written:
         runs = [take("I") for _ in range(take("I"))]
         self.kinds = [(run >> 3, run & 7) for run in runs]
         self.merges = [take("II") for _ in range(take("I"))]
+        if data[:8] == b"SGPTTOK3":
+            self.form = {}
+            for _ in range(take("I")):
+                character, size = take("II")
+                self.form[character >> 8] = (character & 255, [take("I") for _ in range(size)])
+            self.compositions = {take("II"): take("I") for _ in range(take("I"))}
+            self.rule_starts = [take("I") for _ in range(take("I"))]
+            self.rules = []
+            for _ in range(take("I")):
+                classes, states = take("II")
+                self.rules.append([take(f"{classes}H") for _ in range(states)])
         assert at == len(data)
+
+    def cuts(self, rule, text):
+        """of a regular expression's automaton"""
+        starts, found, at = [r >> 8 for r in self.rule_starts], [], 0
+        while at < len(text):
+            state, end = 1, at
+            for i in range(at, len(text) + 1):
+                kind = self.rule_starts[bisect.bisect(starts, ord(text[i])) - 1] & 255 if i < len(text) else -1
+                state, is_match = self.rules[rule][state][kind] >> 1, self.rules[rule][state][kind] & 1
+                end = i if is_match else end
+                if not state:
+                    break
+            if end > at:
+                found.append(text[at:end])
+            at = max(end, at + 1)
+        return found
 
     def kind_of(self, character):
         return [kind for first, kind in self.kinds if first <= ord(character)][-1]
@@ -87,13 +136,45 @@ class SentencePiece(Convert):
             want += struct.pack("<fBH", score, kind, len(s)) + s
         self.assertEqual((self.dir / "m.bin").read_bytes(), want + bytes(12))  # no split, classes, merges
 
+    def test_algorithms(self):
+        for kind, flags in (((3, 1), 8192), ((3, 2), 0), ((3, 4), 64), ((24, 0), 8192)):
+            w = self.convert(self.model([kind], pieces=[((1, b"ab"), (2, -1.5))]))
+            self.assertEqual(w.flags, 1 | 2 | 4 | flags)
+
+    @unittest.skipUnless(PROGRAM.exists(), "make build/test_tokenizer")
+    def test_unigram(self):
+        """the best cut of texts, against all ways to the end of each character, in float32"""
+        rng, add = random.Random(1), lambda a, b: struct.unpack("f", struct.pack("f", a + b))[0]
+        known = {"".join(rng.choices("abc\u00e9\u2581", k=rng.randrange(1, 5))) for _ in range(60)} | {"a", "\u2581"}
+        known = {p: -rng.randrange(1, 64) / 4 for p in sorted(known)}  # many are equal
+        pieces = [((1, p.encode()), (2, s)) for p, s in known.items()] + [((1, b"ab!"), (3, 4))]
+        names = [*known, "ab!"]
+        self.convert(self.model([(3, 1)], [(3, 0), (4, 0)], pieces))
+        unknown, scores = min(known.values()) - 10, {**known, "ab!": struct.unpack("f", struct.pack("f", 0.2))[0]}
+        for n in range(200):
+            text = "".join(rng.choices("abc\u00e9\u2581!x", k=rng.randrange(1, 40)))
+            best = [(0, [])]
+            for end in range(1, len(text) + 1):
+                ways = []
+                for start in range(max(end - 4, 0), end):
+                    piece = text[start:end]
+                    if piece in scores or len(piece) == 1:
+                        score = add(best[start][0], scores.get(piece, unknown))
+                        i = names.index(piece) + 3 if piece in scores else 0
+                        ways.append((score, -start, best[start][1] + [i]))
+                score, _, ids = max(ways)
+                best.append((score, ids))
+            ids = [i for n, i in enumerate(best[-1][1]) if i or not n or best[-1][1][n - 1]]  # a run of unknown is one
+            out = subprocess.run([PROGRAM, "encode", self.dir / "m.bin"], input=text.encode(), capture_output=True)
+            self.assertEqual([int(i) for i in out.stdout.split()], ids, text)
+
     def test_refusals(self):
         broken = self.message((3, self.message((2, struct.pack("<I", 400) + b"trie"))))
         for model, words in (
             (b"", "not a sentencepiece model"), (b"\xff" * 40, "not a sentencepiece model"),
             (self.model(trainer=((3, 2), (44, b"surface")))[:-5], "not a sentencepiece model"),
-            (self.model()[:-3], "not a sentencepiece model"), (self.model(trainer=()), "not of type BPE"),
-            (self.model(trainer=((3, 1),)), "not of type BPE"), (self.model(more=broken), "table is broken"),
+            (self.model()[:-3], "not a sentencepiece model"), (self.model(trainer=((3, 3),)), "of type word"),
+            (self.model(more=broken), "table is broken"),
             (self.model(more=self.message((5, self.message((2, b"abcd"))))), "denormalizer"),
             (self.model(trainer=((3, 2), (46, b"<bos>"))), "no control piece <bos>"),
             (self.model(pieces=[((1, b""),)]), "piece 3 is broken"),
@@ -101,6 +182,12 @@ class SentencePiece(Convert):
             (self.model(pieces=[((1, b"a"), (2, math.nan))]), "piece 3 is broken"),
             (self.model(pieces=[((1, 7),)]), "wrong type"),
             (self.model(more=self.message((2, 1))), "not a sentencepiece"),
+            # what tokenizer.h would send back here
+            (self.model(trainer=((3, 2), (35, 1)), pieces=[((1, b"<0x41>"), (3, 6))]),
+             "no token for the bytes 0x00-0x40, 0x42-0xff"),
+            (self.model(pieces=[((1, b"<0x41>"), (3, 6))]), "there is no byte_fallback"),
+            (self.model(pieces=[((1, b"a"),), ((1, b"a"), (3, 5))]), "the pieces 3 and 4 are the same, 'a'"),
+            (self.model(pieces=[((1, b"a"), (3, 2))]), "two pieces are of the type unknown"),
         ):
             with self.subTest(words):
                 self.refuses(model, words)
@@ -155,7 +242,7 @@ class RankFile(Convert):
         self.refuses(good + b"YWI= 99999999\n", "line 257 has a rank out of range", "--preset", "gpt2")
         self.refuses(good + b"YQ== 256\n", "line 257 has a rank out of range or a token", "--preset", "gpt2")
         self.refuses(good + b"YWI= 255\n", "two tokens have the same rank", "--preset", "gpt2")
-        self.refuses(self.ranks(without=[7]), "the byte 7 is no token", "--preset", "gpt2")
+        self.refuses(self.ranks(without=[7]), "no token for the bytes 0x07 ", "--preset", "gpt2")
         self.refuses(good, "--preset", "--preset", "gpt5")
 
 
@@ -210,11 +297,37 @@ class TokenizerJson(Convert):
                 w = self.convert(json.dumps(self.byte_level(**model)))
                 self.assertEqual((w.flags, w.split), (flags | 32 | 64 | 128 * ignore_merges, split))
 
+    def test_rules(self):
+        """automata of regular expressions, against Python's re"""
+        rng = random.Random(1)
+        alphabets = ("ab1 ", " \n\r\t", "'sSl\u017fLa ", "a1!\u00e9\u4f60 \n")
+        for regex in ("a|ab|abc", "ab?|b+", "(?:a|ab)(?:1|b1)*", "a{2}|a{1,3}b|b{2,}", "(?i:'s|'l)|[a-z]+|[^a-z ]",
+                      r"\s+(?!\S)|\s+", r"\s+$", r" ?[^\sa-z1]+[\r\n]*|[1b]{1,2}", "[a-]+|[b]", "(?:a|b)*a",
+                      "a(?=b)|b", "a*", "((a)b)?1", "[^\\S ]+"):
+            w = self.convert(json.dumps(self.byte_level(pre_tokenizer=self.split(regex))))
+            self.assertEqual((w.flags, w.split, len(w.rules)), (32 | 64, 0, 1))
+            expected = re.compile(regex.replace("$", r"(?=\n|\Z)"))  # as Oniguruma has them
+            for _ in range(60):
+                text = "".join(rng.choices(rng.choice(alphabets), k=rng.randrange(12)))
+                want = [m[0] for m in expected.finditer(text) if m[0]]
+                self.assertEqual(w.cuts(0, text), want, (regex, text))
+        steps = [{"type": "Punctuation", "behavior": "Isolated"}, {"type": "Digits", "individual_digits": False},
+                 {"type": "Split", "pattern": {"String": "a.b"}, "behavior": "Isolated", "invert": False}]
+        w = self.convert(json.dumps(self.byte_level(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+            *steps, self.byte_level()["pre_tokenizer"]]})))
+        text = "x$!\u3002 12\u0663a.bacb it's"
+        self.assertEqual([w.cuts(i, text) for i in range(3)], [["$", "!", "\u3002", ".", "'"], ["12\u0663"], ["a.b"]])
+        self.assertEqual(w.cuts(3, " it's  1a"), [" it", "'s", " ", " 1", "a"])
+
     def test_metaspace(self):
         w = self.convert(json.dumps(self.metaspace()))
         self.assertEqual((w.flags, w.split, w.bos, w.eos), (1 | 4 | 16 | 64 | 1024 | 2048, 0, 1, 2))
         self.assertEqual(w.pieces[:4], [(3, b"<unk>"), (3, b"<s>"), (3, b"</s>"), (6, b"<0x00>")])
         self.assertEqual(w.pieces[-1], (1, "\u2581ab".encode()))
+        model = self.metaspace()  # as a trainer writes them that was given the bytes as special tokens
+        model["added_tokens"] += [{**model["added_tokens"][0], "id": i, "content": f"<0x{i - 3:02X}>"}
+                                  for i in range(3, 259)]
+        self.assertEqual(self.convert(json.dumps(model)).pieces, w.pieces)
         self.assertEqual((w.merges, w.kinds), ([(259, 260), (261, 262)], []))
         space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
         for pre_tokenizer, flags in ((space, 1 | 4 | 256), ({**space, "split": True}, 1 | 4 | 256 | 512),
@@ -238,13 +351,19 @@ class TokenizerJson(Convert):
 
         for kind in ("Unigram", "WordPiece", "WordLevel"):
             refuses(f"the model is of type {kind}", model={"type": kind})
-        refuses('the normalizer {"type": "NFC"}', normalizer={"type": "NFC"})
-        refuses('the normalizer {"type": "NFKC"}', normalizer={"type": "Sequence", "normalizers": [{"type": "NFKC"}]})
-        refuses("the pre_tokenizer", pre_tokenizer=self.split(r"\w+|\s+"))
-        refuses(r"\\w+|\\s+", pre_tokenizer=self.split(r"\w+|\s+"))
+        refuses('the normalizer {"type": "NFD"}', normalizer={"type": "NFD"})
+        refuses('the normalizer {"type": "NFC"}', normalizer={"type": "Sequence", "normalizers": [
+            {"type": "NFC"}, {"type": "Lowercase"}]})
+        for regex in (r"\w+|\s+", "a*?", "a??", "^a", "(?<=a)b", "a(?!bc)", "[a&&b]", "[[:alpha:]]", "(?i:\u00e9)",
+                      "(a", "a)", "[b-a]", "[a", "[]b]", r"\p{Lu}", r"\p{Greek}", "a{1,3}+", "a{99}", "a{3,1}",
+                      "[ab]++b", "[ab]++c?b", "a\\", "*"):
+            refuses("the regular expression", pre_tokenizer=self.split(regex))
+        refuses("too large an automaton", pre_tokenizer=self.split("[ab]*a" + "[ab]" * 14))
         refuses("the pre_tokenizer", pre_tokenizer=self.split(LLAMA3, behavior="MergedWithNext"))
         refuses("Punctuation", pre_tokenizer={"type": "Sequence", "pretokenizers": [
-            {"type": "Punctuation"}, self.byte_level()["pre_tokenizer"]]})
+            {"type": "Punctuation", "behavior": "Contiguous"}, self.byte_level()["pre_tokenizer"]]})
+        refuses("UnicodeScripts", pre_tokenizer={"type": "Sequence", "pretokenizers": [
+            {"type": "UnicodeScripts"}, self.byte_level()["pre_tokenizer"]]})
         refuses("add_prefix_space behind", pre_tokenizer={"type": "Sequence", "pretokenizers": [
             {"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]})
         refuses("U+2581", pre_tokenizer=None, model={"byte_fallback": True})
@@ -255,15 +374,27 @@ class TokenizerJson(Convert):
         refuses("merge 0 ('a', 'c')", model={"merges": ["a c"]})
         refuses("merge 0 ('a', 'zz')", model={"merges": ["a zz"]})
         vocab = self.byte_level()["model"]["vocab"]
-        refuses("the byte 97 has no token", model={"vocab": {t: i for t, i in vocab.items() if t != "a"}, "merges": []})
+        refuses("no token for the bytes 0x61 and text",
+                model={"vocab": {t: i for t, i in vocab.items() if t != "a"}, "merges": []})
         refuses("characters that ByteLevel does not write", model={"vocab": {"\u4f60": 0}})
         refuses("missing or has the wrong type", model={"vocab": 7})
         refuses("missing or has the wrong type", added_tokens=[{"content": "x"}])
-        token = {**self.byte_level()["added_tokens"][0], "id": 259, "content": "<x>", "special": False}
-        refuses("the added token '<x>'", added_tokens=[{**token, "lstrip": True}])
-        refuses("does not decode to itself", added_tokens=[{**token, "content": "\u00e9"}])
-        w = self.convert(json.dumps(self.byte_level(added_tokens=self.byte_level()["added_tokens"] + [token])))
+        ends = self.byte_level()["added_tokens"]
+        token = {**ends[0], "id": 259, "content": "<x>", "special": False}
+        refuses("the added token '<x>' is to be found as a whole word",
+                added_tokens=[*ends, {**token, "single_word": True}])
+        refuses("'\u00e9' does not decode to itself", added_tokens=[*ends, {**token, "content": "\u00e9"}])
+        for name in ("text", "|>x"):  # the library finds neither there
+            refuses(f"'{name}' begins within the special '<|endoftext|>'",
+                    added_tokens=[*ends, {**token, "content": name}])
+        w = self.convert(json.dumps(self.byte_level(added_tokens=[*ends, token])))
         self.assertEqual(w.pieces[259], (4, b"<x>"))
+        for flags, kind in (({"lstrip": True}, 8), ({"rstrip": True}, 16), ({"normalized": True}, 0)):
+            w = self.convert(json.dumps(self.byte_level(added_tokens=[*ends, {**token, **flags}])))
+            self.assertEqual(w.pieces[259], (4 | kind, b"<x>"))
+        w = self.convert(json.dumps(self.byte_level(added_tokens=[*ends, {**token, "normalized": True}],
+                                                    normalizer={"type": "NFC"})))
+        self.assertEqual(w.pieces[259], (4 | 32, b"<x>"))
         token["content"] = " ab"  # found in text before any merge
         w = self.convert(json.dumps(self.byte_level(added_tokens=[*self.byte_level()["added_tokens"], token])))
         self.assertEqual((w.pieces[257], w.pieces[259], len(w.merges)), ((1, b" ab"), (4, b" ab"), 1))
@@ -277,26 +408,71 @@ class TokenizerJson(Convert):
         refuses_metaspace('{"type": "Lowercase"}', normalizer={"type": "Lowercase"})
         refuses_metaspace("the decoder", decoder={"type": "Metaspace", "replacement": "\u2581"})
         refuses_metaspace("Metaspace", pre_tokenizer={"type": "Metaspace", "replacement": "\u2581"})
-        token = {**self.metaspace()["added_tokens"][1], "special": False}
-        refuses_metaspace("the added token '<s>'", added_tokens=[token])
+        ends = self.metaspace()["added_tokens"]
+        token = {**ends[0], "id": 264, "content": "<0x41>", "special": False}
+        refuses_metaspace("'<0x41>' does not decode to itself", added_tokens=[*ends, token])
+        w = self.convert(json.dumps(self.metaspace(added_tokens=[*ends, {**token, "content": "\u2581ab", "id": 263}])))
+        self.assertEqual((w.pieces[263], w.merges), ((4, "\u2581ab".encode()), [(259, 260), (261, 262)]))
+        (self.dir / "m.bin").unlink()
         for text, words in (("{", "not valid JSON"), ("{" * 100000, "not valid JSON"), ("{}", "no tokenizer.json"),
                             ('{"model": []}', "no tokenizer.json")):
             self.refuses(text, words)
 
+    @unittest.skipUnless(PROGRAM.exists(), "make build/test_tokenizer")
+    def test_bytes_that_no_text_has(self):
+        """GPT-NeoX has no tokens for them: in broken text they are U+FFFD"""
+        model = self.byte_level()
+        plain = convert_tokenizer.alphabet()
+        for c in [c for c in model["model"]["vocab"] if plain.get(c) in convert_tokenizer.NO_UTF8]:
+            del model["model"]["vocab"][c]
+        w = self.convert(json.dumps(model))
+        self.assertEqual(sum(kind == 1 for kind, _ in w.pieces), 256 - 13 + 2)
+        ids = subprocess.run([PROGRAM, "encode", self.dir / "m.bin"], input=b"a\xff\x80", capture_output=True,
+                             check=True).stdout.split()
+        self.assertEqual([w.pieces[int(i)][1] for i in ids], [b"a", b"\xef", b"\xbf", b"\xbd", b"\x80"])
+
+    @unittest.skipUnless(PROGRAM.exists(), "make build/test_tokenizer")
+    def test_normal_forms(self):
+        """Bytes of text in its normal form, against Python's: every character that it changes or puts in order, and
+        these at random among letters, vowels of Hangul and what is no UTF-8"""
+        starts = convert_tokenizer.runs(convert_tokenizer.FORMS)
+        known = [chr(c) for a, b in zip(starts, starts[1:]) if a & 7 for c in range(a >> 3, b >> 3)]
+        self.assertEqual((len(known), "\u0301" in known, "\uf900" in known), (6532, True, True))
+        rng = random.Random(1)
+        hangul = [chr(c) for c in (0x1100, 0x1112, 0x1161, 0x1175, 0x11a7, 0x11a8, 0x11c2, 0xac00, 0xac01, 0xd7a3)]
+        marks = [c for c in known if unicodedata.combining(c)]
+        texts = ["".join(known[i:i + 500]) for i in range(0, len(known), 500)]
+        texts += ["a".join(known[i:i + 500]) for i in range(0, len(known), 500)]
+        for _ in range(500):
+            some = [*hangul, *"aeo <x>", *rng.choices(marks, k=20), *rng.choices(known, k=20)]
+            texts.append("".join(rng.choices(some, k=40)))
+        data = b"".join(struct.pack("<I", len(t)) + t for t in map(str.encode, texts))
+        broken = "a\u0301".encode() + b"\xcc" + "\u0301e\u0301".encode()
+        for form in ("NFC", "NFKC"):
+            self.convert(json.dumps(self.byte_level(normalizer={"type": form}, model={"merges": []})))
+            out = subprocess.run([PROGRAM, "many", self.dir / "m.bin"], input=data, capture_output=True,
+                                 check=True).stdout
+            at = 0
+            for text in texts:
+                sizes = []
+                for width in (4, 1, 1):
+                    n = struct.unpack_from("<I", out, at)[0]
+                    sizes.append(out[at + 4:at + 4 + n * width])
+                    at += 4 + n * width
+                self.assertEqual(sizes[1].decode(), unicodedata.normalize(form, text))
+            ids = subprocess.run([PROGRAM, "encode", self.dir / "m.bin"], input=broken, capture_output=True)
+            back = subprocess.run([PROGRAM, "decode", self.dir / "m.bin"], input=ids.stdout, capture_output=True)
+            self.assertEqual(back.stdout.decode(), "\u00e1\ufffd\u0301\u00e9")
+
     def test_tekken(self):
-        tokens = [{"rank": i, "token_bytes": base64.b64encode(t).decode()}
-                  for i, t in enumerate([*(bytes([i]) for i in range(256)), b"ab", b"beyond"])]
-        upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-        word = r"[^\r\n\p{L}\p{N}]?" + upper
-        pattern = (rf"{word}*{lower}+|{word}+{lower}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|"
-                   r"\s*[\r\n]+|\s+(?!\S)|\s+")
-        config = {"default_vocab_size": 267, "default_num_special_tokens": 10, "pattern": pattern}
-        w = self.convert(json.dumps({"config": config, "vocab": tokens}))
+        model = tekken([*(bytes([i]) for i in range(256)), b"ab", b"beyond"], 10)
+        model["config"]["default_vocab_size"] -= 1
+        w = self.convert(json.dumps(model))
         self.assertEqual((w.flags, w.split, w.bos, w.eos), (32 | 128, 1 | 4 | 8 | 128 | 256 | 512, 1, 2))
         self.assertEqual((len(w.pieces), w.pieces[9:11], w.pieces[-1]), (267, [(3, b""), (1, b"\0")], (1, b"ab")))
-        config["pattern"] = "x+"
         (self.dir / "m.bin").unlink()
-        self.refuses(json.dumps({"config": config, "vocab": tokens}), "the regular expression 'x+'")
+        model["config"]["pattern"] = "x+"
+        self.refuses(json.dumps(model), "the regular expression 'x+'")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ sys.dont_write_bytecode = True
 DATA = Path(__file__).resolve().parent.parent / "data"
 sys.path.insert(0, str(DATA))
 import common  # noqa: E402
+import convert_tokenizer  # noqa: E402
 import prepare  # noqa: E402
 import reading  # noqa: E402
 import shards  # noqa: E402
@@ -248,7 +249,9 @@ class Prepare(Case):
 
     def test_wide_vocabulary(self):
         model, text = self.file("m.model", "a model"), self.file("a.txt", "h\u00e9")
-        self.prepare(text, "--tokenizer", model, "--val-fraction", "0", module="wide")
+        self.refused("prepare", text, "--tokenizer", model, "--out", self.out, module="wide",
+                     words="m.model: the trainer cannot use it: this is not a sentencepiece model. Give another")
+        self.prepare(text, "--tokenizer", model, "--without-generate", "--val-fraction", "0", module="wide")
         self.assertEqual(read_shard(self.out / "x_train_000000.bin"), [1, 69000 + 104, 69000 + 233, 2])
         self.assertEqual((self.out / "x_train_000000.bin").read_bytes()[:4], struct.pack("<i", 20240801))
         self.assertNotIn("bigram_val_loss", self.manifest())
@@ -280,7 +283,8 @@ class Prepare(Case):
         refused(good, "--prefix", "a/b", words="--prefix")
         refused(good, "--tokenizer", model, words="package sentencepiece is missing", missing=["sentencepiece"])
         refused(good, "--tokenizer", self.dir / "none.model", words="none.model: No such file", module="wide")
-        refused(latin, "--tokenizer", model, words="latin.txt: not UTF-8 at byte 3", module="wide")
+        refused(latin, "--tokenizer", model, "--without-generate", module="wide",
+                words="latin.txt: not UTF-8 at byte 3")
         for line, words in (('{"text": "b"', "not valid JSON"), ('{"text": "\\ud800"}', "not valid JSON in UTF-8"),
                             (b'{"text": "\xff"}', "not valid JSON in UTF-8"), ("[" * 100000, "not valid JSON"),
                             ('{"body": "b"}', "no text under 'text'"), ('{"text": 1}', "no text under 'text'"),
@@ -472,7 +476,7 @@ class Inputs(Case):
         refused("a.txt", b"version https://git-lfs.github.com/spec/v1\n", "a.txt: only Git LFS's pointer")
         model = self.file("m.model", "a model")
         refused("a.txt", b"good|caf\xe9|good", "a.txt: document 2: not UTF-8 at byte 3", "--separator", "|",
-                "--val-fraction", "0", "--tokenizer", model, module="wide")
+                "--val-fraction", "0", "--tokenizer", model, "--without-generate", module="wide")
         model.write_bytes(b"SGPTTOK1")
         refused("a.txt", b"good", "m.model: this file is the trainer's", "--tokenizer", model)
 
@@ -1353,6 +1357,14 @@ class Tokenizers(Case):
         manifest = self.manifest()
         self.assertEqual(manifest["tokenizer_sha256"], hashlib.sha256(tokenizer.read_bytes()).hexdigest())
         self.tokens = [manifest[key] for key in ("vocab_size", "bos", "eos")]
+        beside = self.out / "x_tokenizer.bin"
+        self.assertEqual(beside.exists(), "--without-generate" not in args)
+        if beside.exists():  # as convert_tokenizer.py makes it
+            self.run_program("convert_tokenizer", tokenizer, self.dir / "its.bin", *args)
+            self.assertEqual(beside.read_bytes(), (self.dir / "its.bin").read_bytes())
+            self.assertEqual(struct.unpack_from("<III", beside.read_bytes(), 12), tuple(self.tokens))
+            self.assertEqual(manifest["tokenizer_file"], {
+                "name": beside.name, "sha256": hashlib.sha256(beside.read_bytes()).hexdigest()})
         return self.stream("train")
 
     def ranks(self, *merged):
@@ -1364,22 +1376,63 @@ class Tokenizers(Case):
         model = self.ranks(b"th", b"the", b" the", b"12", b"123", b"'s", b"'S", b"\n\n", b"23", b"234")
         n = 266
         for kind, bos, end, V in (("gpt2", n, [], n + 1), ("cl100k", n + 1, [], n + 21), ("o200k", n + 1, [], n + 21),
-                                  ("llama3", n, [n + 1], n + 256), ("llama4", n, [n + 1], n + 2048)):
+                                  ("llama3", n, [n + 1], n + 256), ("llama4", n, [n + 1], n + 2048), ("qwen", n, [], n + 208)):
             self.assertEqual(self.ids("the the", model, "--preset", kind), [bos, 257, 258, *end])
             self.assertEqual(self.tokens, [V, bos, end[0] if end else bos])
         # digits in threes, but for GPT-2, whose digits stay together; 's in both cases, but for GPT-2
         self.assertEqual(self.ids("1234'S", model, "--preset", "llama3"), [n, 260, ord("4"), 262, n + 1])
         self.assertEqual(self.ids("1234", model, "--preset", "gpt2"), [n, 260, ord("4")])
+        self.assertEqual(self.ids("12e\u0301", model, "--preset", "qwen"), [n, *b"12", *"\u00e9".encode()])
         self.assertEqual(self.ids("<|begin_of_text|>", model, "--preset", "llama3"), [n, *b"<|begin_of_text|>", n + 1])
         self.assertEqual(self.ids(" " * 200000, model, "--preset", "llama3"), [n, *b" " * 200000, n + 1])
         text = self.file("a.txt", "the")
-        for words, contents in (("none of the published files. Name its rules with --preset", model.read_bytes()),
-                                ("t:2: not a token in base64", b"IQ== 0\nIQ=! 1\n"),
-                                ("t: 1 ranks are none", b"IQ== 0\n")):
+        for words, contents in (("t: 266 tokens are of no known tokenizer: --preset", model.read_bytes()),
+                                ("t: line 2 is not `base64 rank`", b"IQ== 0\nIQ=! 1\n"),
+                                ("t: 1 tokens are of no known", b"IQ== 0\n")):
             self.refused("prepare", text, "--tokenizer", self.file("t", contents), "--out", self.dir / "no",
                          words=words)
         self.refused("prepare", text, "--tokenizer", self.file("t", b"IQ== 0\n"), "--preset", "gpt2", "--out",
-                     self.dir / "no", words="t: a rank is there twice, or a byte has none")
+                     self.dir / "no", words="t: it has no token for the bytes 0x00-0x20, 0x22-0xff")
+
+    @needs("tiktoken")
+    def test_tekken(self):
+        from test_convert_tokenizer import tekken  # which imports this module
+        model = self.file("tekken.json", json.dumps(tekken([*(bytes([b]) for b in range(256)), b"ab", b" ab"], 10)))
+        self.assertEqual(self.ids("ab ab12<s>", model), [1, 266, 267, *(10 + b for b in b"12<s>"), 2])
+        self.assertEqual(self.tokens, [268, 1, 2])
+        broken = self.file("broken.json", '{"config": {}, "vocab": [{"token_bytes": ""}]}')
+        self.refused("prepare", self.dir / "a.txt", "--tokenizer", broken, "--out", self.dir / "no",
+                     words="broken.json: a field is missing or has the wrong type. Fetch")
+        self.assertIn("1 shards", self.run_program("prepare", "--verify", "--out", self.out))
+        (self.out / "x_tokenizer.bin").write_bytes(b"other")
+        self.assertIn("x_tokenizer.bin: is missing, or not as it was written",
+                      self.run_program("prepare", "--verify", "--out", self.out, status=1))
+
+    @needs("tokenizers")
+    def test_vocab_and_merges(self):
+        plain = {b: c for c, b in convert_tokenizer.alphabet().items()}
+        vocab = {plain[b]: b for b in range(256)} | {"ab": 256, "\u0120ab": 257, "12": 258}
+        model = self.file("vocab.json", json.dumps(vocab))
+        text = self.file("a.txt", "ab")
+
+        def refused(words, *args):
+            self.refused("prepare", text, "--tokenizer", model, "--out", self.dir / "no", *args, words=words)
+        refused("vocab.json: it is a vocabulary, whose merges, merges.txt, are not beside it")
+        self.file("merges.txt", "#version: 0.2\na b\n\u0120 ab\n1 2\n")
+        refused("vocab.json: it is a vocabulary: --preset gpt2 or qwen must say how it splits text")
+        refused("vocab.json: it is a vocabulary: --preset", "--preset", "llama3")
+        for preset, ids in (("gpt2", [258, *"e\u0301".encode()]), ("qwen", [*b"12", *"\u00e9".encode()])):
+            self.prepare(self.file("b.txt", "ab ab12e\u0301"), "--tokenizer", model, "--preset", preset,
+                         "--val-fraction", "0")
+            self.assertEqual(self.stream("train"), [259, 256, 257, *ids])
+            self.assertTrue((self.out / "x_tokenizer.bin").exists())
+
+    def test_old_package(self):
+        """of a version that takes encode_special_tokens and does nothing with it"""
+        self.file("modules/tokenizers.py", '__version__ = "0.15.0"')
+        self.refused("prepare", self.file("a.txt", "text"), "--tokenizer", self.file("t.json", "{}"), "--out", self.out,
+                     module="wide", words="t.json: the package tokenizers is 0.15.0, 0.15.1 or newer is needed. "
+                     "pip install -U tokenizers")
 
     @needs("tiktoken")
     def test_wide_ranks(self):
@@ -1391,21 +1444,33 @@ class Tokenizers(Case):
 
     @needs("tokenizers")
     def test_tokenizer_json(self):
-        vocabulary = {"a": 0, "b": 1, "ab": 2, "<s>": 3, "</s>": 4, "<|endoftext|>": 5}
+        vocabulary = {"a": 0, "b": 1, "ab": 2, "<s>": 3, "</s>": 4, "<|endoftext|>": 5, "?": 6}
         special = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                    "special": True} for t, i in vocabulary.items() if i > 2]
+                    "special": True} for t, i in vocabulary.items() if 2 < i < 6]
         contents = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
                     "pre_tokenizer": None, "post_processor": None, "decoder": None,
-                    "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                    "model": {"type": "BPE", "dropout": None, "unk_token": "?", "continuing_subword_prefix": None,
+                              "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": False,
                               "vocab": vocabulary, "merges": ["a b"]}}
-        model = self.file("tokenizer.json", json.dumps(contents))
-        self.assertEqual(self.ids("abba", model), [3, 2, 1, 0, 4])
-        self.assertEqual(self.tokens, [6, 3, 4])
-        self.assertEqual(self.ids("ab</s>", model), [3, 2, 4])  # as text: BPE drops what its vocabulary lacks
-        self.assertEqual(self.ids("ab", model, "--bos", "<|endoftext|>", "--eos", "<|endoftext|>"), [5, 2])
-        self.assertEqual(self.ids("ab", model, "--bos", "</s>"), [4, 2])
-        for words, text, args in (("its tokens for BOS and EOS are not known", json.dumps(contents), ["--bos", "x"]),
+        model, without = self.file("tokenizer.json", json.dumps(contents)), "--without-generate"
+        self.refused("prepare", self.file("a.txt", "ab"), "--tokenizer", model, "--out", self.dir / "no",
+                     words="tokenizer.json: the trainer cannot use it: neither its pre_tokenizer is ByteLevel nor")
+        self.assertEqual(self.ids("abba", model, without), [3, 2, 1, 0, 4])
+        self.assertEqual(self.tokens, [7, 3, 4])
+        self.assertEqual(self.ids("ab</s>", model, without), [3, 2, 6, 4])  # as text
+        self.assertEqual(self.ids("ab", model, without, "--bos", "<|endoftext|>", "--eos", "<|endoftext|>"), [5, 2])
+        self.assertEqual(self.ids("ab", model, without, "--bos", "</s>"), [4, 2])
+        whole = json.dumps(contents)
+        del contents["model"]["unk_token"]  # BPE drops what its vocabulary lacks, then
+        lossy = self.file("lossy.json", json.dumps(contents))
+        self.refused("prepare", self.dir / "a.txt", "--tokenizer", lossy, "--out", self.dir / "no", without,
+                     words="lossy.json: characters that it does not know would be lost")
+        contents["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                                     "use_regex": True}
+        lossy.write_text(json.dumps(contents))  # trained without initial_alphabet
+        self.refused("prepare", self.dir / "a.txt", "--tokenizer", lossy, "--out", self.dir / "no", without,
+                     words="lossy.json: it has no token for the bytes 0x00-0x3e, 0x40-0x60, 0x63-0xbf, 0xc2-0xf4 and")
+        for words, text, args in (("its tokens for BOS and EOS are not known", whole, ["--bos", "x"]),
                                   ("not a tokenizer.json", "{}", [])):
             model.write_text(text)
             self.refused("prepare", self.dir / "a.txt", "--tokenizer", model, *args, "--out", self.dir / "no",
@@ -1420,7 +1485,9 @@ class Tokenizers(Case):
         model = self.file("small.model", model)
         self.assertEqual(self.ids("the the he", model), [1, 5, 5, 6, 4, 2])
         self.assertEqual(self.tokens, [10, 1, 2])
-        self.assertEqual(self.ids("the", model, "--eos", "he"), [1, 5, 4])
+        self.assertEqual(self.ids("the", model, "--eos", "he", "--without-generate"), [1, 5, 4])
+        self.refused("prepare", self.dir / "a.txt", "--tokenizer", model, "--eos", "he", "--out", self.dir / "no",
+                     words="small.model: the trainer cannot use it: the model has no control piece he")
         self.refused("prepare", self.dir / "a.txt", "--tokenizer", model, "--eos", "none", "--out", self.dir / "no",
                      words="small.model: the model has no such BOS or EOS")
         self.refused("prepare", self.dir / "a.txt", "--tokenizer", self.file("bad.model", b"\xff" * 50), "--out",

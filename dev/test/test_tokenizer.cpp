@@ -8,7 +8,8 @@
 //                                     and EOS. stderr: CPU seconds spent encoding and decoding
 //
 // tokenizer_*.expected are lines "text|ids|decoded|backwards", texts in hex, of the library that the tokenizer is from:
-// sentencepiece (llama, rules, handmade), tiktoken (cl100k, o200k), tokenizers (gpt2_json, llama_json).
+// sentencepiece (llama, rules, handmade, unigram), tiktoken (cl100k, o200k), tokenizers (gpt2_json, llama_json,
+// deepseek_json).
 // tokenizer_vs_libraries.py --fixtures wrote them.
 #include "../../tokenizer.h"
 #include <ctime>
@@ -18,7 +19,8 @@
 #include <sstream>
 #include <unistd.h>
 
-static const std::string NAMES[] = {"llama", "rules", "handmade", "cl100k", "o200k", "gpt2_json", "llama_json"};
+static const std::string NAMES[] = {"llama", "rules", "handmade", "cl100k", "o200k", "gpt2_json", "llama_json",
+                                     "unigram", "deepseek_json"};
 static int passed = 0, failed = 0;
 
 static void report(const std::string& name, const std::string& why) {
@@ -197,7 +199,7 @@ static std::string test_stream(const std::string& dir) {
 // at byte level nothing is lost, whatever the bytes
 static std::string test_lossless(const std::string& dir) {
     uint32_t random = 1;
-    for (const char* name : {"cl100k", "o200k", "gpt2_json"}) {
+    for (const char* name : {"cl100k", "o200k", "gpt2_json", "deepseek_json"}) {
         Tokenizer t = Tokenizer::load(dir + "/tokenizer_" + name + ".bin");
         for (int n = 0; n < 300; n++) {
             std::string text, back;
@@ -225,7 +227,7 @@ static std::string test_lossless(const std::string& dir) {
 static std::string test_linear(const std::string& dir) {
     std::string words;
     while (words.size() < 300000) words += "the king and " + std::to_string(words.size()) + "\n";
-    for (const char* name : {"llama", "cl100k", "o200k", "gpt2_json", "llama_json"}) {
+    for (const char* name : {"llama", "cl100k", "o200k", "gpt2_json", "llama_json", "unigram", "deepseek_json"}) {
         Tokenizer t = Tokenizer::load(dir + "/tokenizer_" + name + ".bin");
         for (const std::string& text : {words, std::string(words.size(), 'e'), std::string(words.size(), ' ')}) {
             clock_t start = clock();
@@ -239,7 +241,7 @@ static std::string test_linear(const std::string& dir) {
 }
 
 static std::string test_cut_short(const std::string& dir) {
-    for (const char* name : {"rules", "handmade", "cl100k", "gpt2_json"}) {
+    for (const char* name : {"rules", "handmade", "cl100k", "gpt2_json", "unigram", "deepseek_json"}) {
         std::string whole = read_file(dir + "/tokenizer_" + name + ".bin");
         if (!load_error(whole).empty()) return "the whole file is refused";
         size_t step = whole.size() / 300;
@@ -255,7 +257,7 @@ static std::string test_cut_short(const std::string& dir) {
 
 // A byte changed to anything: an error or a tokenizer that works; the sanitizers watch.
 static std::string test_changed_bytes(const std::string& dir) {
-    for (const char* name : {"rules", "handmade", "llama_json", "cl100k", "gpt2_json"}) {
+    for (const char* name : {"rules", "handmade", "llama_json", "cl100k", "gpt2_json", "unigram", "deepseek_json"}) {
         std::string whole = read_file(dir + "/tokenizer_" + name + ".bin");
         uint32_t random = 1;
         for (size_t i = 0; i < whole.size(); i += i < 40 ? 1 : 1 + random % (whole.size() / 150)) {
@@ -289,7 +291,7 @@ static std::string test_malformed() {
         return "a user-defined piece behind a normal one is refused: " + why;
     if (Tokenizer::load(scratch_path()).encode("a").back() != 4) return "the normal piece is taken";
     struct { const char* why; std::string contents; } cases[] = {
-        {"not a tokenizer", "SGPTTOK3" + good.substr(8) + piece("a", 1)},
+        {"not a tokenizer", "SGPTTOK4" + good.substr(8) + piece("a", 1)},
         {"newer version", header(4096, 3, 1, 2) + none + three},
         {"cut short", header(7, 0xffffffff, 1, 2) + none + three},
         {"cut short", header(7, 3, 1, 2) + le(0xffffffff) + le(0) + le(0) + three},
@@ -351,6 +353,51 @@ static std::string test_malformed() {
         {"behind its end", good + "x"},
     };
     for (auto& c : more) {
+        std::string error = load_error(c.contents);
+        if (error.find(c.why) == error.npos) return std::string("expected '") + c.why + "', got '" + error + "'";
+    }
+    // the third version: flags of pieces, normal form, rules, unigram
+    const std::string third = "SGPTTOK3", nothing = le(0) + le(0), plain = classes + le(0);
+    auto file3 = [&](uint32_t flags, const std::string& pieces, const std::string& behind) {
+        return third + le(flags) + le(259) + le(0) + le(last) + none + pieces + behind;
+    };
+    // U+00E9 of class 0 is e, U+0301 of class 230; they become U+00E9 again
+    const std::string form = le(2) + le(0xe9 << 8) + le(2) + le('e') + le(0x301) + le(0x301 << 8 | 230) + le(0);
+    const std::string composed = le(1) + le('e') + le(0x301) + le(0xe9);
+    // of letters 1, of all else 0; a rule that matches one letter
+    const std::string letters = le(3) + le(0) + le('a' << 8 | 1) + le(('z' + 1) << 8);
+    auto rule = [](std::vector<uint16_t> next) {
+        return le(3) + le((uint32_t)next.size() / 3) + std::string((char*)next.data(), 2 * next.size());
+    };
+    const std::string one = le(1) + rule({0, 0, 0, 0, 4, 0, 1, 1, 1});
+    good = file3(96, all, classes + le(1) + le(a) + le(b) + form + composed + letters + one);
+    if (!load_error(good).empty()) return "a good third file is refused: " + load_error(good);
+    if (Tokenizer::load(scratch_path()).encode("abe\xcc\x81") != std::vector<int>{a, b, 1 + 0xc3, 1 + 0xa9})
+        return "normal form or rule";  // the rule leaves a and b apart
+    std::string flagged = all;
+    flagged.replace(flagged.find(piece("ab", 1)), 9, piece("ab", 1 | 8));
+    struct { const char* why; std::string contents; } thirds[] = {
+        {"newer version", file3(16384, all, plain + nothing + nothing)},
+        {"no known type", file3(96, flagged, plain + nothing + nothing)},
+        {"cut short", file3(96, all, plain)},
+        {"cut short", file3(96, all, plain + nothing)},
+        {"normal form is damaged", file3(96, all, plain + le(1) + le('a' << 8) + le(0) + le(0) + nothing)},
+        {"normal form is damaged", file3(96, all, plain + le(1) + le(0x110000u << 8) + le(0) + le(0) + nothing)},
+        {"normal form is damaged", file3(96, all, plain + le(1) + le(0xe9 << 8) + le(33) + le(0) + nothing)},
+        {"normal form is damaged", file3(96, all, plain + le(0) + composed + nothing)},
+        {"normal form is damaged", file3(96, all, plain + form + le(1) + le('e') + le('x') + le(0xe9) + nothing)},
+        {"rules are damaged", file3(96, all, plain + nothing + le(2) + le('b' << 8) + le('a' << 8) + one)},
+        {"rules are damaged", file3(96, all, plain + nothing + le(0) + one)},
+        {"rules are damaged", file3(96, all, plain + nothing + letters + le(1) + le(2) + le(2) + le(0) + le(0))},
+        {"rules are damaged", file3(96, all, plain + nothing + letters + le(1) + rule({0, 0, 0, 4, 0, 0}))},
+        {"rules are damaged", file3(96, all, plain + nothing + letters + le(1) + rule({0, 0, 0}))},
+        {"cut short", file3(96, all, plain + nothing + letters + le(1) + le(3) + le(2))},
+        {"unigram, and has merges", file3(96 | 8192, all, plain + nothing + nothing)},
+        {"not at byte level", third + le(0) + le(3) + le(1) + le(2) + none + three + plain.substr(0, 0) + le(0) + le(0) +
+                                  le(0) + nothing + letters + one},
+        {"behind its end", good + "x"},
+    };
+    for (auto& c : thirds) {
         std::string error = load_error(c.contents);
         if (error.find(c.why) == error.npos) return std::string("expected '") + c.why + "', got '" + error + "'";
     }

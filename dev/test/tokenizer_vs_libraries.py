@@ -5,12 +5,13 @@
     g++ -std=c++17 -O2 -o test_tokenizer dev/test/test_tokenizer.cpp
     tokenizer_vs_libraries.py ./test_tokenizer TEXT ... [--tokenizer FILE ...]
     tokenizer_vs_libraries.py ./test_tokenizer TEXT --fixtures dev/test/tokenizer       (makes the fixtures anew)
-    tokenizer_vs_libraries.py --classes                                     (prints convert_tokenizer.py's CLASSES)
+    tokenizer_vs_libraries.py --classes                         (prints convert_tokenizer.py's tables of Unicode)
 
 TEXT: text files, or directories of them. FILE: a tokenizer that convert_tokenizer.py converts. Without any, small ones
-of every kind are trained on the text: sentencepiece with normalisation nmt_nfkc and own rules, no byte fallback,
-whitespace as suffix, unused and user-defined pieces, and one made by hand; rank files with every preset; tokenizer.json
-with ByteLevel and with Metaspace. Text that is no UTF-8 is compared with sentencepiece only; byte-level tokenizers must
+of every kind are trained on the text: sentencepiece's BPE, unigram and char with normalisation nmt_nfkc and own rules,
+no byte fallback, whitespace as suffix, unused and user-defined pieces, and one made by hand; rank files with every
+preset; tokenizer.json with ByteLevel, with normal forms, with several families' regular expressions, and with Metaspace;
+added tokens of every kind. sentencepiece before 0.2.2 decides ties of unigram otherwise. Text that is no UTF-8 is compared with sentencepiece only; byte-level tokenizers must
 give it back as Python's errors="replace" decodes it. Speeds are of one core, in CPU time.
 """
 import argparse
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -35,11 +37,24 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
-from convert_tokenizer import (BYTE, CONTROL, NORMAL, PRESETS, UNKNOWN, UNUSED, USER_DEFINED, alphabet,  # noqa: E402
-                               convert, fields)
+from convert_tokenizer import (BYTE, CONTROL, NORMAL, NORMAL_FORMS, PRESETS, UNKNOWN, UNUSED,  # noqa: E402
+                               USER_DEFINED, alphabet, convert, fields)
 
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
           r"\s+(?!\S)|\s+")
+CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+RULES_OF = {  # as their tokenizer.json have them
+    "deepseek": (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+                 r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+                 r""" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""),
+    "deepseek_coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"),
+    "deepseek_llm": ("[\r\n]", "\\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba]+",
+                     "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+$", CJK, r"\p{N}"),
+    "nanochat": (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|"
+                 r"\s+(?!\S)|\s+",),
+    "bloom": (" ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+",),
+}
+FIXTURES = ("llama", "rules", "handmade", "cl100k", "o200k", "gpt2_json", "llama_json", "unigram", "deepseek_json")
 # text and what replaces it
 RULES = [("\ufb01", "fi"), ("\u2460", " 1 "), ("\u3000", " "), ("A\u030a", "\u00c5"), ("\u200b", ""), ("Qu", "kw"),
          ("Quee", "Q")]
@@ -102,10 +117,10 @@ def hard_strings(text, count, seed=0):
 def train(text, **options):
     """bytes of a small BPE model"""
     buffer = io.BytesIO()
-    options = {"byte_fallback": True, "character_coverage": 1.0, "normalization_rule_name": "identity",
-               "remove_extra_whitespaces": False, **options}
+    options = {"model_type": "bpe", "byte_fallback": True, "character_coverage": 1.0,
+               "normalization_rule_name": "identity", "remove_extra_whitespaces": False, **options}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text.decode().splitlines()), model_writer=buffer,
-                                             model_type="bpe", minloglevel=2, num_threads=1, **options)
+                                             minloglevel=2, num_threads=1, **options)
     return buffer.getvalue()
 
 
@@ -165,10 +180,17 @@ def small_models(text, directory):
     yield "nmt_nfkc", train(text, vocab_size=1000, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
     yield "nfkc_cf", train(text, vocab_size=1000, normalization_rule_name="nfkc_cf", byte_fallback=False)
     yield "no_prefix", with_unused(train(text, vocab_size=2000, add_dummy_prefix=False), 3)
+    yield "unigram", train(text, model_type="unigram", vocab_size=500, user_defined_symbols=uds,
+                           character_coverage=0.999)
+    yield "unigram_nmt_nfkc", train(text, model_type="unigram", vocab_size=4000, byte_fallback=False,
+                                    normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
+    yield "unigram_suffix", with_unused(train(text, model_type="unigram", vocab_size=4000, split_by_whitespace=False,
+                                              treat_whitespace_as_suffix=True, user_defined_symbols=uds), 3)
+    yield "char", train(text, model_type="char", vocab_size=500, user_defined_symbols=uds)
     yield "whole_lines", train(text, vocab_size=2000, split_by_whitespace=False, unk_surface="<?>", byte_fallback=False)
 
 
-def byte_level(texts, vocab_size, pre_tokenizer, ignore_merges=False, added=()):
+def byte_level(texts, vocab_size, pre_tokenizer, ignore_merges=False, added=(), normalizer=None, normalized=False):
     """a tokenizer.json with ByteLevel; trained without cutting words, so that a word cut wrongly has other ids"""
     t = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -177,12 +199,15 @@ def byte_level(texts, vocab_size, pre_tokenizer, ignore_merges=False, added=()):
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     t.train_from_iterator(texts, trainer)
     t.pre_tokenizer = pre_tokenizer
-    t.add_tokens([tokenizers.AddedToken(a, normalized=False) for a in added])
+    if normalizer:
+        t.normalizer = normalizer
+    t.add_tokens([a if isinstance(a, tokenizers.AddedToken) else tokenizers.AddedToken(a, normalized=normalized)
+                  for a in added])
     return t.to_str().encode()
 
 
-def regex(pattern):
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
+def regex(*patterns):
+    return pre_tokenizers.Sequence([*(pre_tokenizers.Split(Regex(p), "isolated") for p in patterns),
                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
@@ -197,7 +222,7 @@ def rank_file(model):
     return b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
 
 
-def metaspace(text, vocab_size, normalizer=None, pre_tokenizer=None, strip=True):
+def metaspace(text, vocab_size, normalizer=None, pre_tokenizer=None, strip=True, added=()):
     """a tokenizer.json in the manner of Llama 2"""
     t = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if normalizer:
@@ -215,34 +240,49 @@ def metaspace(text, vocab_size, normalizer=None, pre_tokenizer=None, strip=True)
         t.pre_tokenizer = pre_tokenizer
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     t.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * strip)
+    t.add_tokens(list(added))
     return t.to_str().encode()
 
 
 def small_tokenizers(text, strings, directory):
-    """(name, file, preset); the first three are of sentencepiece, the next four fixtures too"""
+    """(name, file, preset)"""
     sentencepieces = [(name, model, None) for name, model in small_models(text, directory)]
     texts = [s.decode() for s in strings if is_utf8(s) and len(s) < 400]
     texts += 10 * texts[:200] + text[:1000000].decode(errors="ignore").splitlines(keepends=True)
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
     ranks = rank_file(byte_level(texts, 700, gpt2))
     spaces = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    yield from sentencepieces[:3]
+    yield from sentencepieces
     yield "cl100k", ranks, "cl100k"
     yield "o200k", ranks, "o200k"
     yield "gpt2_json", byte_level(texts, 600, gpt2), None
     yield "llama_json", metaspace(text, 600, spaces), None
-    yield from sentencepieces[3:]
-    for preset in ("gpt2", "llama3", "llama4"):
+    for preset in ("gpt2", "llama3", "llama4", "qwen"):
         yield preset, ranks, preset
     yield "llama3_json", byte_level(texts, 3000, regex(LLAMA3), True), None
     yield "one_digit_json", byte_level(texts, 3000, regex(LLAMA3.replace("{1,3}", ""))), None
     yield "o200k_json", byte_level(texts, 3000, regex(library_pattern("o200k_base"))), None
+    for name, expressions in RULES_OF.items():
+        yield f"{name}_json", byte_level(texts, 800, regex(*expressions)), None
+    yield "signs_json", byte_level(texts, 3000, pre_tokenizers.Sequence([
+        pre_tokenizers.Punctuation("isolated"), pre_tokenizers.Digits(False), gpt2])), None
     yield "digits_json", byte_level(texts, 3000, pre_tokenizers.Sequence([pre_tokenizers.Digits(True), gpt2])), None
     yield "added_json", byte_level(texts, 3000, pre_tokenizers.ByteLevel(add_prefix_space=True), True,
                                    ["<uds>", "<uds>2", "  ", "   "]), None
     for scheme, split in itertools.product(("first", "never"), (True, False)):
         pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
         yield f"metaspace_{scheme}_{split}", metaspace(text, 2000, None, pre_tokenizer, scheme == "first"), None
+    for form in (normalizers.NFC(), normalizers.NFKC()):
+        for normalized in (False, True):
+            yield (f"{type(form).__name__}_{normalized}", byte_level(
+                texts, 3000, gpt2, normalizer=form, normalized=normalized,
+                added=["<uds>", "<uds>2", "  ", "   ", "q", "\u0301"][:None if normalized else 4]), None)
+    for flags in ({"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}):
+        added = [tokenizers.AddedToken(t, normalized=False, **flags) for t in ("<uds>", "<uds>2", "two")]
+        yield "added_" + "_".join(flags), byte_level(texts, 3000, gpt2, added=added), None
+        yield "metaspace_" + "_".join(flags), metaspace(text, 2000, None, pre_tokenizers.Metaspace(
+            prepend_scheme="first"), False, added), None
+        yield "llama_" + "_".join(flags), metaspace(text, 2000, spaces, None, True, added), None
     yield "gemma_json", metaspace(text, 2000, normalizers.Replace(" ", "\u2581"), None, False), None
 
 
@@ -268,7 +308,7 @@ class SentencePiece:
 class Tiktoken:
     """a rank file, or Mistral's tekken.json; its special tokens are left out"""
     def __init__(self, data, preset):
-        self.first = 0
+        self.first, self.form = 0, None
         if data[:1] == b"{":
             model = json.loads(data)
             config, self.first = model["config"], model["config"]["default_num_special_tokens"]
@@ -277,13 +317,18 @@ class Tiktoken:
         else:
             ranks = {base64.b64decode(a): int(b) for a, b in map(bytes.split, data.splitlines())}
             preset = preset or next(name for name, p in PRESETS.items() if len(ranks) in p[1])
-            pattern = {"llama3": LLAMA3, "gpt2": library_pattern("r50k_base"), "cl100k": library_pattern("cl100k_base"),
+            self.form = NORMAL_FORMS.get(preset)
+            pattern = {"llama3": LLAMA3, "qwen": LLAMA3.replace("{1,3}", ""),
+                       "gpt2": library_pattern("r50k_base"), "cl100k": library_pattern("cl100k_base"),
                        "o200k": library_pattern("o200k_base"), "llama4": library_pattern("o200k_base")}[preset]
         self.model = tiktoken.Encoding("it", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.bos = self.eos = None
 
     def encode(self, text):
-        ids = self.model.encode_ordinary(text.decode())
+        text = text.decode()
+        if self.form:  # Python's own would also know characters newer than Unicode 9
+            text = getattr(normalizers, self.form)().normalize_str(text)
+        ids = self.model.encode_ordinary(text)
         return [i + self.first for i in ids] if self.first else ids
 
     def decode(self, ids):
@@ -351,7 +396,8 @@ def compare(program, name, data, preset, texts, files, directory):
     library = library_of(data, preset)
     problem, compared = "", 0
     for what, group in (("strings", texts), ("files", files)):
-        if isinstance(library, Tiktoken) or b'"ByteLevel"' in data:
+        normal = re.search(rb'"type": *"NF', data)
+        if isinstance(library, Tiktoken) and not library.form or b'"ByteLevel"' in data and not normal:
             broken = [t for t in group if not is_utf8(t)]
             for text, back in zip(broken, ours(program, path, broken)[0][1]):
                 want = text.decode(errors="replace").encode()
@@ -374,19 +420,8 @@ def compare(program, name, data, preset, texts, files, directory):
     return not problem
 
 
-def print_classes():
-    """runs of code points of one class, as tiktoken's regular expressions have them; tokenizers' must be the same"""
-    every = [chr(c) for c in range(0x110000) if not 0xd800 <= c < 0xe000]
-    text, kinds = "".join(every), {}
-    for kind, pattern in enumerate((r"[\p{Lu}\p{Lt}]", r"\p{Ll}", r"[\p{Lm}\p{Lo}]", r"\p{M}", r"\p{N}", r"\s"), 1):
-        one = tiktoken.Encoding("it", pat_str=pattern, mergeable_ranks={bytes([i]): i for i in range(256)},
-                                special_tokens={})
-        found = bytes(one.encode_ordinary(text)).decode()
-        split = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
-        if found != "".join(part for c in range(0, len(text), 4096) for part, _ in
-                            split.pre_tokenize_str(text[c:c + 4096])):
-            raise SystemExit(f"tokenizer_vs_libraries: tiktoken and tokenizers disagree about {pattern}")
-        kinds.update((ord(c), kind) for c in found)
+def print_table(name, kinds):
+    """kinds: of code points, where they are not 0; as convert_tokenizer.py's runs() reads it"""
     packed, first, last = bytearray(), 0, 0
     for code in range(0x110000):
         kind = kinds.get(code, 0)
@@ -398,8 +433,43 @@ def print_classes():
             value >>= 7
         packed.append(value)
     packed = base64.b85encode(zlib.compress(bytes(packed), 9)).decode()
+    print(f"{name} = (")
     for at in range(0, len(packed), 112):
         print(f'    b"{packed[at:at + 112]}"')
+    print(")")
+
+
+def matched(every, *patterns):
+    """code point: number, from 1, of the pattern that matches it, for tiktoken; tokenizers must say the same"""
+    text, kinds = "".join(every), {}
+    for kind, pattern in enumerate(patterns, 1):
+        one = tiktoken.Encoding("it", pat_str=pattern, mergeable_ranks={bytes([i]): i for i in range(256)},
+                                special_tokens={})
+        found = bytes(one.encode_ordinary(text)).decode()
+        split = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+        if found != "".join(part for c in range(0, len(text), 4096) for part, _ in
+                            split.pre_tokenize_str(text[c:c + 4096])):
+            raise SystemExit(f"tokenizer_vs_libraries: tiktoken and tokenizers disagree about {pattern}")
+        kinds.update((ord(c), kind) for c in found)
+    return kinds
+
+
+def print_classes():
+    """what the regular expressions of tiktoken and tokenizers, and tokenizers' normal forms know of Unicode"""
+    every = [chr(c) for c in range(0x110000) if not 0xd800 <= c < 0xe000]
+    print_table("CLASSES", matched(every, r"[\p{Lu}\p{Lt}]", r"\p{Ll}", r"[\p{Lm}\p{Lo}]", r"\p{M}", r"\p{N}", r"\s"))
+    print_table("SIGNS", matched(every, r"\p{P}", r"\p{S}"))
+    nfd, nfkd = normalizers.NFD(), normalizers.NFKD()
+
+    def known(c):
+        """has a decomposition, or is put in order with others as Python does it"""
+        if nfd.normalize_str(c) != c or nfkd.normalize_str(c) != c:
+            return not "\uac00" <= c <= "\ud7a3"
+        return unicodedata.combining(c) and all(
+            nfd.normalize_str(s) == unicodedata.normalize("NFD", s)
+            for other in "\u0334\u0315\u0301\u0323\u05b0\u3099" for s in (f"a{c}{other}", f"a{other}{c}"))
+
+    print_table("FORMS", {ord(c): 1 for c in every if known(c)})
 
 
 def main():
@@ -411,6 +481,7 @@ def main():
     parser.add_argument("--glob", default="*", help="which files of directories (*)")
     parser.add_argument("--tokenizer", action="append", default=[], help="a tokenizer's own file")
     parser.add_argument("--strings", type=int, default=6000, help="number of hard strings a tokenizer (6000)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the small tokenizers")
     parser.add_argument("--fixtures", type=Path, help="write the fixtures of test_tokenizer.cpp to this directory")
     args = parser.parse_args()
     paths = [p for t in args.text for p in (sorted(t.rglob(args.glob)) if t.is_dir() else [t]) if p.is_file()]
@@ -424,7 +495,9 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
         if args.fixtures:
-            for name, data, preset in itertools.islice(small_tokenizers(text, strings, directory), 7):
+            for name, data, preset in small_tokenizers(text, strings, directory):
+                if name not in (args.only or FIXTURES):
+                    continue
                 library = library_of(data, preset)
                 (args.fixtures / f"tokenizer_{name}.bin").write_bytes(convert(data, preset))
                 texts = [s for s in strings[:130] + strings[130:6000:60] if len(s) < 80]
@@ -434,7 +507,7 @@ def main():
                     for t, i, d, b in zip(texts, *expected(library, texts)[0])))
             return 0
         tried = [(Path(t).name, Path(t).read_bytes(), None) for t in args.tokenizer]
-        tried = tried or small_tokenizers(text, strings, directory)
+        tried = tried or (t for t in small_tokenizers(text, strings, directory) if not args.only or t[0] in args.only)
         passed = [compare(args.program, name, data, preset, strings, files, directory) for name, data, preset in tried]
     print(f"tokenizer_vs_libraries: {sum(passed)} passed, {len(passed) - sum(passed)} failed")
     return not all(passed)
