@@ -207,6 +207,8 @@ private:
 
     // "GLOB" or "GLOB:WEIGHT,GLOB:WEIGHT"; without any weight it is one pattern, whatever is in it.
     void split(const std::string& data) {
+        struct stat st;
+        if (stat(data.c_str(), &st) == 0) return sources_.push_back({data, 1});
         size_t weighted = 0;
         for (size_t begin = 0, end; begin <= data.size(); begin = end + 1) {
             end = std::min(data.find(',', begin), data.size());

@@ -600,7 +600,8 @@ TEST(attention) {
     if (!SERIAL) {  // and where a block has no more shared memory than on most cards
         SmallShared small;
         for (const Shape& shape : shapes)
-            if (shape.h.HS > 64 && !shape.hopper) check(shape, true);
+            for (bool separate : {false, true})
+                if (shape.h.HS > 64 && !shape.hopper) check(shape, separate);
     }
     gpu.hopper = had_hopper;
 }
@@ -1517,9 +1518,10 @@ TEST(documents) {
                     alone.insert(alone.end(), own.begin(), own.end());
                 }
             const std::string what = BACKBONES[int(backbone)] + " " + VARIANTS[int(variant)];
-            expect_close(losses, alone, BF16 ? 8e-3 : 2e-6, what + " losses");  // bf16 4.4e-3, other positions' RoPE
+            // measured: losses 2.1e-7, bf16 4.4e-3, gradients 8.4e-7, 8.3e-3; RoPE turns by other positions
+            expect_close(losses, alone, BF16 ? 6e-3 : 6e-7, what + " losses");
             const std::vector<float> sum = get_floats(m.grads, 0, m.table.size);
-            expect_close(Vec(together.begin(), together.end()), Vec(sum.begin(), sum.end()), BF16 ? 2e-2 : 1e-5,
+            expect_close(Vec(together.begin(), together.end()), Vec(sum.begin(), sum.end()), BF16 ? 1.2e-2 : 2e-6,
                          what + " gradients");
             destroy(m);
         }
@@ -1589,7 +1591,7 @@ double linear_curvature_f64(const double* x, const Vec& w, const Vec& A, const d
     return outermost_f64(hessian, K);
 }
 
-// The probe's Lanczos over the inputs of one linear, all N rows together, with the trainer's kernels.
+// The probe's Lanczos over the inputs of one linear, all N rows together, with the trainer's kernels. Measured 2.6e-5.
 TEST(linear_curvature) {
     if (BF16) return;  // the probe measures no curvature
     const int N = 8, K = 16, M = 24;
@@ -1641,10 +1643,10 @@ TEST(linear_curvature) {
                     linear_curvature_f64(&x.v[n * K], w.v, A.v, &b.v[n * M], normed ? gain.v.data() : nullptr, K, M);
                 if (fabs(value) > fabs(want)) want = value;
             }
-            expect_close({found.back()}, {want}, 1e-4, format("W times %g, %s norm", grown, normed ? "with" : "no"));
+            expect_close({found.back()}, {want}, 5e-5, format("W times %g, %s norm", grown, normed ? "with" : "no"));
         }
         const double growth = normed ? 1 : 16;
-        expect_close({found[1], found[2]}, {found[0] * growth, found[0] * growth * growth}, 1e-4, "growth");
+        expect_close({found[1], found[2]}, {found[0] * growth, found[0] * growth * growth}, 5e-5, "growth");
     }
     destroy(m);
 }

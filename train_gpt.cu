@@ -648,8 +648,8 @@ void linear_backward(floatX* dinp, bool add, Flat dw, float beta, const floatX* 
 
 // =====================================================================================================================
 // Causal attention, FlashAttention's way (Dao 2023): tiles of the scores live in registers, never in memory.
-//   out_i = sum_{j <= past + i} p_ij v_j,   p_ij = exp(s_ij - lse_i),   s_ij = scale q_i . k_j,   scale = 1 / sqrt(HS)
-//   lse_i = log sum_{j <= past + i} exp(s_ij)
+//   out_i = sum_j p_ij v_j,   p_ij = exp(s_ij - lse_i),   s_ij = scale q_i . k_j,   scale = 1 / sqrt(HS)
+//   lse_i = log sum_j exp(s_ij),   over the keys j from 0, or with h.spans from i's document's first, to past + i
 // q (B,NH,T,HS); k, v (B,NKV,room,HS), query head h reads k/v head h NKV / NH; out (B,T,NH HS); all floatX. lse
 // (B,NH,T) float, kept for the backward. `past` keys are those of tokens before these (a cache, in generation); the
 // backward knows none. Exponentials are powers of 2 of scores times `scale2` = scale log2(e). On Hopper, bf16 and head
@@ -786,12 +786,12 @@ void attention_delta(float* delta, int* turns, const floatX* dout, const floatX*
 template <int W>
 constexpr int BACKWARD_PARTS = SERIAL || W <= 128 ? 1 : 2;
 
-// dv_j = sum_i p_ij dout_i,  dk_j = sum_i ds_ij q_i,  over the queries i >= j of all heads that share k and v;
-// dq_i = sum_{j <= i} ds_ij k_j;   ds_ij = scale p_ij (dout_i . v_j - delta_i)
+// dv_j = sum_i p_ij dout_i,  dk_j = sum_i ds_ij q_i,  over the queries i that see j, of all heads that share k and v;
+// dq_i = sum_j ds_ij k_j;   ds_ij = scale p_ij (dout_i . v_j - delta_i)
 // One block KEYS keys of a k/v head; its score tiles are transposed: rows are keys, columns queries. Queries come from
-// the last tile down to the keys' own. dk and dv stay in registers, which have no room for more than 128 columns: two
-// blocks share wider ones, and both compute p and ds. dq, to which every block at or before a query adds, is summed in
-// memory in the order of the keys, so that its bits are the same in every run: blocks take turns at a query tile,
+// the last tile that sees them down to their own. dk and dv stay in registers, which have no room for more than 128
+// columns: two blocks share wider ones, and both compute p and ds. dq, to which a block adds that its query sees, is in
+// memory, summed in the order of the keys, so that all runs give the same bits: blocks take turns at a query tile,
 // turns[PARTS tile + part] is whose it is. A block waits only for blocks of lower number, which are on the machine
 // before it. Heads' first blocks start together, and each later one follows a tile behind, without waiting. sum (B NH,
 // query tiles, COLS W) float, in the order of the threads' registers; turns (B NH, head_turns(T)), 0 at the start; the

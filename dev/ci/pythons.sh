@@ -8,8 +8,9 @@ trainer=${1?pythons.sh: lacks the trainer.}
 failed=0 old=0
 for minor in 9 10 11 12 13 14; do
     found=
-    for python in "$(command -v python3.$minor || :)" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.$minor.*/bin/python \
-        "$HOME"/.local/share/uv/python/cpython-3.$minor.*/bin/python3; do
+    for python in "$(command -v python3.$minor || :)" \
+        "${PYENV_ROOT:-$HOME/.pyenv}/versions/3.$minor."*"/bin/python" \
+        "$HOME/.local/share/uv/python/cpython-3.$minor."*"/bin/python3"; do
         [ -x "$python" ] && "$python" -c 'import ensurepip, ssl' 2>/dev/null && found=$python && break
     done
     [ -n "$found" ] || continue

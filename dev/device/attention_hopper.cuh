@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(HopperBackward<HS>::THREADS, 1)
     const int block = place.tile, row0 = block * KEYS;
     const int first_head = place.head * (NH / NKV), end_head = first_head + NH / NKV;  // of all in the batch
     const int group = __shfl_sync(ALL_LANES, int(threadIdx.x) / 128, 0);  // the compiler sees that a warp agrees
-    // of the sequence; the last tile of queries that see the last key; the first block that adds to a tile's dq
+    // spans are now this sequence's. The last tile of queries that see the last key; the first block to add to a tile
     if (spans) spans += size_t(place.head / NKV) * T;
     const int last_tile = spans ? (spans[min(row0 + KEYS, T) - 1].y - 1) / QUERIES : tiles - 1;
     auto first_block = [&](int tile) { return spans ? spans[tile * QUERIES].x / KEYS : 0; };

@@ -242,6 +242,8 @@ static void test_mixtures() {
     expect(one.state().epoch == 2 && one.seen(one.state())[0].epochs == 20.0 / 7, "one source's epochs");
     shard("a,b:c.bin", numbered(9));  // without weights it is a name
     DataLoader(dir + "/a,b:c.bin", 1, 2, 60000);
+    shard("s9:1", numbered(9));  // and a file's name is a name
+    DataLoader(dir + "/s9:1", 1, 2, 60000);
 }
 
 static void test_ranks() {
