@@ -147,6 +147,8 @@ class SentencePiece(Convert):
         rng, add = random.Random(1), lambda a, b: struct.unpack("f", struct.pack("f", a + b))[0]
         known = {"".join(rng.choices("abc\u00e9\u2581", k=rng.randrange(1, 5))) for _ in range(60)} | {"a", "\u2581"}
         known = {p: -rng.randrange(1, 64) / 4 for p in sorted(known)}  # many are equal
+        # in "xab" xa and b win over an unknown x, whose score is 10 below the least, and ab
+        known.update({"xa": -11., "b": -11., "ab": -0.25, "cc": -15.75})
         pieces = [((1, p.encode()), (2, s)) for p, s in known.items()] + [((1, b"ab!"), (3, 4))]
         names = [*known, "ab!"]
         self.convert(self.model([(3, 1)], [(3, 0), (4, 0)], pieces))
