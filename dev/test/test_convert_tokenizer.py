@@ -18,6 +18,7 @@ import unittest
 from lines import run_all
 from test_prepare import DATA, Case
 
+from characters import FORMS, runs  # noqa: E402
 import convert_tokenizer  # noqa: E402
 
 PROGRAM = DATA.parent.parent / "build" / "test_tokenizer"
@@ -437,7 +438,7 @@ class TokenizerJson(Convert):
     def test_normal_forms(self):
         """Bytes of text in its normal form, against Python's: every character that it changes or puts in order, and
         these at random among letters, vowels of Hangul and what is no UTF-8"""
-        starts = convert_tokenizer.runs(convert_tokenizer.FORMS)
+        starts = runs(FORMS)
         known = [chr(c) for a, b in zip(starts, starts[1:]) if a & 7 for c in range(a >> 3, b >> 3)]
         self.assertEqual((len(known), "\u0301" in known, "\uf900" in known), (6532, True, True))
         rng = random.Random(1)

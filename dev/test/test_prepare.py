@@ -99,8 +99,8 @@ class Case(unittest.TestCase):
                     if program == "prepare":
                         status = common.run("prepare", prepare.main) or 0
                     else:
-                        status = 0
                         runpy.run_path(str(DATA / f"{program}.py"), run_name="__main__")
+                        status = 0
                 except SystemExit as e:
                     status = e.code if isinstance(e.code, int) else 1 if e.code else 0
                     if isinstance(e.code, str):

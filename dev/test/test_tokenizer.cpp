@@ -393,8 +393,8 @@ static std::string test_malformed() {
         {"rules are damaged", file3(96, all, plain + nothing + letters + le(1) + rule({0, 0, 0}))},
         {"cut short", file3(96, all, plain + nothing + letters + le(1) + le(3) + le(2))},
         {"unigram, and has merges", file3(96 | 8192, all, plain + nothing + nothing)},
-        {"not at byte level", third + le(0) + le(3) + le(1) + le(2) + none + three + plain.substr(0, 0) + le(0) + le(0) +
-                                  le(0) + nothing + letters + one},
+        {"not at byte level", third + le(0) + le(3) + le(1) + le(2) + none + three + le(0) + le(0) + le(0) + nothing +
+                                  letters + one},
         {"behind its end", good + "x"},
     };
     for (auto& c : thirds) {

@@ -5,14 +5,15 @@
     g++ -std=c++17 -O2 -o test_tokenizer dev/test/test_tokenizer.cpp
     tokenizer_vs_libraries.py ./test_tokenizer TEXT ... [--tokenizer FILE ...]
     tokenizer_vs_libraries.py ./test_tokenizer TEXT --fixtures dev/test/tokenizer       (makes the fixtures anew)
-    tokenizer_vs_libraries.py --classes                         (prints convert_tokenizer.py's tables of Unicode)
+    tokenizer_vs_libraries.py --classes                         (prints the tables of characters.py)
 
 TEXT: text files, or directories of them. FILE: a tokenizer that convert_tokenizer.py converts. Without any, small ones
 of every kind are trained on the text: sentencepiece's BPE, unigram and char with normalisation nmt_nfkc and own rules,
 no byte fallback, whitespace as suffix, unused and user-defined pieces, and one made by hand; rank files with every
 preset; tokenizer.json with ByteLevel, with normal forms, with several families' regular expressions, and with Metaspace;
-added tokens of every kind. sentencepiece before 0.2.2 decides ties of unigram otherwise. Text that is no UTF-8 is compared with sentencepiece only; byte-level tokenizers must
-give it back as Python's errors="replace" decodes it. Speeds are of one core, in CPU time.
+added tokens of every kind. sentencepiece before 0.2.2 decides ties of unigram otherwise. Text that is no UTF-8 is
+compared with sentencepiece only; byte-level tokenizers must give it back as Python's errors="replace" decodes it. Speeds
+are of one core, in CPU time.
 """
 import argparse
 import base64
