@@ -53,6 +53,9 @@ recipe() {
     [ -z "$planning" ] || exec ./train_gpt --ranks "$GPUS" "$@"
     ls "$DATA"/*_train_*.bin >/dev/null 2>&1 || fail "$DATA: holds no training shards. $prepare"
     ls "$DATA"/*_val_*.bin >/dev/null 2>&1 && set -- --val-data "$DATA/*_val_*.bin" "$@"
+    for file in "$DATA"/*_tokenizer.bin; do  # of the data; prepare.py puts it there
+        [ $SIZE = small ] || [ ! -f "$file" ] || set -- --tokenizer "$file" "$@"
+    done
     [ "$GPUS" = 1 ] || LAUNCH=${LAUNCH:-mpirun -n $GPUS}
     exec ${LAUNCH:-} ./train_gpt --train-data "$DATA/*_train_*.bin" --out "$OUT" --resume --save-every 1000 \
         --save-async "$@"

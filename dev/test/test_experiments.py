@@ -249,6 +249,16 @@ class Recipes(Case):
         log = (self.tree / "runs/1b-small-simplegpt-3/log.csv").read_text().splitlines()
         self.assertEqual(len(log), 4)
 
+    def test_tokenizer_of_the_data(self):
+        (self.tree / "train_gpt").unlink()
+        (self.tree / "train_gpt").write_text('#!/bin/sh\necho "$@"\n')
+        (self.tree / "train_gpt").chmod(0o755)
+        (self.tree / "data/c4").mkdir(parents=True)
+        (self.tree / "data/c4/c4_train_000000.bin").touch()
+        self.assertNotIn("--tokenizer", self.run_tool(self.recipe("1b"), GPUS=1).stdout)
+        (self.tree / "data/c4/c4_tokenizer.bin").touch()
+        self.assertIn("--tokenizer data/c4/c4_tokenizer.bin", self.run_tool(self.recipe("1b"), GPUS=1).stdout)
+
     def test_refusals(self):
         self.refused(self.recipe("7b"), words=["data/c4", "prepare.py"])
         self.refused(self.recipe("7b"), words=["postnorm", "simplegpt"], VARIANT="postnorm")
