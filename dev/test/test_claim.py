@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TRAINER = str(Path(sys.argv.pop(1)).resolve()) if len(sys.argv) > 1 else str(ROOT / "train_gpt")
 sys.path.insert(0, str(ROOT / "dev/look"))
 import claim  # noqa: E402
+import claim_report  # noqa: E402
 from lines import run_all  # noqa: E402
 
 # A trainer whose loss is a formula of variant, rate, seed and width in place of the real one. At rate 1 it blows up and
@@ -112,56 +113,56 @@ class Numbers(unittest.TestCase):
 
     def test_best(self):
         runs = {1e-3: flat(1.2, 1.4), 1e-2: flat(1.25, 1.26), 1e-1: flat(1.0, lost_at=7), 1.0: flat(1.6)}
-        self.assertEqual(claim.ranking(runs), [1e-2, 1e-3, 1.0, 1e-1])
-        self.assertAlmostEqual(claim.mean(runs, 1e-3), 1.3)
-        self.assertAlmostEqual(claim.spread(runs, 1e-3), 0.2)
-        self.assertIsNone(claim.spread(runs, 1.0))
+        self.assertEqual(claim_report.ranking(runs), [1e-2, 1e-3, 1.0, 1e-1])
+        self.assertAlmostEqual(claim_report.mean(runs, 1e-3), 1.3)
+        self.assertAlmostEqual(claim_report.spread(runs, 1e-3), 0.2)
+        self.assertIsNone(claim_report.spread(runs, 1.0))
         # 1e-3 is 0.045 above the best and its seeds 0.2 apart; 1 is 0.345 above
-        self.assertEqual(claim.as_good(runs), [1e-3, 1e-2])
+        self.assertEqual(claim_report.as_good(runs), [1e-3, 1e-2])
 
     def test_claims(self):
-        self.assertTrue(claim.is_claim(-0.05, 0.01, 0.04))
-        self.assertFalse(claim.is_claim(0.04, 0.01, 0.04))
-        self.assertFalse(claim.is_claim(1.0, 0.01, None))
-        self.assertTrue(claim.is_claim(0.02, 0.01, None, one=True))
+        self.assertTrue(claim_report.is_claim(-0.05, 0.01, 0.04))
+        self.assertFalse(claim_report.is_claim(0.04, 0.01, 0.04))
+        self.assertFalse(claim_report.is_claim(1.0, 0.01, None))
+        self.assertTrue(claim_report.is_claim(0.02, 0.01, None, one=True))
         a, b = {1e-2: flat(1.10, 1.12)}, {1e-2: flat(1.15, 1.17)}
-        self.assertEqual(claim.compared(a, b), "-0.050")
-        self.assertEqual(claim.compared(a, {1e-2: flat(1.11, 1.15)}), "-0.020 (no claim)")
-        self.assertEqual(claim.compared(a, {1e-2: flat(1.5)}), "-0.390 (no claim)")
+        self.assertEqual(claim_report.compared(a, b), "-0.050")
+        self.assertEqual(claim_report.compared(a, {1e-2: flat(1.11, 1.15)}), "-0.020 (no claim)")
+        self.assertEqual(claim_report.compared(a, {1e-2: flat(1.5)}), "-0.390 (no claim)")
 
     def test_nearest(self):
         rates = claim.RATES
-        self.assertEqual([claim.nearest(rates, n * 3e-4) for n in claim.MULTIPLES], [3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
-        self.assertEqual([claim.nearest(rates, n * 1e-2) for n in claim.MULTIPLES], [1e-2, 3e-2, 1e-1, 3e-1, 1.0])
-        self.assertIsNone(claim.nearest(rates, 3.0))
-        self.assertIsNone(claim.nearest([], 1.0))
+        for base, found in ((3e-4, [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]), (1e-2, [1e-2, 3e-2, 1e-1, 3e-1, 1.0])):
+            self.assertEqual([claim_report.nearest(rates, n * base) for n in claim_report.MULTIPLES], found)
+        self.assertIsNone(claim_report.nearest(rates, 3.0))
+        self.assertIsNone(claim_report.nearest([], 1.0))
 
     def test_sensitivity(self):
         # capped at 5: 1.2, 1.0, 1.4, 5; their mean 2.15 less 1.0
         runs = {1e-3: flat(1.1, 1.3, start=5.0), 1e-2: flat(1.0, start=5.0), 1e-1: flat(1.4, start=5.0),
                 1.0: flat(9.0, start=5.0)}
-        self.assertAlmostEqual(claim.sensitivity(runs, [1e-3, 1e-2, 1e-1, 1.0]), 1.15)
-        self.assertAlmostEqual(claim.sensitivity(runs, [1e-3, 1e-2]), 0.1)
+        self.assertAlmostEqual(claim_report.sensitivity(runs, [1e-3, 1e-2, 1e-1, 1.0]), 1.15)
+        self.assertAlmostEqual(claim_report.sensitivity(runs, [1e-3, 1e-2]), 0.1)
 
     def test_curves(self):
         curve = {100: 2.0, 200: 1.6, 400: 1.2}
-        self.assertAlmostEqual(claim.at_step(curve, 250), 1.5)
-        self.assertEqual(claim.at_step(curve, 200), 1.6)
-        self.assertIsNone(claim.at_step(curve, 50))
-        self.assertIsNone(claim.at_step(curve, 500))
-        self.assertAlmostEqual(claim.step_of(curve, 1.5), 250)
-        self.assertAlmostEqual(claim.step_of(curve, 1.2), 400)
-        self.assertEqual(claim.step_of(curve, 2.5), 100)
-        self.assertIsNone(claim.step_of(curve, 1.1))
+        self.assertAlmostEqual(claim_report.at_step(curve, 250), 1.5)
+        self.assertEqual(claim_report.at_step(curve, 200), 1.6)
+        self.assertIsNone(claim_report.at_step(curve, 50))
+        self.assertIsNone(claim_report.at_step(curve, 500))
+        self.assertAlmostEqual(claim_report.step_of(curve, 1.5), 250)
+        self.assertAlmostEqual(claim_report.step_of(curve, 1.2), 400)
+        self.assertEqual(claim_report.step_of(curve, 2.5), 100)
+        self.assertIsNone(claim_report.step_of(curve, 1.1))
         both = [claim.Result(1, 5, {100: 2.0, 200: 1.0}), claim.Result(1, 5, {100: 3.0, 300: 1.0})]
-        self.assertEqual(claim.mean_curve(both), {100: 2.5})
+        self.assertEqual(claim_report.mean_curve(both), {100: 2.5})
 
     def test_largest_stable(self):
         # the best, 1e-2, has 1.8 after a quarter of 800 steps, between 2.0 at 100 and 1.6 at 300
         runs = {1e-3: flat(1.5), 1e-2: flat(1.2, curve={100: 2.0, 300: 1.6}), 3e-2: flat(1.7, 1.8),
                 1e-1: flat(1.7, 1.81), 3e-1: flat(1.3, lost_at=5)}
-        self.assertEqual(claim.largest_stable(runs, 800), 3e-2)
-        self.assertIsNone(claim.largest_stable({1.0: flat(1.3, lost_at=5)}, 800))
+        self.assertEqual(claim_report.largest_stable(runs, 800), 3e-2)
+        self.assertIsNone(claim_report.largest_stable({1.0: flat(1.3, lost_at=5)}, 800))
 
     def test_time(self):
         self.assertEqual(claim.makespan([3, 3, 2, 2, 2], 2), 7)  # 3 2 2 beside 3 2
@@ -198,7 +199,7 @@ class Order(unittest.TestCase):
         for v, runs in table.items():
             for r in runs:
                 runs[r][2] = runs[r][1]
-            for r in claim.ranking(runs)[:2]:
+            for r in claim_report.ranking(runs)[:2]:
                 runs[r][3] = runs[r][1]
         self.assertEqual(claim.wanted("main", table, self.CENTRES), later)
         table["prenorm"][1e-1][2] = claim.Result(0.1, 5.5)  # by both seeds the best
@@ -268,7 +269,7 @@ class Command(unittest.TestCase):
     def test_main_table(self):
         doc = self.dir / "dev/doc"
         doc.mkdir(parents=True)
-        begin, end = (mark.format("runs") for mark in claim.PLACE)
+        begin, end = (mark.format("runs") for mark in claim_report.PLACE)
         for page in (doc / "results.md", self.dir / "README.md"):
             page.write_text("before\n" + begin + "old\n" + end + "after\n")
         r = self.claim("--doc", self.dir)
@@ -344,11 +345,11 @@ class Command(unittest.TestCase):
     def test_ladders(self):
         self.claim("--sizes")
         self.assertEqual({b[0] for b in self.begun() if b[3] != "0"}, {"48", "192", "320"})
-        self.assertIn("| dim 320, 8 layers | 2.018 ± 0.005 at 0.1 |", (self.runs / "claim.md").read_text())
+        self.assertIn("| dim 320, 8 layers | 2.018 ± 0.005 at 0.1 of 7 |", (self.runs / "claim.md").read_text())
         self.claim("--all")
         text = (self.runs / "claim.md").read_text()
         self.assertIn("ladder of sizes", text)
-        self.assertIn("| dim 96, 32 layers | 2.025 ± 0.005 at 0.1 |", text)
+        self.assertIn("| dim 96, 32 layers | 2.025 ± 0.005 at 0.1 of 3 |", text)
         self.started.write_text("")
         self.claim("--depths")
         self.assertEqual(self.begun(), [])
