@@ -154,7 +154,8 @@ def main_tables(o, table):
     here = [v for v in VARIANTS if v in table]
     rates = sorted({rate for v in here for rate in table[v]})
     common = [rate for rate in rates if all(rate in table[v] for v in here)]
-    sensitive = [rate for rate in common if rate <= SENSITIVE]
+    ranges = [common, [rate for rate in common if rate <= SENSITIVE]]
+    ranges = ranges[:1] if ranges[0] == ranges[1] else ranges
     by_rate = "Loss at the end by peak rate:\n\n"
     by_rate += rows(["", *(f"{rate:g}" for rate in rates)],
                     [[VARIANTS[v], *(number(table[v], rate) for rate in rates)] for v in here])
@@ -170,12 +171,11 @@ def main_tables(o, table):
         body.append([
             VARIANTS[v], f"{number(runs, top)} ({seeds} seed{'s' * (seeds > 1)})", f"{top:g}", span(as_good(runs)),
             "none" if stable is None else ("at least " if stable == max(runs) else "") + f"{stable:g}",
-            f"{sensitivity(runs, common):.3f}", f"{sensitivity(runs, sensitive):.3f}",
+            *(f"{sensitivity(runs, over):.3f}" for over in ranges),
             "never" if reached is None else f"{reached * o.tokens / 1e6:.2f}M"])
     text = "\n" + rows(["", "best loss", "at rate", "as good", "largest stable rate",
-                         f"sensitivity, {span(common) if common else 'no rates'}",
-                         f"sensitivity, {span(sensitive) if sensitive else 'no rates'}", "tokens to pre-norm's loss"],
-                        body)
+                         *(f"sensitivity, {span(over) if over else 'no rates'}" for over in ranges),
+                         "tokens to pre-norm's loss"], body)
     text += "\nLoss at multiples of each variant's own best rate:\n\n"
     head = ["", *(f"x {n}" for n in MULTIPLES)]
     text += rows(head, [[VARIANTS[v], *(number(table[v], nearest(table[v], n * best(table[v]))) for n in MULTIPLES)]
@@ -280,20 +280,25 @@ def report(o, experiment):
                  f"core in all ({', '.join(sorted(experiment.machines))}).\n\n{by_rate}{claims}")
     picture = draw(o, experiment) if table else None
     shown = "![loss against the peak learning rate](claim.png)\n\n" if picture else ""
-    text = shown + short + rest + ladders + definitions(o) + reasons
-    write(o.runs / "claim.md", text)
+    tables, notes = shown + short + rest + ladders, definitions(o)
+    write(o.runs / "claim.md", tables + notes + reasons)
     if o.doc:
-        into_pages(o, text, shown + short, [p for p in (picture, reasons and o.runs / "why.png") if p])
+        into_pages(o, (tables, notes, reasons), shown + short,
+                   [p for p in (picture, reasons and o.runs / "why.png") if p])
 
 
 def into_pages(o, text, short, pictures):
-    """The report into dev/doc/results.md, its beginning into README.md, where they have a place for it."""
+    """The report into dev/doc/results.md, its beginning into README.md, where they have a place for it. The definitions
+    are left out if they stand beside another experiment's tables."""
     name, doc = o.runs.resolve().name, o.doc / "dev/doc"
     begin, end = (mark.format(name) for mark in PLACE)
-    for page, folder, what in ((doc / "results.md", "", text), (o.doc / "README.md", "dev/doc/", short)):
+    for page, folder, whole in ((doc / "results.md", "", True), (o.doc / "README.md", "dev/doc/", False)):
         before, found, rest = page.read_text().partition(begin)
         _, closed, after = rest.partition(end)
         if found and closed:
+            tables, notes, reasons = text
+            known = notes.splitlines()[1] in before + after
+            what = tables + ("" if known else notes) + reasons if whole else short
             write(page, before + begin + re.sub(r"\]\((\w+\.png)\)", rf"]({folder}{name}-\1)", what) + end + after)
         elif page.parent == doc:
             raise Refused(f"{page}: has no place for the table. Put {begin.strip()} and {end.strip()} there.")

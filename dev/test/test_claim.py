@@ -302,6 +302,11 @@ class Command(unittest.TestCase):
         self.assertIn("](dev/doc/runs-claim.png)", short)
         self.assertIn("What of it can be claimed", short)
         self.assertNotIn("- Loss: at the end", short)
+        # the page of two experiments has the definitions once
+        (doc / "results.md").write_text(text + begin + end + "after\n")
+        self.claim("--report", "--doc", self.dir)
+        page = (doc / "results.md").read_text()
+        self.assertEqual([page.count(words) for words in ("- Loss: at the end", "Loss at the end by peak rate")], [1, 2])
         self.assertEqual(list(self.runs.glob("main/*/*/step_*")), [], "checkpoints stay")
         self.started.write_text("")
         self.claim()
