@@ -35,8 +35,11 @@ MOST_BAD = 0.1  # of all records, with --skip-bad
 KINDS = [(kind, re.compile(pattern, re.DOTALL)) for kind, pattern in (
     ("gzip", rb"\x1f\x8b\x08"), ("bzip2", rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"),
     ("xz", rb"\xfd7zXZ\0|\x5d\0\0[^\0]\0(?:\xff{8}|.{5}\0{3})\0"),  # or the older lzma
-    ("zstd", rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), ("tar", rb".{257}ustar"),
+    ("zstd", rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+    ("tar", rb".{257}ustar|.{100}[0-7 \0]{48}[0-7 ]{6}\0[ \0]"),  # or as before POSIX
     ("an office document or e-book", rb"PK\x03\x04.{26}(?:\[Content_Types\]|_rels/|docProps/|mimetype)"),
+    ("a PyTorch file", rb"PK\x03\x04.{26}[^/]{1,200}/(?:data\.pkl|\.format_version)"),
+    ("an ar archive", rb"!<arch>\n"), ("a cpio archive", rb"07070[127][0-9a-fA-F]{70}"),
     ("zip", rb"PK(?:\x03\x04|\x05\x06)"), ("parquet", rb"PAR1"), ("utf-32", rb"\xff\xfe\0\0|\0\0\xfe\xff"),
     ("utf-16", rb"\xff\xfe|\xfe\xff"), ("a PDF", rb"%PDF-"), ("a rich text file", rb"\{\\rtf"),
     ("a picture", rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP"), ("a program", rb"\x7fELF"),
@@ -48,7 +51,8 @@ KINDS = [(kind, re.compile(pattern, re.DOTALL)) for kind, pattern in (
 ADVICE = {"a shard of tokens": "Give it to the trainer: --train-data.",
           "Megatron's index of tokens": "Turn it into shards: dev/data/convert_tokens.py.",
           "an Arrow file": "Write it as parquet or JSON lines: datasets' to_parquet(), to_json().",
-          "binary": "Leave it out, or convert it to text; tokens without a header: dev/data/convert_tokens.py."}
+          "binary": "Leave it out, or convert it to text; --format text takes it as it is; tokens without a header: "
+                    "dev/data/convert_tokens.py."}
 CONTROL = bytes({*range(9), *range(16, 27), *range(28, 32), 127})  # hardly in a text, a tenth of any other bytes
 STRING = rb'"(?:[^"\\\n]|\\.)*"'
 RECORDS = re.compile(rb"\s*(?:(?:\[\s*)?\{\s*%b\s*:|\[\s*%b\s*(?:,\s*\"|]\s*\Z))" % (STRING, STRING))  # how JSON begins
@@ -173,6 +177,22 @@ def zstd(stream, name):
         raise EOFError("the last frame is cut short")
 
 
+def frames(stream, make):
+    """blocks of bzip2's or xz's streams, one behind another; unlike the library's readers it tells of one with a damaged
+    head"""
+    frame = None
+    for waiting in blocks_of(stream):
+        while waiting := waiting if frame else waiting.lstrip(b"\0"):  # zeros may stand between
+            frame = frame or make()
+            yield frame.decompress(waiting, BLOCK)
+            while not (frame.eof or frame.needs_input):
+                yield frame.decompress(b"", BLOCK)
+            waiting = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame:
+        raise EOFError("its end is missing")
+
+
 def utf8(stream, name, encoding):
     """blocks of a text in another encoding, which begins with its mark"""
     decoder = codecs.getincrementaldecoder(encoding)()
@@ -183,8 +203,9 @@ def utf8(stream, name, encoding):
         raise Refused(f"{name}: begins as {encoding.upper()}, but is not. Convert it to UTF-8.") from None
 
 
-UNPACK = {"gzip": lambda stream, name: gzip.GzipFile(fileobj=stream), "bzip2": lambda stream, name: bz2.BZ2File(stream),
-          "xz": lambda stream, name: lzma.LZMAFile(stream), "zstd": lambda stream, name: stream_of(zstd(stream, name)),
+UNPACK = {"gzip": lambda stream, name: gzip.GzipFile(fileobj=stream),
+          "bzip2": lambda stream, name: stream_of(frames(stream, bz2.BZ2Decompressor)),
+          "xz": lambda stream, name: stream_of(frames(stream, lzma.LZMADecompressor)), "zstd": lambda stream, name: stream_of(zstd(stream, name)),
           "utf-16": lambda stream, name: stream_of(utf8(stream, name, "utf-16")),
           "utf-32": lambda stream, name: stream_of(utf8(stream, name, "utf-32"))}
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
@@ -307,7 +328,8 @@ def leaves(name, stream, size):
     """what a file holds: itself, or all that its archive does"""
     kind, head, stream = unwrap(name, stream)
     if kind == "tar":
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=BLOCK, tarinfo=Header) as archive:
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=BLOCK, tarinfo=Header,
+                          ignore_zeros=True) as archive:  # there may be another behind its end
             while member := archive.next():
                 archive.members.clear()  # it would keep them all
                 if member.isreg() and visible(member.name):

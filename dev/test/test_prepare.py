@@ -590,11 +590,18 @@ class Kinds(Case):
                                 (struct.pack("<3i", 20240520, 1, 0), "a shard of tokens, no text. Give it to the"),
                                 (struct.pack("<200H", *range(200)), "binary, no text"), (bytes(256), "binary"),
                                 (b"MMIDIDX\0\0", "Megatron's index of tokens, no text. Turn it into shards"),
-                                (zipped([("[Content_Types].xml", b"<xml>")]), "an office document or e-book")):
+                                (zipped([("[Content_Types].xml", b"<xml>")]), "an office document or e-book"),
+                                (zipped([("best/data.pkl", b"\x80\2"), ("best/version", b"3\n")]), "a PyTorch file"),
+                                (b"!<arch>\na.txt/" + b"text " * 99, "an ar archive"),
+                                (b"070701" + b"0" * 104 + b"a.txt\0" + b"text " * 99, "a cpio archive")):
             for name in ("a.txt", "a.bin", "a.jsonl"):
                 self.refused(name, contents, f"{name}: {words}")
             self.refused("a.txt", bz2.compress(contents), f"a.txt: {words}")
             super().refused("prepare", "-", "--out", self.out, words=f"-: {words}", stdin=contents)
+        short = self.file("short", b"one\0two\0three\0")
+        super().refused("prepare", short, "--separator", r"\0", "--out", self.out, words="; --format text takes it as")
+        self.prepare(short, "--separator", r"\0", "--format", "text", "--val-fraction", "0")
+        self.assertEqual(self.stream("train"), packed(b"one", b"two", b"three"))
 
     def test_archives(self):
         """their members in order; neither hidden ones nor those of another kind, which are named"""
@@ -613,6 +620,14 @@ class Kinds(Case):
         for archive in (tar(large), zipped(large), tar(large, "gz")):
             self.prepare("-", "--val-fraction", "0", stdin=archive)
             self.assertTrue(self.stream("train") == packed(*(text for _, text in large)))
+        behind = tar(large[:1]) + tar(large[1:])  # cat a.tar b.tar
+        old = tar([("b.txt", b"text " * 20000)])
+        old = old[:148] + b" " * 8 + old[156:257] + bytes(243) + old[500:]
+        old = old[:148] + b"%06o\0 " % sum(old[:512]) + old[156:]  # as before POSIX
+        for archive, want in ((behind, [text for _, text in large]), (old, [b"text " * 20000])):
+            for contents in (archive, gzip.compress(archive)):
+                self.prepare(self.file("a.txt", contents), "--val-fraction", "0")
+                self.assertTrue(self.stream("train") == packed(*want))
         link = zipfile.ZipInfo("link.txt")
         link.external_attr = 0o120777 << 16
         self.prepare(self.file("a.zip", zipped([("a.txt", b"one"), (link, b"a.txt")])), "--val-fraction", "0")
@@ -633,6 +648,12 @@ class Kinds(Case):
                 ("bzip2", small[:-200], cut), ("bzip2 within", small[:3000] + b"?" * 999 + small[3999:], cut)):
             self.refused(name, damaged, words)
             self.refused(name, damaged, words, "--format", "text")
+        for compress in (bz2.compress, lzma.compress):  # in several streams
+            one, two = map(compress, (b"one " * 999, b"two"))
+            self.refused("a", one + b"XX" + two[2:], "a: " + cut)
+            self.prepare(self.file("a", one + bytes(8) + two + bytes(4)), "--val-fraction", "0")
+            self.assertEqual(self.stream("train"), packed(b"one " * 999 + b"two"))
+            shutil.rmtree(self.out)
         locked = bytearray(stored)
         for at in (6, stored.index(b"PK\1\2") + 8):
             locked[at] |= 1
