@@ -178,8 +178,8 @@ def zstd(stream, name):
 
 
 def frames(stream, make):
-    """blocks of bzip2's or xz's streams, one behind another; unlike the library's readers it tells of one with a damaged
-    head"""
+    """blocks of bzip2's or xz's streams, one behind another; unlike the library's readers it notices a damaged head of
+    one that is not the first"""
     frame = None
     for waiting in blocks_of(stream):
         while waiting := waiting if frame else waiting.lstrip(b"\0"):  # zeros may stand between
@@ -205,7 +205,8 @@ def utf8(stream, name, encoding):
 
 UNPACK = {"gzip": lambda stream, name: gzip.GzipFile(fileobj=stream),
           "bzip2": lambda stream, name: stream_of(frames(stream, bz2.BZ2Decompressor)),
-          "xz": lambda stream, name: stream_of(frames(stream, lzma.LZMADecompressor)), "zstd": lambda stream, name: stream_of(zstd(stream, name)),
+          "xz": lambda stream, name: stream_of(frames(stream, lzma.LZMADecompressor)),
+          "zstd": lambda stream, name: stream_of(zstd(stream, name)),
           "utf-16": lambda stream, name: stream_of(utf8(stream, name, "utf-16")),
           "utf-32": lambda stream, name: stream_of(utf8(stream, name, "utf-32"))}
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
@@ -570,7 +571,8 @@ class Reader:
                 self.not_json(where)
                 continue
             except (KeyError, TypeError, AttributeError, IndexError):
-                self.bad(where, f"no text under {self.rules.field!r}", "Give its name with --field.")
+                self.bad(where, f"no text under {self.rules.field!r}",
+                         "Give its name with --field, or leave it out with --skip-bad.")
                 continue
             if text:
                 yield where, text

@@ -288,7 +288,8 @@ class Prepare(Case):
         for line, words in (('{"text": "b"', "not valid JSON"), ('{"text": "\\ud800"}', "not valid JSON in UTF-8"),
                             (b'{"text": "\xff"}', "not valid JSON in UTF-8"), ("[" * 100000, "not valid JSON"),
                             ('{"body": "b"}', "no text under 'text'"), ('{"text": 1}', "no text under 'text'"),
-                            ("[1]", "no text under 'text'")):
+                            ("[1]", "no text under 'text'. Give its name with --field, or leave it out with "
+                                     "--skip-bad.")):
             line = line if isinstance(line, bytes) else line.encode()
             refused(self.file("a.jsonl", b'{"text": "a"}\n' * 20 + line + b"\n"), words="a.jsonl:21: " + words, chunk=7)
         self.file("out_is_file", "")
