@@ -30,6 +30,7 @@ from shards import CHUNK, Output
 
 MAGIC, HEADER = b"MMIDIDX\0\0", struct.Struct("<9sQBQQ")  # version, type, number of sequences, of documents and 1
 TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+MOST = 1 << 24  # tokens of any vocabulary
 NO_TOKENS = (*FORMATS, *UNPACK, "tar", "zip", "a Numpy file", "a shard of tokens")
 
 
@@ -64,6 +65,8 @@ class Tokens:
 
 def open_tokens(name, dtype):
     path = Path(name)
+    if path.is_fifo():
+        raise Refused(f"{name}: is a pipe, and is read twice. Give a file.")
     with told(name), open(path, "rb") as f:
         head = f.read(HEAD)
     beside = path.with_suffix(".idx")
@@ -74,6 +77,9 @@ def open_tokens(name, dtype):
     kind = kind_of(name, head)
     if kind in NO_TOKENS or head.startswith(LFS):
         raise Refused(f"{name}: {kind}, no tokens without a header. Unpack it; for text there is prepare.py.")
+    words = np.frombuffer(head[:len(head) // 4 * 4], "<u2").reshape(-1, 2)
+    if dtype == "uint16" and len(words) > 64 and words[:, 1].max() < 256 <= words[:, 0].max():
+        raise Refused(f"{name}: every second number of 16 bits is below 256, as in tokens of 32. Give --dtype uint32.")
     dtype, size = np.dtype(dtype).newbyteorder("<"), path.stat().st_size
     if not size or size % dtype.itemsize:
         raise Refused(f"{name}: {size} bytes are no tokens of {dtype.itemsize}. Give their type: --dtype.")
@@ -147,6 +153,8 @@ def main():
     in_range("--shard-tokens", args.shard_tokens, 1, 2**31 - 1)
     inputs = [open_tokens(name, args.dtype) for name in (args.input, args.val) if name]
     most = max(tokens.largest() for tokens in inputs)
+    if most >= MOST:
+        raise Refused(f"{args.input}: has token {most}, which is of no vocabulary. Give their type: --dtype.")
     V = args.vocab_size or most + 1
     if most >= V:
         raise Refused(f"{args.input}: has token {most}, --vocab-size is {V}. Give the vocabulary's size.")

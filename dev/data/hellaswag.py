@@ -161,7 +161,8 @@ def main():
     if args.limit is not None and args.limit < 1:
         raise Refused(f"--limit: {args.limit} is out of range. Give at least 1.")
     if args.input and not Path(args.input).is_file():
-        raise Refused(f"{args.input}: there is no such file. Check the path.")
+        raise Refused(f"{args.input}: is a folder or a pipe. Give a file." if Path(args.input).exists() else
+                      f"{args.input}: there is no such file. Check the path.")
     encoder = encoders.load(*encoders.from_options(args))
     out.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -285,7 +285,7 @@ def prepare(args, out, prefix):
                 "skip_bad": rules.skip_bad or None}
     output = Output(out, prefix, tokenizer.V, args.shard_tokens, identity, args.restart)
     train, val = output.splits["train"], output.splits["val"]
-    downloads, progress, whole = None, None, False
+    downloads, progress, whole, resumed = None, None, False, bool(output.position)
     try:
         revision = output.position and output.position["revision"]
         if corpus and not args.files:
@@ -332,6 +332,9 @@ def prepare(args, out, prefix):
         if tokenizer.name == "bytes" and val.tokens:
             manifest["bigram_val_loss"] = round(bigram_loss(train, val, tokenizer.V), 6)
         output.publish(manifest, converted)
+        if args.separator and not rules.parted and not resumed:
+            warn(r"--separator: it stands in no text that was read, so each text file is one document. Windows' lines "
+                 r"end with \r\n.")
         if counts.bad:
             warn(f"{counts.bad:,} of {counts.seen:,} records are bad and left out. The first: {counts.first}")
         whole = True

@@ -89,6 +89,7 @@ class Rules:
     field: str = "text"      # of a record of JSON or a parquet row
     separator: bytes = None  # between the documents of a text file
     skip_bad: bool = None    # leave out bad records, and count them; None: not by this program
+    parted: bool = False     # has the separator been met?
 
 
 @dataclasses.dataclass
@@ -592,6 +593,7 @@ class Reader:
             start = max(len(rest) - len(separator) + 1, 0)
             rest += block
             while (cut := rest.find(separator, start)) >= 0 or (not block and rest):
+                self.rules.parted |= cut >= 0
                 text, rest = (rest[:cut], rest[cut + len(separator):]) if cut >= 0 else (rest, b"")
                 start = 0
                 if text := text.strip():

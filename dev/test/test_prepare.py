@@ -813,6 +813,10 @@ class Names(Case):
                 self.prepare(self.file("a.txt", between.join([b"one", b"two", b"three" * 50])), "--separator", given,
                              "--val-fraction", "0")
                 self.assertEqual(self.stream("train"), packed(b"one", b"two", b"three" * 50))
+        for contents, want in ((b"one\r\n\r\ntwo", b"one\r\n\r\ntwo"), (jsonl(["one"]), b"one")):
+            self.prepare(self.file("a", contents), "--separator", r"\n\n", "--val-fraction", "0",
+                         warned=["--separator: it stands in no text that was read"])
+            self.assertEqual(self.stream("train"), packed(want))
 
     def test_prefix(self):
         """is the given name's, not that of what it links to"""
@@ -948,9 +952,9 @@ class Tokens(Case):
         self.assertEqual(self.stream("train"), [1, 2, 3])
 
     def test_refusals(self):
-        def refused(*args, words):
+        def refused(*args, words, **options):
             with self.subTest(words):
-                self.refused("convert_tokens", *args, "--out", self.out, words=words)
+                self.refused("convert_tokens", *args, "--out", self.out, words=words, **options)
 
         good, documents = self.file("good.bin", struct.pack("<99H", *range(99))), [[[1, 2]], [[3, 4], [5]]]
         for name, contents, words in (
@@ -977,6 +981,10 @@ class Tokens(Case):
         refused(self.dir / "none", words="none: No such file or directory")
         refused(self.dir, words=f"{self.dir}: Is a directory")
         refused(good, "--vocab-size", "98", words="has token 98, --vocab-size is 98")
+        refused("/dev/fd/63", piped=good, words="/dev/fd/63: is a pipe, and is read twice. Give a file.")
+        ids = [i * 7919 % 50257 for i in range(100)]  # read as of another type
+        refused(self.file("a", struct.pack("<100I", *ids)), words="a: every second number of 16 bits is below 256")
+        refused(self.file("a", struct.pack("<100H", *ids)), "--dtype", "uint32", words="which is of no vocabulary.")
         refused(good, "--val", good, "--val-fraction", "0.1", words="--val-fraction: --val is all of the validation")
         refused(good, "--val-fraction", "nan", words="--val-fraction")
         refused(good, "--shard-tokens", "0", words="--shard-tokens")
@@ -1639,6 +1647,8 @@ class Choices(Case):
                 self.refused("hellaswag", self.file("a.jsonl", good + line), "--out", self.dir / "h.bin", words=words)
         self.refused("hellaswag", self.file("a.jsonl", "\n"), "--out", self.dir / "h.bin", words="no example is in it")
         self.refused("hellaswag", self.dir / "none", "--out", self.dir / "h.bin", words="none: there is no such file")
+        self.refused("hellaswag", "/dev/fd/63", "--out", self.dir / "h.bin", piped=self.dir / "a.jsonl",
+                     words="/dev/fd/63: is a folder or a pipe. Give a file.")
         self.refused("hellaswag", self.dir / "a.jsonl", "--out", self.dir / "h.bin", "--limit", "0", words="--limit")
         os.mkfifo(self.dir / "pipe")
         for out in ("", self.dir / "pipe"):
