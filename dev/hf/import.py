@@ -93,6 +93,9 @@ def main():
     parser.add_argument("folder", type=Path, help="with config.json and model*.safetensors or pytorch_model*.bin")
     parser.add_argument("out", type=Path, help="safetensors file to write")
     args = parser.parse_args()
+    if args.folder.is_file():
+        raise Refused(f"{args.folder}: is a file. Give the folder that it lies in; a file of torch.save alone "
+                      "is for from_torch.py.")
     path = args.folder / "config.json"
     try:
         words = their_description(path)

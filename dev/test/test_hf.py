@@ -570,6 +570,7 @@ class Refusals(Case):
         self.tool("import", self.dir / "nanogpt_prenorm", self.dir / "out.safetensors")
         self.same(self.dir / "nanogpt_prenorm.safetensors", self.dir / "out.safetensors")
         self.refused("import", self.dir / "none", self.dir / "out2.st", words="config.json: No such file")
+        self.refused("import", __file__, self.dir / "out2.st", words="test_hf.py: is a file. Give the folder")
 
     def test_programs(self):
         """status and stream of the programs themselves, and packages that are missing"""
