@@ -10,8 +10,8 @@ checkpoint the weights as trained are taken, not the float32 masters: those --re
     prenorm, layernorm, nanogpt    GPT2LMHeadModel, with GELU by erf and biases of 0
     all others                     SimpleGPTForCausalLM and its code: from_pretrained(DIR, trust_remote_code=True)
 
-A sentencepiece .model and a rank file (Llama 3's tokenizer.model) become a tokenizer.json with the same ids.
-Needs numpy. One tensor is held in memory at a time. import.py is the way back.
+A sentencepiece BPE .model, a rank file (Llama 3's tokenizer.model) and a tekken.json become a tokenizer.json with the
+same ids. Needs numpy. One tensor is held in memory at a time. import.py is the way back.
 """
 import json
 import os
@@ -22,8 +22,8 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from tokenizer_json import PRESETS, byte_tokenizer, of_file
-from weights import LLAMA3, RAW, Parser, Refused, Weights, convert, description, family, file_metadata, our_shapes, \
-    read_json, read_whole, run, scaling_numbers, write_json, write_weights
+from weights import LLAMA3, RAW, Parser, Refused, Weights, convert, convert_tokenizer, description, family, \
+    file_metadata, our_shapes, read_json, read_whole, run, scaling_numbers, write_json, write_weights
 
 HERE = Path(__file__).resolve().parent
 SHARD = 5 * 10**9  # bytes of a file, as transformers' own
@@ -134,7 +134,8 @@ def tokenizer_files(given, preset, out, c):
             shutil.copyfile(path / name, out / name)
         there = read_json(path / "tokenizer_config.json") if "tokenizer_config.json" in found else {}
         ids, named, size = fast_tokenizer(path / "tokenizer.json", read_json(path / "tokenizer.json"), there)
-    elif (data := read_whole(path, "Give the tokenizer of the data.")).lstrip()[:1] == b"{":
+    elif (data := read_whole(path, "Give the tokenizer of the data.")).lstrip()[:1] == b"{" and \
+            not convert_tokenizer.is_tekken(data):
         ids, named, size = fast_tokenizer(path, read_json(path), {})
         (out / "tokenizer.json").write_bytes(data)
     else:
@@ -157,7 +158,7 @@ def main():
     parser.add_argument("weights", help="file of --export, or folder of a checkpoint or a run")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--tokenizer", metavar="WHAT",
-                        help="bytes, sentencepiece .model, rank file (Llama 3's), tokenizer.json, its folder")
+                        help="bytes, sentencepiece .model, rank file (Llama 3's), tokenizer.json, its folder, tekken.json")
     parser.add_argument("--preset", choices=list(PRESETS),
                         help="whose rules a rank file has, if its size does not tell")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (as they are)")

@@ -60,7 +60,7 @@ def of_file(path, data, preset=None):
 
 def byte_pairs(f):
     shown = {byte: character for character, byte in convert.alphabet().items()}
-    names = SPECIAL[f.bos == f.eos]
+    names = SPECIAL[f.bos == f.eos] if f.bos != 1 else ("<s>", "</s>")  # Mistral's tekken.json
     special = sorted({(f.bos, names[0]), (f.eos, names[1])})
     texts = {i: "".join(shown[b] for b in piece) for i, (piece, _, _) in enumerate(f.pieces) if piece}
     split = {"type": "Split", "pattern": {"Regex": regex(f.split)}, "behavior": "Isolated", "invert": False}

@@ -970,6 +970,10 @@ class Transformers(Case):
             with self.subTest(preset):
                 tokenizer, ids, text = self.same_ids(self.dir / "ranks", preset)
                 self.assertIn(tokenizer.decode(ids), (text, unicodedata.normalize("NFC", text)))  # Qwen's normalises
+        model = test_convert_tokenizer.tekken([bytes(shown[character] for character in text) for text in vocab], 5)
+        (self.dir / "tekken.json").write_text(json.dumps(model))
+        tokenizer, ids, text = self.same_ids(self.dir / "tekken.json")
+        self.assertEqual((tokenizer.decode(ids), tokenizer.bos_token), (text, "<s>"))
 
     def test_from_torch(self):
         """what the paper's code saves: a state_dict, plain, nested, wrapped; a folder of distributed checkpoint"""

@@ -1406,7 +1406,8 @@ class Tokenizers(Case):
         model = self.ranks(b"th", b"the", b" the", b"12", b"123", b"'s", b"'S", b"\n\n", b"23", b"234")
         n = 266
         for kind, bos, end, V in (("gpt2", n, [], n + 1), ("cl100k", n + 1, [], n + 21), ("o200k", n + 1, [], n + 21),
-                                  ("llama3", n, [n + 1], n + 256), ("llama4", n, [n + 1], n + 2048), ("qwen", n, [], n + 208)):
+                                  ("llama3", n, [n + 1], n + 256), ("llama4", n, [n + 1], n + 2048),
+                                  ("qwen", n, [], n + 208)):
             self.assertEqual(self.ids("the the", model, "--preset", kind), [bos, 257, 258, *end])
             self.assertEqual(self.tokens, [V, bos, end[0] if end else bos])
         # digits in threes, but for GPT-2, whose digits stay together; 's in both cases, but for GPT-2
