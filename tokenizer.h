@@ -50,6 +50,7 @@
 #include <string_view>
 #include <sys/stat.h>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -234,6 +235,7 @@ private:
         DIGITS_APART = 2048     // the text is first cut before and behind each digit
     };
     static constexpr std::string_view SPACE = "\xe2\x96\x81", REPLACEMENT = "\xef\xbf\xbd";  // U+2581, U+FFFD
+    static constexpr size_t NOTHING = SIZE_MAX;
     static constexpr uint32_t NEVER = UINT32_MAX, CODES = 0x110000;  // CODES is also what is no UTF-8
 
     struct Merge {
@@ -403,7 +405,7 @@ private:
     // Cuts text at the user-defined pieces of a kind: their ids to `ids`, what is between them to rest(), in order.
     template <typename Rest>
     void cut(std::string_view text, bool normal, std::vector<int>& ids, Rest rest) const {
-        size_t from = added_[normal].lengths.empty() ? text.size() : 0;
+        size_t from = added_[normal].lengths.empty() ? text.size() : 0, stop = 0;
         if (from && from == text.size()) return rest(text);
         for (size_t at = 0; at < text.size();) {
             const int id = user_defined(text.substr(at), normal);
@@ -418,10 +420,11 @@ private:
                     if (spaces >= start) start = before;
                     else before = spaces + character(text, spaces).size;
                 }
-            if (added_flags_[id] & RSTRIP) end = span(text, end, 1 << WHITE);
+            at = end;  // a piece may also be found in the white space that the one before it has taken
+            if (added_flags_[id] & RSTRIP) end = stop = span(text, std::max(end, stop), 1 << WHITE);
             if (start > from) rest(text.substr(from, start - from));
             ids.push_back(id);
-            from = at = end;
+            from = end;
         }
         if (from < text.size()) rest(text.substr(from));
     }
@@ -622,14 +625,16 @@ private:
 
     // ---- rules
 
-    // end of what the rule matches at `at`; `at`: nothing
-    size_t match(const Rule& rule, std::string_view s, size_t at) const {
-        size_t end = at;
+    // End of what the rule matches at `at`; NOTHING: it does not. hopeless: places << 16 | state, each 64th of a long way,
+    // from where no match was found, so that a rule that looks far ahead in vain does it once, not at each character.
+    size_t match(const Rule& rule, std::string_view s, size_t at, std::unordered_set<uint64_t>& hopeless) const {
+        size_t end = NOTHING;
         for (size_t i = at, state = 1; state; ) {
             const bool more = i < s.size();
             auto [code, n] = more ? code_point(s, i) : std::make_pair(CODES, (size_t)0);
             const uint16_t next = rule.next[state * rule.classes + (more ? rule_class_[code] : rule.classes - 1)];
             if (next & 1) end = i;
+            else if (i / 64 > at / 64 + 1 && i % 64 < n && !hopeless.insert(i << 16 | state).second) break;
             if (!more) break;
             state = next >> 1;
             i += n;
@@ -638,21 +643,21 @@ private:
     }
 
     // Cuts text by the rules from the n-th on, each within what the one before it has cut: what it matches, and what is
-    // between.
+    // between. A match of nothing cuts there too.
     void cut_by_rules(std::string_view s, size_t n, std::vector<int>& ids) const {
         if (n == rules_.size()) return encode_word(s, ids);
+        std::unordered_set<uint64_t> hopeless;
         size_t from = 0;
-        for (size_t at = 0; at < s.size();) {
-            const size_t end = match(rules_[n], s, at);
-            if (end == at) {
-                at += code_point(s, at).second;
-                continue;
-            }
+        auto cut_at = [&](size_t at) {
             if (at > from) cut_by_rules(s.substr(from, at - from), n + 1, ids);
-            cut_by_rules(s.substr(at, end - at), n + 1, ids);
-            from = at = end;
+            from = at;
+        };
+        for (size_t at = 0, end; at < s.size(); at = end > at ? end : at + code_point(s, at).second) {
+            end = match(rules_[n], s, at, hopeless);
+            if (end == NOTHING) end = at;
+            else cut_at(at), cut_at(end);
         }
-        if (from < s.size()) cut_by_rules(s.substr(from), n + 1, ids);
+        cut_at(s.size());
     }
 
     // ---- others: normal form, and parts of it that merge on their own

@@ -109,6 +109,7 @@ def numbers(values):
 # ---- regular expressions: sets of code points, then an automaton that tokenizer.h walks over
 
 END = 0x110000  # of code points; also the end of the text, as a character
+LARGE = "its regular expression needs too large an automaton"
 
 
 def union(*sets):
@@ -144,8 +145,11 @@ class Regex:
     refuses the rest."""
 
     def __init__(self, text):
-        self.text, self.at, self.any_case = text, 0, False
-        self.tree = self.alternatives()
+        self.text, self.at, self.any_case, self.depth = text, 0, False, 0
+        try:
+            self.tree = self.alternatives()
+        except RecursionError:
+            self.refuse()
         if self.at < len(self.text):
             self.refuse()
 
@@ -188,7 +192,7 @@ class Regex:
                 least, most = int(found[1]), int(found[3]) if found[3] else None if found[2] else int(found[1])
                 if most is not None and most < least or self.ahead("+", "*"):
                     self.refuse()
-            if self.ahead("?") and least is not None:
+            if least is not None and (self.ahead("?") or part[0] == "look" or most is None and nullable(part)):
                 self.refuse()
             out.append(part if least is None else ("repeat", part, least, most))
         for i in possessive:  # as greedy ones, where giving back would lead to no match
@@ -199,13 +203,20 @@ class Regex:
                     self.refuse()
                 if not optional:
                     break
+            else:
+                if self.depth:  # what comes behind the group is not known here
+                    self.refuse()
         return ("all", out)
 
     def atom(self):
+        start, self.depth = self.at, self.depth + 1
         if self.next("(?i:"):
             before, self.any_case = self.any_case, True
             part = self.alternatives()
             self.any_case = before
+            letters = re.sub(r"\[[^]]*]|\(\?i?:|[()]", lambda found: found[0][:1].strip("("), self.text[start + 4:self.at])
+            if re.search("(?i)s[st]|f[fil]", letters):
+                self.refuse()  # one character matches both: \u00df, \ufb00, ...
         elif found := self.next("(?!", "(?="):
             part = self.alternatives()
             if part[0] != "all" or [p[0] for p in part[1]] != ["set"]:
@@ -215,9 +226,12 @@ class Regex:
         elif self.next("(?:") or self.ahead("(") and not self.ahead("(?") and self.next("("):
             part = self.alternatives()
         elif self.next("$"):
+            self.depth -= 1
             return "look", ((10, 11), (END, END + 1))
         else:
+            self.depth -= 1
             return "set", self.bracket() if self.next("[") else self.character()
+        self.depth -= 1
         if not self.next(")"):
             self.refuse()
         return part
@@ -270,10 +284,12 @@ class Regex:
                     self.refuse()
                 out.append(self.bracket())
                 continue
-            if self.text.startswith("&&", self.at):
+            if self.ahead("&&") or self.any_case and self.ahead("\\p", "\\P"):
                 self.refuse()
             plain = self.text[self.at:self.at + 1] in tuple(".^*+?{$()|")
             first = self.folded(ord(self.take())) if plain else self.character()
+            if self.ahead("-&&"):
+                self.refuse()
             if self.text.startswith("-", self.at) and self.text[self.at + 1:self.at + 2] not in ("]", ""):
                 self.take()
                 last = self.character()
@@ -287,6 +303,16 @@ class Regex:
         return inverse(found) if negated else found
 
 
+def nullable(part):
+    """may it match nothing?"""
+    kind, *what = part
+    if kind in ("set", "look"):
+        return kind == "look"
+    if kind == "repeat":
+        return what[1] == 0 or nullable(what[0])
+    return (all if kind == "all" else any)(map(nullable, what[0]))
+
+
 def intersect(a, b):
     return inverse(union(inverse(a), inverse(b)))
 
@@ -294,6 +320,8 @@ def intersect(a, b):
 def instructions(part, code):
     """appends ("set", runs), ("look", runs) and ("split", to, else to), which what comes behind `part` is next to"""
     kind, *what = part
+    if len(code) > 20000:
+        raise Refused(LARGE)
     if kind in ("set", "look"):
         code.append(part)
     elif kind == "all":
@@ -359,7 +387,7 @@ def rules_tables(expressions):
                 to = () if kind == len(members) - 1 else following
                 table.append(states.setdefault(to, len(states)) << 1 | matched)
             if len(states) > 4000:
-                raise Refused("its regular expression needs too large an automaton")
+                raise Refused(LARGE)
         out += [numbers((len(members), len(states))), struct.pack(f"<{len(table)}H", *table)]
     return b"".join(out)
 

@@ -92,7 +92,9 @@ BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>",
        "<\uff5cbegin\u2581of\u2581sentence\uff5c>")
 EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
 
-BROKEN = (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error)  # raised by malformed files
+# raised by malformed files
+BROKEN = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError, struct.error)
+MOST = 1 << 24  # ids
 
 
 def no_token(missing):
@@ -266,7 +268,7 @@ def rank_table(data, preset):
             token, rank = base64.b64decode(token, validate=True), int(rank)
         except ValueError:
             raise Refused(f"line {n} is not `base64 rank`")
-        if not 0 <= rank < 1 << 24 or token in ranks:
+        if not 0 <= rank < MOST or token in ranks:
             raise Refused(f"line {n} has a rank out of range or a token that was there before")
         ranks[token] = rank
     preset = preset or next((name for name, (_, known, *_) in PRESETS.items() if len(ranks) in known), None)
@@ -299,6 +301,8 @@ def tekken_table(model):
     ranks = {base64.b64decode(t["token_bytes"]): t["rank"] for t in tokens}
     if len(set(ranks.values())) < len(tokens):
         raise Refused("two tokens have the same rank")
+    if min(first, *ranks.values()) < 0 or max(first, *ranks.values()) >= MOST:
+        raise Refused("it has a rank out of range")
     return ranks, config["pattern"], first
 
 
@@ -360,7 +364,8 @@ def byte_level_split(model):
         raise unknown("decoder", model.get("decoder"))
     if expressions == [r"\p{N}", GPT2_REGEX]:
         return flags, GPT2 | DIGITS_APART, ()
-    if len(expressions) == 1 and expressions[0] in regexes():
+    # {1,3}+ is possessive to tiktoken, and any number to tokenizers
+    if len(expressions) == 1 and expressions[0] in regexes() and "3}+" not in expressions[0]:
         return flags, regexes()[expressions[0]], ()
     return flags, 0, expressions
 
@@ -413,32 +418,70 @@ def plain_tokens(model):
     return [t for t in model.get("added_tokens", []) if not t["special"]]
 
 
-def added_piece(token, form, byte_level):
-    """a plain one as a piece, with how it is found"""
+def found_as(token, model, form):
+    """an added token as text is searched for it: a normalized one in its normal form"""
     text = token["content"]
+    if not token["normalized"]:
+        return text
+    for step in parts(model.get("normalizer")):
+        if form:
+            text = unicodedata.normalize(form, text)
+        else:  # see metaspace_flags()
+            text = SPACE + text if step["type"] == "Prepend" else text.replace(" ", SPACE)
+    return text
+
+
+def added_piece(token, model, form, byte_level):
+    """a plain one as a piece, with how it is found"""
+    written, text, letters = token["content"], found_as(token, model, form), alphabet()
     if token["single_word"]:
-        raise Refused(f"the added token {text!r} is to be found as a whole word only, which tokenizer.h does not know")
-    if token["normalized"] and form:
-        text = unicodedata.normalize(form, text)
-    letters = alphabet()
-    written = token["content"]
+        raise Refused(f"the added token {written!r} is to be found as a whole word only, which tokenizer.h does not know")
     if byte_level and all(c in letters for c in written) and bytes(letters[c] for c in written) != text.encode() or \
-            not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", text) or text != written:
+            not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", text) or form and text != written:
         raise Refused(f"the added token {written!r} does not decode to itself")
+    # without a normalizer these too are searched for after the others; alone, it makes no difference
+    later = token["normalized"] and (model.get("normalizer") or
+                                     byte_level and any(not t["normalized"] for t in plain_tokens(model)))
     return text.encode(), 0, USER_DEFINED | sum(bit for bit, on in (
-        (LSTRIP, token["lstrip"]), (RSTRIP, token["rstrip"]), (IN_NORMAL_FORM, token["normalized"] and form)) if on)
+        (LSTRIP, token["lstrip"]), (RSTRIP, token["rstrip"]), (IN_NORMAL_FORM, later)) if on)
 
 
-def hidden(model):
-    """a plain added token that begins within the name of a special one: the library skips both there"""
-    plain = {t["content"] for t in plain_tokens(model)}
-    sizes, begins = {len(p) for p in plain}, {p[:n]: p for p in plain for n in range(1, len(p) + 1)}
-    for special in (t["content"] for t in model.get("added_tokens", []) if t["special"]):
-        for at in range(len(special)):
-            rest = special[at:]
-            found = next((rest[:n] for n in sizes if rest[:n] in plain), begins.get(rest) if at else None)
+def begins_within(names, within):
+    """of the names one that, in a text, can begin within one of the others but not before it, and that one"""
+    sizes, begins = {len(n) for n in names}, {n[:size]: n for n in names for size in range(1, len(n) + 1)}
+    for other in within:
+        for at in range(len(other)):
+            rest = other[at:]
+            found = next((rest[:n] for n in sizes if rest[:n] in names), begins.get(rest) if at else None)
             if found:
-                raise Refused(f"the added token {found!r} begins within the special {special!r}")
+                return found, other
+    return None
+
+
+def check_added(model, form, byte_level):
+    """refuses added tokens that tokenizer.h would not give where the library does"""
+    vocab, given = model["model"]["vocab"], {}
+    for token in model.get("added_tokens", []):
+        text = token["content"]
+        i = vocab.get(text, max(len(vocab), 1 + max(given.values(), default=-1)))
+        if text in given or i != token["id"]:
+            raise Refused(f"the added token {text!r} has the id {token['id']}, but the library gives it "
+                          f"{given.get(text, i)}")
+        given[text] = i
+
+    def names(special, normalized):
+        return {found_as(t, model, form) for t in model.get("added_tokens", [])
+                if bool(t["special"]) == special and bool(t["normalized"]) == normalized}
+
+    for normalized in (False, True):  # the names of special ones are found, and both skipped
+        clash = begins_within(names(False, normalized), names(True, normalized))
+        if clash:
+            raise Refused("the added token {!r} begins within the special {!r}".format(*clash))
+    if not byte_level and not model.get("normalizer"):  # all are searched for at once
+        clash = begins_within(names(False, False), names(False, True))
+        if clash or names(False, True) and any(
+                t["lstrip"] or t["rstrip"] for t in plain_tokens(model) if not t["normalized"]):
+            raise Refused("it has added tokens that are normalized and some that are not, which overlap")
 
 
 def alphabet():
@@ -460,7 +503,7 @@ def tokenizer_json(model, bos, eos):
     byte_level = bool(steps) and steps[-1]["type"] == "ByteLevel"
     flags, split, rules = byte_level_split(model) if byte_level else (metaspace_flags(model), 0, ())
     form = unicode_form(model) if byte_level else None
-    hidden(model)
+    check_added(model, form, byte_level)
     flags |= LISTED_MERGES
     if bpe.get("ignore_merges"):
         if not byte_level:
@@ -470,7 +513,10 @@ def tokenizer_json(model, bos, eos):
     if not byte_level and not bpe.get("byte_fallback"):
         raise Refused("a model without ByteLevel and without byte_fallback is not supported")
     vocab, added, letters = bpe["vocab"], model.get("added_tokens", []), alphabet()
-    pieces = [(b"", 0, CONTROL)] * (max([*vocab.values(), *(t["id"] for t in added)]) + 1)
+    ids = [*vocab.values(), *(t["id"] for t in added)]
+    if min(ids) < 0 or max(ids) >= MOST or len(set(vocab.values())) < len(vocab):
+        raise Refused("it has an id out of range, or two tokens with one id")
+    pieces = [(b"", 0, CONTROL)] * (max(ids) + 1)
     known = {t["content"] for t in added}
     for text, i in vocab.items():
         if text in known:
@@ -491,7 +537,7 @@ def tokenizer_json(model, bos, eos):
             is_byte = not byte_level and vocab.get(text) == i and re.fullmatch("<0x[0-9A-F]{2}>", text)
             pieces[i] = (text.encode(), 0, BYTE if is_byte else CONTROL)
             continue
-        pieces[i] = added_piece(token, form, byte_level)
+        pieces[i] = added_piece(token, model, form, byte_level)
     # what is added is cut out before any merge, but may arise again in a normal form
     arises = form or not byte_level
     taken = {piece for piece, _, kind in pieces if not arises and kind & 7 == USER_DEFINED}

@@ -340,12 +340,14 @@ class TokenizerJson(Convert):
 
     def test_ends(self):
         model = self.byte_level()
-        model["added_tokens"].append({**model["added_tokens"][0], "id": 260, "content": "<start>"})
+        model["added_tokens"].append({**model["added_tokens"][0], "id": 259, "content": "<start>"})
         w = self.convert(json.dumps(model), "--bos", "<start>")
-        self.assertEqual((w.bos, w.eos, w.pieces[259:]), (260, 258, [(3, b""), (3, b"<start>")]))
+        self.assertEqual((w.bos, w.eos, w.pieces[259:]), (259, 258, [(3, b"<start>")]))
         (self.dir / "m.bin").unlink()
         self.refuses(json.dumps(model), "no special token is <begin>: --bos", "--bos", "<begin>")
         model["added_tokens"].pop(0)
+        model["model"]["vocab"].pop("<|endoftext|>")
+        model["added_tokens"][0]["id"] = 258
         self.refuses(json.dumps(model), "no special token is <|begin_of_text|>")
 
     def test_refusals(self):
@@ -359,8 +361,11 @@ class TokenizerJson(Convert):
             {"type": "NFC"}, {"type": "Lowercase"}]})
         for regex in (r"\w+|\s+", "a*?", "a??", "^a", "(?<=a)b", "a(?!bc)", "[a&&b]", "[[:alpha:]]", "(?i:\u00e9)",
                       "(a", "a)", "[b-a]", "[a", "[]b]", r"\p{Lu}", r"\p{Greek}", "a{1,3}+", "a{99}", "a{3,1}",
-                      "[ab]++b", "[ab]++c?b", "a\\", "*"):
+                      "[ab]++b", "[ab]++c?b", "a\\", "*", "(?:a++)a", "(?:a++|b)(?!b)", "(?:|a)+b", "(?=a)+", "(?i:ss)",
+                      "(?i:s(?:t))", "(?i:aff)", r"(?i:[\p{Ll}])", "[!-&&a]", "(" * 3000 + "a" + ")" * 3000,
+                      next(r for r in convert_tokenizer.regexes() if "{1,3}+" in r)):  # of tiktoken alone
             refuses("the regular expression", pre_tokenizer=self.split(regex))
+        refuses("too large an automaton", pre_tokenizer=self.split("((((a{64}){64}){64}){64})"))
         refuses("too large an automaton", pre_tokenizer=self.split("[ab]*a" + "[ab]" * 14))
         refuses("the pre_tokenizer", pre_tokenizer=self.split(LLAMA3, behavior="MergedWithNext"))
         refuses("Punctuation", pre_tokenizer={"type": "Sequence", "pretokenizers": [
@@ -379,14 +384,15 @@ class TokenizerJson(Convert):
         vocab = self.byte_level()["model"]["vocab"]
         refuses("no token for the bytes 0x61 and text",
                 model={"vocab": {t: i for t, i in vocab.items() if t != "a"}, "merges": []})
-        refuses("characters that ByteLevel does not write", model={"vocab": {"\u4f60": 0}})
+        refuses("characters that ByteLevel does not write", model={"vocab": {"\u4f60": 0}}, added_tokens=[])
         refuses("missing or has the wrong type", model={"vocab": 7})
         refuses("missing or has the wrong type", added_tokens=[{"content": "x"}])
         ends = self.byte_level()["added_tokens"]
         token = {**ends[0], "id": 259, "content": "<x>", "special": False}
         refuses("the added token '<x>' is to be found as a whole word",
                 added_tokens=[*ends, {**token, "single_word": True}])
-        refuses("'\u00e9' does not decode to itself", added_tokens=[*ends, {**token, "content": "\u00e9"}])
+        refuses("'\u00e9' does not decode to itself", added_tokens=[
+            *ends, {**token, "content": "\u00e9", "id": vocab["\u00e9"]}])
         for name in ("text", "|>x"):  # the library finds neither there
             refuses(f"'{name}' begins within the special '<|endoftext|>'",
                     added_tokens=[*ends, {**token, "content": name}])
@@ -398,6 +404,16 @@ class TokenizerJson(Convert):
         w = self.convert(json.dumps(self.byte_level(added_tokens=[*ends, {**token, "normalized": True}],
                                                     normalizer={"type": "NFC"})))
         self.assertEqual(w.pieces[259], (4 | 32, b"<x>"))
+        # normalized ones are searched for after the others
+        later = {**token, "content": "<y>", "id": 260, "normalized": True}
+        w = self.convert(json.dumps(self.byte_level(added_tokens=[*ends, token, later])))
+        self.assertEqual(w.pieces[259:], [(4, b"<x>"), (4 | 32, b"<y>")])
+        for i, content, words in ((260, "<x>", "'<x>' has the id 260, but the library gives it 259"),
+                                  (261, "<y>", "'<y>' has the id 261, but the library gives it 260"),
+                                  (260, "ab", "'ab' has the id 260, but the library gives it 256")):
+            refuses(words, added_tokens=[*ends, token, {**later, "id": i, "content": content}])
+        for i in (-1, 0, 1 << 30):
+            refuses("an id out of range, or two tokens with one id", model={"vocab": {**vocab, "zz": i}})
         token["content"] = " ab"  # found in text before any merge
         w = self.convert(json.dumps(self.byte_level(added_tokens=[*self.byte_level()["added_tokens"], token])))
         self.assertEqual((w.pieces[257], w.pieces[259], len(w.merges)), ((1, b" ab"), (4, b" ab"), 1))
@@ -412,7 +428,14 @@ class TokenizerJson(Convert):
         refuses_metaspace("the decoder", decoder={"type": "Metaspace", "replacement": "\u2581"})
         refuses_metaspace("Metaspace", pre_tokenizer={"type": "Metaspace", "replacement": "\u2581"})
         ends = self.metaspace()["added_tokens"]
-        token = {**ends[0], "id": 264, "content": "<0x41>", "special": False}
+        token = {**ends[0], "id": 68, "content": "<0x41>", "special": False}
+        space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+        two = [{**ends[0], "id": 264 + i, "content": text, "special": False, "normalized": not i}
+               for i, text in enumerate(("<xy>", "y>z"))]
+        refuses_metaspace("which overlap", normalizer=None, pre_tokenizer=space, added_tokens=[*ends, *two])
+        w = self.convert(json.dumps(self.metaspace(added_tokens=[*ends, *two])))  # Llama 2's normalizer writes a space
+        self.assertEqual(w.pieces[264:], [(4 | 32, "\u2581<xy>".encode()), (4, b"y>z")])
+        (self.dir / "m.bin").unlink()
         refuses_metaspace("'<0x41>' does not decode to itself", added_tokens=[*ends, token])
         w = self.convert(json.dumps(self.metaspace(added_tokens=[*ends, {**token, "content": "\u2581ab", "id": 263}])))
         self.assertEqual((w.pieces[263], w.merges), ((4, "\u2581ab".encode()), [(259, 260), (261, 262)]))
@@ -433,6 +456,42 @@ class TokenizerJson(Convert):
         ids = subprocess.run([PROGRAM, "encode", self.dir / "m.bin"], input=b"a\xff\x80", capture_output=True,
                              check=True).stdout.split()
         self.assertEqual([w.pieces[int(i)][1] for i in ids], [b"a", b"\xef", b"\xbf", b"\xbd", b"\x80"])
+
+    @unittest.skipUnless(PROGRAM.exists(), "make build/test_tokenizer")
+    def test_ids(self):
+        """of rules that match nothing, and of added tokens that meet, as tokenizers has them"""
+        end = self.byte_level()["added_tokens"][0]
+
+        def tokens(*added):
+            return [end] + [{**end, "special": False, "id": 259 + i, "content": text, **flags}
+                            for i, (text, flags) in enumerate(added)]
+
+        r, later = {"rstrip": True}, {"normalized": True}
+        for changes, text, want in (
+            ({"pre_tokenizer": self.split("(?=b)")}, "abb", "a b b"), ({"pre_tokenizer": self.split("c*")}, "abc", "a b c"),
+            ({"pre_tokenizer": self.split("c+|$")}, "abcab", "ab c ab"),
+            # what rstrip has taken may hold others, and what is behind these comes again
+            ({"added_tokens": tokens(("<x>", r), ("  ", {}))}, "a<x>   b", "a <x> | _ b"),
+            ({"added_tokens": tokens(("<x>", r), (" ", r))}, "<x>  b", "<x> | | b"),
+            ({"added_tokens": tokens(("ab", later), ("bc", {}))}, "abcab", "a bc ab"),
+            ({"added_tokens": tokens(("abc", {}), ("bc", later))}, "abcbc", "abc bc"),
+        ):
+            model = self.byte_level(**changes)
+            w = self.convert(json.dumps(model))
+            out = subprocess.run([PROGRAM, "encode", self.dir / "m.bin"], input=text.encode(), capture_output=True)
+            got = [w.pieces[int(i)][1].decode() for i in out.stdout.split()]
+            shown = ["|" if i == b"260" and p.isspace() else "_" if p == " " else p
+                     for i, p in zip(out.stdout.split(), got)]
+            self.assertEqual(" ".join(shown), want, (changes, text))
+
+    @unittest.skipUnless(PROGRAM.exists(), "make build/test_tokenizer")
+    def test_far_ahead(self):
+        """rules that look for what never comes, at every character: time grows with the text, not with its square"""
+        for rule, text in ((r"\s+$", " " * 200000 + "a"), ("(?:aa)+b", "a" * 200000), ("[^1]+1", "\u00e9" * 100000)):
+            self.convert(json.dumps(self.byte_level(pre_tokenizer=self.split(rule))))
+            out = subprocess.run([PROGRAM, "encode", self.dir / "m.bin"], input=text.encode(), capture_output=True,
+                                 timeout=60)
+            self.assertEqual(len(out.stdout.split()), len(text.encode()))
 
     @unittest.skipUnless(PROGRAM.exists(), "make build/test_tokenizer")
     def test_normal_forms(self):
