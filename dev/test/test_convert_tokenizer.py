@@ -473,7 +473,7 @@ class TokenizerJson(Convert):
             # what rstrip has taken may hold others, and what is behind these comes again
             ({"added_tokens": tokens(("<x>", r), ("  ", {}))}, "a<x>   b", "a <x> | _ b"),
             ({"added_tokens": tokens(("<x>", r), (" ", r))}, "<x>  b", "<x> | | b"),
-            ({"added_tokens": tokens(("ab", later), ("bc", {}))}, "abcab", "a bc ab"),
+            ({"added_tokens": tokens(("xb", later), ("bc", {}))}, "xbcxb", "x bc xb"),
             ({"added_tokens": tokens(("abc", {}), ("bc", later))}, "abcbc", "abc bc"),
         ):
             model = self.byte_level(**changes)
@@ -487,7 +487,7 @@ class TokenizerJson(Convert):
     @unittest.skipUnless(PROGRAM.exists(), "make build/test_tokenizer")
     def test_far_ahead(self):
         """rules that look for what never comes, at every character: time grows with the text, not with its square"""
-        for rule, text in ((r"\s+$", " " * 200000 + "a"), ("(?:aa)+b", "a" * 200000), ("[^1]+1", "\u00e9" * 100000)):
+        for rule, text in ((r"\s+$", " " * 100000 + "a"), ("(?:aa)+b", "a" * 100000), ("[^1]+1", "\u00e9" * 100000)):
             self.convert(json.dumps(self.byte_level(pre_tokenizer=self.split(rule))))
             out = subprocess.run([PROGRAM, "encode", self.dir / "m.bin"], input=text.encode(), capture_output=True,
                                  timeout=60)
