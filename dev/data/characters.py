@@ -16,7 +16,8 @@ class Refused(Exception):
 
 # What the libraries know of Unicode (Python's own tables depend on its version): runs of code points of one class,
 # (distance << 3 | class) in base 128. tokenizer_vs_libraries.py --classes printed them. CLASSES: those of tokenizer.h,
-# of Unicode 16, as tiktoken's and tokenizers' regular expressions have them. SIGNS: 1 punctuation, 2 symbols. FORMS: 1,
+# of Unicode 16, as tiktoken's and tokenizers' regular expressions have them. SIGNS: 1 punctuation, 2 symbols; to
+# tokenizers' Punctuation, of Unicode 8, 3 is no punctuation, 4 of the symbols and 5 of all else are. FORMS: 1,
 # what tokenizers' normal forms, of Unicode 9, change or put in order.
 CLASSES = (
     b"c-pmAe`p)`73aN^ou~VLkDYX<a`DOK;#0aylngm`;4&qk#P)EfbR5VX9!`fhH(-_w3|T>t29(Gt9!ZBcdBbf}&`1gy&WbiWpe_lRrGIE71Gim=AR"
@@ -47,16 +48,16 @@ CLASSES = (
 
 
 SIGNS = (
-    b"c-n1~JxpUq5XUvU?_+i^9OIXZ?!A|bw7dd2E-n^IBFj=FjwXc4cEwR4S3Y!wLq(|kT-j7-s^gRbXcAljP5fNht`4V(-I)rz!c^FiB21O_)u)w4yF"
-    b"0VH|C#x1mHA>tsI22r4}2l92U6P_liy0x6R8{&4#v>KCg3Ar|AopI6DjSfK;6bym>_{u3$GEQh2#|@$DJ?~`a}$ej1ItaghQ`UxIIH%Sh#^X`~W1"
-    b"1ou|SLDCB!Hz%IkV0%h?4X+>Yxw(-iAIJNN*SBEyHaS8ih%%gfX_6__Evs9PfzL2hyJO$KZP^iej4quf?8A~kD%t}rT8kl&pyxwFP{qSg6%mqyhH"
-    b"!^4}T;byh+pK?y9(BY!HUSDTC6b|}Y&x^?i#xQ{fX64CLSywcc3+}&x7?lipenTB)hUP_v3(65ZFxG)3VY-vm86^wOeEzeQ2}mI5KkzHeNI99c`y"
-    b"d&Vet|+56pYx657kfDO9;LgWQpK2{Rsq%sGGVl$iWz)t@GRRf0krXZXNGnZ>pb**_pZn)&mEK9oQw;N@a@U5y0kW?h@)Vb8=<K|!X>&e;Z*;Q_Yp"
-    b"VGZ|7EZ1QBrDx^edC4e`WrIhY#^fGZn8hPIxz>OUYFczBR8IA{x-hBDT!B?iGlo^G5CZ9fG{HTwNYA?#?$XT0yMG0CumS@u8Xj#NF%?4Q0^T#RtG"
-    b"gqlpfm9~!bGZXr(|k}YUG~s^)9b~<H~}MkL;G!d<;2GJd9py<mf`8W+aTQUoh+#7_n5%NL`t#`pw)sj$tI@L#D=0Qe%sRn%FATvJJI_Z!~soGdZx"
-    b"Z=a8V99na43(#ypLTv_fA3PS^H=;L4!+vE;3BIfFm>5BN+%tQ+~Gvhr*XL0Hog*x8C8w`Jr5B~xh{9)4>V%12fC5chsMvjV}VfXJj`Q`thv{;7Yu"
-    b"Seq89`W-<U3}+;C)`V*^gRT(ybkXSANx-lX8%X*e)?FSwIg0qO|A|#*F_nNe|U?JKF+?w$qzL8Udz6-@!$nb>4pWzR({XflY8<{)`W`e@LSl?+v{"
-    b"oCP4-3Wr=S9U!Ee~XgSoOD;Qn^d;%k|e7F)XqXFH%NKmICTbP9eZ(c<YnXLDse{a(l$^M6a|84>"
+    b"c-n1~KTKO!6vlP#eSf}tUBdB8syw@?^zy1A*F$Qdwz4c$A}mF8G44W`5R*eYP$tS`yNgYiK$nno0G2lH0xY%70?rcLr8bkvLU0F67VJnBCQBcgqb"
+    b"nU9-E*$ach33Ul8CBN<xM#eZc<cfG)V_`Rp`$&2afg}C<kFgP$OIsT6es;g?KWE6sc_EKH{v<w{Q$phZ2W^9k(Z-f)`=D61+kYM>+feA;nF@+p#c"
+    b"-44x3Hh58NU`ka?b142WfJ;YO30grMB&utvq8hsmU80*+b;S;nzxXx<YXc_nkQ(V@OWu;vwu|){fKzUUIbvdRJIvl^t11r%txNTx{WTGb0LE(Q#)"
+    b"U~3X;Z_aqDpy6ZDW=Oe5#hReBznYoBvs;P%~PrL<hSlC+iS~MPjcQEdw|A0Xm`e)zdl@|eY(FzYF^DAQ-o(CL7zo&C0To#GeKfJq2Gz}F~fc=?rF"
+    b"3n`v<rEE;*OOyEMIGUKqP{FtX66l5_@?S&!_}K>B&%Y~OZrLcg%eHxfU3it{!GxD@Is&EK3|6aSEYVa{z2wJ1kH2a!y8E*M9ggLNI796{5>mSR6$"
+    b"5ZhuB1-hh}3mV6APGl-#Id`k@o6H%7uCB<c<Sx7G7N)RnC&nu@$u*15m6!3F(%UilK)4De$pe9smCX|e6RDBAX>s5;EG+WC#`znCI*QZ|RMVA>Q{"
+    b"m+)y+e<MS`5~swBl##eT=DO%TDU#Jg>65B_|rPNRF$sQCx{Lu^L5Qq8CB+UH~2MXatbt!xK9KbputATs4x1ruWOo*U{Hu?CDrXc->I4Yq9crwwDi"
+    b"N8=nT$K7?`)%tYJ5k;5VW)sB4^0Cr%ZIb5Mb%k5CMV_+3gyd1`Jc3&!V%(17Y8;ZR)(|bdBYsQWQ{~6;WBU{E9eUJP%vCdz_?cZ&F29%7rcUNQ2c"
+    b"lR7`?-m+=U&CMck8;BW+W6>HZP=%BdpMZBb0XvJE^+FD{4-gmM@AH_P{nM0g~q$T^<H}_b6!n)YXR8{IvjiQ1FoWY`#Iix$){fgvd?X-+~Gc-2!F"
+    b"$xTXL54lKw-~sHp4mjOK&ui4-p;T5A7mzev$+v|{_0=IE@C<yn7Uj;BZW#rOp|vp)Cb#)oqYPBxm3@5|JZGd((ydaU$``9D6H8R!"
 )
 FORMS = (
     b"c-oCrJ!~pR5Z3Jd&EWT(*+hx<lx9zgqN9WEP#U|#N`oUsG97f#;V!S^I+MyYQRqw)`8v}*x<?n3#&nR%bPuI59dwz!kSOV*(e3T+&d$&GeS3KY8%"
@@ -134,8 +135,8 @@ def table_set(table, *kinds):
     return union([(a >> 3, b >> 3) for a, b in zip(starts, starts[1:]) if a & 7 in kinds])
 
 
-PROPERTIES = {"L": (CLASSES, 1, 2, 3), "Ll": (CLASSES, 2), "M": (CLASSES, 4), "N": (CLASSES, 5), "P": (SIGNS, 1),
-              "S": (SIGNS, 2), "LuLt": (CLASSES, 1), "LmLo": (CLASSES, 3)}
+PROPERTIES = {"L": (CLASSES, 1, 2, 3), "Ll": (CLASSES, 2), "M": (CLASSES, 4), "N": (CLASSES, 5), "P": (SIGNS, 1, 3),
+              "S": (SIGNS, 2, 4), "P8": (SIGNS, 1, 4, 5), "LuLt": (CLASSES, 1), "LmLo": (CLASSES, 3)}
 ESCAPES = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11}
 
 

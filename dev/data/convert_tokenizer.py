@@ -350,7 +350,7 @@ def byte_level_split(model):
         elif part["type"] == "Digits":
             expression, known = r"\p{N}" if part.get("individual_digits") else r"\p{N}+", False
         elif part["type"] == "Punctuation":
-            expression, known = r"[!-/:-@\[-`{-~\p{P}]", False
+            expression, known = r"[!-/:-@\[-`{-~\p{P8}]", False
         else:
             raise unknown("pre_tokenizer", part)
         if how != ("Isolated", False) and not known:

@@ -321,6 +321,12 @@ class TokenizerJson(Convert):
         text = "x$!\u3002 12\u0663a.bacb it's"
         self.assertEqual([w.cuts(i, text) for i in range(3)], [["$", "!", "\u3002", ".", "'"], ["12\u0663"], ["a.b"]])
         self.assertEqual(w.cuts(3, " it's  1a"), [" it", "'s", " ", " 1", "a"])
+        # Punctuation is of Unicode 8, \\p{P} of Unicode 16
+        for character, old, new in (("\u00a1", 1, 1), ("\u2e42", 1, 1), ("\u2e43", 0, 1), ("\u166d", 1, 0),
+                                    ("\U000111c9", 1, 0), ("\u20ac", 0, 0), ("\U0001e95f", 0, 1)):
+            self.assertEqual(w.cuts(0, character), [character] * old, hex(ord(character)))
+            w2 = self.convert(json.dumps(self.byte_level(pre_tokenizer=self.split(r"\p{P}"))))
+            self.assertEqual(w2.cuts(0, character), [character] * new, hex(ord(character)))
 
     def test_metaspace(self):
         w = self.convert(json.dumps(self.metaspace()))

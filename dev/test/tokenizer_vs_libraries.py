@@ -459,7 +459,12 @@ def print_classes():
     """what the regular expressions of tiktoken and tokenizers, and tokenizers' normal forms know of Unicode"""
     every = [chr(c) for c in range(0x110000) if not 0xd800 <= c < 0xe000]
     print_table("CLASSES", matched(every, r"[\p{Lu}\p{Lt}]", r"\p{Ll}", r"[\p{Lm}\p{Lo}]", r"\p{M}", r"\p{N}", r"\s"))
-    print_table("SIGNS", matched(every, r"\p{P}", r"\p{S}"))
+    signs, known_to = matched(every, r"\p{P}", r"\p{S}"), pre_tokenizers.Punctuation("isolated")
+    for c in every:
+        kind = signs.get(ord(c), 0)
+        if not c.isascii() and (len(known_to.pre_tokenize_str("a" + c)) == 2) != (kind == 1):
+            signs[ord(c)] = {1: 3, 2: 4}.get(kind, 5)
+    print_table("SIGNS", signs)
     nfd, nfkd = normalizers.NFD(), normalizers.NFKD()
 
     def known(c):
