@@ -86,13 +86,16 @@ def runs(table):
     return out
 
 
-def normal_form(name):
-    """the tables of "NFC" or "NFKC" for tokenizer.h"""
+def normal_form(name, of_python=False):
+    """the tables of "NFC" or "NFKC" for tokenizer.h, as tokenizers has them or as this Python has them"""
     known, start = [], None
     for run in runs(FORMS):
         if start is not None:
             known += map(chr, range(start, run >> 3))
         start = run >> 3 if run & 7 else None
+    if of_python:
+        known = [c for c in map(chr, range(0x80, END)) if not "\uac00" <= c <= "\ud7a3" and
+                 (unicodedata.combining(c) or unicodedata.normalize("NFKD", c) != c)]
     out, compositions = [numbers((len(known),))], []
     for c in known:
         codes = [ord(d) for d in unicodedata.normalize(name.replace("C", "D"), c) if d != c]

@@ -95,6 +95,7 @@ EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "<\uff5cend\u2581of\
 # raised by malformed files
 BROKEN = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError, struct.error)
 MOST = 1 << 24  # ids
+SETTLED = "its BOS and EOS follow from what it is: leave out --bos and --eos"
 
 
 def no_token(missing):
@@ -167,7 +168,8 @@ def tokenizer_file(flags, bos, eos, pieces, split=0, merges=(), surface=b"", tri
     classes = runs(CLASSES) if flags & BYTE_LEVEL and not rules or strips else []
     out += [numbers((split, len(classes), *classes, len(merges))), *(numbers(m) for m in merges)]
     if third:
-        out.append(normal_form(form) if form else numbers((0, 0)))
+        # rank files have ids by tiktoken, which is given text in Python's normal form
+        out.append(normal_form(form, not flags & LISTED_MERGES) if form else numbers((0, 0)))
         out.append(rules_tables(rules) if rules else numbers((0, 0)))
     return b"".join(out)
 
@@ -562,12 +564,16 @@ def tokenizer_json(model, bos, eos):
     return tokenizer_file(flags, *ends, pieces, split, sorted(merges, key=merges.get), form=form, rules=rules)
 
 
+def is_json(data):
+    return data.lstrip()[:1] == b"{"
+
+
 def is_rank_file(data):
     return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data)
 
 
 def is_tekken(data):
-    if data[:1] == b"{" and b'"token_bytes"' in data:
+    if is_json(data) and b'"token_bytes"' in data:
         try:
             model = json.loads(data)
             return "config" in model and "vocab" in model
@@ -579,7 +585,7 @@ def is_tekken(data):
 def with_merges(data, path, preset):
     """of a vocab.json with the merges.txt beside it the tokenizer.json that they are; any other file as it is"""
     try:
-        vocab = json.loads(data) if data[:1] == b"{" else {}
+        vocab = json.loads(data) if is_json(data) else {}
     except (ValueError, RecursionError):
         return data
     if not vocab or not all(isinstance(i, int) for i in vocab.values()):
@@ -609,7 +615,9 @@ def with_merges(data, path, preset):
 def convert(data, preset=None, bos=None, eos=None, path=""):
     """data: bytes of a tokenizer's file; path: where it is; returns bytes of the tokenizer file."""
     data = with_merges(data, path, preset)
-    if data[:1] == b"{":
+    if (bos or eos) and (is_rank_file(data) or is_tekken(data)):
+        raise Refused(SETTLED)
+    if is_json(data):
         try:
             model = json.loads(data)
         except (ValueError, RecursionError):

@@ -102,7 +102,7 @@ class Tiktoken(Encoder):
     def __init__(self, path, data, preset):
         tiktoken = package("tiktoken", path)
         try:
-            if data[:1] == b"{":
+            if convert_tokenizer.is_json(data):
                 ranks, pattern, self.first = convert_tokenizer.tekken_table(json.loads(data))
                 self.bos, self.eos, self.V = 1, 2, self.first + max(ranks.values()) + 1
             else:
@@ -152,6 +152,8 @@ class TokenizerJson(Encoder):
 def load(name, preset=None, bos=None, eos=None):
     """the tokenizer called "bytes", or that of the file name; what sort of file it is, its first bytes tell"""
     if name == "bytes":
+        if bos or eos:
+            raise Refused(f"--tokenizer bytes: {convert_tokenizer.SETTLED}.")
         return Bytes()
     data = read_whole(name, GIVE)
     if data.startswith(b"SGPTTOK"):
@@ -161,8 +163,10 @@ def load(name, preset=None, bos=None, eos=None):
     except (convert_tokenizer.Refused, UnicodeDecodeError) as e:
         raise Refused(f"{name}: {e}. {GIVE}") from None
     if convert_tokenizer.is_rank_file(data) or convert_tokenizer.is_tekken(data):
+        if bos or eos:
+            raise Refused(f"{name}: {convert_tokenizer.SETTLED}.")
         encoder = Tiktoken(name, data, preset)
-    elif data.lstrip()[:1] == b"{":
+    elif convert_tokenizer.is_json(data):
         encoder = TokenizerJson(name, data, bos, eos)
     else:
         encoder = SentencePiece(name, data, bos, eos)

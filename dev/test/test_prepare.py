@@ -1416,7 +1416,18 @@ class Tokenizers(Case):
         self.assertEqual(self.ids("12e\u0301", model, "--preset", "qwen"), [n, *b"12", *"\u00e9".encode()])
         self.assertEqual(self.ids("<|begin_of_text|>", model, "--preset", "llama3"), [n, *b"<|begin_of_text|>", n + 1])
         self.assertEqual(self.ids(" " * 200000, model, "--preset", "llama3"), [n, *b" " * 200000, n + 1])
+        new = "\U00011935\U00011930"  # one character since Unicode 13, which Python 3.9 has
+        self.assertEqual(self.ids(new, model, "--preset", "qwen"), [n, *"\U00011938".encode()])
+        program = DATA.parent.parent / "build" / "test_tokenizer"
+        if program.exists():  # and the file beside the shards brings text to the same form
+            out = subprocess.run([program, "encode", self.out / "x_tokenizer.bin"], input=new.encode(), capture_output=True)
+            self.assertEqual([n, *map(int, out.stdout.split())], self.stream("train"))
         text = self.file("a.txt", "the")
+        self.refused("prepare", text, "--tokenizer", model, "--preset", "llama3", "--bos", "the", "--out",
+                     self.dir / "no", words="small.tiktoken: its BOS and EOS follow from what it is: leave out --bos")
+        self.refused("convert_tokenizer", model, self.dir / "its.bin", "--preset", "llama3", "--eos", "the",
+                     words="its BOS and EOS follow from what it is")
+        self.refused("prepare", text, "--eos", "e", "--out", self.dir / "no", words="bytes: its BOS and EOS follow")
         for words, contents in (("t: 266 tokens are of no known tokenizer: --preset", model.read_bytes()),
                                 ("t: line 2 is not `base64 rank`", b"IQ== 0\nIQ=! 1\n"),
                                 ("t: 1 tokens are of no known", b"IQ== 0\n")):
@@ -1424,6 +1435,15 @@ class Tokenizers(Case):
                          words=words)
         self.refused("prepare", text, "--tokenizer", self.file("t", b"IQ== 0\n"), "--preset", "gpt2", "--out",
                      self.dir / "no", words="t: it has no token for the bytes 0x00-0x20, 0x22-0xff")
+
+    @needs("tiktoken")
+    def test_preset_resumed(self):
+        """an interrupted run does not go on with the rules of another preset, whose V and ends are the same"""
+        lines = self.file("a.jsonl", b'{"text": "the THE 12345"}\n' * 30000 + b"{\n")
+        args = (lines, "--tokenizer", self.ranks(b"th"), "--shard-tokens", "100000")
+        self.assertIn("whole shards stay", self.prepare(*args, "--preset", "cl100k", status=1))
+        self.refused("prepare", *args, "--out", self.out, "--prefix", "x", "--preset", "o200k",
+                     words="an interrupted run with preset cl100k, now o200k")
 
     @needs("tiktoken")
     def test_tekken(self):

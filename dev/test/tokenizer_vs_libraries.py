@@ -327,8 +327,8 @@ class Tiktoken:
 
     def encode(self, text):
         text = text.decode()
-        if self.form:  # Python's own would also know characters newer than Unicode 9
-            text = getattr(normalizers, self.form)().normalize_str(text)
+        if self.form:
+            text = unicodedata.normalize(self.form, text)
         ids = self.model.encode_ordinary(text)
         return [i + self.first for i in ids] if self.first else ids
 
