@@ -625,7 +625,7 @@ private:
 
     // ---- rules
 
-    // End of what the rule matches at `at`; NOTHING: it does not. hopeless: places << 16 | state, each 64th of a long way,
+    // End of what the rule matches at `at`; NOTHING: it does not. hopeless: of long ways each 64th place << 16 | state
     // from where no match was found, so that a rule that looks far ahead in vain does it once, not at each character.
     size_t match(const Rule& rule, std::string_view s, size_t at, std::unordered_set<uint64_t>& hopeless) const {
         size_t end = NOTHING;

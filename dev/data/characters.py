@@ -218,7 +218,8 @@ class Regex:
             before, self.any_case = self.any_case, True
             part = self.alternatives()
             self.any_case = before
-            letters = re.sub(r"\[[^]]*]|\(\?i?:|[()]", lambda found: found[0][:1].strip("("), self.text[start + 4:self.at])
+            inside = re.sub(r"\[[^]]*]", "[", self.text[start + 4:self.at])
+            letters = re.sub(r"\(\?i?:|[()]", "", inside)
             if re.search("(?i)s[st]|f[fil]", letters):
                 self.refuse()  # one character matches both: \u00df, \ufb00, ...
         elif found := self.next("(?!", "(?="):

@@ -437,7 +437,8 @@ def added_piece(token, model, form, byte_level):
     """a plain one as a piece, with how it is found"""
     written, text, letters = token["content"], found_as(token, model, form), alphabet()
     if token["single_word"]:
-        raise Refused(f"the added token {written!r} is to be found as a whole word only, which tokenizer.h does not know")
+        raise Refused(f"the added token {written!r} is to be found as a whole word only, which tokenizer.h does not "
+                      "know")
     if byte_level and all(c in letters for c in written) and bytes(letters[c] for c in written) != text.encode() or \
             not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", text) or form and text != written:
         raise Refused(f"the added token {written!r} does not decode to itself")

@@ -279,8 +279,8 @@ def prepare(args, out, prefix):
     out.mkdir(parents=True, exist_ok=True)
     identity = {"corpus": args.corpus, "subset": subset, "tokenizer": tokenizer.name,
                 "tokenizer_sha256": tokenizer.checksum, "vocab_size": tokenizer.V, "bos": tokenizer.bos,
-                "eos": tokenizer.eos, "preset": args.preset, "shard_tokens": args.shard_tokens, "val_fraction": fraction,
-                "limit_tokens": args.limit_tokens, "format": rules.format, "field": rules.field,
+                "eos": tokenizer.eos, "preset": args.preset, "shard_tokens": args.shard_tokens,
+                "val_fraction": fraction, "limit_tokens": args.limit_tokens, "format": rules.format, "field": rules.field,
                 "separator": rules.separator and rules.separator.decode(errors="backslashreplace"),
                 "skip_bad": rules.skip_bad or None}
     output = Output(out, prefix, tokenizer.V, args.shard_tokens, identity, args.restart)

@@ -474,7 +474,8 @@ class TokenizerJson(Convert):
 
         r, later = {"rstrip": True}, {"normalized": True}
         for changes, text, want in (
-            ({"pre_tokenizer": self.split("(?=b)")}, "abb", "a b b"), ({"pre_tokenizer": self.split("c*")}, "abc", "a b c"),
+            ({"pre_tokenizer": self.split("(?=b)")}, "abb", "a b b"),
+            ({"pre_tokenizer": self.split("c*")}, "abc", "a b c"),
             ({"pre_tokenizer": self.split("c+|$")}, "abcab", "ab c ab"),
             # what rstrip has taken may hold others, and what is behind these comes again
             ({"added_tokens": tokens(("<x>", r), ("  ", {}))}, "a<x>   b", "a <x> | _ b"),

@@ -1420,7 +1420,8 @@ class Tokenizers(Case):
         self.assertEqual(self.ids(new, model, "--preset", "qwen"), [n, *"\U00011938".encode()])
         program = DATA.parent.parent / "build" / "test_tokenizer"
         if program.exists():  # and the file beside the shards brings text to the same form
-            out = subprocess.run([program, "encode", self.out / "x_tokenizer.bin"], input=new.encode(), capture_output=True)
+            out = subprocess.run([program, "encode", self.out / "x_tokenizer.bin"], input=new.encode(),
+                                 capture_output=True)
             self.assertEqual([n, *map(int, out.stdout.split())], self.stream("train"))
         text = self.file("a.txt", "the")
         self.refused("prepare", text, "--tokenizer", model, "--preset", "llama3", "--bos", "the", "--out",
