@@ -360,7 +360,8 @@ def draw(o, experiment):
         axis.set_xticks(ticks, [str(t) for t in ticks])
         axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axis.set_title(f"the gap over {name}, bars: spread", fontsize=9)
-        axis.legend(frameon=False, fontsize=8)
+        axis.margins(y=0.25)
+        axis.legend(frameon=False, fontsize=8, loc="upper left")
     for axis in axes[0]:
         axis.grid(True, which="major", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
