@@ -212,31 +212,33 @@ class Regex:
                     self.refuse()
         return ("all", out)
 
+    def group(self):
+        self.depth += 1
+        part = self.alternatives()
+        self.depth -= 1
+        return part
+
     def atom(self):
-        start, self.depth = self.at, self.depth + 1
         if self.next("(?i:"):
-            before, self.any_case = self.any_case, True
-            part = self.alternatives()
+            start, before, self.any_case = self.at, self.any_case, True
+            part = self.group()
             self.any_case = before
-            inside = re.sub(r"\[[^]]*]", "[", self.text[start + 4:self.at])
+            inside = re.sub(r"\[[^]]*]", "[", self.text[start:self.at])
             letters = re.sub(r"\(\?i?:|[()]", "", inside)
             if re.search("(?i)s[st]|f[fil]", letters):
                 self.refuse()  # one character matches both: \u00df, \ufb00, ...
         elif found := self.next("(?!", "(?="):
-            part = self.alternatives()
+            part = self.group()
             if part[0] != "all" or [p[0] for p in part[1]] != ["set"]:
                 self.refuse()
             runs_ = part[1][0][1]
             part = "look", runs_ if found == "(?=" else inverse(runs_) + ((END, END + 1),)
         elif self.next("(?:") or self.ahead("(") and not self.ahead("(?") and self.next("("):
-            part = self.alternatives()
+            part = self.group()
         elif self.next("$"):
-            self.depth -= 1
             return "look", ((10, 11), (END, END + 1))
         else:
-            self.depth -= 1
             return "set", self.bracket() if self.next("[") else self.character()
-        self.depth -= 1
         if not self.next(")"):
             self.refuse()
         return part

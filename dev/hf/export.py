@@ -134,7 +134,7 @@ def tokenizer_files(given, preset, out, c):
             shutil.copyfile(path / name, out / name)
         there = read_json(path / "tokenizer_config.json") if "tokenizer_config.json" in found else {}
         ids, named, size = fast_tokenizer(path / "tokenizer.json", read_json(path / "tokenizer.json"), there)
-    elif (data := read_whole(path, "Give the tokenizer of the data.")).lstrip()[:1] == b"{" and \
+    elif convert_tokenizer.is_json(data := read_whole(path, "Give the tokenizer of the data.")) and \
             not convert_tokenizer.is_tekken(data):
         ids, named, size = fast_tokenizer(path, read_json(path), {})
         (out / "tokenizer.json").write_bytes(data)

@@ -14,12 +14,11 @@ import sys
 import unicodedata
 import unittest
 
-
 from lines import run_all
-from test_prepare import DATA, Case
+from test_prepare import DATA, Case  # which puts dev/data into sys.path
 
-from characters import FORMS, runs  # noqa: E402
-import convert_tokenizer  # noqa: E402
+import convert_tokenizer
+from characters import FORMS, runs
 
 PROGRAM = DATA.parent.parent / "build" / "test_tokenizer"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
