@@ -83,7 +83,7 @@ gpu: build/train_gpt_gpu_$(or $(PRECISION),bf16)  ## build ./train_gpt for the G
 run:  ## the quick start: prepare real text, train for about five minutes, draw the loss
 	@dev/ci/setup.sh run
 	@$(MAKE) --no-print-directory all
-	@PYTHON=$(PYTHON) dev/recipes/quickstart.sh $(TEXT)
+	@PYTHON=$(PYTHON) dev/recipes/quickstart.sh '$(TEXT)'
 
 test:  ## all tests that need no GPU
 	@dev/ci/setup.sh test
@@ -142,33 +142,33 @@ nccl:
 	@echo $(GPU_INC)
 
 # these change when a library or the GPUs come or go, so that what was built without them is built again
-$(CPU_STAMP): STAMP = $(CXX) $(TUNE) $(GEMM) $(MPI) $(MPI_LIB)
+$(CPU_STAMP): STAMP = $(CXX) $(OPTIMIZE) $(TUNE) $(GEMM) $(MPI) $(MPI_LIB)
 $(GPU_STAMP): STAMP = $(GPU_ARCH) $(GPU_INC) $(GPU_LIBS)
 $(CPU_STAMP) $(GPU_STAMP): FORCE
 	@mkdir -p $(@D)
 	@echo '$(STAMP)' | cmp -s - $@ || echo '$(STAMP)' > $@
 
-CPU_SOURCES = $(SOURCES:%=build/src/%) $(STANDIN)
+CPU_SOURCES = $(SOURCES:%=build/src/%) $(STANDIN) $(CPU_STAMP)
 
-build/train_gpt_cpu_%: $(CPU_SOURCES) $(CPU_STAMP)
+build/train_gpt_cpu_%: $(CPU_SOURCES)
 	$(CXX) $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/train_gpt.cu $(GEMM) $(MPI_LIB) -o $@
 
 # without NCCL, as for one GPU, and without oneDNN
 build/train_gpt_alone_%: private MATMUL = openblas
-build/train_gpt_alone_%: $(CPU_SOURCES) $(CPU_STAMP)
+build/train_gpt_alone_%: $(CPU_SOURCES)
 	$(CXX) $(CXXFLAGS) -O0 -DNO_NCCL $($*) $(MPI) -x c++ build/src/train_gpt.cu $(GEMM) $(MPI_LIB) -o $@
 
 # tests, in both geometries and both precisions; exact ones at -O1, what they check is not speed
-build/test_serial_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES) $(CPU_STAMP)
+build/test_serial_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES)
 	$(CXX) $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/test_gpt.cu $(GEMM) $(MPI_LIB) -o $@
 
 # built in three fifths of the time; the tolerances of sums are those of loops that vectorise
-build/test_serial_o1_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES) $(CPU_STAMP)
+build/test_serial_o1_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES)
 	$(CXX) $(CXXFLAGS) $(if $(GNU),-O1 -ftree-loop-vectorize) $($*) $(MPI) -x c++ build/src/test_gpt.cu \
 	    $(GEMM) $(MPI_LIB) -o $@
 
 # the exact one also runs PTX (CUDA_CPU_PTX), by the kernels' names
-build/test_exact_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES) $(CPU_STAMP) build/ptx.o
+build/test_exact_%: build/src/test_gpt.cu dev/test/frame.h $(CPU_SOURCES) build/ptx.o
 	$(CXX) $(CXXFLAGS) -O1 -DEXACT_GEOMETRY -DUSE_PTX -rdynamic $($*) $(MPI) -x c++ build/src/test_gpt.cu \
 	    -x none build/ptx.o $(GEMM) $(MPI_LIB) -lboost_context -ldl -o $@
 
@@ -191,7 +191,7 @@ build/bench.sm_90a.bf16.ptx: dev/bench/bench.cu $(SOURCES)
 	$(NVCC) -std=c++17 -O3 -ptx -lineinfo -arch=sm_90a $(bf16) $(GPU_INC) $< -o $@
 build/%.ptxas: build/%.ptx
 	$(dir $(NVCC))ptxas -arch=$(word 2,$(subst ., ,$(@F))) -v $< -o /dev/null 2> $@
-build/bench_ptx_%: build/src/dev/bench/bench.cu $(CPU_SOURCES) $(CPU_STAMP) build/ptx.o
+build/bench_ptx_%: build/src/dev/bench/bench.cu $(CPU_SOURCES) build/ptx.o
 	$(CXX) $(CXXFLAGS) -O1 -DEXACT_GEOMETRY -DUSE_PTX -rdynamic $($*) $(MPI) -x c++ $< \
 	    -x none build/ptx.o $(GEMM) $(MPI_LIB) -lboost_context -ldl -o $@
 build/%.ptx_counts: build/bench_ptx_bf16 build/bench.sm_90a.bf16.ptx
@@ -219,11 +219,11 @@ build/properties_serial_%: $(PROPERTIES)
 build/properties_sanitized_%: $(PROPERTIES)
 	$(CXX) $(CXXFLAGS) -O1 $(SANITIZED) -DEXACT_GEOMETRY $($*) -x c++ $< $(GEMM) -lboost_context -o $@
 
-build/test_standin_serial: build/src/dev/cpu/test_standin.cu dev/cpu/expect.h $(STANDIN)
+build/test_standin_serial: build/src/dev/cpu/test_standin.cu dev/cpu/expect.h $(STANDIN) $(CPU_STAMP)
 	$(CXX) $(CXXFLAGS) -x c++ $< $(GEMM) -o $@
 
 # -O0: its run takes 2 s more, its build 9 s less
-build/test_standin_exact: build/src/dev/cpu/test_standin.cu dev/cpu/expect.h $(STANDIN)
+build/test_standin_exact: build/src/dev/cpu/test_standin.cu dev/cpu/expect.h $(STANDIN) $(CPU_STAMP)
 	$(CXX) $(CXXFLAGS) -O0 -DEXACT_GEOMETRY -x c++ $< $(GEMM) -lboost_context -o $@
 
 # what has threads of its own runs under ThreadSanitizer: the channel, the loader, and the trainer that clean_run.py
@@ -241,7 +241,7 @@ build/test_dataloader_tsan: dev/test/test_dataloader.cpp dataloader.h
 
 # the other trainers that clean_run.py watches. At -O0 AddressSanitizer's is built in half the time; valgrind knows no
 # AVX-512
-build/train_gpt_asan_%: $(CPU_SOURCES) $(CPU_STAMP)
+build/train_gpt_asan_%: $(CPU_SOURCES)
 	$(CXX) $(CXXFLAGS) -O0 $(SANITIZED) $($*) $(MPI) -x c++ build/src/train_gpt.cu $(GEMM) $(MPI_LIB) -o $@
 
 build/train_gpt_valgrind_%: $(CPU_SOURCES)
@@ -255,7 +255,7 @@ build/test_ptx: dev/ptx/test_ptx.cpp dev/ptx/test_async.cpp dev/ptx/test_checks.
                 dev/test/frame.h build/ptx.o
 	$(CXX) -std=c++17 -O1 -g1 -Wall -Wextra $(filter %.cpp %.o,$^) -o $@
 
-build/bench_cpu_%: build/src/dev/bench/bench.cu $(CPU_SOURCES) $(CPU_STAMP)
+build/bench_cpu_%: build/src/dev/bench/bench.cu $(CPU_SOURCES)
 	$(CXX) $(CXXFLAGS) $($*) $(MPI) -x c++ build/src/dev/bench/bench.cu $(GEMM) $(MPI_LIB) -o $@
 
 # the readers under libFuzzer. -O0: at -O1 clang takes minutes
@@ -265,7 +265,7 @@ build/fuzz: build/src/dev/fuzz/fuzz.cu $(CPU_SOURCES)
 	clang++ $(FUZZ_FLAGS) -x c++ $< $(GEMM) -o $@
 
 # what test_bench.py runs: it looks at the program, not at times. -O0: its run takes 3 s more, its build 9 s less
-build/test_bench: build/src/dev/bench/bench.cu $(CPU_SOURCES) $(CPU_STAMP)
+build/test_bench: build/src/dev/bench/bench.cu $(CPU_SOURCES)
 	$(CXX) $(CXXFLAGS) -O0 $(MPI) -x c++ build/src/dev/bench/bench.cu $(GEMM) $(MPI_LIB) -o $@
 
 build/test_dataloader: dev/test/test_dataloader.cpp dataloader.h

@@ -1051,7 +1051,7 @@ TEST(logit_scale) {
     for (auto [T, HS] : {std::pair{1, 8}, {64, 16}, {150, 32}}) {
         Random r{size_t(T)};
         DevX q(normals(size_t(B) * NH * T * HS, r)), k(normals(size_t(B) * NKV * T * HS, r));
-        const int tiles = (T + LOGIT_ROWS - 1) / LOGIT_ROWS, blocks = B * NH * tiles;
+        const int tiles = (T + PROBE_ROWS - 1) / PROBE_ROWS, blocks = B * NH * tiles;
         Dev<double> sums(2 * blocks);
         logit_scale_kernel<<<blocks, 256>>>(sums.p, q.p, k.p, T, HS, NH / NKV);
         Vec want(2 * blocks);
@@ -1061,7 +1061,7 @@ TEST(logit_scale) {
                     double logit = 0;
                     for (int i = 0; i < HS; i++)
                         logit += q.v[(size_t(h) * T + t) * HS + i] * k.v[(size_t(h / 2) * T + s) * HS + i] / sqrt(HS);
-                    const int block = h * tiles + t / LOGIT_ROWS;
+                    const int block = h * tiles + t / PROBE_ROWS;
                     want[block] += logit * logit;
                     want[blocks + block] = std::max(want[blocks + block], fabs(logit));
                 }
@@ -1789,6 +1789,12 @@ TEST(memory_advice) {
     says(bytes(64, {Recompute::block, false, false, false}) - 1, "--batch-size 32, which");
     says(bytes(1, {Recompute::block, false, false, false}) - 1, "--moments bf16");
     says(1000, "smaller model");
+    Options nine;
+    nine.config = c, nine.total_batch = 9;
+    Model whole;
+    plan(whole, gpu, c, 9, true);
+    const std::string fewer = advice(whole, bytes(4, {Recompute::block, false, false, false}), &nine);
+    EXPECT(fewer.find("--batch-size 3") != std::string::npos);  // of 4, 9 is no multiple
     Model cached;
     cached.cache.sequences = 64, cached.cache.room = c.T;
     plan(cached, gpu, c, 2, false);
@@ -2206,6 +2212,9 @@ TEST(log_likelihoods) {
     const double all = double(questions.size());
     EXPECT(accuracy(questions, scores, [](auto&) { return 1.0; }) == right / all);
     EXPECT(accuracy(questions, scores, [](auto& choice) { return double(choice.size()); }) == right_per_token / all);
+    std::vector<double> broken = scores;
+    broken.back() = NAN;
+    EXPECT(std::isnan(accuracy(questions, broken, [](auto&) { return 1.0; })));
     destroy(m);
 }
 

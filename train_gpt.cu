@@ -1248,7 +1248,7 @@ struct Model {
 };
 
 constexpr size_t CHUNK = 16384;  // elements a block of the flat kernels (norm, AdamW)
-constexpr int LOGIT_ROWS = 64;   // queries a block of the probe's
+constexpr int PROBE_ROWS = 64;   // queries a block of the probe's
 inline int chunks(size_t elements) { return int((elements + CHUNK - 1) / CHUNK); }
 
 inline size_t batch_ints(size_t N) { return 6 * N + 1; }  // a batch: tokens, targets, spans, places, begin
@@ -1423,8 +1423,8 @@ void lay_out_scratch(Model& m) {
     }
     if (s.probe) {
         a.section("probe");
-        const size_t logits = m.B * size_t(c.NH) * ((c.T + LOGIT_ROWS - 1) / LOGIT_ROWS);
-        a.take(m.probe_sums, std::max(2 * logits, 3 * size_t(chunks(std::max(P, N * std::max(C, FF))))));
+        const size_t tiles = m.B * size_t(c.NH) * ((c.T + PROBE_ROWS - 1) / PROBE_ROWS);
+        a.take(m.probe_sums, std::max(2 * tiles, 3 * size_t(chunks(std::max(P, N * std::max(C, FF))))));
         if (!BF16) {
             for (float** p : {&m.direction, &m.previous}) a.take(*p, std::max(P, N * C));
             a.take(m.kept, std::max(P, 2 * N * C));
@@ -1686,9 +1686,9 @@ void reduce_gradients(Model& m, int u, bool first) {
 // =====================================================================================================================
 // The block.
 
-// B sequences of T tokens; the model may run fewer and shorter ones than it has memory for
 // The spans of the documents in set_batch's tokens, null if they are not kept apart.
 const int2* spans(const Model& m) { return m.storage.bos < 0 || m.room ? nullptr : m.spans; }
+// B sequences of T tokens; the model may run fewer and shorter ones than it has memory for
 Heads heads(const Model& m, int B, int T) {
     return {B, T, m.c.NH, m.c.NKV, m.c.HS(), m.past, m.room ? m.room : T, spans(m)};
 }
@@ -2156,7 +2156,9 @@ double learning_rate(const Schedule& a, int64_t s, int64_t S) {
 bool validate(float& val_loss, Model& m, DataLoader& data, int64_t batches, int64_t step) {
     double sum = 0.0, total = 0.0;
     data.seek({0, 0});
-    for (int64_t i = 0; i < batches && !asked_to_stop; i++) {
+    for (int64_t i = 0; i < batches; i++) {
+        // with weights that are cut a forward is a collective: all ranks leave at the same batch
+        if (m.storage.cut_weights() ? ranks.most(asked_to_stop != 0) != 0 : asked_to_stop != 0) break;
         sum += evaluate(m, data.next(), m.B, m.c.T);
         channel.progress("validating", step);
     }
@@ -2347,7 +2349,9 @@ struct Training {
         if (o.keep_best && state.best_step > 0)
             printf("lowest validation loss %.4f, in %s/%s\n", state.best_loss, o.out.c_str(),
                    checkpoint_name(state.best_step).c_str());
-        if (stopping && trouble.empty())
+        if (end == begun && o.probe && asked_to_stop)
+            printf("asked to stop: the probe was left off\n");
+        else if (stopping && end < o.steps && trouble.empty())
             printf("asked to stop: saved after step %lld in %s; --resume goes on\n", (long long)end,
                    (o.out + "/" + checkpoint_name(end)).c_str());
         return end == o.steps;
@@ -2381,7 +2385,7 @@ void run(Options& o, const World& world) {
     if (data) print_mixture(*data, o);
     fflush(stdout);
     channel.progress("allocating memory", 0);
-    create_or_advise(m);
+    create_or_advise(m, &o);
     if (ranks.rank == 0) print_matmul();
     m.use_graphs = o.graph;
     const TrainState state = set_state(m, o, data.get());

@@ -118,14 +118,15 @@ def main():
         else:
             sys.exit(f"libraries.py: --shapes: '{name}' is none of {', '.join(SHAPES)}, nor NxKxM.")
     servers, rates = {}, {}
-    for name, files, env in LIBRARIES:
+    outside = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
+    for name, files, own in LIBRARIES:
         # one thread each: those of the library rest
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "BLIS_NUM_THREADS": "1", **env}
+        env = {**outside, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "BLIS_NUM_THREADS": "1", **own}
         command = [sys.executable, __file__, "serve", str(args.threads), *files]
         server = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                   stderr=subprocess.DEVNULL, text=True)
         core = server.stdout.readline().strip()
-        wanted = env.get("OPENBLAS_CORETYPE")
+        wanted = own.get("OPENBLAS_CORETYPE")
         if core and (wanted is None or core.lower() == wanted.lower()):
             servers[name if core == "there" or wanted else f"{name} ({core})"] = server
     if not servers:

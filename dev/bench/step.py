@@ -207,10 +207,10 @@ class Twin:
         while True:
             if not self.process:
                 self.start()
+            seconds = []
             try:
                 self.process.stdin.write(f"{warm_up + steps}\n")
                 self.process.stdin.flush()
-                seconds = []
                 while len(seconds) < warm_up + steps:
                     said = self.lines.get(timeout=max(0.01, deadline - time.monotonic()))
                     self.memory_gib = said.get("memory_gib", self.memory_gib)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Static analysis: clang-tidy and cppcheck over all C++, shellcheck and pyflakes over the rest. `make lint` calls it.
+# Static analysis: clang-tidy and cppcheck over the C++ named below, shellcheck and pyflakes over the rest. `make lint` calls it.
 #   dev/ci/lint.sh [tidy] [cppcheck] [shell] [python]      all of them
 # Silent but for what it looks at; exit status 1 if anything was found or a tool is missing.
 set -u
@@ -26,7 +26,7 @@ check() {  # check NAME COMMAND...: prints what it found
 }
 
 unused() {  # unused FILE...: pyflakes, which knows no noqa
-    pyflakes3 "$@" | while IFS=: read -r file line rest; do
+    pyflakes3 "$@" 2>&1 | while IFS=: read -r file line rest; do
         sed -n "${line}p" "$file" | grep -q noqa || echo "$file:$line:$rest"
     done
 }

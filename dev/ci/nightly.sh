@@ -5,7 +5,7 @@
 # usage: dev/ci/nightly.sh [--list] [--only TEXT] [--hours H] [--seed S]
 #   --list       the checks and their commands, and no more
 #   --only TEXT  those whose line holds TEXT
-#   --hours H    how long all that is random may take together (2)
+#   --hours H    how long the properties and the fuzzing may take together (2)
 #   --seed S     of the random shapes (the date: another each night)
 # Logs: build/nightly/NAME.txt. Exit status 1 if any failed.
 cd "$(dirname "$0")/../.." || exit 1
@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do
         --only) only=${2?--only: lacks its text.} && shift ;;
         --hours) hours=${2?--hours: lacks its number.} && shift ;;
         --seed) seed=${2?--seed: lacks its number.} && shift ;;
-        --help | -h) sed -n 's/^# \{0,1\}//p;/^cd/q' "$0" | tail -n +2 && exit 0 ;;
+        --help | -h) sed -n 's/^# \{0,1\}//p;/^cd/q' dev/ci/nightly.sh | tail -n +2 && exit 0 ;;
         *) echo "nightly.sh: unknown option $1. See --help." >&2 && exit 1 ;;
     esac
     shift

@@ -250,5 +250,7 @@ class Downloads:
             while not self.stopped and (block := answer.read(BLOCK)):
                 f.write(block)
                 came += len(block)
+        if self.stopped:
+            raise ConnectionError("interrupted")
         if expected and came != int(expected):
             raise ConnectionError(f"{came} of {expected} bytes came")

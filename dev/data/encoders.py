@@ -16,6 +16,7 @@ import numpy as np
 import convert_tokenizer
 from common import Refused, package, read_whole
 from convert_tokenizer import BOS, EOS, PRESETS
+from shards import kind
 
 GIVE = "Give 'bytes', a sentencepiece .model, a tiktoken rank file, a tokenizer.json, tekken.json or vocab.json."
 
@@ -25,7 +26,7 @@ class Encoder:
 
     @property
     def dtype(self):
-        return "<u2" if self.V <= 65536 else "<u4"
+        return kind(self.V)[2]
 
     def ids(self, where, text):
         return self.many([(where, text)])[0]

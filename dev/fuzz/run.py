@@ -89,11 +89,15 @@ def main():
     targets = args.target or TARGETS
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        seconds = args.seconds * args.jobs / len(targets)
-        for done in concurrent.futures.as_completed([pool.submit(fuzz, t, args, seconds) for t in targets]):
-            target, line, found = done.result()
-            failed += found
-            print(("FAIL " if found else "") + line, flush=True)
+        seconds = args.seconds * min(args.jobs, len(targets)) / len(targets)
+        try:
+            for done in concurrent.futures.as_completed([pool.submit(fuzz, t, args, seconds) for t in targets]):
+                target, line, found = done.result()
+                failed += found
+                print(("FAIL " if found else "") + line, flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # those that have not begun
+            raise
     print(f"fuzz: {len(targets) - failed} passed, {failed} failed")
     return 1 if failed else 0
 

@@ -36,7 +36,8 @@ PAIRS = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<|endoftex
 
 def open_model(path):
     """weights and the model's description; of a run's folder the newest checkpoint that is whole"""
-    steps = sorted(step for step in Path(path).glob("step_*") if re.fullmatch(r"step_\d{8,}", step.name))
+    steps = [step for step in Path(path).glob("step_*") if re.fullmatch(r"step_\d{8,}", step.name)]
+    steps.sort(key=lambda step: int(step.name[5:]))
     if not steps or Path(path, "state.json").exists() or Path(path, "model.safetensors").exists():
         return open_weights(path)
     trouble = []

@@ -112,11 +112,11 @@ def main():
     elif read_json(path).get("tie_word_embeddings") and "model.embed_tokens.weight" in weights.entries:
         note("its head is tied to the embedding; written as a tensor of its own, which trains apart from it")
         weights.entries["lm_head.weight"] = weights.entries["model.embed_tokens.weight"]
+    weights.check({row.name: row.shape for row in rows if row.ours or row.name in weights.entries},
+                  "Only models that config.json describes in full can be read.")
     for row in rows:
         if not row.ours and row.name in weights.entries and weights.read(row.name).any():
             raise Refused(f"{args.folder}: {row.name} is not zero, the trainer has no biases. Take another model.")
-    weights.check({row.name: row.shape for row in rows if row.ours or row.name in weights.entries},
-                  "Only models that config.json describes in full can be read.")
 
     write_ours(args.out, c, rows, weights)
     print(f"./train_gpt {flags(c)} --init-from {args.out}")

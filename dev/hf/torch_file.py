@@ -95,8 +95,9 @@ def load(path):
 
 def tensors(tree):
     """name: Tensor, of a state_dict, which may lie under "model" or "state_dict"; None if there is none"""
-    while isinstance(tree, dict) and isinstance(tree.get("model", tree.get("state_dict")), dict):
-        tree = tree.get("model", tree.get("state_dict"))
+    for _ in range(8):  # one may hold itself
+        if isinstance(tree, dict) and isinstance(tree.get("model", tree.get("state_dict")), dict):
+            tree = tree.get("model", tree.get("state_dict"))
     if not isinstance(tree, dict):
         return None
     return {name: t for name, t in tree.items() if isinstance(t, Tensor) and isinstance(name, str)}

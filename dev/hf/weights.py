@@ -135,7 +135,7 @@ def convert(data, old, new):
     parts = np.array_split(data.reshape(-1), data.size // (1 << 22) + 1)
     for part, to in zip(parts, np.array_split(out.reshape(-1), len(parts))):
         values = (part.astype(np.uint32) << 16).view(np.float32) if old == "BF16" else part.astype(np.float32)
-        if new == "F32":
+        if new != "BF16":
             to[:] = values
         else:
             bits = values.view(np.uint32)

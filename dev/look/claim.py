@@ -255,6 +255,9 @@ class Run:
         self.child.wait()
         self.remember(seconds=self.earlier + time.time() - self.begin, machine=machine())
         result = self.result()
+        if result and self.stopped and result.loss == math.inf:  # stopped in its last validation, which no resume has
+            shutil.rmtree(self.dir)
+            return None
         if result:
             for path in self.dir.glob("step_*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -471,7 +474,8 @@ def parse_options():
 
 def settle(o, more):
     """What follows from the options: those of a group's runs, their steps and tokens."""
-    given = {**{name: str(value) for name, value in BASE.items()}, "dim": "96", "layers": "8", "heads": "3"}
+    base = {**BASE, **dict(zip(("dim", "layers", "heads"), SHAPES["main"]))}
+    given = {name: str(value) for name, value in base.items()}
     if len(more) % 2 or not all(name.startswith("--") for name in more[::2]):
         raise Refused("behind -- there are pairs only, --name value. Leave switches out.")
     changed = {name[2:]: value for name, value in zip(more[::2], more[1::2])}

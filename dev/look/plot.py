@@ -223,7 +223,7 @@ def limit_loss(axes, runs, options):
     axes.set_ylim(options.ylim or (low, high))
 
 
-def legend_of(axes, runs, validation, grey):
+def legend_of(axes, runs, validation, marks, grey):
     """A line of text for each run, then what the marks mean."""
     handles = []
     for run in runs:
@@ -235,7 +235,7 @@ def legend_of(axes, runs, validation, grey):
     if validation and any(np.isfinite(run["val_loss"]).any() for run in runs):
         handles.append(Line2D([], [], color=grey, marker=MARKERS[0], markerfacecolor=axes.get_facecolor(),
                               label="validation", **VALIDATION))
-    notes = {note for run in runs for note in run.note}
+    notes = {note for run in runs for note in run.note if marks}
     if "spike" in notes:
         handles.append(Line2D([], [], color=grey, label="spike", **SPIKE))
     if "skipped" in notes:
@@ -290,7 +290,7 @@ def draw(runs, options):
             panel.set_ylabel(PANELS[column])
         else:
             panel.set_title(PANELS[column], loc="left")
-    handles = legend_of(first, runs, validation and "loss" in options.panels, grey)
+    handles = legend_of(first, runs, validation and "loss" in options.panels, "loss" in options.panels, grey)
     if "loss" in options.panels:
         loss = axes[options.panels.index("loss")]
         limit_loss(loss, runs, options)

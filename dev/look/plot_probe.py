@@ -33,17 +33,21 @@ def fail(message):
     sys.exit(f"plot_probe.py: {message}")
 
 
-def read(path, names):
-    """Rows of a table as dictionaries; the columns `names` must be there."""
+def read(path, names, optional=False):
+    """Rows of a table as dictionaries; the columns `names` must be there. optional: there may be no rows, or no table."""
     try:
         runlog.refuse_pipe(path)
         with open(path, newline="") as f:
             text = f.read()
         rows = list(csv.DictReader(io.StringIO(text[:text.rfind("\n") + 1])))  # the last may be half-written
     except FileNotFoundError:
+        if optional:
+            return []
         fail(f"{path}: is missing. Train with --probe N.")
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         fail(f"{path}: cannot be read: {getattr(e, 'strerror', e)}. Train with --probe N.")
+    if optional and text and not rows:
+        return []
     if not rows or not set(names) <= rows[0].keys():
         fail(f"{path}: holds no rows of {', '.join(names)}. Train with --probe N.")
     try:
@@ -55,7 +59,7 @@ def read(path, names):
 def of_linears(path):
     """(step, layer) -> the gradient's norm and the update's share, of a block's linears together."""
     sums = {}
-    for r in read(path, ("step", "layer", "tensor", "weight", "gradient", "update")):
+    for r in read(path, ("step", "layer", "tensor", "weight", "gradient", "update"), optional=True):
         if r["layer"] >= 0 and not re.search(r"norm\d?\.weight$|^(output|wte)", r["tensor"]):
             here = sums.setdefault((r["step"], r["layer"]), [0, 0, 0])
             for i, x in enumerate((r["weight"], r["gradient"], r["weight"] * r["update"])):
@@ -111,21 +115,21 @@ def main():
         most = {s: max((r["max"] for r in rows if (r["step"], r["tensor"]) == (s, "attention_logit")), default=math.nan)
                 for s in sorted(steps)}
         logits.plot(most.keys(), most.values(), **look)
-        if (folder / "weights.csv").exists():  # older runs have none, and none is of step 0
-            linears = of_linears(folder / "weights.csv")
+        linears = of_linears(folder / "weights.csv")
+        if linears:  # older runs have no table, and no row is of step 0
             here = sorted((layer, gradient, update) for (s, layer), (gradient, update) in linears.items() if s == step)
             gradients.plot([x[0] for x in here], [x[1] for x in here], **look)
             updates.plot([x[0] for x in here], [x[2] for x in here], **look)
             shares = {s: max(x[1] for (other, _), x in linears.items() if other == s) for s, _ in sorted(linears)}
             updates_over_steps.plot(shares.keys(), shares.values(), **look)
-        if (folder / "curvature.csv").exists():  # a bf16 build writes none
-            found = read(folder / "curvature.csv", ("step", "eigenvalue", "error"))
-            found = [r for r in found if r["eigenvalue"] > 0 <= r["error"] < math.inf]  # a log scale has no others
-            if found:  # none of a run that came apart
-                weights.errorbar([r["step"] for r in found], [r["eigenvalue"] for r in found],
-                                 [r["error"] for r in found], label=name, capsize=2, **look)
-        if (folder / "curvature_inputs.csv").exists():  # nor this, and older runs have none
-            inputs = read(folder / "curvature_inputs.csv", ("step", "layer", "eigenvalue"))
+        # without rows: a bf16 build, --probe-iterations 0, a run that came apart
+        found = read(folder / "curvature.csv", ("step", "eigenvalue", "error"), optional=True)
+        found = [r for r in found if r["eigenvalue"] > 0 <= r["error"] < math.inf]  # a log scale has no others
+        if found:
+            weights.errorbar([r["step"] for r in found], [r["eigenvalue"] for r in found],
+                             [r["error"] for r in found], label=name, capsize=2, **look)
+        inputs = read(folder / "curvature_inputs.csv", ("step", "layer", "eigenvalue"), optional=True)
+        if inputs:
             inputs = [r for r in inputs if 0 < abs(r["eigenvalue"]) < math.inf]
             largest = [max((r for r in inputs if r["step"] == s), key=lambda r: abs(r["eigenvalue"]))
                        for s in sorted({r["step"] for r in inputs})]

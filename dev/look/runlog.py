@@ -1,6 +1,6 @@
 """Reads what a run leaves in its folder: log.csv, a row a step, and the state.json of its checkpoints.
 
-Standard library only. plot.py, plot_probe.py, export_log.py, sweep.py and watch.py stand on it.
+Standard library only. All tools of this folder stand on it.
 """
 import bisect
 import errno

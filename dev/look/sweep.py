@@ -162,6 +162,8 @@ class Pool:
             child = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
             with self.lock:
                 self.children.add(child)
+                if self.stop.is_set():  # between the look above and here
+                    child.send_signal(signal.SIGTERM)
             status = child.wait()
         with self.lock:
             self.children.discard(child)
@@ -170,9 +172,9 @@ class Pool:
             if self.stop.is_set():
                 return
             name = f"{run.variant} lr {run.lr:g} seed {run.seed}"
-            if status:
+            said = (run.dir / "log.txt").read_text(errors="replace").strip().splitlines()
+            if status or said and said[-1].startswith("asked to stop"):  # by somebody else
                 self.failed.append(run)
-                said = (run.dir / "log.txt").read_text(errors="replace").strip().splitlines()
                 print(f"[{self.finished}/{self.total}] {name}: failed ({status}): {said[-1] if said else ''}",
                       flush=True)
             else:

@@ -57,7 +57,7 @@ def curve(values, width, bars=BARS):
         return " " * width
     low, high = min(later), max(later)
     scale = (len(bars) - 1) / (high - low or 1)
-    return "".join(" " if m is None else bars[round((min(m, high) - low) * scale)] for m in means)
+    return "".join(" " if m is None else bars[round((min(max(m, low), high) - low) * scale)] for m in means)
 
 
 class Run:

@@ -5,7 +5,8 @@
 
 Each file holds the weights (the paper's names), `tokens` (B, T+1) and the metadata `config`, `largest` and `inputs`. largest:
 of the eigenvalues of the Hessian of the mean loss over all parameters. inputs: for each block's input, all tokens together,
-the eigenvalue that is largest in magnitude. By automatic differentiation twice in float64, a row a parameter or element.
+the eigenvalue that is largest in magnitude. By automatic differentiation twice, a row a parameter or element, in float64 but for
+RoPE's angles and the loss, which the model has in float32.
 Needs PyTorch and safetensors.
 """
 import json

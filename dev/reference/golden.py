@@ -10,6 +10,7 @@ first step before clipping, `loss`, `lr`, `grad_norm` of each step and `after/NA
 """
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict, fields
 
@@ -69,7 +70,7 @@ def check(path):
             error = difference.norm() / want[key].double().norm().clamp_min(1e-12)
         else:
             error = (difference / want[key].abs()).max() if kind in ("lr", "grad_norm") else difference.max()
-        worst[kind] = max(worst[kind], error.item())
+        worst[kind] = max(worst[kind], error.nan_to_num(nan=math.inf).item())
     print(path, " ".join(f"{k} {v:.1e}" for k, v in worst.items()))
     return all(worst[k] <= LIMITS[k] for k in LIMITS)
 

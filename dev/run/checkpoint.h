@@ -559,11 +559,11 @@ TrainState load_checkpoint(Model& m, const std::string& dir) {
         for (auto& [part, flat] : optimizer_state(m)) {
             for (int u = 0; u < m.units(); u++) {
                 const Unit &unit = m.table.units[u], &old_unit = old.units[u];
-                const Piece own = m.piece(u), theirs = old.piece(u, r);
+                const Piece own = m.piece(u), before = old.piece(u, r);
                 const bool cut = m.storage.cut_state();
                 const size_t from = cut ? own.whole - unit.begin : 0, to = from + (cut ? own.size : unit.size);
-                const size_t begin = std::max(from, theirs.whole - old_unit.begin);
-                const size_t end = std::min(to, theirs.whole - old_unit.begin + theirs.size);
+                const size_t begin = std::max(from, before.whole - old_unit.begin);
+                const size_t end = std::min(to, before.whole - old_unit.begin + before.size);
                 if (begin >= end) continue;
                 if (!file) file.reset(new Safetensors(dir + "/" + optimizer_file(r)));
                 auto found = file->entries.find(part);
@@ -571,7 +571,7 @@ TrainState load_checkpoint(Model& m, const std::string& dir) {
                     found->second.dtype != flat.dtype())
                     throw Error(file->path + ": lacks the tensor " + part +
                                 " or has it in another shape. Delete this checkpoint to resume from the one before.");
-                const size_t at = theirs.shard + begin - (theirs.whole - old_unit.begin), width = flat.width();
+                const size_t at = before.shard + begin - (before.whole - old_unit.begin), width = flat.width();
                 values.resize((end - begin) * width);
                 file->read(found->second, values.data(), at * width, values.size());
                 CHECK(cudaMemcpy(flat.at(cut ? own.shard + begin - from : unit.begin + begin).p, values.data(),

@@ -193,4 +193,6 @@ void export_weights(const Model& m, const std::string& path, bool half) {
                            }});
     // "format" is what Hugging Face's readers look for
     save_safetensors(path, tensors, {{"format", "pt"}, {"config", json_text(model_fields(m.c))}});
+    const size_t slash = path.rfind('/');
+    fsync_dir(slash == std::string::npos ? "." : path.substr(0, slash + 1));
 }

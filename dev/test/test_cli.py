@@ -851,6 +851,7 @@ class Tests:
             ("extra.st", edited(lambda t: t.update(more=("F32", [1], b"abcd"))), ["more"]),
             ("shape.st", edited(reshape), ["output.weight is (32, 65) there, (65, 32) in this model"]),
             ("int.st", edited(lambda t: t.update({"norm.weight": ("I32", [32], bytes(128))})), ["norm.weight", "I32"]),
+            ("byte.st", edited(lambda t: t.update({"norm.weight": ("U8", [32], bytes(32))})), ["norm.weight is U8"]),
             ("foreign.st", edited(lambda t: t.update({"model.embed_tokens.weight": t.pop("tok_embeddings.weight")})),
              ["Hugging Face", "dev/hf/import.py"]),
             ("cut.st", raw(lambda b: b[:-10]), ["cut short"]), ("json.st", raw(lambda b: b[:20] + b"}}" + b[22:]), []),

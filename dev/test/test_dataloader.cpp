@@ -366,7 +366,7 @@ static void test_errors_of_arguments() {
     const std::string two = path + ":1," + shard("one.bin", {1});
     expect_error("a.bin:1,one.bin: some sources have a weight and some have none. Give each one, as GLOB:0.5.",
                  [&] { DataLoader(two, 1, 3, 100); });
-    expect_error("a.bin:1,one.bin:0: the weight 0 is not above 0. Leave that source out.",
+    expect_error("a.bin:1,one.bin:0: the weight 0 is not above 0 and below 1e9. Leave that source out, or weigh all otherwise.",
                  [&] { DataLoader(two + ":0", 1, 3, 100); });
     expect_error("one.bin: 1 tokens, but one window needs 4 (1 windows of T+1 = 4). Give more data, a smaller batch or a "
                  "smaller T.", [&] { DataLoader(two + ":1e-9", 1, 3, 100); });

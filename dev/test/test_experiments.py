@@ -130,6 +130,14 @@ class Sweep(Case):
         self.sweep("--seeds", 1)
         self.assertEqual(len(list(self.out.glob("*/*/done"))), 12)
 
+    def test_stopped_by_another(self):
+        """A trainer that somebody has asked to stop ends well, but is not done."""
+        how = STAND_IN + "print('asked to stop: saved after step 20 in x; --resume goes on')\n"
+        self.trainer.write_text(how)
+        r = self.sweep("--seeds", 1, "--variants", "prenorm", "--lrs", "1e-2", status=1)
+        self.assertIn("prenorm lr 0.01 seed 1: failed (0): asked to stop", r.stdout)
+        self.assertEqual(list(self.out.glob("*/*/done")), [])
+
     def test_refusals(self):
         sweep = [sys.executable, ROOT / "dev/look/sweep.py", self.out]
         self.refused(*sweep, "--report", words=["sweep.json", "no sweep"])
@@ -209,6 +217,10 @@ class ProbePicture(Case):
         for table in ("curvature.csv", "curvature_inputs.csv"):  # as of a bf16 build
             (b / table).unlink()
         (b / "weights.csv").unlink()  # of an older version
+        self.run_tool(sys.executable, tool, b, "--step", 0)
+        for table in ("curvature.csv", "curvature_inputs.csv", "weights.csv"):  # --probe-iterations 0, --steps 0
+            header = (a / table).read_text().splitlines(True)[0]
+            (b / table).write_text(header)
         self.run_tool(sys.executable, tool, b, "--step", 0)
         self.refused(sys.executable, tool, a, "--step", 7, words=["step 7", "0, 50"])
         (a / "activations.csv").write_text("step,layer\n1,2\n")

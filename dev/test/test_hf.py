@@ -223,6 +223,7 @@ class Convert(Case):
         self.assertTrue(np.array_equal(weights.convert(wide, "F32", "BF16")[numbers], every[numbers]))
         self.assertTrue(np.array_equal(weights.convert(every.view(np.float16), "F16", "F32")[:31744],
                                        every.view(np.float16)[:31744].astype(np.float32)))
+        self.assertEqual(weights.convert(np.float32([1, -0.5]), "F32", "F16").tolist(), [1, -0.5])
 
     def test_checkpoint(self):
         """a checkpoint's folder, in one file and as several ranks write it, is what --export writes"""
@@ -306,7 +307,9 @@ class Convert(Case):
             self.refused("from_torch", file, self.dir / "b.st", *flags, words="a.pt: ")
         file.write_bytes(pickle.dumps(0x1950a86a20f9469cfc6c, 2))
         self.refused("from_torch", file, self.dir / "b.st", *flags, words="from before 1.6")
-        for words, tree in (("holds no state_dict", [1]), ("no tok_embeddings", {"a": state["norm.weight"]}),
+        itself = {}
+        itself["model"] = itself
+        for words, tree in (("holds no state_dict", [1]), ("no tok_embeddings", itself), ("no tok_embeddings", {"a": state["norm.weight"]}),
                             ("is Double", {n: a.astype("f8") for n, a in state.items()}),
                             ("norm.weight is (32,) there", {**state, "norm.weight": state["norm.weight"][::2]})):
             torch_save(file, tree)

@@ -293,6 +293,7 @@ class PlotTest(Case):
         folder = self.run_folder("a", rows(50), steps=(50,))
         _, axes, _ = self.draw(folder, "--x", "tokens", "--log-x", "--panels", "grad_norm,val_loss")
         self.assertEqual([a.get_xscale() for a in axes], ["log", "log"])
+        self.assertEqual([text.get_text()[:2] for text in axes[0].get_legend().get_texts()], ["a:"])  # no marks: no loss
         self.assertEqual((axes[0].get_ylabel(), axes[0].get_xlabel()), ("gradient norm before clipping", "tokens"))
         self.assertEqual(list(self.find(axes[1], linestyle="--").get_xdata()), [128 * s for s in range(10, 51, 10)])
         _, axes, _ = self.draw(folder, "--x", "time", "--ylim", "1:2")
@@ -421,6 +422,7 @@ class WatchTest(Case):
         fall = watch.curve([100.0, 99.0, *range(38, 0, -1)], 40)
         self.assertEqual((len(fall), fall[:3], fall[-1]), (40, "███", "▁"))
         self.assertEqual(watch.curve([math.nan] * 3, 3), "   ")
+        self.assertEqual(watch.curve([1.0, *[7.0, 8.0] * 20], 41)[:3], "▁▁█")  # the first is the lowest
         self.assertEqual((watch.short(15321), watch.short(999700), watch.short(87)), ("15.3k", "1M", "87"))
         self.assertEqual((watch.duration(59.4), watch.duration(3700), watch.duration(200000)),
                          ("59 s", "1 h 1 min", "2 d 7 h"))

@@ -337,6 +337,22 @@ class RankTests(Tests):
         expect(log_bits(self.path(name)) == want[0], "the log differs from that of a run that was not stopped")
         expect(contents(self.path(name + ".st")) == want[1], "the weights differ")
 
+    def stopped_in_validation(self, zero):
+        """One rank is asked to stop while all validate: with --zero 3 each forward is a collective."""
+        name = f"stopped_val{zero}"
+        job = Job(self.exe, self.long_flags(name, "--zero", zero, "--val-data", self.path("tokens.bin"), "--val-every", 6,
+                                            "--val-batches", 2000, ranks=2), 2)
+        try:
+            self.until_step(job, self.path(name), 5)
+            pid = job.pids()[1]
+            time.sleep(0.3)  # step 6 takes milliseconds
+            os.kill(pid, signal.SIGTERM)
+        finally:
+            job.wait()
+        expect(job.status == 0, f"exit {job.status}: {job.text()}")
+        expect("asked to stop: saved after step 6" in job.out, f"it does not say so: {job.out[-300:]}")
+        expect(checkpoints(self.path(name)) == [6], f"checkpoints {checkpoints(self.path(name))}")
+
     def two_jobs(self):
         """A second job in the folder of one that runs is refused, and the first does not notice."""
         job = Job(self.exe, self.long_flags("shared", "--save-every", 1, ranks=0, steps=3000), 0)
@@ -671,6 +687,8 @@ class RankTests(Tests):
         for ranks, rank, number in ((2, 1, term), (2, 0, usr1), (2, 1, interrupt), (0, 0, term), *more):
             test(f"d {number.name} to rank {rank} of {ranks or 1}", self.signals, ranks, rank, number)
 
+        for zero in (3, 1) if full else (3,):
+            test(f"d SIGTERM to rank 1 of 2 in a validation, zero {zero}", self.stopped_in_validation, zero)
         test("d two jobs in one folder", self.two_jobs)
 
         for ranks, zero in ((0, 0), (2, 1), (2, 3)) + (((2, 0), (2, 2), (3, 3)) if full else ()):

@@ -130,6 +130,8 @@ double accuracy(const std::vector<Question>& questions, const std::vector<double
     for (const Question& q : questions) {
         std::vector<double> score;
         for (const std::vector<int>& choice : q.choices) score.push_back(scores[at++] / length(choice));
+        for (double x : score)
+            if (!std::isfinite(x)) return NAN;  // else the first choice would be the highest
         right += std::max_element(score.begin(), score.end()) - score.begin() == q.label;
     }
     return double(right) / double(questions.size());

@@ -170,47 +170,52 @@ std::string speed_of_light(const Model& m, int micro, const Device& device) {
 
 // The mildest change of options with which the plan fits into `room` bytes, as a sentence: cut more over the ranks,
 // recompute more, else fewer sequences, else less precise moments, gradients and weights. Of generation, what its cache
-// grows with.
-inline std::string advice(const Model& m, size_t room) {
+// grows with. o: of a training, else null.
+inline std::string advice(const Model& m, size_t room, const Options* o = nullptr) {
     if (!m.training && m.cache.sequences) return "Choose fewer --num-samples or --max-tokens, or a smaller model.";
     const Storage& had = m.storage;
-    std::vector<Storage> cuts;
-    for (int zero = had.zero; zero <= (had.ranks > 1 ? 3 : had.zero); zero++)
-        for (bool whole : {had.whole_gradients, false}) {
-            cuts.push_back(had);
-            cuts.back().zero = zero, cuts.back().whole_gradients = whole;
-        }
+    const int share = o ? o->total_batch / had.ranks : 0;
+    auto smaller = [&](int B) {  // micro-batches divide a rank's share
+        if (!share) return B / 2;
+        while (--B > 0 && share % B) {}
+        return B;
+    };
     for (int precision = 0; precision <= (m.training ? BF16 ? 3 : 1 : 0); precision++)
-        for (int B = m.B; B > 0; B /= 2)
+        for (int B = m.B; B > 0; B = smaller(B))
             for (Recompute level = had.recompute; level <= Recompute::block; level = Recompute(int(level) + 1))
-                for (Storage s : cuts) {
-                    s.recompute = level;
-                    s.half_moments |= precision > 0;
-                    s.half_gradients |= precision > 1;
-                    s.no_master |= precision > 2;
-                    Model other;
-                    other.cache = m.cache;
-                    plan(other, m.gpu, m.c, B, m.training, s);
-                    if (other.arena.used > room) continue;
-                    std::string text = "Give";
-                    if (s.zero != had.zero) text += format(" --zero %d", s.zero);
-                    if (s.whole_gradients != had.whole_gradients) text += " --reduce each";
-                    if (s.recompute != had.recompute) text += " --recompute " + RECOMPUTE[int(s.recompute)];
-                    if (B < m.B) text += format(" --batch-size %d", B);
-                    if (s.half_gradients != had.half_gradients) text += " --gradients bf16";
-                    if (s.half_moments != had.half_moments) text += " --moments bf16";
-                    if (s.no_master != had.no_master) text += " --no-master";
-                    return text + format(", which needs %.1f GiB.", other.arena.used / 1073741824.0);
-                }
+                for (int zero = had.zero; zero <= (had.ranks > 1 ? 3 : had.zero); zero++)
+                    for (bool each : {false, true}) {
+                        const bool whole = (o ? storage_of(*o, B) : had).whole_gradients;
+                        if (each && !whole) continue;
+                        Storage s = had;
+                        s.zero = zero, s.whole_gradients = whole && !each;
+                        s.recompute = level;
+                        s.half_moments |= precision > 0;
+                        s.half_gradients |= precision > 1;
+                        s.no_master |= precision > 2;
+                        Model other;
+                        other.cache = m.cache;
+                        plan(other, m.gpu, m.c, B, m.training, s);
+                        if (other.arena.used > room) continue;
+                        std::string text = "Give";
+                        if (s.zero != had.zero) text += format(" --zero %d", s.zero);
+                        if (each) text += " --reduce each";
+                        if (s.recompute != had.recompute) text += " --recompute " + RECOMPUTE[int(s.recompute)];
+                        if (B < m.B) text += format(" --batch-size %d", B);
+                        if (s.half_gradients != had.half_gradients) text += " --gradients bf16";
+                        if (s.half_moments != had.half_moments) text += " --moments bf16";
+                        if (s.no_master != had.no_master) text += " --no-master";
+                        return text + format(", which needs %.1f GiB.", other.arena.used / 1073741824.0);
+                    }
     return "Choose a smaller model or --seq-len.";
 }
 
 // create(), which where memory does not suffice says what options would help.
-inline void create_or_advise(Model& m) {
+inline void create_or_advise(Model& m, const Options* o = nullptr) {
     try {
         create(m);
     } catch (const OutOfMemory& e) {
-        throw Error(e.what() + (" " + advice(m, e.free)));
+        throw Error(e.what() + (" " + advice(m, e.free, o)));
     }
 }
 
@@ -224,7 +229,7 @@ inline void print_plan(Options& o) {
     print_run(m, o);
     if (double(m.arena.used) > device.memory)
         printf("  does not fit into the %.0f GiB of %s. %s\n", device.memory / (1 << 30), device.name.c_str(),
-               advice(m, size_t(device.memory)).c_str());
+               advice(m, size_t(device.memory), &o).c_str());
     printf("%s", speed_of_light(m, o.grad_accum, device).c_str());
     const double seconds = least_seconds(m, o.grad_accum, device) * double(o.steps);
     printf("  %lld steps take at least %s, %.3g %s hours on %d of them; the rate that is reached divides that\n",

@@ -37,10 +37,10 @@ __global__ void scale_kernel(double* sums, const floatX* x, const floatX* minus,
 }
 
 // Of attention's logits q.k / sqrt(HS), keys up to the query's place: sums[block] of squares, sums[blocks + block] the
-// largest magnitude. q (B,NH,T,HS), k (B,NKV,T,HS); LOGIT_ROWS queries of a head a block, its threads stride over keys.
+// largest magnitude. q (B,NH,T,HS), k (B,NKV,T,HS); PROBE_ROWS queries of a head a block, its threads stride over keys.
 __global__ void logit_scale_kernel(double* sums, const floatX* q, const floatX* k, int T, int HS, int group) {
-    const int tiles = (T + LOGIT_ROWS - 1) / LOGIT_ROWS, head = blockIdx.x / tiles;
-    const int begin = (blockIdx.x % tiles) * LOGIT_ROWS, end = min(begin + LOGIT_ROWS, T);
+    const int tiles = (T + PROBE_ROWS - 1) / PROBE_ROWS, head = blockIdx.x / tiles;
+    const int begin = (blockIdx.x % tiles) * PROBE_ROWS, end = min(begin + PROBE_ROWS, T);
     const float scale = rsqrtf(float(HS));
     double sum = 0.0;
     float most = 0.0f;
@@ -196,7 +196,7 @@ struct Probe {
             add("residual", a.x, c.C);
             add("qkv", a.qkv_raw, c.QKV());
             add("q", a.q, c.C), add("k", a.k, kv), add("v", a.v, kv);
-            const int n = m.B * c.NH * ((c.T + LOGIT_ROWS - 1) / LOGIT_ROWS);
+            const int n = m.B * c.NH * ((c.T + PROBE_ROWS - 1) / PROBE_ROWS);
             logit_scale_kernel<<<n, 256, 0, m.gpu.stream>>>(m.probe_sums, a.q, a.k, c.T, c.HS(), c.NH / c.NKV);
             add_scale(rows, step, l, "attention_logit", n, double(m.B) * c.NH * c.T * (c.T + 1.0) / 2.0);
             add("attention", a.att, c.C);
@@ -283,6 +283,8 @@ struct Probe {
         const size_t P = m.table.size;
         float *const w = reinterpret_cast<float*>(m.params), *const g = static_cast<float*>(m.grads.p);
         keep(m.kept, w, P);
+        const bool graphs = m.use_graphs;
+        m.use_graphs = false;  // a graph is of one weight, and training's is another
         const Curvature found = lanczos(P, g, false, [&](const float* v, double eigenvalue) {
             // the loss changes by 2e-6 at most: higher orders do not show then, rounding does not yet
             const double e = 0.002 / sqrt(std::max(fabs(eigenvalue), 30.0));
@@ -297,6 +299,7 @@ struct Probe {
             return e;
         });
         keep(w, m.kept, P);
+        m.use_graphs = graphs;
         return found;
     }
     // Of each block, in order. From the last one on, as what runs behind an input overwrites later ones.
