@@ -220,7 +220,8 @@ private:
             const bool given = rest != number && !*rest;
             weighted += given;
             if (given && !(weight > 0 && weight < 1e9))
-                fail(data, "the weight " + std::string(number) + " is not above 0 and below 1e9. Leave that source out, or weigh all otherwise.");
+                fail(data, "the weight " + std::string(number) +
+                               " is not above 0 and below 1e9. Leave that source out, or weigh all otherwise.");
             sources_.push_back({given ? part.substr(0, colon) : part, weight});
         }
         if (weighted == sources_.size()) return;

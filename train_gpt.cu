@@ -2156,9 +2156,9 @@ double learning_rate(const Schedule& a, int64_t s, int64_t S) {
 bool validate(float& val_loss, Model& m, DataLoader& data, int64_t batches, int64_t step) {
     double sum = 0.0, total = 0.0;
     data.seek({0, 0});
-    for (int64_t i = 0; i < batches; i++) {
-        // with weights that are cut a forward is a collective: all ranks leave at the same batch
-        if (m.storage.cut_weights() ? ranks.most(asked_to_stop != 0) != 0 : asked_to_stop != 0) break;
+    // with weights that are cut a forward is a collective: all ranks leave at the same batch
+    auto asked = [&] { return (m.storage.cut_weights() ? ranks.most(asked_to_stop) : asked_to_stop) != 0; };
+    for (int64_t i = 0; i < batches && !asked(); i++) {
         sum += evaluate(m, data.next(), m.B, m.c.T);
         channel.progress("validating", step);
     }
@@ -2284,11 +2284,9 @@ struct Training {
         if (validated && !validate(val_loss, m, *val, o.val_batches, step)) validated = false, stop_here(step);
         if (validated && o.keep_best && val_loss < state.best_loss) state.best_loss = val_loss, state.best_step = step;
         const bool spike = log.spikes.add(n.loss);
+        const char* what = n.skip ? "skipped" : spike ? "spike" : "";
         if (ranks.rank == 0)
-            log.row(step, n.loss, lr, n.grad_norm, tokens / (done - last), validated ? &val_loss : nullptr,
-                    n.skip  ? "skipped"
-                    : spike ? "spike"
-                            : "");
+            log.row(step, n.loss, lr, n.grad_norm, tokens / (done - last), validated ? &val_loss : nullptr, what);
         if (step % o.log_every == 0 || step == o.steps || step == 1 || n.skip || spike || validated) {
             const double seconds = (done - mark - paused) / double(step - marked);
             std::string note = validated ? format(" | val %.4f", val_loss) : "";
@@ -2349,9 +2347,7 @@ struct Training {
         if (o.keep_best && state.best_step > 0)
             printf("lowest validation loss %.4f, in %s/%s\n", state.best_loss, o.out.c_str(),
                    checkpoint_name(state.best_step).c_str());
-        if (end == begun && o.probe && asked_to_stop)
-            printf("asked to stop: the probe was left off\n");
-        else if (stopping && end < o.steps && trouble.empty())
+        if (stopping && end < o.steps && trouble.empty())
             printf("asked to stop: saved after step %lld in %s; --resume goes on\n", (long long)end,
                    (o.out + "/" + checkpoint_name(end)).c_str());
         return end == o.steps;

@@ -356,13 +356,17 @@ struct Probe {
         if (!m.direction || iterations == 0) return;
         const float mean = loss();
         const Curvature w = over_parameters(step);
-        if (asked_to_stop) return;  // what was not finished is not written down
+        auto left_off = [&] {  // what was not finished is not written down
+            if (asked_to_stop) printf("asked to stop: the probe of step %lld was left off\n", (long long)step);
+            return asked_to_stop != 0;
+        };
+        if (left_off()) return;
         append("curvature.csv",
                format("%lld,%.9g,%.6g,%.3g,%d\n", (long long)step, mean, w.eigenvalue, w.error, w.iterations));
         printf("probe at step %lld: loss %.4f, largest eigenvalue of the Hessian %.4g +- %.2g (%d iterations)\n",
                (long long)step, mean, w.eigenvalue, w.error, w.iterations);
         const std::vector<Curvature> inputs = over_inputs(step);
-        if (asked_to_stop) return;
+        if (left_off()) return;
         std::string rows;
         for (int l = 0; l < m.c.L; l++) {
             const Curvature& x = inputs[l];
