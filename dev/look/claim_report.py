@@ -212,8 +212,8 @@ def definitions(o):
 - Lost: the mean training loss of a fortieth of the steps is, after the warm-up, not below that at the start, or for an
   eighth of the steps more than 0.5 above its lowest; or
 {above}  10 steps were not finite. The run is ended there; it counts with that mean, at most with the loss at the start.
-- As good: rates whose loss is no further from the best than the larger of both spreads. A factor of best rates is no claim where these ranges
-  meet. The rates are a factor of 3 apart, so a smaller one cannot be seen.
+- As good: rates whose loss is no further from the best than the larger of both spreads. A factor of best rates is no
+  claim where these ranges meet. The rates are a factor of 3 apart, so a smaller one cannot be seen.
 - Largest stable rate: the largest at which no seed is lost or ends above what the variant's best rate has after a
   quarter of the steps.
 - Sensitivity: that of Wortsman et al. (arXiv 2309.14322), the mean over the rates of min(loss, loss at the start) less
