@@ -40,7 +40,6 @@ sanitized_fp32     | build/properties_sanitized_fp32 | build/properties_sanitize
 sanitized_bf16     | build/properties_sanitized_bf16 | build/properties_sanitized_bf16 --seconds $share --seed $seed
 serial_tests16     | build/test_serial_bf16         | env CUBLASLT_CPU_ALGORITHMS= build/test_serial_bf16
 exact_tests        | build/test_exact_fp32          | build/test_exact_fp32
-exact_tests_bf16   | build/test_exact_bf16          | build/test_exact_bf16
 sanitized_tests    | build/test_sanitized_fp32      | build/test_sanitized_fp32
 sanitized_tests16  | build/test_sanitized_bf16      | env CUBLASLT_CPU_ALGORITHMS= build/test_sanitized_bf16
 properties_ranks   | $trainer | $python dev/test/properties_ranks.py $trainer --cases 60 --full --seed $seed
