@@ -141,7 +141,7 @@ sources: $(SOURCES:%=build/src/%)
 nccl:
 	@echo $(GPU_INC)
 
-# these change when a library or the GPUs come or go, so that what was built without them is built again
+# these change when a library, the GPUs or a flag come or go, so that what was built otherwise is built again
 $(CPU_STAMP): STAMP = $(CXX) $(OPTIMIZE) $(TUNE) $(GEMM) $(MPI) $(MPI_LIB)
 $(GPU_STAMP): STAMP = $(GPU_ARCH) $(GPU_INC) $(GPU_LIBS)
 $(CPU_STAMP) $(GPU_STAMP): FORCE

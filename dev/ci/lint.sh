@@ -1,5 +1,6 @@
 #!/bin/sh
-# Static analysis: clang-tidy and cppcheck over the C++ named below, shellcheck and pyflakes over the rest. `make lint` calls it.
+# Static analysis: clang-tidy and cppcheck over the C++ named below, shellcheck and pyflakes over the rest. `make lint`
+# calls it.
 #   dev/ci/lint.sh [tidy] [cppcheck] [shell] [python]      all of them
 # Silent but for what it looks at; exit status 1 if anything was found or a tool is missing.
 set -u

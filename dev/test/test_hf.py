@@ -309,7 +309,8 @@ class Convert(Case):
         self.refused("from_torch", file, self.dir / "b.st", *flags, words="from before 1.6")
         itself = {}
         itself["model"] = itself
-        for words, tree in (("holds no state_dict", [1]), ("no tok_embeddings", itself), ("no tok_embeddings", {"a": state["norm.weight"]}),
+        for words, tree in (("holds no state_dict", [1]), ("no tok_embeddings", itself),
+                            ("no tok_embeddings", {"a": state["norm.weight"]}),
                             ("is Double", {n: a.astype("f8") for n, a in state.items()}),
                             ("norm.weight is (32,) there", {**state, "norm.weight": state["norm.weight"][::2]})):
             torch_save(file, tree)
