@@ -96,7 +96,8 @@ struct Safetensors {
             Entry e;
             e.dtype = dtype->string;
             e.elements = 1;
-            const size_t width = e.dtype == "F32" ? 4 : e.dtype == "BF16" || e.dtype == "F16" ? 2 : 0;  // 0: not read
+            const size_t digits = e.dtype.find_first_of("0123456789");  // F32, BF16, U8, F8_E4M3; none: BOOL
+            const size_t bits = digits == std::string::npos ? 8 : strtoul(&e.dtype[digits], nullptr, 10);
             for (const Json& n : shape->items) {
                 if (!(n.value >= 0 && n.value <= 1e12 && n.value == floor(n.value)))
                     throw Error("a shape of " + name + " is wrong");
@@ -109,7 +110,7 @@ struct Safetensors {
                 throw Error("the data of " + name + " lies outside the file; it was cut short");
             e.begin = 8 + length + size_t(begin);
             e.bytes = size_t(end) - size_t(begin);
-            if (width && e.bytes != e.elements * width)
+            if (e.bytes * 8 != e.elements * bits)
                 throw Error("the data of " + name + " does not have the size of its shape");
             if (!entries.emplace(name, e).second) throw Error("its header has " + name + " twice");
             if (e.bytes && !ranges.emplace(e.begin, e.begin + e.bytes).second)
